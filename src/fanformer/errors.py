@@ -1,0 +1,34 @@
+"""The errors this package raises on bad input; each message says name, got, expected and remedy in one line.
+
+`model/` raises plain ValueError, since a saved folder carries its code without this file.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FANformerError(Exception):
+    """Base of all errors that a user can cause and mend; the command line prints them as one line and exits with 2."""
+
+
+class ConfigError(FANformerError, ValueError):
+    """A setting that does not exist, has the wrong type or value, or contradicts another."""
+
+
+class DataError(FANformerError, ValueError):
+    """Data that is missing, empty, unreadable, of the wrong kind or too short."""
+
+
+class CheckpointError(FANformerError, RuntimeError):
+    """A model or run folder that is missing, incomplete, damaged or of another kind."""
+
+
+class DependencyError(FANformerError, ImportError):
+    """An optional package that is needed here and not installed; the message names the extra that brings it."""
+
+
+def did_you_mean(got: str, valid: Iterable[str]) -> str:
+    """Return the nearest valid name as a sentence to append to a message, or all of them where none is near."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.6)
+    return f"did you mean `{near[0]}`?" if near else f"expected one of: {', '.join(names)}."

@@ -1,0 +1,168 @@
+"""Configuration of FANformer: every field of the model, its meaning, unit, range and source."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Keys that transformers itself puts beside the fields of a model in config.json.
+_FOREIGN_KEYS = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "is_decoder",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "use_return_dict",
+    }
+)
+_STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@strict
+class FANformerConfig(PreTrainedConfig):
+    """Configuration of a FANformer; the defaults are the 92,203,744-parameter model.
+
+    Every switch at its "off" value (`fan_placement="none"`, `cola_rank_ratio=None`, `projection_bias=False`,
+    `norm_placement="pre"`, `qkv_norm="none"`, `gated_residual=False`) gives Llama, parameter names included.
+
+    Raises:
+        StrictDataclassError: if a field has the wrong type or value, if fields contradict each other, or if a
+            keyword is not a field; the message names the field, the value, what was expected and a remedy.
+    """
+
+    model_type = "fanformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 49152
+    """V: number of token ids. The default is the SmolLM2 tokenizer's."""
+    hidden_size: int = 512
+    """D: width of the residual stream."""
+    intermediate_size: int = 2048
+    """F: width of the gated product in SwiGLU."""
+    num_hidden_layers: int = 12
+    """L: number of decoder layers."""
+    num_attention_heads: int = 12
+    """H: number of query heads."""
+    num_key_value_heads: int = 6
+    """G: number of key-value heads (GQA, arXiv:2305.13245); must divide `num_attention_heads`."""
+    head_dim: int = 128
+    """K: width of a head; its own field, since D need not be a multiple of H. Must be even (RoPE turns pairs)."""
+    max_position_embeddings: int = 1024
+    """Longest sequence, in tokens, that the model is trained for."""
+    rms_norm_eps: float | int = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    rope_parameters: RopeParameters | dict | None = None
+    """RoPE (arXiv:2104.09864): `rope_theta` (default 10000.0) and `rope_type` (default, linear, llama3 or yarn)."""
+    dropout: float | int = 0.1
+    """Dropout on both residual branches while training, in [0, 1)."""
+    attention_dropout: float | int = 0.0
+    """Dropout on the attention weights while training, in [0, 1); refused by backends that cannot apply it."""
+    hidden_act: Literal["silu", "gelu", "linear"] = "silu"
+    """Activation of the SwiGLU gate; "linear" drops it, as CoLA does from 350M parameters on."""
+
+    fan_placement: Literal["projection", "layer", "none"] = "projection"
+    """Where Fourier features enter (FAN, arXiv:2502.21309): "projection" makes each of Q, K and V a FAN projection;
+    "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none" leaves them out."""
+    fan_ratio: float | int = 0.15
+    """Share of a projection's outputs given to cos, and again to sin: P = int(fan_ratio * outputs). In [0, 0.5]."""
+    cola_rank_ratio: float | int | None = 0.25
+    """R = int(cola_rank_ratio * inputs) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
+    cola_rank: int | None = None
+    """Absolute rank R of every CoLA linear; overrides `cola_rank_ratio`."""
+    cola_activation: Literal["silu", "gelu", "linear"] = "silu"
+    """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
+    projection_bias: bool = True
+    """Whether the linear layers of attention and FFN carry a bias on their outputs (never on cos and sin)."""
+    norm_placement: Literal["hybrid-star", "hybrid", "pre"] = "hybrid-star"
+    """HybridNorm (arXiv:2503.04598): "hybrid" has no norm in front of attention and takes the FFN's residual after
+    its norm (eq. 6); "hybrid-star" adds a norm in front of the first attention; "pre" is Llama's pre-norm."""
+    qkv_norm: Literal["qkv", "qk", "none"] = "qkv"
+    """Which of Q, K and V get an RMSNorm per head before RoPE (HybridNorm, eq. 5)."""
+    gated_residual: bool = True
+    """Whether each residual branch is multiplied by sigmoid(g), g a learnable vector of width D that starts at 0."""
+
+    tie_word_embeddings: bool = False
+    """Whether the LM head shares the embedding's weight."""
+    initializer_range: float | int = 0.01
+    """Standard deviation of the LM head (and of the embedding when tied) at initialisation."""
+    embedding_initializer_range: float | int = 1.0
+    """Standard deviation of the untied embedding at initialisation."""
+    use_cache: bool = True
+    """Whether a forward pass returns key-value states by default."""
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        fields = type(self).__dataclass_fields__
+        for key in kwargs:
+            if key not in _FOREIGN_KEYS and not key.startswith("_"):
+                near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+                raise ValueError(f"`{key}` is not a field of FANformerConfig: did you mean `{near}`?")
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check the rules that join several fields, and the ranges of single ones."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.fan_ratio <= 0.5:
+            raise ValueError(
+                f"`fan_ratio` must be in [0, 0.5], got {self.fan_ratio}: cos and sin each take this share of the output."
+            )
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.cola_rank is not None and self.cola_rank < 1:
+            raise ValueError(f"`cola_rank` must be at least 1 or None, got {self.cola_rank}.")
+        if self.cola_rank_ratio is not None and not 0 < self.cola_rank_ratio <= 1:
+            raise ValueError(
+                f"`cola_rank_ratio` must be in (0, 1] or None, got {self.cola_rank_ratio}: None means full rank."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {self.num_attention_heads} and "
+                f"{self.num_key_value_heads}: each key-value head serves the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, got {self.head_dim}: RoPE turns pairs of channels.")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in _STATIC_ROPE_TYPES:
+            raise ValueError(
+                f"`rope_parameters['rope_type']` must be one of {', '.join(_STATIC_ROPE_TYPES)}, got {rope_type!r}: "
+                "types whose frequencies depend on the sequence at hand are not supported."
+            )
+
+    def cola_rank_for(self, in_features: int) -> int | None:
+        """Return the rank R of a CoLA linear with `in_features` inputs, or None at full rank."""
+        if self.cola_rank is not None:
+            return self.cola_rank
+        return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * in_features))
+
+
+__all__ = ["FANformerConfig"]

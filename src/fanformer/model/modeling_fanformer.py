@@ -1,0 +1,583 @@
+"""FANformer: a Llama-style decoder with Fourier features, low-rank linear layers, HybridNorm and gated residuals.
+
+Papers: FAN in attention, arXiv:2502.21309 (FANformer); CoLA, arXiv:2502.10940; HybridNorm, arXiv:2503.04598;
+GQA, arXiv:2305.13245; RoPE, arXiv:2104.09864; SwiGLU, arXiv:2002.05202; RMSNorm, arXiv:1910.07467.
+
+Shapes: B batch, T query positions, S key positions, D hidden_size, H query heads, G key-value heads, K head_dim,
+F intermediate_size, V vocab_size, R CoLA rank, P periodic channels, L layers.
+
+What differs from Llama, each a field of the configuration:
+- every linear layer is W_b act(W_a x) + b with a rank of a quarter of its inputs (CoLA);
+- Q, K and V are [cos(p), sin(p), g], p and g linear in x (FAN);
+- Q, K and V get an RMSNorm per head, and only the first attention gets one on its input (HybridNorm*);
+- the FFN's residual is taken after its norm (HybridNorm);
+- every residual branch is multiplied by sigmoid(g), g learnable (gated residuals).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_fanformer import FANformerConfig
+
+
+class FANformerRMSNorm(nn.Module):
+    """y = w * x / sqrt(mean(x^2) + eps), the mean over the last dimension in float32. Source: arXiv:1910.07467, eq. 4."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (..., width); the result has the dtype that weight * x has."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def default_rope_frequencies(config: FANformerConfig) -> tuple[Tensor, float]:
+    """Return (theta^(-2i/K) for i in [0, K/2), scale 1). Source: RoPE, arXiv:2104.09864, section 3.2.2."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+
+class FANformerRotaryEmbedding(nn.Module):
+    """The angles t * frequency_i of every position t, as cosines and sines."""
+
+    def __init__(self, config: FANformerConfig):
+        super().__init__()
+        self.config = config
+        inv_freq, self.attention_scaling = self.frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Return the K/2 inverse frequencies and the factor on cosines and sines for the configured `rope_type`."""
+        rope_type = self.config.rope_parameters["rope_type"]
+        return ROPE_INIT_FUNCTIONS.get(rope_type, default_rope_frequencies)(self.config)
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, T, 1, K/2) in `dtype`, computed in float32, for `position_ids` (B, T)."""
+        angles = position_ids[..., None, None].float() * self.inv_freq.float()  # (B, T, 1, K/2)
+        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels (i, i + K/2) of `x` (B, T, heads, K) by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# 1 / sqrt(E[act(x)^2]) for a standard normal x: what brings an activation's output back to a mean square of 1.
+_ACTIVATION_GAIN = {"silu": 0.35577552**-0.5, "gelu": 0.42522148**-0.5, "linear": 1.0}
+
+
+def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float = 1.0) -> nn.Linear:
+    """Return a linear layer whose weights start with standard deviation gain / sqrt(in_features), its bias at 0."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    linear.initializer_std = gain * in_features**-0.5  # read by FANformerPreTrainedModel._init_weights
+    return linear
+
+
+class CoLAInput(nn.Module):
+    """act(W_a x) of `count` CoLA linears that read the same x, all W_a as one product. Source: CoLA, arXiv:2502.10940.
+
+    At full rank (rank None) there is no first factor, and each reader gets x itself.
+    """
+
+    def __init__(self, in_features: int, rank: int | None, count: int, activation: str):
+        super().__init__()
+        self.count = count
+        self.out_features = in_features if rank is None else rank
+        self.gain = 1.0 if rank is None else _ACTIVATION_GAIN[activation]  # for the layers that read the output
+        self.factor = None if rank is None else scaled_linear(in_features, count * rank, bias=False)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return `count` tensors (..., R) for `x` (..., in_features)."""
+        if self.factor is None:
+            return (x,) * self.count
+        return self.activation(self.factor(x)).chunk(self.count, dim=-1)
+
+
+class CoLALinear(nn.Module):
+    """y = W_b act(W_a x) + b, the only reader of its input. Source: CoLA, arXiv:2502.10940."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, activation: str, gain: float):
+        super().__init__()
+        self.input = CoLAInput(in_features, rank, 1, activation)
+        self.output = scaled_linear(rank, out_features, bias, gain * self.input.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features)."""
+        return self.output(*self.input(x))
+
+
+def branch_output(config: FANformerConfig, in_features: int) -> nn.Module:
+    """Return the layer that ends a residual branch: a CoLA linear to width D, or at full rank a plain one."""
+    rank = config.cola_rank_for(in_features)
+    gain = (2 * config.num_hidden_layers) ** -0.5
+    if rank is None:
+        return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain)
+    return CoLALinear(in_features, config.hidden_size, rank, config.projection_bias, config.cola_activation, gain)
+
+
+class FANProjection(nn.Module):
+    """[cos(p), sin(p), g]: p = W_p u without bias, g = W_g v + b, u and v being act(W_a x) of a CoLA linear each, or x.
+
+    Source: FAN, arXiv:2502.21309, eq. 1, the linear maps low-rank as in CoLA.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float):
+        super().__init__()
+        periodic = int(fan_ratio * out_features)
+        self.periodic = scaled_linear(in_features, periodic, False, gain)
+        self.linear = scaled_linear(in_features, out_features - 2 * periodic, bias, gain)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Return (..., out_features) for `u` and `v` (..., in_features): P cosines, P sines, then the linear part."""
+        p = self.periodic(u)
+        return torch.cat((p.cos(), p.sin(), self.linear(v)), dim=-1)
+
+
+class FANLayer(nn.Module):
+    """FANLayer': [cos(p), sin(p), g] with p and g affine in x, D -> D, full rank; bias on p too, as in the published code.
+
+    Source: FANformer, arXiv:2502.21309, eq. 1 and appendix B (identity activation).
+    """
+
+    def __init__(self, width: int, fan_ratio: float):
+        super().__init__()
+        self.periodic_width = int(fan_ratio * width)
+        self.projection = scaled_linear(width, width - self.periodic_width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., D) to (..., D): P cosines, P sines, then the linear part."""
+        p, g = self.projection(x).tensor_split((self.periodic_width,), dim=-1)
+        return torch.cat((p.cos(), p.sin(), g), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention spelt out: query (B, H, T, K), key and value (B, G, S, K), additive mask (B, 1, T, S).
+
+    Returns:
+        (B, T, H, K) and the attention weights (B, H, T, S).
+    """
+    batch, heads, length, width = query.shape
+    grouped = query.view(batch, key.shape[1], -1, length, width)  # (B, G, H/G, T, K)
+    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scaling  # (B, G, H/G, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask.unsqueeze(2)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    output = (weights @ value.unsqueeze(2)).view(batch, heads, length, width)
+    return output.transpose(1, 2).contiguous(), weights.view(batch, heads, length, -1)
+
+
+class FANformerAttention(nn.Module):
+    """softmax(RoPE(Norm(q)) RoPE(Norm(k))^T / sqrt(K)) Norm(v) W_o, with FAN projections q, k, v and GQA.
+
+    Source: FANformer, arXiv:2502.21309, eq. 2-5 (ATF); HybridNorm, arXiv:2503.04598, eq. 5 (norms on q, k and v).
+    """
+
+    def __init__(self, config: FANformerConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_width = config.num_attention_heads * config.head_dim
+        key_value_width = config.num_key_value_heads * config.head_dim
+
+        self.fan_layer = None
+        if config.fan_placement == "layer":
+            self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
+        rank = config.cola_rank_for(config.hidden_size)
+        self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
+        self.qkv_input = CoLAInput(config.hidden_size, rank, 3 * self.readers, config.cola_activation)
+        width, gain = self.qkv_input.out_features, self.qkv_input.gain
+
+        def projection(out_features: int) -> nn.Module:
+            if config.fan_placement == "projection":
+                return FANProjection(width, out_features, config.fan_ratio, config.projection_bias, gain)
+            return scaled_linear(width, out_features, config.projection_bias, gain)
+
+        self.q_proj = projection(query_width)
+        self.k_proj = projection(key_value_width)
+        self.v_proj = projection(key_value_width)
+        self.o_proj = branch_output(config, query_width)
+
+        def norm(switched_on: bool) -> nn.Module:
+            return FANformerRMSNorm(config.head_dim, config.rms_norm_eps) if switched_on else nn.Identity()
+
+        self.q_norm = norm(config.qkv_norm != "none")
+        self.k_norm = norm(config.qkv_norm != "none")
+        self.v_norm = norm(config.qkv_norm == "qkv")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from every position of `hidden_states` (B, T, D) to itself and the positions before it.
+
+        Args:
+            hidden_states: (B, T, D).
+            position_embeddings: cosines and sines, each (B, T, 1, K/2).
+            attention_mask: what `create_causal_mask` made for the attention backend in use.
+            past_key_values: keys and values of earlier positions; this layer's are added.
+
+        Returns:
+            (B, T, D), and the attention weights (B, H, T, S) where the backend gives them.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        if self.fan_layer is not None:
+            hidden_states = self.fan_layer(hidden_states)
+        inputs = self.qkv_input(hidden_states)
+        n = self.readers
+        q = self.q_norm(self.q_proj(*inputs[:n]).view(shape))  # (B, T, H, K)
+        k = self.k_norm(self.k_proj(*inputs[n : 2 * n]).view(shape))  # (B, T, G, K)
+        v = self.v_norm(self.v_proj(*inputs[2 * n :]).view(shape))  # (B, T, G, K)
+        q = apply_rotary(q, *position_embeddings).transpose(1, 2)  # (B, H, T, K)
+        k = apply_rotary(k, *position_embeddings).transpose(1, 2)  # (B, G, T, K)
+        v = v.transpose(1, 2)  # (B, G, T, K)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, G, S, K)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.o_proj(output.reshape(*shape[:-2], -1)), weights
+
+
+class FANformerMLP(nn.Module):
+    """W_down(act(W_gate z) * W_up z), three CoLA linears. Source: SwiGLU, arXiv:2002.05202, eq. 6."""
+
+    def __init__(self, config: FANformerConfig):
+        super().__init__()
+        rank = config.cola_rank_for(config.hidden_size)
+        self.gate_up_input = CoLAInput(config.hidden_size, rank, 2, config.cola_activation)
+        width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
+        self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
+        self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
+        self.down_proj = branch_output(config, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map `z` (B, T, D) to (B, T, D), each position by itself."""
+        gate, up = self.gate_up_input(z)
+        return self.down_proj(self.act_fn(self.gate_proj(gate)) * self.up_proj(up))
+
+
+class FANformerResidual(nn.Module):
+    """x + sigmoid(g) * dropout(branch), g a learnable vector of width D; without a gate, x + dropout(branch)."""
+
+    def __init__(self, config: FANformerConfig):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(config.hidden_size)) if config.gated_residual else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add `branch` to `x`, both (B, T, D)."""
+        branch = self.dropout(branch)
+        return x + branch if self.gate is None else x + self.gate.sigmoid() * branch
+
+
+class FANformerDecoderLayer(GradientCheckpointingLayer):
+    """One block: y = x + attention(h), z = Norm(y), x' = z + FFN(z), both sums gated; h = Norm(x) in the first block.
+
+    Source: HybridNorm, arXiv:2503.04598, eq. 6-7. "hybrid" takes h = x in the first block too; "pre" takes
+    h = Norm(x) in every block and x' = y + FFN(z).
+    """
+
+    def __init__(self, config: FANformerConfig, layer_idx: int):
+        super().__init__()
+        pre_norm = config.norm_placement == "pre"
+        norm_attention = pre_norm or (config.norm_placement == "hybrid-star" and layer_idx == 0)
+        self.residual_after_norm = not pre_norm
+        self.input_layernorm: nn.Module = nn.Identity()
+        if norm_attention:
+            self.input_layernorm = FANformerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = FANformerAttention(config, layer_idx)
+        self.attention_residual = FANformerResidual(config)
+        self.post_attention_layernorm = FANformerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FANformerMLP(config)
+        self.mlp_residual = FANformerResidual(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Map `hidden_states` (B, T, D) to (B, T, D); keyword arguments go to the attention."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        y = self.attention_residual(hidden_states, attended)
+        z = self.post_attention_layernorm(y)
+        return self.mlp_residual(z if self.residual_after_norm else y, self.mlp(z))
+
+
+class FANformerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, common to all FANformer models.
+
+    Initialisation, all weights normal with mean 0; a product of unit-variance inputs has unit variance:
+
+    | weight                          | standard deviation                                          |
+    |---------------------------------|-------------------------------------------------------------|
+    | embedding (untied)              | `embedding_initializer_range`                               |
+    | LM head, tied embedding         | `initializer_range`                                         |
+    | W_a, and full-rank layers       | 1 / sqrt(inputs)                                            |
+    | W_b                             | gain / sqrt(R), gain = 1 / sqrt(E[act(x)^2]), x ~ N(0, 1)   |
+    | the last factor of o and down   | the above / sqrt(2L) (Megatron; HybridNorm, arXiv:2503.04598, table 5) |
+    | biases, gates; norms            | all 0; all 1                                                |
+    """
+
+    config: FANformerConfig
+    config_class = FANformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FANformerDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": FANformerDecoderLayer, "attentions": FANformerAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and hasattr(module, "initializer_std"):
+            init.normal_(module.weight, std=module.initializer_std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
+            init.normal_(module.weight, std=self.config.embedding_initializer_range)
+        elif isinstance(module, FANformerResidual) and module.gate is not None:
+            init.zeros_(module.gate)
+        elif isinstance(module, FANformerRotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies()[0])
+        else:
+            super()._init_weights(module)
+
+
+def packed_documents(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Number the documents of packed rows: a new one starts wherever positions do not go on by 1.
+
+    Positions that `attention_mask` leaves out count as absent, so padding starts no document.
+
+    Args:
+        position_ids: (B, T) or (1, T).
+        attention_mask: (B, T), 1 for a token and 0 for padding, or None.
+
+    Returns:
+        (B, T) int64, or None where every row is one document (not looked for while tracing: always a tensor there).
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if attention_mask is None:
+        jump = torch.diff(position_ids - index, dim=-1) != 0
+        starts = F.pad(jump, (1, 0), value=False)
+    else:
+        present = attention_mask.bool()
+        offset = position_ids - present.cumsum(-1)
+        last = torch.where(present, index, -1).cummax(-1).values
+        previous = F.pad(last[:, :-1], (1, 0), value=-1)  # the last token before this one, -1 for none
+        starts = present & (previous >= 0) & (offset != offset.gather(1, previous.clamp(min=0)))
+    if not is_tracing(starts) and not starts.any():
+        return None
+    return starts.cumsum(-1)
+
+
+class FANformerModel(FANformerPreTrainedModel):
+    """The decoder without its LM head: embedding, L blocks, final norm."""
+
+    def __init__(self, config: FANformerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(FANformerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = FANformerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = FANformerRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder over token ids or embeddings.
+
+        Args:
+            input_ids: (B, T) int64; exactly one of this and `inputs_embeds`.
+            attention_mask: (B, S), 1 for tokens and 0 for padding; or what the attention backend takes, 4-D.
+            position_ids: (B, T); default 0, 1, ... after the cached ones. Where they jump within a row that starts
+                without cached positions, a new document starts, and documents do not attend to each other.
+            past_key_values: cache of earlier positions, extended in place.
+            inputs_embeds: (B, T, D).
+            use_cache: whether to make a cache where none is given; default from the configuration.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if the attention backend
+                cannot apply `attention_dropout`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given, got both or neither.")
+        if self.training and self.config.attention_dropout and self.config._attn_implementation == "flex_attention":
+            raise ValueError(
+                f"`attention_dropout` is {self.config.attention_dropout}, which flex_attention cannot apply: "
+                'set it to 0 or use attn_implementation="sdpa".'
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        positions_given = position_ids is not None
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=self._same_document(position_ids, attention_mask, past_key_values)
+            if positions_given
+            else None,
+        )
+        position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _same_document(
+        self, position_ids: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> Callable | None:
+        """Return the mask function that keeps packed documents apart, or None where there is nothing to keep apart."""
+        length = position_ids.shape[1]
+        if length == 1 or (attention_mask is not None and attention_mask.shape[1:] != (length,)):
+            return None  # one token continues its document; a 4-D mask already says everything
+        keys = length
+        if past_key_values is not None:
+            if past_key_values.get_seq_length() != 0:
+                return None  # a later chunk of one long document
+            keys = past_key_values.get_mask_sizes(length, 0)[0]
+        documents = packed_documents(position_ids, attention_mask)
+        if documents is None:
+            return None
+        key_documents = F.pad(documents, (0, keys - length), value=-1)  # a static cache is longer than the row
+        single = documents.shape[0] == 1  # position_ids may be shared by the batch
+
+        def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            row = batch * 0 if single else batch
+            return documents[row, query] == key_documents[row, key]
+
+        return same_document
+
+
+class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
+    """FANformer with an LM head: logits (B, T, V), and the loss where labels are given."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: FANformerConfig):
+        super().__init__(config)
+        self.model = FANformerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at every position; arguments as in `FANformerModel.forward`, and:
+
+        Args:
+            labels: (B, T) int64, the input ids themselves (they are shifted here), -100 where nothing is predicted.
+                A keyword `shift_labels` of the same shape holds labels that are shifted already, and replaces them.
+            logits_to_keep: compute logits for this many last positions only, or for these indices; 0 is all.
+
+        Returns:
+            `loss` in nats per predicted token (a scalar, where labels are given) and `logits` (B, T, V).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["FANformerForCausalLM", "FANformerModel", "FANformerPreTrainedModel"]

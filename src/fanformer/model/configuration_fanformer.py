@@ -1,7 +1,7 @@
 """Configuration of FANformer: every field of the model, its meaning, unit, range and source."""
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -23,7 +23,6 @@ _FOREIGN_KEYS = frozenset(
         "rope_scaling",
         "rope_theta",
         "torch_dtype",
-        "use_return_dict",
     }
 )
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -109,7 +108,7 @@ class FANformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         fields = type(self).__dataclass_fields__
         for key in kwargs:
             if key not in _FOREIGN_KEYS and not key.startswith("_"):
@@ -117,7 +116,7 @@ class FANformerConfig(PreTrainedConfig):
                 raise ValueError(f"`{key}` is not a field of FANformerConfig: did you mean `{near}`?")
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the rules that join several fields, and the ranges of single ones."""
         for name in (
             "vocab_size",
@@ -133,11 +132,17 @@ class FANformerConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.fan_ratio <= 0.5:
             raise ValueError(
-                f"`fan_ratio` must be in [0, 0.5], got {self.fan_ratio}: cos and sin each take this share of the output."
+                f"`fan_ratio` must be in [0, 0.5], got {self.fan_ratio}: "
+                "cos and sin each take this share of the output."
             )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("initializer_range", "embedding_initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}: it is a standard deviation.")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"`rms_norm_eps` must be above 0, got {self.rms_norm_eps}: it keeps RMSNorm finite at 0.")
         if self.cola_rank is not None and self.cola_rank < 1:
             raise ValueError(f"`cola_rank` must be at least 1 or None, got {self.cola_rank}.")
         if self.cola_rank_ratio is not None and not 0 < self.cola_rank_ratio <= 1:
@@ -146,16 +151,28 @@ class FANformerConfig(PreTrainedConfig):
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {self.num_attention_heads} and "
-                f"{self.num_key_value_heads}: each key-value head serves the same number of query heads."
+                "`num_attention_heads` must be a multiple of `num_key_value_heads`, "
+                f"got {self.num_attention_heads} and {self.num_key_value_heads}: "
+                "each key-value head serves the same number of query heads."
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even, got {self.head_dim}: RoPE turns pairs of channels.")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be in [0, vocab_size), got {self.pad_token_id} of {self.vocab_size}: "
+                "it is a row of the embedding."
+            )
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
         if rope_type not in _STATIC_ROPE_TYPES:
             raise ValueError(
                 f"`rope_parameters['rope_type']` must be one of {', '.join(_STATIC_ROPE_TYPES)}, got {rope_type!r}: "
                 "types whose frequencies depend on the sequence at hand are not supported."
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"`rope_parameters['partial_rotary_factor']` must be 1.0, got {rope['partial_rotary_factor']}: "
+                "all channels of a head are turned."
             )
 
     def cola_rank_for(self, in_features: int) -> int | None:

@@ -14,6 +14,7 @@ What differs from Llama, each a field of the configuration:
 - every residual branch is multiplied by sigmoid(g), g learnable (gated residuals).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
@@ -38,9 +39,12 @@ from .configuration_fanformer import FANformerConfig
 
 
 class FANformerRMSNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), the mean over the last dimension in float32. Source: arXiv:1910.07467, eq. 4."""
+    """y = w * x / sqrt(mean(x^2) + eps), the mean over the last dimension, in float32.
 
-    def __init__(self, width: int, eps: float):
+    Source: RMSNorm, arXiv:1910.07467, eq. 4.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
@@ -55,31 +59,33 @@ class FANformerRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def default_rope_frequencies(config: FANformerConfig) -> tuple[Tensor, float]:
+def default_rope_frequencies(config: FANformerConfig, device: torch.device) -> tuple[Tensor, float]:
     """Return (theta^(-2i/K) for i in [0, K/2), scale 1). Source: RoPE, arXiv:2104.09864, section 3.2.2."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    assert config.rope_parameters is not None, "transformers fills in rope_parameters"
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
 
 class FANformerRotaryEmbedding(nn.Module):
-    """The angles t * frequency_i of every position t, as cosines and sines."""
+    """The angles t * frequency_i of every position t, as cosines and sines.
 
-    def __init__(self, config: FANformerConfig):
+    The K/2 frequencies are computed anew each time: a buffer of them would be lost on the meta device and rounded by a
+    cast to bfloat16.
+    """
+
+    def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
+        assert config.rope_parameters is not None, "transformers fills in rope_parameters"
         self.config = config
-        inv_freq, self.attention_scaling = self.frequencies()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def frequencies(self) -> tuple[Tensor, float]:
-        """Return the K/2 inverse frequencies and the factor on cosines and sines for the configured `rope_type`."""
-        rope_type = self.config.rope_parameters["rope_type"]
-        return ROPE_INIT_FUNCTIONS.get(rope_type, default_rope_frequencies)(self.config)
+        self.frequencies = ROPE_INIT_FUNCTIONS.get(config.rope_parameters["rope_type"], default_rope_frequencies)
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (B, T, 1, K/2) in `dtype`, computed in float32, for `position_ids` (B, T)."""
-        angles = position_ids[..., None, None].float() * self.inv_freq.float()  # (B, T, 1, K/2)
-        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+        """Return cosines and sines (B, T, 1, K/2) in `dtype` for `position_ids` (B, T), from float32 or wider."""
+        frequencies, scale = self.frequencies(self.config, position_ids.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = position_ids[..., None, None].to(wide) * frequencies.to(wide)  # (B, T, 1, K/2)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ class CoLAInput(nn.Module):
     At full rank (rank None) there is no first factor, and each reader gets x itself.
     """
 
-    def __init__(self, in_features: int, rank: int | None, count: int, activation: str):
+    def __init__(self, in_features: int, rank: int | None, count: int, activation: str) -> None:
         super().__init__()
         self.count = count
         self.out_features = in_features if rank is None else rank
@@ -123,7 +129,9 @@ class CoLAInput(nn.Module):
 class CoLALinear(nn.Module):
     """y = W_b act(W_a x) + b, the only reader of its input. Source: CoLA, arXiv:2502.10940."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, activation: str, gain: float):
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool, activation: str, gain: float
+    ) -> None:
         super().__init__()
         self.input = CoLAInput(in_features, rank, 1, activation)
         self.output = scaled_linear(rank, out_features, bias, gain * self.input.gain)
@@ -148,7 +156,7 @@ class FANProjection(nn.Module):
     Source: FAN, arXiv:2502.21309, eq. 1, the linear maps low-rank as in CoLA.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float):
+    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float) -> None:
         super().__init__()
         periodic = int(fan_ratio * out_features)
         self.periodic = scaled_linear(in_features, periodic, False, gain)
@@ -161,12 +169,13 @@ class FANProjection(nn.Module):
 
 
 class FANLayer(nn.Module):
-    """FANLayer': [cos(p), sin(p), g] with p and g affine in x, D -> D, full rank; bias on p too, as in the published code.
+    """FANLayer': [cos(p), sin(p), g] with p and g affine in x, D -> D, at full rank.
 
-    Source: FANformer, arXiv:2502.21309, eq. 1 and appendix B (identity activation).
+    Source: FANformer, arXiv:2502.21309, eq. 1 and appendix B (identity activation); the bias on p, too, is that of the
+    published code.
     """
 
-    def __init__(self, width: int, fan_ratio: float):
+    def __init__(self, width: int, fan_ratio: float) -> None:
         super().__init__()
         self.periodic_width = int(fan_ratio * width)
         self.projection = scaled_linear(width, width - self.periodic_width, bias=True)
@@ -209,7 +218,7 @@ class FANformerAttention(nn.Module):
     Source: FANformer, arXiv:2502.21309, eq. 2-5 (ATF); HybridNorm, arXiv:2503.04598, eq. 5 (norms on q, k and v).
     """
 
-    def __init__(self, config: FANformerConfig, layer_idx: int):
+    def __init__(self, config: FANformerConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -261,6 +270,7 @@ class FANformerAttention(nn.Module):
             position_embeddings: cosines and sines, each (B, T, 1, K/2).
             attention_mask: what `create_causal_mask` made for the attention backend in use.
             past_key_values: keys and values of earlier positions; this layer's are added.
+            **kwargs: what the attention backend takes besides.
 
         Returns:
             (B, T, D), and the attention weights (B, H, T, S) where the backend gives them.
@@ -290,7 +300,7 @@ class FANformerAttention(nn.Module):
 class FANformerMLP(nn.Module):
     """W_down(act(W_gate z) * W_up z), three CoLA linears. Source: SwiGLU, arXiv:2002.05202, eq. 6."""
 
-    def __init__(self, config: FANformerConfig):
+    def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
         rank = config.cola_rank_for(config.hidden_size)
         self.gate_up_input = CoLAInput(config.hidden_size, rank, 2, config.cola_activation)
@@ -309,7 +319,7 @@ class FANformerMLP(nn.Module):
 class FANformerResidual(nn.Module):
     """x + sigmoid(g) * dropout(branch), g a learnable vector of width D; without a gate, x + dropout(branch)."""
 
-    def __init__(self, config: FANformerConfig):
+    def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(config.hidden_size)) if config.gated_residual else None
         self.dropout = nn.Dropout(config.dropout)
@@ -327,7 +337,7 @@ class FANformerDecoderLayer(GradientCheckpointingLayer):
     h = Norm(x) in every block and x' = y + FFN(z).
     """
 
-    def __init__(self, config: FANformerConfig, layer_idx: int):
+    def __init__(self, config: FANformerConfig, layer_idx: int) -> None:
         super().__init__()
         pre_norm = config.norm_placement == "pre"
         norm_attention = pre_norm or (config.norm_placement == "hybrid-star" and layer_idx == 0)
@@ -347,6 +357,15 @@ class FANformerDecoderLayer(GradientCheckpointingLayer):
         y = self.attention_residual(hidden_states, attended)
         z = self.post_attention_layernorm(y)
         return self.mlp_residual(z if self.residual_after_norm else y, self.mlp(z))
+
+
+# Where a saved folder has the class behind each Auto class; transformers alone names only the class that is saved, and
+# vLLM looks for AutoModel.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_fanformer.FANformerConfig",
+    "AutoModel": "modeling_fanformer.FANformerModel",
+    "AutoModelForCausalLM": "modeling_fanformer.FANformerForCausalLM",
+}
 
 
 class FANformerPreTrainedModel(PreTrainedModel):
@@ -386,10 +405,13 @@ class FANformerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
         elif isinstance(module, FANformerResidual) and module.gate is not None:
             init.zeros_(module.gate)
-        elif isinstance(module, FANformerRotaryEmbedding):
-            init.copy_(module.inv_freq, module.frequencies()[0])
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save weights, configuration and code to a folder; arguments as in `PreTrainedModel.save_pretrained`."""
+        self.config.auto_map = dict(_AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def packed_documents(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -422,9 +444,10 @@ def packed_documents(position_ids: Tensor, attention_mask: Tensor | None) -> Ten
 class FANformerModel(FANformerPreTrainedModel):
     """The decoder without its LM head: embedding, L blocks, final norm."""
 
-    def __init__(self, config: FANformerConfig):
+    def __init__(self, config: FANformerConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: it would freeze a row, and most tokenizers pad with the start or end token.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(FANformerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = FANformerRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = FANformerRotaryEmbedding(config)
@@ -453,6 +476,7 @@ class FANformerModel(FANformerPreTrainedModel):
             past_key_values: cache of earlier positions, extended in place.
             inputs_embeds: (B, T, D).
             use_cache: whether to make a cache where none is given; default from the configuration.
+            **kwargs: passed down to the attention backend.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if the attention backend
@@ -528,7 +552,7 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
-    def __init__(self, config: FANformerConfig):
+    def __init__(self, config: FANformerConfig) -> None:
         super().__init__(config)
         self.model = FANformerModel(config)
         self.vocab_size = config.vocab_size
@@ -548,12 +572,19 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict the next token at every position; arguments as in `FANformerModel.forward`, and:
+        """Predict the next token at every position.
 
         Args:
+            input_ids: as in `FANformerModel.forward`, like the next five.
+            attention_mask: see there.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            use_cache: see there.
             labels: (B, T) int64, the input ids themselves (they are shifted here), -100 where nothing is predicted.
                 A keyword `shift_labels` of the same shape holds labels that are shifted already, and replaces them.
             logits_to_keep: compute logits for this many last positions only, or for these indices; 0 is all.
+            **kwargs: passed down to the attention backend and to the loss.
 
         Returns:
             `loss` in nats per predicted token (a scalar, where labels are given) and `logits` (B, T, V).
@@ -567,7 +598,8 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` trains a model and lets it write, `make test` proves that everything works.
+# Each sets up .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: setup setup-dev demo test test-ci test-all check bench clean
+
+setup: $(VENV)/.core
+setup-dev: $(VENV)/.dev
+
+$(VENV)/.core: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# Train the nano preset on Python's standard library in five minutes, unless it is trained already; then let it write.
+demo: setup
+	$(BIN)/python benchmarks/demo.py --output-dir runs/demo
+
+test: setup-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow and not ci and not gpu"
+
+# What needs environments of its own, several processes, or minutes.
+test-ci: setup-dev
+	$(BIN)/python -m pytest -m "slow or ci"
+
+test-all: test test-ci
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup-dev
+	$(BIN)/python benchmarks/malloc.py --write
+	$(BIN)/python benchmarks/nano.py --write
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,106 @@
+"""`fanformer chat`: read a line, write the answer as it comes, again."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fanformer.cli.generate import write_now
+from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options
+from fanformer.errors import ConfigError
+from fanformer.inference.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from fanformer.inference.loading import LoadedModel
+
+HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-C stops the text."
+
+
+@click.command(cls=Verb, example="fanformer chat runs/nano --max-length 60 --temperature 0.5")
+@click.argument("folder", metavar="DIR")
+@sampling_options()
+@device_option
+@dtype_option
+def chat(folder: str, device: str, dtype: str, **sampling: Any) -> None:
+    """Talk with the model saved in DIR, line by line.
+
+    A tokenizer with a chat template keeps the conversation; a base model continues each line as a new text.
+    Commands: /help, /reset, /exit. Ctrl-C stops the text; twice at the prompt, it leaves.
+    """
+    settings = GenerationSettings(**sampling)
+    from fanformer.inference.loading import load
+
+    loaded = load(folder, device, dtype)
+    converse(loaded, settings, name=folder)
+
+
+def converse(loaded: "LoadedModel", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()) -> None:
+    """Answer every line of standard input until its end or an exit word.
+
+    Args:
+        loaded: the model and its tokenizer.
+        settings: how answers are drawn; a seed is used for the first one and counted up.
+        name: what the notices call the model.
+        exit_words: lines that leave, besides /exit.
+    """
+    from fanformer.inference.chat import Conversation
+    from fanformer.inference.streaming import interruptible
+
+    conversation = Conversation(loaded.model, loaded.tokenizer, settings)
+    if not conversation.has_template:
+        _notice(f"{name} is a base model: it continues what you write, it has not learnt to answer.")
+    _notice(HELP)
+    while (line := read_line()) is not None:
+        command = line.strip()
+        if command == "/exit" or command in exit_words:
+            return
+        if command == "/help":
+            _notice(HELP)
+        elif command == "/reset":
+            conversation.reset()
+            _notice("conversation forgotten.")
+        elif command.startswith("/") and " " not in command:
+            _notice(f"no command {command}: {HELP}")
+        else:
+            try:
+                with interruptible() as interruption:
+                    forgotten = conversation.answer(line, write_now, interruption)
+            except ConfigError as error:
+                _notice(f"error: {error}")
+                continue
+            click.echo()
+            if forgotten:
+                _notice(f"the oldest {forgotten} messages no longer fit and are forgotten.")
+            if interruption.requested:
+                _notice("stopped.")
+
+
+def read_line() -> str | None:
+    """Return the next line of standard input without its end, or None at the end of input.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C comes twice in a row at a terminal, or once where input is no terminal.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+    import readline  # noqa: F401  gives input() a history and editing keys
+
+    warned = False
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            click.echo()
+            return None
+        except KeyboardInterrupt:
+            if warned:
+                raise
+            warned = True
+            click.echo()
+            _notice("Ctrl-C again leaves.")
+
+
+def _notice(text: str) -> None:
+    click.echo(text, err=True)

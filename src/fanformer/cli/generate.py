@@ -1,0 +1,97 @@
+"""`fanformer generate`: continue one prompt as it is written, or many from a file."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fanformer.cli.failure import INTERRUPTED
+from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options
+from fanformer.errors import ConfigError, DataError
+from fanformer.inference.settings import GenerationSettings
+
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+@click.command(cls=Verb, example="fanformer generate runs/nano 'def ' --max-length 50 --seed 1")
+@click.argument("folder", metavar="DIR")
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.option("--prompts-file", metavar="FILE", help="Text file with one prompt a line; - reads standard input.")
+@click.option("--batch-size", default=8, help="Prompts that are continued together.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of text.")
+@sampling_options()
+@device_option
+@dtype_option
+def generate(
+    folder: str,
+    prompts: tuple[str, ...],
+    prompts_file: str | None,
+    batch_size: int,
+    as_json: bool,
+    device: str,
+    dtype: str,
+    **sampling: Any,
+) -> int:
+    """Continue each PROMPT with the model saved in DIR; without one, begin a new text.
+
+    A single text is written as it comes, prompt first. Ctrl-C stops it there. The same seed gives the same text, in
+    whatever batch; equal prompts of one call get different texts.
+    """
+    settings = GenerationSettings(**sampling)
+    if prompts and prompts_file is not None:
+        raise ConfigError("prompts come from one place, got PROMPT and --prompts-file: keep one of them.")
+    texts = read_prompts(prompts_file) if prompts_file is not None else list(prompts) or [""]
+
+    from fanformer.inference import generation
+    from fanformer.inference.loading import load
+    from fanformer.inference.streaming import interruptible
+
+    model, tokenizer = load(folder, device, dtype)
+    streamed = len(texts) == 1 and not as_json
+    with interruptible() as interruption:
+        completions = generation.iterate(
+            model,
+            tokenizer,
+            texts,
+            settings,
+            on_text=write_now if streamed else None,
+            batch_size=batch_size,
+            interruption=interruption,
+        )
+        if streamed:
+            write_now(texts[0])
+        for completion in completions:
+            if as_json:
+                write_now(json.dumps(dataclasses.asdict(completion), ensure_ascii=False) + "\n")
+            else:
+                write_now("\n" if streamed else f"{completion.prompt}{completion.text}\n\n")
+    return INTERRUPTED if interruption.requested else 0
+
+
+def write_now(text: str) -> None:
+    """Write `text` to standard output without waiting for the end of a line.
+
+    On a terminal, control characters but tab and line feed come as U+FFFD: a model may write what would command it.
+    """
+    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)  # click.echo would drop some of it
+    sys.stdout.flush()
+
+
+def read_prompts(source: str) -> list[str]:
+    """Return the lines of the file `source`, or of standard input for `-`.
+
+    Raises:
+        DataError: if there are none, or they are not UTF-8.
+    """
+    name = "standard input" if source == "-" else str(Path(source).absolute())
+    content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompts must be UTF-8, got byte {content[error.start]:#x} in {name}: convert it.") from error
+    if not lines:
+        raise DataError(f"no prompts in {name}: expected one a line.")
+    return lines

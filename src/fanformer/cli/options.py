@@ -1,0 +1,91 @@
+"""What the verbs have in common: their class, and options that several of them take."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from fanformer.errors import did_you_mean
+from fanformer.inference.settings import GenerationSettings
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _debug_option() -> click.Option:
+    # Read by failure.run_command from the words themselves, since parsing may be what fails.
+    return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+
+
+class Verb(click.Command):
+    """A command whose help shows all defaults and ends with an example, and that takes `--debug`."""
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any):
+        kwargs["epilog"] = f"\b\nExample:\n  {example}"
+        kwargs["context_settings"] = {"show_default": True, "max_content_width": 100}
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+
+class VerbGroup(click.Group):
+    """A group of verbs, such as `fanformer data`; an unknown one comes with the nearest that exists."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb that `args` begin with.
+
+        Raises:
+            UsageError: if there is none of that name.
+        """
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            suggestion = did_you_mean(args[0], self.list_commands(ctx)).rstrip(".")
+            raise click.UsageError(f"no command `{args[0]}`: {suggestion}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def device_option(function: Function) -> Function:
+    """Add `--device`: where to compute."""
+    return click.option(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|mps",
+        help="Where to compute; auto takes cuda, else mps, else cpu. One that is not there is an error.",
+    )(function)
+
+
+def dtype_option(function: Function) -> Function:
+    """Add `--dtype`: the number format of the weights."""
+    return click.option(
+        "--dtype",
+        default="auto",
+        metavar="auto|float32|bfloat16|float16",
+        help="Number format of the weights; auto takes the one they were saved in.",
+    )(function)
+
+
+def sampling_options(separator: str = "-") -> Callable[[Function], Function]:
+    """Return a decorator that adds the fields of GenerationSettings as flags.
+
+    Args:
+        separator: between the words of a flag's name.
+    """
+
+    def add(function: Function) -> Function:
+        for item in reversed(dataclasses.fields(GenerationSettings)):
+            kind = int if item.default is None else type(item.default)
+            text = item.metadata["help"]
+            function = click.option(
+                f"--{item.name.replace('_', separator)}",
+                item.name,
+                type=kind,
+                default=item.default,
+                help=f"{text[0].upper()}{text[1:]}.",
+            )(function)
+        return function
+
+    return add

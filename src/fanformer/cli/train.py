@@ -1,0 +1,129 @@
+"""`fanformer train`: train a model, and draw what happens."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fanformer.cli.options import Verb
+from fanformer.training.configuration import (
+    RunConfig,
+    parse_count,
+    parse_duration,
+    parse_setting,
+    preset_names,
+    resolve,
+)
+
+# Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
+_FLAGS = (
+    "data",
+    "eval_data",
+    "output_dir",
+    "init_from",
+    "seed",
+    "max_steps",
+    "tokens",
+    "epochs",
+    "max_time",
+    "batch_size",
+    "sequence_length",
+    "learning_rate",
+    "optimizer",
+    "schedule",
+    "save_steps",
+    "eval_steps",
+    "keep_last",
+    "tokenizer",
+    "vocab_size",
+    "compile",
+    "precision",
+    "device",
+    "push_to_hub",
+)
+_PARSERS: dict[str, Callable[[str], Any]] = {"max_time": parse_duration, "tokens": parse_count}
+
+
+def _flag(name: str) -> Callable[[Any], Any]:
+    item = next(field for field in dataclasses.fields(RunConfig) if field.name == name)
+    help_text = item.metadata["help"][:1].upper() + item.metadata["help"][1:]
+    if "default" not in help_text and item.default is not None:
+        help_text += f"  [default: {item.default}, or the preset's]"
+    text = item.type if isinstance(item.type, str) else str(item.type)
+    kind = str if name in _PARSERS else int if "int" in text else float if "float" in text else str
+    return click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=f"{help_text}.")
+
+
+def _training_flags(function: Any) -> Any:
+    for name in reversed(_FLAGS):
+        function = _flag(name)(function)
+    return function
+
+
+@click.command(cls=Verb, example="fanformer train --preset nano --data stdlib --max-time 5m --output-dir runs/nano")
+@click.option(
+    "--preset", default=None, help=f"Model and recipe to start from: {', '.join(preset_names())}  [default: nano]."
+)
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of run fields, such as a run.yaml."
+)
+@_training_flags
+@click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint of the output folder.")
+@click.option("--overwrite", is_flag=True, help="Delete the run that the output folder holds.")
+@click.option(
+    "--p",
+    "fan_ratio",
+    type=float,
+    default=None,
+    help="Share of Q, K and V given to cos, and again to sin.  [default: 0.15]",
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run, or model.FIELD.")
+def train(
+    preset: str | None, config_file: Path | None, fan_ratio: float | None, settings: tuple[str, ...], **flags: Any
+) -> None:
+    """Train a model and leave a complete `transformers` folder behind.
+
+    The folder holds safetensors weights, tokenizer, model card, run.yaml, metrics.jsonl and loss.png.
+    """
+    overrides = {
+        name: _PARSERS.get(name, lambda value: value)(value) for name, value in flags.items() if value is not None
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not False}
+    overrides |= dict(map(parse_setting, settings))
+    if preset is not None:
+        overrides["preset"] = preset
+    if fan_ratio is not None:
+        overrides["model.fan_ratio"] = fan_ratio
+    config = resolve_run(config_file, overrides)
+    run_and_report(config)
+
+
+def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a new run, or of the one that is resumed with the given fields changed."""
+    if overrides.get("resume") and config_file is None:
+        folder = Path(overrides.get("output_dir") or f"runs/{overrides.get('preset', 'nano')}")
+        if (folder / "run.yaml").is_file():
+            config_file = folder / "run.yaml"
+    config = resolve(config_file=config_file, overrides=overrides)
+    return config if overrides.get("resume") else dataclasses.replace(config, resume=False)
+
+
+def run_and_report(config: RunConfig) -> None:
+    """Train, draw the progress, and print the result; shared with HybridFun.py."""
+    from fanformer.cli.report import TerminalReporter
+    from fanformer.training.run import train as train_model
+
+    with TerminalReporter() as reporter:
+        result = train_model(config, reporter)
+    click.echo(
+        f"held-out loss {result.held_out.loss:.4f} nats per token, {result.held_out.bits_per_byte:.4f} bits per byte"
+    )
+    references = {"gzip -9": result.gzip_bits_per_byte, "xz -9": result.xz_bits_per_byte}
+    for name, value in references.items():
+        if value is not None:
+            click.echo(f"  {name} on the same bytes: {value:.4f} bits per byte")
+    if not result.reached_end:
+        click.echo("the time limit ended the run before its last step: go on with --resume and a larger --max-time")
+    click.echo(f"model: {result.folder}")

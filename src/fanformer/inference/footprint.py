@@ -1,0 +1,144 @@
+"""What a model costs to hold and to run: parameters by part, operations per token, memory."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import fanformer.model  # noqa: F401  registers the Auto classes
+
+PARTS = (
+    "embedding",
+    "q",
+    "k",
+    "v",
+    "o",
+    "gate",
+    "up",
+    "down",
+    "fan_layer",
+    "norms",
+    "gates",
+    "final_norm",
+    "head",
+    "other",
+)
+"""Parts in the order of the forward pass; `other` is what an architecture has beside Llama's and FANformer's."""
+
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
+_SHARED = {"qkv_input": ("q", "k", "v"), "gate_up_input": ("gate", "up")}
+_NAMES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "fan_layer": "fan_layer",
+    "attention_residual": "gates",
+    "mlp_residual": "gates",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Counts of one model; parameters are numbers, memory is in bytes, operations count a multiply-add as 2."""
+
+    total: int
+    trainable: int
+    parts: dict[str, int]
+    """Parameters of each part of PARTS, over all layers."""
+    layer_parts: dict[str, int]
+    """Parameters of each part in the last block; the first one may have a norm more."""
+    matrix_weights: int
+    """Weights that a token is multiplied with: all matrices, the embedding only where it is the head too."""
+    sequence_length: int
+    """T of the figures below: the model's longest sequence."""
+    attention_operations: int
+    """4 L H K T: a token's query against T keys, and the weighted sum of T values."""
+    cache_bytes_per_token: dict[str, int]
+    """Keys and values, 2 L G K numbers, by dtype."""
+
+    @property
+    def per_layer(self) -> int:
+        """Parameters of the last block."""
+        return sum(self.layer_parts.values())
+
+    @property
+    def forward_operations(self) -> int:
+        """Operations of a forward pass per token, at sequence length T."""
+        return 2 * self.matrix_weights + self.attention_operations
+
+    @property
+    def training_operations(self) -> int:
+        """Operations of a training step per token: the backward pass costs twice the forward pass."""
+        return 3 * self.forward_operations
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Memory of the weights by dtype."""
+        return {"float32": 4 * self.total, "bfloat16": 2 * self.total}
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory of weights, gradients and AdamW's two averages in float32, without activations."""
+        return 16 * self.trainable
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the causal language model of `config` without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def part_of(name: str) -> tuple[str, ...]:
+    """Return the parts of PARTS that the parameter called `name` belongs to; a shared first factor to several."""
+    words = name.split(".")
+    for word in words:
+        if word in _SHARED:
+            return _SHARED[word]
+        if word in _NAMES:
+            return (_NAMES[word],)
+    if "norm" in name:
+        return ("norms",) if _BLOCK.search(f".{name}") else ("final_norm",)
+    return ("other",)
+
+
+def footprint(config: PreTrainedConfig) -> Footprint:
+    """Count the model of `config`, which is built on the meta device only."""
+    model = meta_model(config)
+    parts: Counter[str] = Counter()
+    last_block: Counter[str] = Counter()
+    last = config.num_hidden_layers - 1
+    matrices = 0
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        owners = part_of(name)
+        block = _BLOCK.search(f".{name}")
+        for owner in owners:
+            parts[owner] += count // len(owners)
+            if block is not None and int(block[1]) == last:
+                last_block[owner] += count // len(owners)
+        is_lookup = parameter is model.get_input_embeddings().weight
+        if parameter.dim() > 1 and (not is_lookup or parameter is model.get_output_embeddings().weight):
+            matrices += count
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    cached = 2 * config.num_hidden_layers * key_value_heads * head_dim
+    length = config.max_position_embeddings
+    return Footprint(
+        total=model.num_parameters(),
+        trainable=model.num_parameters(only_trainable=True),
+        parts={part: parts[part] for part in PARTS if parts[part]},
+        layer_parts={part: last_block[part] for part in PARTS if last_block[part]},
+        matrix_weights=matrices,
+        sequence_length=length,
+        attention_operations=4 * config.num_hidden_layers * heads * head_dim * length,
+        cache_bytes_per_token={"float32": 4 * cached, "bfloat16": 2 * cached},
+    )

@@ -1,0 +1,269 @@
+"""Text that continues prompts: sampling that a seed reproduces, batches, streaming."""
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fanformer.data.tokenizer import encode_documents, start_token_id
+from fanformer.errors import CheckpointError, ConfigError
+from fanformer.inference.settings import GenerationSettings
+from fanformer.inference.streaming import Interruption, StopWhenInterrupted, TextDecoder, TextStreamer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continued prompt."""
+
+    prompt: str
+    text: str
+    """The continuation alone."""
+    tokens: int
+    """New tokens, the end token included."""
+    finish_reason: Literal["end", "length", "interrupted"]
+    tokens_per_second: float
+    """New tokens of this prompt over the seconds that its batch took."""
+    seed: int
+    """The seed that was used, given or drawn."""
+
+
+class KnownTokensOnly(LogitsProcessor):
+    """Makes ids that the tokenizer does not have impossible: padding of the vocabulary to a round size."""
+
+    def __init__(self, known: int):
+        self._known = known
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V) with minus infinity from id `known` on.
+
+        Raises:
+            CheckpointError: if a score is no number, which would otherwise come out as arbitrary text.
+        """
+        if scores.isnan().any():
+            raise CheckpointError(
+                "the model computes values that are no numbers: its dtype may be too narrow, try float32 or bfloat16."
+            )
+        return scores.index_fill(-1, torch.arange(self._known, scores.shape[-1], device=scores.device), -torch.inf)
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest score is a sample of the softmax; each row has its own random stream.
+
+    So the text of a prompt does not depend on which others share its batch, and no global random state is touched.
+
+    Source: the Gumbel-max trick, arXiv:1611.00712, section 2.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V) plus noise, in float32."""
+        # The noise is drawn on the CPU, where a seed means the same on every machine.
+        noise = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self._generators])
+        return scores.float() - noise.clamp_min(torch.finfo(torch.float32).tiny).log().to(scores.device)
+
+
+def iterate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None] | None = None,
+    *,
+    batch_size: int = 8,
+    interruption: Interruption | None = None,
+) -> Iterator[Completion]:
+    """Continue every prompt, batch by batch; the start token goes in front, as in training.
+
+    The text of a prompt depends on the weights, the prompt, the settings, the seed and the prompt's place in
+    `prompts`; not on the other prompts nor on `batch_size`, as far as batched and single arithmetic agree.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: texts; an empty one starts a new text.
+        settings: lengths and sampling.
+        on_text: is handed the text of a single prompt piece by piece, in whole characters.
+        batch_size: prompts that are continued together.
+        interruption: ends the text early when requested; prompts not begun are then left out.
+
+    Raises:
+        ConfigError: if a prompt and its continuation are longer than the model's positions, if a prompt is no valid
+            text, if the tokenizer has no start token, or if several prompts are to be streamed.
+        CheckpointError: if the model computes values that are no numbers.
+    """
+    if on_text is not None and len(prompts) != 1:
+        raise ConfigError(f"`on_text` streams the text of one prompt, got {len(prompts)}: call once for each.")
+    if batch_size < 1:
+        raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}.")
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        _check_length(model, prompt, ids, settings.max_length)
+    return continue_ids(
+        model, tokenizer, prompts, encoded, settings, on_text, batch_size=batch_size, interruption=interruption
+    )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None] | None = None,
+    *,
+    batch_size: int = 8,
+    interruption: Interruption | None = None,
+) -> list[Completion]:
+    """Continue every prompt and return all completions in order; everything else as in `iterate`."""
+    return list(iterate(model, tokenizer, prompts, settings, on_text, batch_size=batch_size, interruption=interruption))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Return the token ids of `prompt`, the start token in front; what looks like a special token is plain text.
+
+    Raises:
+        ConfigError: if the prompt is not valid Unicode, or the tokenizer has no token to start a text with.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"a prompt must be valid UTF-8, got {prompt[:40]!r}.") from error
+    return [start_token_id(tokenizer), *encode_documents(tokenizer, [prompt])[0]]
+
+
+def continue_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None] | None = None,
+    *,
+    batch_size: int = 8,
+    interruption: Interruption | None = None,
+) -> Iterator[Completion]:
+    """Continue prompts that are token ids already; `prompts` are their texts, the rest as in `iterate`."""
+    seed = secrets.randbits(32) if settings.seed is None else settings.seed
+    interruption = interruption or Interruption()
+    for start in range(0, len(encoded), batch_size):
+        if interruption.requested:
+            return
+        rows = encoded[start : start + batch_size]
+        streamer = TextStreamer(tokenizer, on_text) if on_text is not None else None
+        seeds = [_row_seed(seed, start + index) for index in range(len(rows))]
+        began = time.perf_counter()
+        outputs = _continue_batch(model, tokenizer, rows, settings, seeds, streamer, interruption)
+        seconds = time.perf_counter() - began
+        for prompt, row, (new_ids, ended) in zip(prompts[start:], rows, outputs, strict=False):
+            cut_short = interruption.requested and len(new_ids) < settings.max_length
+            yield Completion(
+                prompt=prompt,
+                text=_decode(tokenizer, row, new_ids),
+                tokens=len(new_ids),
+                finish_reason="end" if ended else "interrupted" if cut_short else "length",
+                tokens_per_second=len(new_ids) / seconds,
+                seed=seed,
+            )
+
+
+@torch.inference_mode()
+def _continue_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[list[int]],
+    settings: GenerationSettings,
+    seeds: Sequence[int],
+    streamer: TextStreamer | None,
+    interruption: Interruption,
+) -> list[tuple[list[int], bool]]:
+    """Return for each row its new token ids, and whether an end token is the last of them."""
+    end_ids = _end_ids(model, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
+    present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=present,
+        generation_config=GenerationConfig(
+            max_new_tokens=settings.max_length,
+            min_new_tokens=settings.min_length,
+            do_sample=False,  # the noise that _processors adds makes the most likely token a sample
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=padding,
+            eos_token_id=end_ids or None,
+        ),
+        logits_processor=_processors(tokenizer, settings, seeds),
+        stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
+        streamer=streamer,
+    )
+    results = []
+    for new_ids in output[:, width:].tolist():
+        end = next((index for index, token_id in enumerate(new_ids) if token_id in end_ids), None)
+        results.append((new_ids if end is None else new_ids[: end + 1], end is not None))
+    return results
+
+
+def _processors(
+    tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings, seeds: Sequence[int]
+) -> LogitsProcessorList:
+    processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
+    if settings.temperature == 0:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k > 0:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(GumbelNoise(seeds))
+    return processors
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids that end a text: the folder's generation settings, else its configuration, else its tokenizer."""
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return list(ids) if isinstance(ids, list) else [ids]
+    return []
+
+
+def _row_seed(seed: int, index: int) -> int:
+    """Return the seed of the prompt at place `index`, so that equal prompts of one call get different texts."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest(), "big")
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, prompt_ids: list[int], new_ids: list[int]) -> str:
+    decoder = TextDecoder(tokenizer, prompt_ids)
+    return "".join([*map(decoder.push, new_ids), decoder.finish()])
+
+
+def _check_length(model: PreTrainedModel, prompt: str, ids: list[int], max_length: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or len(ids) + max_length <= positions:
+        return
+    shown = prompt if len(prompt) <= 30 else prompt[:27] + "..."
+    room = positions - len(ids)
+    remedy = f"lower max_length to {room}" if room > 0 else f"shorten the prompt to fewer than {positions} tokens"
+    raise ConfigError(
+        f"prompt {shown!r} has {len(ids)} tokens with its start token, and max_length {max_length} more make "
+        f"{len(ids) + max_length}; the model has {positions} positions: {remedy}."
+    )

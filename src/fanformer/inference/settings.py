@@ -1,0 +1,42 @@
+"""How a continuation is drawn; torch-free, so that `--help` stays fast."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fanformer.errors import ConfigError
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a continuation is drawn; all lengths count new tokens.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    max_length: int = _setting(100, "most new tokens")
+    min_length: int = _setting(1, "fewest new tokens: the end token is not drawn before")
+    top_k: int = _setting(100, "draw from this many most likely tokens; 0 is all")
+    top_p: float = _setting(0.85, "draw from the fewest likely tokens of this total probability; 1 is all")
+    temperature: float = _setting(0.7, "divides the logits; 0 takes the most likely token always")
+    seed: int | None = _setting(None, "makes the text reproducible; default: a new one each time")
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(f"`max_length` must be at least 1 new token, got {self.max_length}.")
+        if not 0 <= self.min_length <= self.max_length:
+            raise ConfigError(
+                f"`min_length` must be between 0 and max_length ({self.max_length}), got {self.min_length}."
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"`top_k` must be at least 0, got {self.top_k}: 0 draws from all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"`top_p` must be in (0, 1], got {self.top_p}: 1 draws from all tokens.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"`temperature` must be at least 0 and finite, got {self.temperature}: 0 is greedy.")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"`seed` must be at least 0, got {self.seed}.")

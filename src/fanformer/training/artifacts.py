@@ -1,0 +1,180 @@
+"""What a run leaves behind besides weights: run.yaml, metrics.jsonl, loss.png and the model card."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fanformer.errors import CheckpointError, ConfigError
+
+RUN_FILE, METRICS_FILE, CURVE_FILE = "run.yaml", "metrics.jsonl", "loss.png"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that shapes a run's numbers."""
+    names = ("fanformer", "torch", "transformers", "tokenizers", "accelerate", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step, so that a reader sees the old or the new, never half."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write run.yaml: configuration, data, decisions, versions."""
+    write_text(folder / RUN_FILE, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """Read a run's run.yaml.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    path = folder / RUN_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"cannot read {path.absolute()} ({type(error).__name__}): is this the folder of a run?"
+        ) from error
+    if not isinstance(content, dict) or "configuration" not in content:
+        raise CheckpointError(f"{path.absolute()} holds no `configuration`: it was not written by `fanformer train`.")
+    return content
+
+
+def append_record(folder: Path, record: Mapping[str, float]) -> None:
+    """Add one line to metrics.jsonl."""
+    rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(rounded) + "\n")
+
+
+def read_records(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of metrics.jsonl."""
+    path = folder / METRICS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def forget_records_after(folder: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will train again."""
+    kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
+    write_text(folder / METRICS_FILE, "".join(kept))
+
+
+def plot_loss(folder: Path, title: str) -> None:
+    """Draw loss.png: training and held-out loss over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_records(folder)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
+        points = [(record["tokens"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.4, markersize=4)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / CURVE_FILE)
+    pyplot.close(figure)
+
+
+def model_card(run: Mapping[str, Any], record: Mapping[str, float], held_out: Mapping[str, Any], finished: bool) -> str:
+    """Return the README.md of a model folder, with the figures of this run only.
+
+    Args:
+        run: the content of run.yaml.
+        record: the latest figures, as in metrics.jsonl.
+        held_out: what the prepared data says of its held-out split.
+        finished: whether the run reached its planned end.
+    """
+    configuration, data = run["configuration"], run["data"]
+    rows = [
+        ("parameters", f"{run['parameters']:,}"),
+        ("steps", f"{record['step']:,} ({'finished' if finished else 'a checkpoint of a run under way'})"),
+        ("tokens trained on", f"{record['tokens']:,}"),
+        ("training loss", _figure(record, "loss", "nats per token")),
+        ("held-out loss", _figure(record, "val_loss", "nats per token")),
+        ("held-out bits per byte", _figure(record, "val_bits_per_byte", "")),
+        ("gzip -9 on the same held-out bytes", _compressor(held_out, "gzip_bytes")),
+        ("xz -9 on the same held-out bytes", _compressor(held_out, "xz_bytes")),
+        ("training data", f"`{configuration['data']}`, fingerprint `{data['fingerprint'][:16]}`"),
+        (
+            "optimizer, schedule",
+            f"{configuration['optimizer']}, {configuration['schedule']}, "
+            f"learning rate {configuration['learning_rate']}, {configuration['batch_size']} x "
+            f"{configuration['sequence_length']} tokens a step",
+        ),
+        ("seed", str(configuration["seed"])),
+        ("versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [fanformer, causal-lm]
+---
+
+# FANformer, preset {configuration["preset"]}
+
+A base language model (it continues text; it was not taught to follow instructions), trained with `fanformer train`.
+Written on {datetime.now(UTC):%Y-%m-%d}; every figure below was measured in this run.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+```
+
+`run.yaml` holds the whole configuration and every automatic decision; `metrics.jsonl` the curve.
+"""
+
+
+def push(folder: Path, repository: str) -> None:
+    """Upload a finished model folder to the hub; checkpoints and prepared data stay here.
+
+    Raises:
+        ConfigError: if the hub cannot be reached or refuses; the folder is complete all the same.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoint-*", "data/*", "held-out/*", ".*"]
+        )
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"`push_to_hub` {repository} failed ({reason}): the finished model is in {folder.absolute()}; "
+            f"send it later with `hf upload {repository} {folder}`."
+        ) from error
+
+
+def _figure(record: Mapping[str, float], key: str, unit: str) -> str:
+    return f"{record[key]:.4f} {unit}".strip() if key in record else "not measured"
+
+
+def _compressor(held_out: Mapping[str, Any], key: str) -> str:
+    size = held_out.get(key)
+    return f"{8 * size / held_out['bytes']:.4f} bits per byte" if size else "not measured"

@@ -1,0 +1,274 @@
+"""What a training run is told: presets, their recipes, and one frozen configuration with every field explained.
+
+This module imports neither torch nor transformers, so that `--help` stays fast.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fanformer.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named starting point: fields of FANformerConfig and fields of RunConfig that differ from their defaults."""
+
+    name: str
+    model: dict[str, Any]
+    run: dict[str, Any]
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that ship with the package."""
+    folder = resources.files("fanformer.training") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Return the preset called `name`.
+
+    Raises:
+        ConfigError: if there is no such preset; the message offers the nearest name.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"preset must be one that exists, got {name!r}: {did_you_mean(name, preset_names())}")
+    text = (resources.files("fanformer.training") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    return Preset(name, model=content["model"], run=content["run"])
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run; `run.yaml` in the output folder holds the resolved copy."""
+
+    preset: str = _setting("nano", "model and recipe to start from: nano, 92m or 1b")
+    model: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "fields of the model configuration"})
+    init_from: str | None = _setting(None, "folder of a saved model whose weights to start from")
+
+    data: str = _setting(
+        "stdlib", "stdlib, a file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or a prepared folder"
+    )
+    eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
+    held_out_fraction: float = _setting(0.05, "share of the documents that is held out")
+    tokenizer: str | None = _setting(None, "folder or hub name of a tokenizer; default: train one on the data")
+    vocab_size: int | None = _setting(None, "size of the tokenizer to train; default: the preset's vocabulary")
+    sequence_length: int = _setting(1024, "tokens per row")
+
+    output_dir: str | None = _setting(None, "folder of the run; default runs/PRESET")
+    resume: bool = _setting(False, "go on from the last complete checkpoint of the output folder")
+    overwrite: bool = _setting(False, "delete the run that the output folder holds")
+    save_steps: int | None = _setting(None, "steps between checkpoints; default: a tenth of the run")
+    keep_last: int = _setting(2, "checkpoints to keep")
+    push_to_hub: str | None = _setting(None, "hub repository that receives the finished folder")
+
+    max_steps: int | None = _setting(None, "optimizer steps to train")
+    tokens: int | None = _setting(None, "tokens to train on, as 500000, 3M or 2B")
+    epochs: float | None = _setting(None, "passes over the data to train")
+    max_time: float | None = _setting(
+        None, "wall-clock limit in seconds, as 90s, 5m or 2h30m; alone it sets the length of the run"
+    )
+
+    seed: int = _setting(0, "seed of initialisation, data order and dropout")
+    batch_size: int = _setting(16, "rows per optimizer step, over all processes")
+    micro_batch_size: int | None = _setting(None, "rows per forward pass and process; default: the whole batch")
+    optimizer: Literal["adamw", "muon"] = _setting(
+        "adamw", "muon orthogonalises the updates of the blocks' matrices; adamw does the rest"
+    )
+    learning_rate: float = _setting(3e-3, "peak learning rate of AdamW")
+    muon_learning_rate_scale: float = _setting(1.0, "Muon's learning rate over AdamW's; updates have AdamW's size")
+    embedding_learning_rate_scale: float = _setting(1.0, "the embedding's learning rate over the others'")
+    weight_decay: float = _setting(0.1, "decoupled weight decay of matrices")
+    beta1: float = _setting(0.9, "AdamW's decay of the gradient average")
+    beta2: float = _setting(0.95, "AdamW's decay of the squared-gradient average")
+    muon_momentum: float = _setting(0.95, "Muon's momentum")
+    max_grad_norm: float = _setting(1.0, "gradient norm above which gradients are scaled down; 0 is off")
+    schedule: Literal["wsd", "cosine"] = _setting(
+        "wsd", "learning rate over the run: warm-up, stable, decay, or a cosine"
+    )
+    warmup_fraction: float = _setting(0.05, "share of the run over which the learning rate rises from 0")
+    decay_fraction: float = _setting(0.4, "share of the run over which wsd falls")
+    min_learning_rate_ratio: float = _setting(0.0, "final learning rate over the peak")
+
+    eval_steps: int | None = _setting(None, "steps between held-out evaluations; default: a tenth of the run")
+    eval_tokens: int = _setting(65536, "held-out tokens per evaluation during training; the last one uses all")
+    log_steps: int | None = _setting(
+        None, "steps between lines of metrics.jsonl; default: a hundredth of the run, at most 50"
+    )
+    sample_prompt: str | None = _setting(None, "prompt continued after each evaluation; default: an empty one")
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "where to train")
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "auto measures whether bfloat16 products are faster here"
+    )
+    compile: Literal["auto", "on", "off"] = _setting(
+        "auto", "auto compiles where the planned run is long enough to pay for it"
+    )
+    threads: int | None = _setting(None, "CPU threads; default: one a physical core")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_type(item.name, getattr(self, item.name), _HINTS[item.name])
+        for name in ("batch_size", "sequence_length", "keep_last", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in (
+            "max_steps",
+            "tokens",
+            "epochs",
+            "max_time",
+            "save_steps",
+            "eval_steps",
+            "log_steps",
+            "threads",
+            "micro_batch_size",
+            "vocab_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"`{name}` must be above 0, got {value}.")
+        for name in ("learning_rate", "muon_learning_rate_scale", "embedding_learning_rate_scale"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        for name in ("warmup_fraction", "decay_fraction", "min_learning_rate_ratio", "beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if not 0 < self.held_out_fraction < 1:
+            raise ConfigError(f"`held_out_fraction` must be between 0 and 1, got {self.held_out_fraction}.")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ConfigError(
+                "`warmup_fraction` and `decay_fraction` must add up to at most 1, got "
+                f"{self.warmup_fraction} and {self.decay_fraction}."
+            )
+        lengths = [name for name in ("max_steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise ConfigError(f"the length of a run is set once, got {' and '.join(lengths)}: keep one of them.")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"`batch_size` must be a multiple of `micro_batch_size`, got {self.batch_size} and {self.micro_batch_size}."
+            )
+        if self.resume and self.overwrite:
+            raise ConfigError("`resume` and `overwrite` exclude each other: one goes on with the run, one deletes it.")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir or f"runs/{self.preset}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, `model` as a plain dictionary."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)} | {"model": dict(self.model)}
+
+
+_HINTS = get_type_hints(RunConfig)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}.")
+        return
+    allowed = tuple(
+        get_origin(part) or part for part in (get_args(hint) if get_origin(hint) is not Mapping else ())
+    ) or (get_origin(hint) or hint,)
+    if float in allowed:
+        allowed += (int,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ConfigError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def resolve(
+    preset: str = "nano", config_file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Join preset, configuration file and overrides, later ones winning, into one checked configuration.
+
+    Args:
+        preset: name of the preset to start from; a `preset` key of the file or the overrides replaces it.
+        config_file: YAML with fields of RunConfig, `model` being a mapping (such as a run's own run.yaml).
+        overrides: fields of RunConfig; `model.NAME` sets one field of the model.
+
+    Raises:
+        ConfigError: if a key is unknown (the nearest is offered), or a value has the wrong type or range.
+    """
+    from_file = read_config_file(config_file) if config_file is not None else {}
+    given = {**from_file, **(overrides or {})}
+    chosen = load_preset(str(given.get("preset", preset)))
+    merged: dict[str, Any] = {"preset": chosen.name, "model": dict(chosen.model), **chosen.run}
+    for key, value in [*from_file.items(), *(overrides or {}).items()]:
+        if key == "model":
+            merged["model"].update(value or {})
+        elif key.startswith("model."):
+            merged["model"][key.removeprefix("model.")] = value
+        elif key in _HINTS:
+            merged[key] = value
+        else:
+            raise ConfigError(f"`{key}` is not a field of the run configuration: {did_you_mean(key, _HINTS)}")
+    return RunConfig(**merged)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a YAML file of RunConfig fields; of a run's own run.yaml only the part under `configuration` counts.
+
+    Raises:
+        ConfigError: if the file is missing, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"configuration file not found: {path.absolute()}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of fields to values, got {type(content).__name__}.")
+    return content.get("configuration", content)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `key=value`, the value being YAML (so 3, 0.5, true, null and words come out as such).
+
+    Raises:
+        ConfigError: if there is no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"a setting must be key=value, got {text!r}.")
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", parsed):
+        parsed = float(parsed)  # YAML 1.1 wants a dot and a sign before it sees a float in 1e-3
+    return key.strip(), parsed
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds for 90, 90s, 5m, 2h30m or 1d.
+
+    Raises:
+        ConfigError: if the text is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if not text.strip() or match is None:
+        raise ConfigError(f"a duration must look like 90s, 5m, 2h30m or 1d, got {text!r}.")
+    days, hours, minutes, seconds = (float(group or 0) for group in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def parse_count(text: str) -> int:
+    """Return an integer for 500000, 500k, 3M or 2B.
+
+    Raises:
+        ConfigError: if the text is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", text.strip().replace("_", ""))
+    if match is None:
+        raise ConfigError(f"a count must look like 500000, 500k, 3M or 2B, got {text!r}.")
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])

@@ -1,0 +1,125 @@
+"""What a run decides for itself about the machine: device, precision, threads, memory allocation, compilation.
+
+Decisions are made once, written into run.yaml with their reasons, and kept on resume.
+"""
+
+import ctypes
+import dataclasses
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fanformer.errors import ConfigError
+from fanformer.inference.devices import resolve_device
+from fanformer.training.configuration import RunConfig
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# Share of the measured matrix-product rate that a training step reaches, and the seconds from which compiling pays:
+# it costs about 35 s on two cores and makes a step 1.35 times faster.
+_STEP_EFFICIENCY = 0.3
+_COMPILE_PAYS_FROM_SECONDS = 170.0
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The decisions of one run; `reasons` says why each was made."""
+
+    device: str
+    precision: str
+    compile: bool
+    threads: int
+    keep_freed_memory: bool
+    reasons: dict[str, str]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the decisions as plain values."""
+        return dataclasses.asdict(self)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed blocks instead of giving them back to the kernel at every step.
+
+    A training step frees and asks for the same large blocks again; page faults on fresh ones cost time
+    (benchmarks/malloc.py measures how much).
+
+    Returns:
+        Whether the setting was accepted; False where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def product_rate(device: str, dtype: torch.dtype, size: int = 768) -> float:
+    """Return the floating-point operations per second of a (size, size) matrix product, the median of several."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        (left @ right).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def decide(config: RunConfig, flops: float | None, seconds: float | None) -> Environment:
+    """Decide device, precision, threads, allocation and compilation, and apply threads and allocation at once.
+
+    Args:
+        config: the run's configuration; what it asks for explicitly is kept.
+        flops: floating-point operations that the planned steps take, where the run's length is in steps.
+        seconds: the planned time, where the run's length is a time.
+
+    Raises:
+        ConfigError: if the device is absent, or compilation is asked for where no C++ compiler is found.
+    """
+    reasons = {}
+    device = resolve_device(config.device).type
+    reasons["device"] = "as asked" if config.device != "auto" else "the first present of cuda, mps, cpu"
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    threads = torch.get_num_threads()
+    reasons["threads"] = "as asked" if config.threads is not None else f"torch's default on {os.cpu_count()} CPUs"
+    kept = device == "cpu" and keep_freed_memory()
+    reasons["keep_freed_memory"] = "mallopt of glibc" if kept else "not on the CPU, or no glibc"
+
+    rate = product_rate(device, torch.float32)
+    precision = config.precision
+    reasons["precision"] = "as asked"
+    if precision == "auto":
+        half_rate = product_rate(device, torch.bfloat16)
+        precision = "bfloat16" if half_rate > 1.3 * rate else "float32"
+        reasons["precision"] = f"bfloat16 products run at {half_rate / rate:.2f} times the rate of float32"
+    if precision == "bfloat16":
+        rate = max(rate, product_rate(device, torch.bfloat16))
+
+    compiling, reasons["compile"] = _decide_compile(config, device, flops, seconds, rate)
+    return Environment(device, precision, compiling, threads, kept, reasons)
+
+
+def _decide_compile(
+    config: RunConfig, device: str, flops: float | None, seconds: float | None, rate: float
+) -> tuple[bool, str]:
+    possible, why = (True, "") if device != "mps" else (False, "not supported on mps")
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        possible, why = False, "no C++ compiler (g++) found"
+    if config.compile == "off":
+        return False, "as asked"
+    if config.compile == "on":
+        if not possible:
+            raise ConfigError(f"`compile` is on, but {why}: install one, or use --compile auto.")
+        return True, "as asked"
+    if not possible:
+        return False, why
+    expected = seconds if flops is None else flops / (_STEP_EFFICIENCY * rate)
+    assert expected is not None, "a run has a length in steps or in time"
+    pays = expected >= _COMPILE_PAYS_FROM_SECONDS
+    return pays, f"about {expected:.0f} s of training planned, compiling pays from {_COMPILE_PAYS_FROM_SECONDS:.0f} s"

@@ -1,0 +1,164 @@
+"""AdamW and Muon over a model's parameters, as one optimizer whose groups carry their own learning rates."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fanformer.training.configuration import RunConfig
+
+# Newton-Schulz iteration x <- a x + (b A + c A^2) x with A = x x^T. Source: Muon, kellerjordan.github.io/posts/muon.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix near 1 by five Newton-Schulz iterations.
+
+    Args:
+        matrices: (n, rows, columns), in the dtype to compute in.
+
+    Returns:
+        (n, rows, columns), singular values between about 0.7 and 1.2 where they were not tiny.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class BlockMuon(torch.optim.Muon):
+    """torch's Muon, with two differences: stored factors are blocks of their own, and equal shapes go as one batch.
+
+    CoLA factors that read the same input are stored as one weight; a group's `blocks` says how many matrices are
+    stacked in each of its weights, and each is orthogonalised by itself. The products run in bfloat16 on CUDA, as in
+    torch, and in float32 elsewhere, where bfloat16 is often emulated.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            batches: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+                update = update.view(group["blocks"], -1, weight.shape[1])
+                batches[update.shape[1:]].append((weight, update))
+            for shape, batch in batches.items():
+                self._update(batch, group, 0.2 * max(shape) ** 0.5)
+        return loss
+
+    def _update(self, batch: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], scale: float) -> None:
+        """Apply the orthogonalised updates; `scale` gives them AdamW's size (arXiv:2502.16982, section 2.2)."""
+        stacked = torch.cat([update for _, update in batch])
+        dtype = torch.bfloat16 if stacked.is_cuda else torch.float32
+        directions = orthogonalize(stacked.to(dtype)).to(stacked.dtype).split(group["blocks"])
+        for (weight, _), direction in zip(batch, directions, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(direction.reshape(weight.shape), alpha=-group["lr"] * scale)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon on the matrices of the blocks and AdamW on everything else, stepped together."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Let the schedule, which writes into our groups, reach both optimizers."""
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both optimizers' states under their names."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self._share_groups()
+
+
+def split_parameters(model: PreTrainedModel) -> dict[str, list[tuple[nn.Parameter, int]]]:
+    """Sort the parameters by role, each with the number of matrices stacked in it.
+
+    Returns:
+        "embedding", "head" (empty when tied), "matrices" of the blocks, and "vectors" (norms, biases, gates).
+    """
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    blocks = {
+        id(module.factor.weight): module.count
+        for module in model.modules()
+        if hasattr(module, "factor") and module.factor is not None
+    }
+    roles: dict[str, list[tuple[nn.Parameter, int]]] = {"embedding": [], "head": [], "matrices": [], "vectors": []}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter is embedding:
+            role = "embedding"
+        elif parameter is head:
+            role = "head"
+        else:
+            role = "matrices" if parameter.ndim == 2 else "vectors"
+        roles[role].append((parameter, blocks.get(id(parameter), 1)))
+    return roles
+
+
+def create_optimizer(model: PreTrainedModel, config: RunConfig) -> torch.optim.Optimizer:
+    """Return the run's optimizer; weight decay falls on the matrices of the blocks and the LM head only."""
+    roles = split_parameters(model)
+    plain = {role: [parameter for parameter, _ in members] for role, members in roles.items()}
+    rate, decay = config.learning_rate, config.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": plain["embedding"], "lr": rate * config.embedding_learning_rate_scale, "weight_decay": 0.0},
+        {"params": plain["head"], "lr": rate, "weight_decay": decay},
+        {"params": plain["vectors"], "lr": rate, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        groups.append({"params": plain["matrices"], "lr": rate, "weight_decay": decay})
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    if config.optimizer == "adamw":
+        return adamw
+    stacks: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for parameter, count in roles["matrices"]:
+        stacks[count].append(parameter)
+    muon = BlockMuon(
+        [{"params": members, "blocks": count} for count, members in sorted(stacks.items())],
+        lr=rate * config.muon_learning_rate_scale,
+        weight_decay=decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return MuonWithAdamW(muon, adamw)

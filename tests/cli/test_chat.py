@@ -1,0 +1,112 @@
+"""`fanformer chat` on piped input: what is an answer, what a notice, and what the commands do."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+FIXED = ("--seed", "1", "--max-length", "8", "--min-length", "8", "--device", "cpu")
+
+
+def test_base_model_says_so_once_and_continues_each_line(command, saved_model):
+    outcome = command("chat", saved_model, *FIXED, text="the cat\nthe cat\n")
+    assert outcome.code == 0
+    assert outcome.err.count("is a base model") == 1
+    first = command("generate", saved_model, "the cat", *FIXED).out.removeprefix("the cat")
+    assert outcome.out.startswith(first)
+    assert len(outcome.out) > len(first) + 1
+
+
+def test_chat_template_keeps_history_until_reset(command, loaded, model_copy):
+    loaded.tokenizer.save_pretrained(model_copy)
+    (model_copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    outcome = command("chat", model_copy, *FIXED, text="hi\n/reset\n/help\n")
+    assert outcome.code == 0
+    assert "base model" not in outcome.err
+    assert "conversation forgotten." in outcome.err
+    assert outcome.err.count("/reset forgets the conversation") == 2  # at the start, and when asked for
+
+
+def test_exit_ends_before_the_rest_of_the_input(command, saved_model):
+    outcome = command("chat", saved_model, *FIXED, text="/exit\nthe cat\n")
+    assert (outcome.code, outcome.out) == (0, "")
+
+
+def test_unknown_command_is_not_a_prompt(command, saved_model):
+    outcome = command("chat", saved_model, *FIXED, text="/rest\n")
+    assert outcome.out == ""
+    assert "no command /rest" in outcome.err
+
+
+def test_line_that_is_too_long_is_refused_and_the_next_answered(command, saved_model):
+    outcome = command("chat", saved_model, *FIXED, text="!?" * 200 + "\nthe cat\n")
+    assert outcome.code == 0
+    assert "error: prompt" in outcome.err
+    assert outcome.out != ""
+
+
+def test_settings_and_folder_are_checked_as_in_generate(command, tmp_path):
+    assert "`top_k` must be at least 0" in command("chat", tmp_path, "--top-k", "-1").refusal()
+    assert "no config.json" in command("chat", tmp_path).refusal()
+
+
+@pytest.fixture
+def terminal():
+    """Start a script with a terminal as its input and output; gives a function that waits for words in its output."""
+    children = []
+
+    def start(script):
+        master, slave = pty.openpty()
+        child = subprocess.Popen([sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        children.append((child, master))
+        seen = ""
+
+        def wait_for(words):
+            nonlocal seen
+            deadline = time.monotonic() + 30
+            while words not in seen:
+                assert time.monotonic() < deadline, seen
+                seen += os.read(master, 1000).decode()
+            seen = seen.partition(words)[2]
+
+        return child, master, wait_for
+
+    yield start
+    for child, master in children:
+        child.kill()
+        child.wait()
+        os.close(master)
+
+
+def test_first_interrupt_at_the_prompt_warns_and_the_second_leaves(terminal):
+    child, master, wait_for = terminal(
+        "import click, sys\n"
+        "from fanformer.cli.chat import read_line\n"
+        "from fanformer.cli.failure import run_command\n"
+        "@click.command()\n"
+        "def talk():\n"
+        "    while (line := read_line()) is not None: print('got', line)\n"
+        "sys.exit(run_command(talk, [], 'talk'))\n"
+    )
+    wait_for("> ")
+    os.write(master, b"hello\n")
+    wait_for("got hello")
+    wait_for("> ")
+    child.send_signal(signal.SIGINT)
+    wait_for("Ctrl-C again leaves.")
+    wait_for("> ")
+    os.write(master, b"still here\n")
+    wait_for("got still here")
+    wait_for("> ")
+    child.send_signal(signal.SIGINT)
+    wait_for("Ctrl-C again leaves.")
+    wait_for("> ")
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=30) == 130

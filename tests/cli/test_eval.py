@@ -1,0 +1,76 @@
+"""`fanformer eval`: the figures are those of a plain forward pass, per file and in total."""
+
+import json
+import math
+
+import pytest
+
+
+@pytest.fixture
+def texts(tmp_path):
+    paths = tmp_path / "a.txt", tmp_path / "b.txt"
+    paths[0].write_text("the cat sat on the mat. ")
+    paths[1].write_text("def add(a, b):\n    return a + b\n")
+    return paths
+
+
+def evaluate(command, model, *words):
+    outcome = command("eval", model, *words, "--device", "cpu", "--json", "-")
+    assert outcome.code == 0, outcome
+    return json.loads(outcome.out)
+
+
+def test_figures_are_those_of_a_forward_pass(command, saved_model, loaded, texts):
+    import torch
+
+    result = evaluate(command, saved_model, "--text", texts[0])
+    model, tokenizer = loaded
+    ids = torch.tensor([[0, *tokenizer.encode(texts[0].read_text()), 0]])
+    with torch.no_grad():
+        loss = float(model(ids, labels=ids, use_cache=False).loss)
+    # float32 sums over a row that is packed here and single there
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert result["tokens"] == ids.shape[1] - 1
+    assert result["bytes"] == texts[0].stat().st_size
+    assert result["bits_per_byte"] == pytest.approx(loss * result["tokens"] / math.log(2) / result["bytes"], rel=1e-5)
+
+
+def test_total_is_the_sum_over_files_however_they_are_named(command, saved_model, texts):
+    together = evaluate(command, saved_model, "--text", *texts)
+    assert together["files"] == evaluate(command, saved_model, "--text", texts[0], "--text", texts[1])["files"]
+    parts = together["files"].values()
+    assert together["tokens"] == sum(part["tokens"] for part in parts)
+    assert together["bytes"] == sum(part["bytes"] for part in parts)
+    nats = sum(part["loss"] * part["tokens"] for part in parts)
+    assert together["loss"] == pytest.approx(nats / together["tokens"])
+
+
+def test_table_and_json_file_say_the_same(command, saved_model, texts, tmp_path):
+    outcome = command("eval", saved_model, "--text", *texts, "--device", "cpu", "--json", tmp_path / "result.json")
+    total = json.loads((tmp_path / "result.json").read_text())
+    assert f"{total['loss']:8.4f}" in outcome.out.splitlines()[-1]
+    assert outcome.out.splitlines()[-1].endswith("total")
+
+
+def test_bad_input_is_refused_and_nothing_written(command, saved_model, texts, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    out = tmp_path / "result.json"
+    for words, message in (
+        ([], "`--text` is needed to evaluate"),
+        (["--text", tmp_path / "none.txt"], f"no such file or folder: {tmp_path / 'none.txt'}"),
+        (["--text", tmp_path / "empty.txt"], "holds no text"),
+        (
+            ["--text", texts[0], "--sequence-length", "999"],
+            "`sequence_length` must be at most the model's 128 positions",
+        ),
+        (["--text", texts[0], "--batch-size", "0"], "`batch_size` must be at least 1, got 0."),
+    ):
+        outcome = command("eval", saved_model, *words, "--device", "cpu", "--json", out)
+        assert outcome.code == 2
+        assert message in outcome.err.splitlines()[-1]
+        assert not out.exists()
+    assert (
+        "must be a file in an existing folder"
+        in command("eval", saved_model, "--text", texts[0], "--json", tmp_path / "no" / "x.json").refusal()
+    )

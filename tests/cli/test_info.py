@@ -1,0 +1,103 @@
+"""`fanformer info`: the figures add up, and the words say what the model is."""
+
+import json
+
+import pytest
+
+from fanformer.inference.footprint import footprint
+
+
+def record(command, *words):
+    outcome = command("info", *words, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    return json.loads(outcome.out)
+
+
+def test_default_is_92m_with_its_exact_count(command):
+    assert record(command)["parameters"]["total"] == 92_203_744
+    assert record(command, "92m") == record(command)
+
+
+def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
+    parameters = record(command, "92m")["parameters"]
+    assert parameters["layer_parts"] == {
+        "q": 299_316,
+        "k": 215_194,
+        "v": 215_194,
+        "o": 786_944,
+        "gate": 329_728,
+        "up": 329_728,
+        "down": 1_311_232,
+        "norms": 384 + 512,
+        "gates": 1024,
+    }
+    assert parameters["parts"]["embedding"] == parameters["parts"]["head"] == 25_165_824
+    assert parameters["without_embeddings"] == 92_203_744 - 2 * 25_165_824
+
+
+@pytest.mark.parametrize("preset", ["nano", "92m", "1b"])
+def test_parts_of_every_preset_add_up_to_its_total(command, preset):
+    parameters = record(command, preset)["parameters"]
+    assert sum(parameters["parts"].values()) == parameters["total"] == parameters["trainable"]
+
+
+def test_operations_are_those_that_a_forward_pass_does(tiny_config):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fanformer.model import FANformerForCausalLM
+
+    config = tiny_config()
+    model = FANformerForCausalLM(config).eval()
+    length = config.max_position_embeddings
+    model.set_attn_implementation("eager")  # its two products over all T x T pairs are what the counter sees
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    assert footprint(config).forward_operations == counter.get_total_flops() / length
+
+
+def test_cache_is_as_large_as_said(loaded):
+    import torch
+
+    with torch.no_grad():
+        cache = loaded.model(torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert 7 * footprint(loaded.model.config).cache_bytes_per_token["float32"] == held
+
+
+def test_saved_model_shows_its_own_vocabulary(command, saved_model):
+    assert record(command, saved_model)["config"]["vocab_size"] == 320
+    assert "320 tokens, a vector of 64 each" in command("info", saved_model).out
+
+
+def test_words_say_what_p_and_the_rank_are(command):
+    text = " ".join(command("info", "92m").out.split())
+    for words in (
+        "92,203,744 parameters",
+        "P = 230 numbers p give 230 cos(p) and 230 sin(p)",
+        "CoLA factors of rank 128",
+        "6 heads, each for 2 query heads (GQA)",
+        "351.7 MiB / 175.9 MiB",
+    ):
+        assert words in text, words
+    text = " ".join(command("info", "1b").out.split())
+    assert "2048 -> 2048 before Q, K and V: 512 cos, 512 sin, 1024 linear" in text
+    assert "CoLA" not in text
+
+
+def test_model_of_another_kind_is_counted_too(command, tmp_path):
+    from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+    )
+    config.save_pretrained(tmp_path)
+    assert record(command, tmp_path)["parameters"]["total"] == LlamaForCausalLM(config).num_parameters()
+    GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    assert record(command, tmp_path)["parameters"]["parts"]["other"] > 0
+    assert command("info", tmp_path).code == 0
+
+
+def test_unknown_preset_names_the_nearest(command):
+    assert command("info", "nanoo").refusal() == "error: no preset or folder 'nanoo': did you mean `nano`?"
+    assert "no model folder" in command("info", "runs/nowhere").refusal()

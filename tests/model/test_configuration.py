@@ -1,0 +1,180 @@
+"""The configuration: what it refuses and in which words, and what survives config.json."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from fanformer.model import FANformerConfig, FANformerForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("hidden_sise", "hidden_size"), ("fan_ration", "fan_ratio"), ("num_layers", "num_hidden_layers")],
+)
+def test_unknown_key_names_the_nearest_field(key, nearest):
+    with pytest.raises(ValueError, match=f"`{key}` is not a field of FANformerConfig: did you mean `{nearest}`?"):
+        FANformerConfig(**{key: 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"fan_ratio": 0.7},
+            "`fan_ratio` must be in [0, 0.5], got 0.7: cos and sin each take this share of the output.",
+        ),
+        ({"fan_ratio": -0.1}, "`fan_ratio` must be in [0, 0.5], got -0.1"),
+        ({"fan_ratio": float("nan")}, "`fan_ratio` must be in [0, 0.5], got nan"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 5},
+            "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 12 and 5: "
+            "each key-value head serves the same number of query heads.",
+        ),
+        ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
+        ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
+        ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
+        ({"cola_rank_ratio": 1.5}, "`cola_rank_ratio` must be in (0, 1] or None, got 1.5"),
+        ({"dropout": 1.0}, "`dropout` must be in [0, 1), got 1.0."),
+        ({"attention_dropout": -0.1}, "`attention_dropout` must be in [0, 1), got -0.1."),
+        ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0."),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0."),
+        ({"hidden_size": -4}, "`hidden_size` must be at least 1, got -4."),
+        ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must be above 0, got 0.0: it keeps RMSNorm finite at 0."),
+        ({"initializer_range": -1.0}, "`initializer_range` must be at least 0, got -1.0: it is a standard deviation."),
+        ({"pad_token_id": 49152}, "`pad_token_id` must be in [0, vocab_size), got 49152 of 49152"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "`rope_parameters['rope_type']` must be one of default, linear, llama3, yarn, got 'dynamic'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "`rope_parameters['partial_rotary_factor']` must be 1.0, got 0.5: all channels of a head are turned.",
+        ),
+    ],
+    ids=str,
+)
+def test_value_out_of_range_is_refused(fields, message):
+    with pytest.raises(StrictDataclassError) as error:
+        FANformerConfig(**fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str (value: '64')"),
+        ({"hidden_size": 1.5}, "Field 'hidden_size' expected int, got float"),
+        ({"cola_rank": True}, "Field 'cola_rank' expected int, got bool"),
+        ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
+        ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
+        ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
+        ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
+        ({"qkv_norm": True}, "Field 'qkv_norm' expected one of ('qkv', 'qk', 'none'), got True"),
+    ],
+    ids=str,
+)
+def test_value_of_the_wrong_type_is_refused(fields, message):
+    with pytest.raises(StrictDataclassError) as error:
+        FANformerConfig(**fields)
+    assert message in str(error.value)
+
+
+def test_assigning_the_wrong_type_is_refused():
+    config = FANformerConfig()
+    with pytest.raises(StrictDataclassError, match="Field 'hidden_size' expected int, got str"):
+        config.hidden_size = "64"
+
+
+def test_every_field_survives_config_json(tmp_path):
+    fields = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "max_position_embeddings": 77,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        "dropout": 0.2,
+        "attention_dropout": 0.3,
+        "hidden_act": "gelu",
+        "fan_placement": "layer",
+        "fan_ratio": 0.25,
+        "cola_rank_ratio": None,
+        "cola_rank": 7,
+        "cola_activation": "linear",
+        "projection_bias": False,
+        "norm_placement": "pre",
+        "qkv_norm": "qk",
+        "gated_residual": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.03,
+        "embedding_initializer_range": 0.7,
+        "use_cache": False,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": [3, 4],
+    }
+    assert set(fields) == set(FANformerConfig.__annotations__)  # none forgotten here
+    FANformerConfig(**fields).save_pretrained(tmp_path)
+    for loaded in (FANformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is FANformerConfig
+        assert {name: getattr(loaded, name) for name in fields} == fields
+
+
+def test_keys_that_transformers_writes_are_accepted(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    assert {"architectures", "auto_map", "dtype", "model_type", "transformers_version"} <= written.keys()
+    written |= {
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "_name_or_path": "somewhere",
+        "torch_dtype": "float32",
+        "transformers_version": "9.0.0",
+        "_attn_implementation_autoset": True,
+    }
+    path.write_text(json.dumps(written))
+    loaded = FANformerConfig.from_pretrained(tmp_path)
+    assert loaded.quantization_config == {"quant_method": "gptq", "bits": 4}
+    assert loaded.hidden_size == 64
+
+
+def test_a_typo_in_config_json_is_refused(tiny_config, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"fan_ratio"', '"fan_ratoi"'))
+    with pytest.raises(ValueError, match="`fan_ratoi` is not a field of FANformerConfig: did you mean `fan_ratio`"):
+        FANformerConfig.from_pretrained(tmp_path)
+
+
+def test_rope_theta_as_a_keyword_goes_where_transformers_keeps_it():
+    assert FANformerConfig(rope_theta=500.0).rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
+
+
+def test_model_refuses_ids_and_embeddings_together(tiny_model, token_ids):
+    model = tiny_model()
+    input_ids = token_ids(1, 3)
+    message = "exactly one of `input_ids` and `inputs_embeds` must be given, got both or neither."
+    for inputs in ({}, {"input_ids": input_ids, "inputs_embeds": torch.zeros(1, 3, 64)}):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
+
+
+def test_flex_attention_refuses_attention_dropout_while_training(tiny_config, token_ids):
+    def build(attention_dropout):
+        config = tiny_config(attention_dropout=attention_dropout)
+        config._attn_implementation = "flex_attention"
+        return FANformerForCausalLM(config)
+
+    message = "`attention_dropout` is 0.1, which flex_attention cannot apply: set it to 0 or use attn_implementation="
+    with pytest.raises(ValueError, match=message):
+        build(0.1).train()(token_ids(1, 3))
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():  # flex_attention compiles itself otherwise
+        assert build(0.1).eval()(token_ids(1, 3)).logits.isfinite().all()
+        assert build(0.0).train()(token_ids(1, 3)).logits.isfinite().all()

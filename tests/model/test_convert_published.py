@@ -1,0 +1,317 @@
+"""The published implementations' weights give the authors' own logits; what cannot be converted is refused in words."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fanformer.model import FANformerForCausalLM
+from fanformer.model.convert_published import PUBLISHED_FORMATS, convert
+from fanformer.model.modeling_fanformer import CoLAInput, FANProjection
+
+GOLDEN = {
+    "fanformer-olmo": "fanformer_reference_tiny",
+    "cola": "cola_reference_tiny",
+    "hybridnorm-olmo": "hybridnorm_reference_tiny",
+}
+
+
+def files(shared, published_format):
+    stem = GOLDEN[published_format]
+    return shared / f"golden/{stem}.weights.safetensors", shared / f"golden/{stem}.config.json"
+
+
+def golden_io(shared, published_format):
+    return load_file(shared / f"golden/{GOLDEN[published_format]}.io.safetensors")
+
+
+@torch.no_grad()
+def relative_error(model, io):
+    """Return the largest difference from the authors' logits, in standard deviations of these."""
+    return ((model(io["input_ids"]).logits - io["logits"]).abs().max() / io["logits"].std()).item()
+
+
+@pytest.mark.parametrize("published_format", GOLDEN)
+def test_published_weights_give_the_authors_logits(shared, published_format):
+    model = convert(*files(shared, published_format), published_format)
+    assert relative_error(model, golden_io(shared, published_format)) < 1e-5
+
+
+@pytest.mark.parametrize("published_format", GOLDEN)
+def test_converted_model_survives_saving(shared, tmp_path, published_format):
+    model = convert(*files(shared, published_format), published_format)
+    model.save_pretrained(tmp_path)
+    loaded = FANformerForCausalLM.from_pretrained(tmp_path)
+    io = golden_io(shared, published_format)
+    with torch.no_grad():
+        assert torch.equal(loaded(io["input_ids"]).logits, model(io["input_ids"]).logits)
+    assert relative_error(loaded, io) < 1e-5
+
+
+@pytest.mark.parametrize("published_format", GOLDEN)
+def test_every_published_weight_matters(shared, tmp_path, published_format):
+    weights, config = files(shared, published_format)
+    io = golden_io(shared, published_format)
+    tensors = load_file(weights)
+    for name in tensors:
+        path = tmp_path / "changed.safetensors"
+        save_file({**tensors, name: tensors[name] + 0.5 * torch.rand_like(tensors[name])}, path)
+        assert relative_error(convert(path, config, published_format), io) > 1e-4, f"{name} has no influence"
+
+
+def test_fan_projection_equals_the_golden_file(shared):
+    golden = load_file(shared / "golden/cola_fan_projection.safetensors")
+    factors = CoLAInput(24, rank=6, count=2, activation="gelu")
+    projection = FANProjection(6, 40, fan_ratio=0.15, bias=True, gain=1.0)
+    factors.load_state_dict({"factor.weight": torch.cat((golden["A_p.weight"], golden["A_np.weight"]))})
+    projection.load_state_dict(
+        {
+            "periodic.weight": golden["B_p.weight"],
+            "linear.weight": golden["B_np.weight"],
+            "linear.bias": golden["B_np.bias"],
+        }
+    )
+    with torch.no_grad():
+        output = projection(*factors(golden["x"]))
+    assert ((output - golden["y"]).abs().max() / golden["y"].std()).item() < 1e-5
+
+
+# What follows needs no golden file: a CoLA and an OLMo checkpoint of the right names and shapes, made here.
+
+COLA = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "rank": 3,
+    "only_lr_act": False,
+}
+OLMO = {
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 1,
+    "mlp_hidden_size": 48,
+    "weight_tying": True,
+    "rope": True,
+    "include_bias": False,
+    "layer_norm_type": "rms",
+    "residual_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "vocab_size": 31,
+    "embedding_size": 32,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "use_ATF": True,
+    "p_ratio": 0.25,
+}
+HYBRIDNORM = {
+    **{key: value for key, value in OLMO.items() if key not in ("use_ATF", "p_ratio")},
+    "n_kv_heads": 1,
+    "weight_tying": False,
+    "use_query_norm": True,
+    "use_key_norm": True,
+    "use_value_norm": True,
+    "attn_norm": False,
+    "ffn_norm": True,
+    "attn_residual_after_norm": False,
+    "ffn_residual_after_norm": True,
+}
+OPTIONS = {"fanformer-olmo": OLMO, "cola": COLA, "hybridnorm-olmo": HYBRIDNORM}
+
+
+def cola_shapes():
+    attention = {f"self_attn.{part}_proj": (16, 16) for part in "qkvo"}
+    mlp = {"mlp.gate_proj": (16, 24), "mlp.up_proj": (16, 24), "mlp.down_proj": (24, 16)}
+    shapes = {"model.embed_tokens.weight": (32, 16), "lm_head.weight": (32, 16), "model.norm.weight": (16,)}
+    for name, (rows, columns) in {**attention, **mlp}.items():
+        shapes[f"model.layers.0.{name}.cola_a"] = (rows, 3)
+        shapes[f"model.layers.0.{name}.cola_b"] = (3, columns)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"model.layers.0.{name}.weight"] = (16,)
+    return shapes
+
+
+def olmo_shapes(block):
+    block = {"attn_out.weight": (16, 16), "ff_norm.weight": (16,), "ff_proj.weight": (48, 16), **block}
+    block["ff_out.weight"] = (16, 24)
+    shapes = {f"transformer.blocks.0.{name}": shape for name, shape in block.items()}
+    return {**shapes, "transformer.wte.weight": (32, 16), "transformer.ln_f.weight": (16,)}
+
+
+SHAPES = {
+    "cola": cola_shapes(),
+    "fanformer-olmo": olmo_shapes(
+        {
+            "attn_norm.weight": (16,),
+            "att_proj.linear.weight": (48, 16),
+            "att_proj.fanlayer.input_linear.weight": (12, 16),
+            "att_proj.fanlayer.input_linear.bias": (12,),
+        }
+    ),
+    "hybridnorm-olmo": {
+        **olmo_shapes({"att_proj.weight": (32, 16), **{f"{part}_norm.weight": (8,) for part in "qkv"}}),
+        "transformer.ff_out.weight": (32, 16),
+    },
+}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Write a published checkpoint of random weights; return its two paths."""
+
+    def make(published_format, options=None, drop=(), add=(), dtype=torch.float32, **changed_shapes):
+        shapes = {**SHAPES[published_format], **changed_shapes}
+        tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items() if name not in drop}
+        tensors |= {name: torch.randn(2).to(dtype) for name in add}
+        weights, config = tmp_path / "weights.safetensors", tmp_path / "config.json"
+        save_file(tensors, weights)
+        options = {**OPTIONS[published_format], **(options or {})}
+        config.write_text(json.dumps({key: value for key, value in options.items() if value != "ABSENT"}))
+        return weights, config
+
+    return make
+
+
+def refusal(arguments):
+    """Return the message of the refusal, which is one line."""
+    with pytest.raises(ValueError) as error:
+        convert(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("published_format", PUBLISHED_FORMATS)
+def test_made_up_checkpoint_converts(published, published_format):
+    model = convert(*published(published_format), published_format)
+    assert model(torch.arange(5)[None]).logits.shape == (1, 5, 32)
+    assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype(published, dtype):
+    weights, config = published("cola", dtype=dtype)
+    model = convert(weights, config, "cola")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.equal(model.lm_head.weight, load_file(weights)["lm_head.weight"])
+
+
+def test_missing_p_ratio_is_read_from_the_weights(published):
+    model = convert(*published("fanformer-olmo", {"p_ratio": "ABSENT"}), "fanformer-olmo")
+    assert model.config.fan_ratio == 0.25
+    odd = {
+        "transformer.blocks.0.att_proj.fanlayer.input_linear.weight": (13, 16),
+        "transformer.blocks.0.att_proj.fanlayer.input_linear.bias": (13,),
+    }
+    model = convert(*published("fanformer-olmo", {"p_ratio": "ABSENT"}, **odd), "fanformer-olmo")
+    assert int(model.config.fan_ratio * 16) == 3
+
+
+def test_missing_only_lr_act_means_that_swiglu_has_no_activation(published):
+    assert convert(*published("cola"), "cola").config.hidden_act == "silu"
+    config = convert(*published("cola", {"only_lr_act": "ABSENT"}), "cola").config
+    assert (config.hidden_act, config.cola_activation) == ("linear", "silu")
+
+
+def test_unknown_format_names_the_nearest(published):
+    message = refusal((*published("cola"), "fanformer-olma"))
+    assert message == "`format` must be a published format, got `fanformer-olma`: did you mean `fanformer-olmo`?"
+    assert "expected one of: cola, fanformer-olmo, hybridnorm-olmo." in refusal((*published("cola"), "gguf"))
+
+
+def test_missing_and_unexpected_parameters_are_named(published):
+    weights, config = published("cola", drop=["model.norm.weight"], add=["model.nrom.weight", "x"])
+    message = refusal((weights, config, "cola"))
+    assert "do not fit the format and config: missing `model.norm.weight`; unexpected `" in message
+    assert "`model.nrom.weight`" in message
+    assert "`x`" in message
+
+
+def test_wrong_shape_is_named(published):
+    arguments = published("cola", **{"model.layers.0.mlp.up_proj.cola_b": (3, 25)})
+    message = refusal((*arguments, "cola"))
+    assert message == (
+        "parameter `model.layers.0.mlp.up_proj.cola_b` has the wrong shape: got (3, 25), expected (3, 24)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("published_format", "options", "message"),
+    [
+        ("fanformer-olmo", {"alibi": True}, "`alibi` must be False, got True"),
+        ("fanformer-olmo", {"layer_norm_type": "default"}, "`layer_norm_type` must be 'rms', got 'default'"),
+        ("fanformer-olmo", {"block_type": "fanformer"}, "`block_type` must be 'sequential', got 'fanformer'"),
+        ("fanformer-olmo", {"activation_type": "gelu"}, "`activation_type` must be 'swiglu', got 'gelu'"),
+        ("fanformer-olmo", {"include_bias": True}, "`include_bias` must be False, got True"),
+        (
+            "fanformer-olmo",
+            {"include_bias": "ABSENT"},
+            "`include_bias` must be False, got True (the published default)",
+        ),
+        ("fanformer-olmo", {"bias_for_layer_norm": True}, "`bias_for_layer_norm` must be False, got True"),
+        ("fanformer-olmo", {"use_ATF": False}, "`use_ATF` must be True, got False"),
+        ("fanformer-olmo", {"rope": "ABSENT"}, "`rope` must be True, got False (the published default)"),
+        ("fanformer-olmo", {"clip_qkv": 8.0}, "`clip_qkv` must be None, got 8.0"),
+        ("fanformer-olmo", {"attention_activation": "gelu"}, "`attention_activation` must be None, got 'gelu'"),
+        ("fanformer-olmo", {"embedding_dropout": 0.1}, "`embedding_dropout` must be 0.0, got 0.1"),
+        ("fanformer-olmo", {"d_model": "16"}, "`d_model` must be given as int, got '16'."),
+        ("fanformer-olmo", {"d_model": "ABSENT"}, "`d_model` must be given as int, got nothing."),
+        ("fanformer-olmo", {"n_layers": True}, "`n_layers` must be given as int, got True."),
+        ("fanformer-olmo", {"n_heads": 3}, "`d_model` must be a multiple of `n_heads`, got 16 and 3."),
+        (
+            "fanformer-olmo",
+            {"mlp_hidden_size": 47},
+            "`mlp_hidden_size` must be even (up and gate in one matrix), got 47.",
+        ),
+        ("fanformer-olmo", {"p_ratio": 0.7}, "the options do not make a model: "),
+        ("fanformer-olmo", {"p_ratoi": 0.2}, "`p_ratoi` is not one that is converted: did you mean `p_ratio`?"),
+        ("hybridnorm-olmo", {"attn_norm": True}, "`attn_norm` must be False, got True"),
+        ("hybridnorm-olmo", {"use_value_norm": "ABSENT"}, "`use_value_norm` must be True, got None"),
+        ("hybridnorm-olmo", {"norm_pos_special_config": {"0": {}}}, "`norm_pos_special_config` must be None, got {'0'"),
+        ("hybridnorm-olmo", {"p_ratio": 0.25}, "`p_ratio` is not one that is converted"),
+        ("cola", {"attention_bias": True}, "`attention_bias` must be False, got True"),
+        ("cola", {"rope_scaling": {"factor": 2}}, "`rope_scaling` must be None, got {'factor': 2}"),
+        ("cola", {"hidden_act": "relu"}, "the options do not make a model: "),
+        (
+            "cola",
+            {"num_attention_heads": 3},
+            "`hidden_size` must be a multiple of `num_attention_heads`, got 16 and 3.",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else None,
+)
+def test_option_that_is_not_converted_is_refused(published, published_format, options, message):
+    assert message in refusal((*published(published_format, options), published_format))
+
+
+def test_file_that_is_not_safetensors_is_refused(published, tmp_path):
+    _, config = published("cola")
+    pickled = tmp_path / "weights.bin"
+    torch.save({"x": torch.zeros(2)}, pickled)
+    assert f"`weights` must be a safetensors file, got {pickled}: " in refusal((pickled, config, "cola"))
+    absent = tmp_path / "absent.safetensors"
+    assert f"`weights` must be a safetensors file, got {absent}: " in refusal((absent, config, "cola"))
+
+
+def test_weights_of_no_single_floating_dtype_are_refused(published, tmp_path):
+    _, config = published("cola")
+    path = tmp_path / "mixed.safetensors"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2).to(torch.bfloat16)}, path)
+    assert refusal((path, config, "cola")) == (
+        "`weights` must hold tensors of one floating dtype, got bfloat16, float32."
+    )
+    save_file({"a": torch.zeros(2, dtype=torch.int64)}, path)
+    assert "got int64." in refusal((path, config, "cola"))
+
+
+def test_config_that_is_not_a_json_object_is_refused(published, tmp_path):
+    weights, config = published("cola")
+    config.write_text("{")
+    assert re.match(r"`config` must be a readable JSON file, got .*config\.json: ", refusal((weights, config, "cola")))
+    config.write_text("[1]")
+    assert "`config` must hold a JSON object, got list in " in refusal((weights, config, "cola"))
+    absent = tmp_path / "absent.json"
+    assert f"`config` must be a readable JSON file, got {absent}: " in refusal((weights, absent, "cola"))

@@ -1,0 +1,82 @@
+"""Before training the model is a fair guesser, and its signals keep their size through 12 layers."""
+
+import math
+
+import pytest
+import torch
+
+from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.modeling_fanformer import _ACTIVATION_GAIN, FANformerDecoderLayer, FANProjection
+from tests.reference.initialisation import assert_starts_as_expected, gain
+
+
+def measure(config):
+    """Return the loss at step 0 and the standard deviations of every p, g and layer output."""
+    torch.manual_seed(0)
+    model = FANformerForCausalLM(config).eval()
+    deviations = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FANProjection):
+            for part in ("periodic", "linear"):
+                getattr(module, part).register_forward_hook(
+                    lambda _m, _i, output, key=f"{name}.{part}": deviations.update({key: output.std().item()})
+                )
+        elif isinstance(module, FANformerDecoderLayer):
+            module.register_forward_hook(lambda _m, _i, output, key=name: deviations.update({key: output.std().item()}))
+    input_ids = torch.randint(0, config.vocab_size, (2, 128))
+    with torch.no_grad():
+        loss = model(input_ids, labels=input_ids).loss.item()
+    return loss, deviations
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"cola_activation": "gelu"},
+        {"cola_activation": "linear"},
+        {"cola_rank_ratio": None},
+        {"tie_word_embeddings": True},
+        {"fan_ratio": 0.25},
+        {"norm_placement": "hybrid"},
+        {"norm_placement": "pre"},
+        {"gated_residual": False},
+    ],
+    ids=str,
+)
+def test_signals_keep_their_size_and_the_loss_is_that_of_guessing(fields):
+    # The default width and depth; a smaller vocabulary saves time and changes neither.
+    config = FANformerConfig(vocab_size=4096, dropout=0.0, **fields)
+    loss, deviations = measure(config)
+    assert abs(loss - math.log(4096)) < 0.1
+    assert len(deviations) == 12 * (6 + 1)
+    outside = {name: round(std, 2) for name, std in deviations.items() if not 0.5 <= std <= 2}
+    assert not outside
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
+def test_activation_gain_is_the_integral_it_claims_to_be(activation):
+    assert _ACTIVATION_GAIN[activation] == pytest.approx(gain(activation), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"cola_activation": "gelu"},
+        {"cola_activation": "linear"},
+        {"cola_rank": 8},
+        {"cola_rank_ratio": None},
+        {"fan_placement": "layer"},
+        {"fan_placement": "none"},
+        {"tie_word_embeddings": True},
+        {"initializer_range": 0.05, "embedding_initializer_range": 0.5},
+        {"norm_placement": "pre", "num_hidden_layers": 3},
+    ],
+    ids=str,
+)
+def test_every_parameter_starts_as_the_table_says(tiny_config, fields):
+    torch.manual_seed(0)
+    model = FANformerForCausalLM(tiny_config(**fields))
+    for name, parameter in model.named_parameters():
+        assert_starts_as_expected(name, parameter.detach(), model.config)

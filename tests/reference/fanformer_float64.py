@@ -1,0 +1,183 @@
+"""The equations of FANformer, written out one by one in float64: slow, literal, and the law for the model.
+
+Each function is one equation. Matrices act as y = W x. Nothing here comes from the model's code but the names under
+which a state dict holds the matrices.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w_i x_i / sqrt(mean_j x_j^2 + eps)."""
+    mean_square = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    return weight * x / torch.sqrt(mean_square + eps)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + e^-x)."""
+    return x / (1 + torch.exp(-x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), Phi the normal distribution function."""
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def identity(x: Tensor) -> Tensor:
+    """x."""
+    return x
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "linear": identity}
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b."""
+    y = torch.einsum("oi,...i->...o", weight, x)
+    return y if bias is None else y + bias
+
+
+def cola(x: Tensor, w_a: Tensor | None, w_b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """W_b act(W_a x) + b; without W_a, at full rank, W_b x + b."""
+    inner = x if w_a is None else ACTIVATIONS[activation](affine(x, w_a))
+    return affine(inner, w_b, bias)
+
+
+def fan(p: Tensor, g: Tensor) -> Tensor:
+    """[cos(p) || sin(p) || g]."""
+    return torch.cat([torch.cos(p), torch.sin(p), g], dim=-1)
+
+
+def fan_layer(x: Tensor, weight: Tensor, bias: Tensor, fan_ratio: float) -> Tensor:
+    """FANLayer': [cos(W_p x + B_p) || sin(W_p x + B_p) || W_g x + B_g], W_p of int(p * D) rows."""
+    periodic = int(fan_ratio * x.shape[-1])
+    p = affine(x, weight[:periodic], bias[:periodic])
+    g = affine(x, weight[periodic:], bias[periodic:])
+    return fan(p, g)
+
+
+def rope_frequencies(head_dim: int, theta: float) -> Tensor:
+    """theta^(-2i/K) for i in [0, K/2)."""
+    return torch.tensor([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=torch.float64)
+
+
+def rope(x: Tensor, theta: float) -> Tensor:
+    """Turn channels (i, i + K/2) of x (T, K) at position t by the angle t theta^(-2i/K)."""
+    length, width = x.shape
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(width, theta)[None, :]
+    first, second = x[:, : width // 2], x[:, width // 2 :]
+    turned_first = first * torch.cos(angle) - second * torch.sin(angle)
+    turned_second = first * torch.sin(angle) + second * torch.cos(angle)
+    return torch.cat([turned_first, turned_second], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, each position seeing itself and those before it; all (T, K)."""
+    scores = torch.einsum("tc,sc->ts", q, k) / math.sqrt(q.shape[-1])
+    seen = torch.tril(torch.ones_like(scores)).bool()
+    weights = torch.exp(scores - scores.detach().max(-1, keepdim=True).values) * seen
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.einsum("ts,sc->tc", weights, v)
+
+
+class Layer:
+    """The parameters of one part of the state dict, by the end of their names."""
+
+    def __init__(self, state: dict[str, Tensor], prefix: str) -> None:
+        self.state, self.prefix = state, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[self.prefix + name]
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a parameter, or None where the configuration has none."""
+        return self.state.get(self.prefix + name)
+
+
+def branch_output(x: Tensor, layer: Layer, name: str, activation: str) -> Tensor:
+    """The CoLA linear that ends a branch, stored as two factors, or at full rank as one matrix."""
+    if layer.get(f"{name}.input.factor.weight") is None:
+        return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), activation)
+    w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
+    return cola(x, w_a, w_b, layer.get(f"{name}.output.bias"), activation)
+
+
+def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V (T, heads * head width): FAN projections or CoLA linears, their W_a stored one above the other."""
+    act = config.cola_activation
+    count = 6 if config.fan_placement == "projection" else 3
+    fused = layer.get("qkv_input.factor.weight")
+    factors = [None] * count if fused is None else list(fused.chunk(count))
+    result = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        if config.fan_placement == "projection":
+            p = cola(x, factors.pop(0), layer[f"{name}.periodic.weight"], None, act)
+            g = cola(x, factors.pop(0), layer[f"{name}.linear.weight"], layer.get(f"{name}.linear.bias"), act)
+            result.append(fan(p, g))
+        else:
+            result.append(cola(x, factors.pop(0), layer[f"{name}.weight"], layer.get(f"{name}.bias"), act))
+    return tuple(result)
+
+
+def attention(x: Tensor, layer: Layer, config) -> Tensor:
+    """ATF of x (T, D), one query head at a time."""
+    width, theta, eps = config.head_dim, config.rope_parameters["rope_theta"], config.rms_norm_eps
+    if config.fan_placement == "layer":
+        x = fan_layer(x, layer["fan_layer.projection.weight"], layer["fan_layer.projection.bias"], config.fan_ratio)
+    q_all, k_all, v_all = projections(x, layer, config)
+    outputs = []
+    for head in range(config.num_attention_heads):
+        group = head // (config.num_attention_heads // config.num_key_value_heads)
+        q = q_all[:, head * width : (head + 1) * width]
+        k = k_all[:, group * width : (group + 1) * width]
+        v = v_all[:, group * width : (group + 1) * width]
+        if config.qkv_norm in ("qk", "qkv"):
+            q = rms_norm(q, layer["q_norm.weight"], eps)
+            k = rms_norm(k, layer["k_norm.weight"], eps)
+        if config.qkv_norm == "qkv":
+            v = rms_norm(v, layer["v_norm.weight"], eps)
+        outputs.append(attend(rope(q, theta), rope(k, theta), v))
+    return branch_output(torch.cat(outputs, dim=-1), layer, "o_proj", config.cola_activation)
+
+
+def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
+    """W_down(act(W_gate z) * W_up z), three CoLA linears."""
+    fused = layer.get("gate_up_input.factor.weight")
+    gate_a, up_a = (None, None) if fused is None else fused.chunk(2)
+    gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), config.cola_activation)
+    up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), config.cola_activation)
+    return branch_output(ACTIVATIONS[config.hidden_act](gate) * up, layer, "down_proj", config.cola_activation)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + sigmoid(g) * branch, or x + branch without a gate."""
+    return x + branch if gate is None else x + branch / (1 + torch.exp(-gate))
+
+
+def block(x: Tensor, index: int, state: dict[str, Tensor], config) -> Tensor:
+    """h = Norm(x) or x;  y = x + ATF(h);  z = Norm(y);  x' = z + FFN(z), or y + FFN(z) in pre-norm; sums gated."""
+    prefix, eps = f"model.layers.{index}.", config.rms_norm_eps
+    layer = Layer(state, prefix)
+    norm_attention = {"pre": True, "hybrid": False, "hybrid-star": index == 0}[config.norm_placement]
+    h = rms_norm(x, layer["input_layernorm.weight"], eps) if norm_attention else x
+    attended = attention(h, Layer(state, prefix + "self_attn."), config)
+    y = gated_residual(x, attended, layer.get("attention_residual.gate"))
+    z = rms_norm(y, layer["post_attention_layernorm.weight"], eps)
+    kept = y if config.norm_placement == "pre" else z
+    return gated_residual(kept, swiglu(z, Layer(state, prefix + "mlp."), config), layer.get("mlp_residual.gate"))
+
+
+def logits(state: dict[str, Tensor], config, input_ids: Tensor) -> Tensor:
+    """Return float64 logits (B, T, V) of `input_ids` (B, T), one row at a time."""
+    embedding = state["model.embed_tokens.weight"]
+    head = embedding if config.tie_word_embeddings else state["lm_head.weight"]
+    rows = []
+    for row in input_ids:
+        x = embedding[row]
+        for index in range(config.num_hidden_layers):
+            x = block(x, index, state, config)
+        rows.append(affine(rms_norm(x, state["model.norm.weight"], config.rms_norm_eps), head))
+    return torch.stack(rows)

@@ -1,0 +1,55 @@
+"""Fixtures: a tiny model saved with a byte-level tokenizer, and spoilt copies of it."""
+
+import shutil
+
+import pytest
+
+SENTENCES = ["the cat sat on the mat. ", "def add(a, b):\n    return a + b\n", "a small model speaks of small things. "]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of 300 tokens with a start and end token in one, trained here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory, tiny_model, tiny_tokenizer):
+    """Folder of a tiny model; its vocabulary is padded to 320, 20 more than the tokenizer has."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_copy(saved_model, tmp_path):
+    """A copy of the saved model to spoil."""
+    return shutil.copytree(saved_model, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def loaded(saved_model):
+    """The saved model and its tokenizer, loaded on the CPU."""
+    from fanformer.inference.loading import load
+
+    return load(saved_model, device="cpu")

@@ -1,0 +1,84 @@
+"""A tiny corpus, a tiny recipe, and a reporter that remembers."""
+
+import random
+
+import pytest
+
+TINY_MODEL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 32,
+    "dropout": 0.1,
+}
+
+
+class Notebook:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.notes, self.records, self.samples, self.steps = [], [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def data_progress(self, done, total):
+        pass
+
+    def record(self, record, progress):
+        self.records.append(dict(record))
+
+    def step(self, step, tokens, elapsed_seconds, progress):
+        self.steps.append(step)
+
+    def sample(self, prompt, text):
+        self.samples.append(text)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A text file of 200 invented sentences."""
+    chooser = random.Random(0)
+    words = ["the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and"]
+    lines = [" ".join(chooser.choices(words, k=12)) + "." for _ in range(600)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_config(corpus, tmp_path):
+    """Make the configuration of a run of a few seconds; keyword arguments replace its fields."""
+    from fanformer.training.configuration import resolve
+
+    def make(name="run", **fields):
+        tiny = {
+            "data": str(corpus),
+            "output_dir": str(tmp_path / name),
+            "sequence_length": 32,
+            "batch_size": 4,
+            "max_steps": 6,
+            "eval_tokens": 256,
+            "device": "cpu",
+            "precision": "float32",
+            **{f"model.{key}": value for key, value in TINY_MODEL.items()},
+        }
+        return resolve("nano", overrides={**tiny, **fields})
+
+    return make
+
+
+@pytest.fixture
+def run(run_config):
+    """Train a tiny model; returns (result, notebook)."""
+    from fanformer.training.run import train
+
+    def start(name="run", **fields):
+        notebook = Notebook()
+        return train(run_config(name, **fields), notebook), notebook
+
+    return start

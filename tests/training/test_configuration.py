@@ -1,0 +1,123 @@
+import pytest
+
+from fanformer.errors import ConfigError
+from fanformer.training.configuration import (
+    RunConfig,
+    load_preset,
+    parse_count,
+    parse_duration,
+    parse_setting,
+    preset_names,
+    resolve,
+)
+
+
+def test_every_preset_resolves_and_gives_a_valid_model():
+    from fanformer.model import FANformerConfig
+
+    assert preset_names() == ["1b", "92m", "nano"]
+    for name in preset_names():
+        config = resolve(name)
+        assert config.preset == name
+        FANformerConfig(**config.model)
+
+
+def test_later_sources_win_over_earlier_ones(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("batch_size: 5\nseed: 7\nmodel: {fan_ratio: 0.2, num_hidden_layers: 3}\n")
+    config = resolve("nano", file, {"seed": 8, "model.fan_ratio": 0.25})
+    assert (config.batch_size, config.seed) == (5, 8)
+    assert config.model["fan_ratio"] == 0.25
+    assert config.model["num_hidden_layers"] == 3
+    assert config.model["hidden_size"] == load_preset("nano").model["hidden_size"]
+
+
+def test_a_resolved_configuration_written_to_yaml_resolves_to_itself(tmp_path):
+    import yaml
+
+    config = resolve("nano", overrides={"model.fan_ratio": 0.1, "max_steps": 3})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"configuration": config.to_dict(), "versions": {}}))
+    assert resolve(config_file=file) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"lerning_rate": 1.0},
+            "`lerning_rate` is not a field of the run configuration: did you mean `learning_rate`?",
+        ),
+        ({"preset": "nanoo"}, "preset must be one that exists, got 'nanoo': did you mean `nano`?"),
+        ({"seed": "x"}, "`seed` must be int, got 'x'."),
+        ({"resume": 1}, "`resume` must be bool, got 1."),
+        ({"batch_size": True}, "`batch_size` must be int, got True."),
+        ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, muon, got 'sgd'."),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
+        ({"max_steps": 0}, "`max_steps` must be above 0, got 0."),
+        ({"learning_rate": 0.0}, "`learning_rate` must be above 0, got 0.0."),
+        ({"beta2": 1.5}, "`beta2` must be in [0, 1], got 1.5."),
+        ({"held_out_fraction": 1.0}, "`held_out_fraction` must be between 0 and 1, got 1.0."),
+        ({"warmup_fraction": 0.7, "decay_fraction": 0.7}, "must add up to at most 1, got 0.7 and 0.7"),
+        ({"max_steps": 3, "tokens": 5}, "the length of a run is set once, got max_steps and tokens"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "must be a multiple of `micro_batch_size`, got 6 and 4"),
+        ({"resume": True, "overwrite": True}, "`resume` and `overwrite` exclude each other"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_bad_settings_are_named_with_what_was_expected(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve("nano", overrides=overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_configuration_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="configuration file not found: /"):
+        resolve(config_file=tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        resolve(config_file=broken)
+    broken.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold a mapping of fields to values, got list"):
+        resolve(config_file=broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("2h30m", 9000), ("1d", 86400), ("1.5s", 1.5)]
+)
+def test_durations_are_read(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("500000", 500_000), ("500k", 500_000), ("3M", 3_000_000), ("2B", 2 * 10**9)]
+)
+def test_counts_are_read(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5x", "-3m"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ConfigError, match="a duration must look like"):
+        parse_duration(text)
+
+
+def test_what_is_no_count_is_refused():
+    with pytest.raises(ConfigError, match="a count must look like"):
+        parse_count("many")
+
+
+def test_settings_are_yaml_and_plain_exponents_are_numbers():
+    assert parse_setting("learning_rate=1e-3") == ("learning_rate", 0.001)
+    assert parse_setting("model.cola_rank=null") == ("model.cola_rank", None)
+    assert parse_setting("data=a=b.txt") == ("data", "a=b.txt")
+    with pytest.raises(ConfigError, match="a setting must be key=value, got 'x'"):
+        parse_setting("x")
+
+
+def test_every_field_says_what_it_is():
+    import dataclasses
+
+    assert all(field.metadata["help"] for field in dataclasses.fields(RunConfig))

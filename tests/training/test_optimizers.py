@@ -1,0 +1,102 @@
+import copy
+
+import torch
+
+from fanformer.training.configuration import resolve
+from fanformer.training.optimizers import BlockMuon, create_optimizer, orthogonalize, split_parameters
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (3, 40, 16)):
+        matrices = torch.randn(*shape) * torch.linspace(0.5, 2, shape[2])
+        values = torch.linalg.svdvals(orthogonalize(matrices))
+        assert values.min() > 0.4
+        assert values.max() < 1.3
+
+
+def test_one_matrix_a_weight_steps_as_torch_muon_does():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(16, 40)), torch.nn.Parameter(torch.randn(48, 16))]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    block_muon = BlockMuon([{"params": ours, "blocks": 1}], **settings)
+    muon = torch.optim.Muon(theirs, **settings)
+    for _ in range(4):
+        for mine, its in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            its.grad = mine.grad.clone()
+        block_muon.step()
+        muon.step()
+    for mine, its in zip(ours, theirs, strict=True):
+        # torch iterates in bfloat16 (2 to 3 digits); four steps move an entry by about 0.02
+        torch.testing.assert_close(mine, its, atol=1e-3, rtol=0)
+
+
+def test_stacked_factors_step_as_if_each_were_a_weight_of_its_own():
+    torch.manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(30, 16))
+    apart = [torch.nn.Parameter(part.clone()) for part in stacked.detach().chunk(3)]
+    whole = torch.nn.Parameter(stacked.detach().clone())
+    stacked.grad = torch.randn_like(stacked)
+    whole.grad = stacked.grad.clone()
+    for part, gradient in zip(apart, stacked.grad.chunk(3), strict=True):
+        part.grad = gradient.clone()
+    BlockMuon([{"params": [stacked], "blocks": 3}], lr=0.1).step()
+    BlockMuon([{"params": apart, "blocks": 1}], lr=0.1).step()
+    BlockMuon([{"params": [whole], "blocks": 1}], lr=0.1).step()
+    torch.testing.assert_close(stacked, torch.cat(apart), atol=1e-6, rtol=0)  # the same products, batched otherwise
+    assert not torch.allclose(stacked, whole, atol=1e-3)
+
+
+def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
+    model = tiny_model()
+    roles = split_parameters(model)
+    assert [
+        members[0][0] is weight
+        for members, weight in (
+            (roles["embedding"], model.model.embed_tokens.weight),
+            (roles["head"], model.lm_head.weight),
+        )
+    ] == [True, True]
+    blocks = {id(parameter): count for parameter, count in roles["matrices"]}
+    layer = model.model.layers[0]
+    assert blocks[id(layer.self_attn.qkv_input.factor.weight)] == 6
+    assert blocks[id(layer.mlp.gate_up_input.factor.weight)] == 2
+    assert blocks[id(layer.mlp.down_proj.input.factor.weight)] == 1
+    assert blocks[id(layer.self_attn.q_proj.periodic.weight)] == 1
+    assert all(parameter.ndim == 1 for parameter, _ in roles["vectors"])
+    assert sum(len(members) for members in roles.values()) == len(list(model.parameters()))
+
+
+def test_tied_embeddings_are_one_parameter_of_one_group(tiny_model):
+    model = tiny_model(tie_word_embeddings=True)
+    roles = split_parameters(model)
+    assert roles["head"] == []
+    optimizer = create_optimizer(model, resolve("nano", overrides={"optimizer": "adamw"}))
+    listed = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_muon_with_adamw_moves_every_parameter_and_restores_its_state_bit_for_bit(tiny_model, token_ids):
+    config = resolve("nano", overrides={"optimizer": "muon", "learning_rate": 0.01})
+    models = [tiny_model(seed=3), tiny_model(seed=3)]
+    optimizers = [create_optimizer(model, config) for model in models]
+    batch = token_ids(2, 16)
+
+    def step(index):
+        models[index](batch, labels=batch).loss.backward()
+        optimizers[index].step()
+        optimizers[index].zero_grad()
+
+    before = [parameter.detach().clone() for parameter in models[0].parameters()]
+    step(0)
+    assert all(not torch.equal(old, new) for old, new in zip(before, models[0].parameters(), strict=True))
+
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    optimizers[1].param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"] = 0.005  # as a schedule writes it
+    step(0)
+    step(1)
+    for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second)

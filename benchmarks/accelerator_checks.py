@@ -174,6 +174,7 @@ def checks(context: Context) -> dict[str, Any]:
             figures[name]["distance"] = value if value == value else "nan"
         except Exception as error:  # the other checks still say something
             figures[name] = {"ok": False, "error": one_line(error)}
+        context.save(figures)
         if figures["compiled"]:
             release()
     return figures

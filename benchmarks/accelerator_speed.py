@@ -288,6 +288,7 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
             trainees[name], figures[name] = _ready(name, context, workload, whole)
         except Exception as error:  # the other model is still worth timing
             figures[name] = {"error": one_line(error)}
+        context.save(figures)
         gc.collect()
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
     longest = 0.0
@@ -421,6 +422,7 @@ def inference(context: Context, compiled: bool) -> dict[str, Any]:
             continue
         start = time.perf_counter()
         figures[f"batch_{batch}"] = _decode_in_turns(models, batch, workload, context.device, compiling)
+        context.save(figures)
         release()
         slowest = max(slowest, time.perf_counter() - start)
     return figures

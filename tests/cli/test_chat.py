@@ -2,10 +2,12 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,7 +75,8 @@ def terminal():
             deadline = time.monotonic() + 30
             while words not in seen:
                 assert time.monotonic() < deadline, seen
-                seen += os.read(master, 1000).decode()
+                if select.select([master], [], [], 1)[0]:
+                    seen += os.read(master, 1000).decode()
             seen = seen.partition(words)[2]
 
         return child, master, wait_for
@@ -85,6 +88,17 @@ def terminal():
         os.close(master)
 
 
+def interrupt_reader(child):
+    """Send SIGINT once the child sleeps in the line editor; a signal just before that would wait for the next key."""
+    status = Path(f"/proc/{child.pid}/stat")
+    asleep = 0
+    while status.exists() and asleep < 10:
+        asleep = asleep + 1 if status.read_text().rpartition(")")[2].split()[0] == "S" else 0
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see that the child waits")
 def test_first_interrupt_at_the_prompt_warns_and_the_second_leaves(terminal):
     child, master, wait_for = terminal(
         "import click, sys\n"
@@ -99,14 +113,14 @@ def test_first_interrupt_at_the_prompt_warns_and_the_second_leaves(terminal):
     os.write(master, b"hello\n")
     wait_for("got hello")
     wait_for("> ")
-    child.send_signal(signal.SIGINT)
+    interrupt_reader(child)
     wait_for("Ctrl-C again leaves.")
     wait_for("> ")
     os.write(master, b"still here\n")
     wait_for("got still here")
     wait_for("> ")
-    child.send_signal(signal.SIGINT)
+    interrupt_reader(child)
     wait_for("Ctrl-C again leaves.")
     wait_for("> ")
-    child.send_signal(signal.SIGINT)
+    interrupt_reader(child)
     assert child.wait(timeout=30) == 130

@@ -65,10 +65,9 @@ def test_training_without_a_hub_says_within_seconds_to_give_data(door, tmp_path)
 def test_p_out_of_range_is_refused_and_nothing_written(door, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 1000)
-    message = refusal(door("--mode", "train", "--preset", "nano", "--data", text, "--p", "0.7"))
-    assert (
-        message == "error: `fan_ratio` must be in [0, 0.5], got 0.7: cos and sin each take this share of the output.\n"
-    )
+    code, _, err = door("--mode", "train", "--preset", "nano", "--data", text, "--p", "0.7")
+    expected = "error: `fan_ratio` must be in [0, 0.5], got 0.7: cos and sin each take this share of the output."
+    assert (code, err.splitlines()[-1]) == (2, expected)
     assert [path.name for path in tmp_path.iterdir() if path.name != "runs"] == ["text.txt"]
     assert not (tmp_path / "runs" / "hybridfun-nano").exists()
 

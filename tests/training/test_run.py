@@ -68,7 +68,7 @@ def test_a_run_leaves_a_complete_folder_with_its_own_figures(run):
 
 
 def test_training_learns(run):
-    result, _ = run(max_steps=60, eval_steps=60, save_steps=60, **{"model.dropout": 0.0, "learning_rate": 0.01})
+    result, _ = run(max_steps=60, eval_steps=60, save_steps=60, learning_rate=0.01, **{"model.dropout": 0.0})
     records = read_records(result.folder)
     assert records[-1]["loss"] < records[0]["loss"] - 1.5
     # uniform choice among 12 words and a full stop per 13: far below the untrained ln(320) = 5.8
@@ -163,7 +163,7 @@ def test_a_time_limit_beside_steps_stops_early_with_a_checkpoint(run):
 
 
 def test_training_goes_on_from_a_saved_model(run):
-    first, _ = run("first", max_steps=30, **{"learning_rate": 0.01})
+    first, _ = run("first", max_steps=30, learning_rate=0.01)
     second, _ = run("second", max_steps=1, learning_rate=1e-6, init_from=str(first.folder), tokenizer=str(first.folder))
     assert second.held_out.loss == pytest.approx(first.held_out.loss, abs=1e-3)
 

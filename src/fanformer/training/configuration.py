@@ -61,6 +61,7 @@ class RunConfig:
     )
     eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
     held_out_fraction: float = _setting(0.05, "share of the documents that is held out")
+    max_data_bytes: int | None = _setting(None, "read documents only until they hold this many bytes")
     tokenizer: str | None = _setting(None, "folder or hub name of a tokenizer; default: train one on the data")
     vocab_size: int | None = _setting(None, "size of the tokenizer to train; default: the preset's vocabulary")
     sequence_length: int = _setting(1024, "tokens per row")
@@ -133,6 +134,7 @@ class RunConfig:
             "threads",
             "micro_batch_size",
             "vocab_size",
+            "max_data_bytes",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -155,7 +157,8 @@ class RunConfig:
             raise ConfigError(f"the length of a run is set once, got {' and '.join(lengths)}: keep one of them.")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ConfigError(
-                f"`batch_size` must be a multiple of `micro_batch_size`, got {self.batch_size} and {self.micro_batch_size}."
+                "`batch_size` must be a multiple of `micro_batch_size`, got "
+                f"{self.batch_size} and {self.micro_batch_size}."
             )
         if self.resume and self.overwrite:
             raise ConfigError("`resume` and `overwrite` exclude each other: one goes on with the run, one deletes it.")

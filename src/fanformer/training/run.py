@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +16,9 @@ from fanformer.data.shards import PreparedData, open_prepared, prepare
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError
 from fanformer.evaluation.loss import HeldOutLoss, held_out_loss
+from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
-from fanformer.inference.loading import load_model
+from fanformer.inference.loading import load_config, load_model
 from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training import artifacts
@@ -69,15 +70,29 @@ class RunResult:
     reached_end: bool
 
 
-def train(config: RunConfig, reporter: Reporter) -> RunResult:
+ModelBuilder = Callable[[dict[str, Any]], PreTrainedModel]
+"""Makes a model from the fields of `RunConfig.model`, its vocabulary and special tokens filled in."""
+
+
+def build_fanformer(fields: dict[str, Any]) -> PreTrainedModel:
+    """Return a FANformer with fresh weights."""
+    return FANformerForCausalLM(FANformerConfig(**fields))
+
+
+def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = build_fanformer) -> RunResult:
     """Train as `config` says and leave a complete folder behind.
+
+    Args:
+        config: the run.
+        reporter: where the run tells what it does.
+        build_model: makes the model; another architecture trains on the same rows in the same order.
 
     Raises:
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
     """
     made = claim(config)
     try:
-        run = Run(config, reporter)
+        run = Run(config, reporter, build_model)
     except BaseException:
         if not config.resume and not checkpoints(config.folder):
             _clean(config.folder, made)
@@ -97,8 +112,10 @@ def _clean(folder: Path, made: bool) -> None:
 class Run:
     """Everything one run is made of; building it reads the data, builds the model and decides about the machine."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter):
+    def __init__(self, config: RunConfig, reporter: Reporter, build_model: ModelBuilder):
         self.config, self.reporter, self.folder = config, reporter, config.folder
+        self.build_model = build_model
+        self._check_before_reading()
         self.checkpoint = self._last_checkpoint()
         self.data = self._open_data()
         self.tokenizer = self.data.tokenizer()
@@ -114,6 +131,14 @@ class Run:
         self.content = self._describe()
         if self.checkpoint is None:
             artifacts.write_run_file(self.folder, self.content)
+
+    def _check_before_reading(self) -> None:
+        """Refuse what is wrong whatever the data hold, before time is spent on them."""
+        resolve_device(self.config.device)
+        if self.config.init_from is not None:
+            load_config(self.config.init_from)
+        else:
+            FANformerConfig(**self.config.model)
 
     def _last_checkpoint(self) -> Path | None:
         if not self.config.resume:
@@ -145,6 +170,7 @@ class Run:
             tokenizer=tokenizer,
             vocab_size=size,
             held_out_fraction=config.held_out_fraction,
+            max_bytes=config.max_data_bytes,
             progress=self.reporter.data_progress,
         )
 
@@ -186,7 +212,7 @@ class Run:
         fields["max_position_embeddings"] = max(longest, config.sequence_length)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(self.tokenizer, name))
-        return FANformerForCausalLM(FANformerConfig(**fields))
+        return self.build_model(fields)
 
     def _generation_config(self) -> GenerationConfig:
         """Return the defaults of `generate`; ids that pad the vocabulary are never drawn."""

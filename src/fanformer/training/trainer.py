@@ -194,7 +194,7 @@ class FANformerTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Do one forward and backward pass; the first one of a resumed run begins with the checkpoint's random state."""
+        """Do one forward and backward pass; a resumed run's first one begins with the checkpoint's random state."""
         if self.random_state_from is not None:  # making the data iterator has drawn from the state loaded before
             self._load_rng_state(str(self.random_state_from))
             self.random_state_from = None

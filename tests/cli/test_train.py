@@ -1,0 +1,136 @@
+"""`fanformer train`: a real small run, its bad input, and the machine it decides for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+TINY = [
+    "--batch-size=4", "--sequence-length=32", "--vocab-size=320",
+    *[f"--set=model.{field}" for field in (
+        "hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=2",
+        "num_key_value_heads=1", "head_dim=16",
+    )],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "mine.txt"
+    path.write_text(
+        "".join(f"line {number} of a plain text file, {number * number} in all.\n" for number in range(400))
+    )
+    return path
+
+
+def test_train_then_generate_on_any_text_file(command, text, tmp_path):
+    folder = tmp_path / "out"
+    trained = command("train", "--data", str(text), "--output-dir", str(folder), "--max-steps", "20", *TINY)
+    assert trained.code == 0, trained
+    assert "bits per byte" in trained.out
+    assert f"model: {folder}" in trained.out
+    assert "held out" in trained.err
+    written = command("generate", str(folder), "line 7", "--max-length", "5", "--seed", "1")
+    assert written.code == 0, written
+    assert written.out.startswith("line 7")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "nanoo"], "did you mean `nano`?"),
+        (["--lerning-rate", "1"], "did you mean `--learning-rate`?"),
+        (["--set", "lerning_rate=1"], "did you mean `learning_rate`?"),
+        (["--set", "model.hidden_sise=1"], "did you mean `hidden_size`?"),
+        (["--p", "0.7"], "`fan_ratio` must be in [0, 0.5], got 0.7"),
+        (["--set", "model.num_key_value_heads=4"], "must be a multiple of `num_key_value_heads`, got 6 and 4"),
+        (["--optimizer", "sgd"], "`optimizer` must be one of adamw, muon, got 'sgd'"),
+        (["--max-time", "soon"], "a duration must look like 90s, 5m, 2h30m or 1d, got 'soon'"),
+        (["--tokens", "many"], "a count must look like"),
+        (["--max-steps", "2", "--epochs", "1"], "the length of a run is set once"),
+        (["--device", "tpu"], "`device` must be one of auto, cpu, cuda, mps, got 'tpu'"),
+        (["--config", "none.yaml"], "configuration file not found"),
+        (["--data", "none.txt"], "none.txt"),
+        (["--sequence-length", "1000000"], "one row needs 1000001"),
+        (["--resume"], "there is no run to resume in"),
+        (["--tokenizer", "none/tokenizer"], "none/tokenizer"),
+        (["--init-from", "none"], "none"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(command, text, tmp_path, words, message):
+    data = [] if "--data" in words else ["--data", str(text)]
+    folder = tmp_path / "out"
+    outcome = command("train", "--output-dir", str(folder), "--max-steps", "2", *data, *words)
+    if words[0] in ("--max-steps",):
+        outcome = command("train", "--output-dir", str(folder), *data, *words)
+    assert message in outcome.refusal()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("picture.txt", b"\x89PNG\r\n\x00\x00\x01\x02" * 50, "picture.txt"),
+        ("short.txt", b"too short", "one row needs"),
+        ("broken.jsonl", b'{"text": "a"}\n{oops\n', "broken.jsonl"),
+    ],
+    ids=["empty", "binary", "short", "broken jsonl"],
+)
+def test_bad_data_is_one_line_and_leaves_nothing(command, tmp_path, name, content, message):
+    path, folder = tmp_path / name, tmp_path / "out"
+    path.write_bytes(content)
+    outcome = command("train", "--data", str(path), "--output-dir", str(folder), "--max-steps", "2")
+    assert message in outcome.refusal()
+    assert not folder.exists()
+
+
+def test_a_folder_with_a_run_needs_resume_or_overwrite(command, text, tmp_path):
+    words = ["train", "--data", str(text), "--output-dir", str(tmp_path / "out"), "--max-steps", "2", *TINY]
+    assert command(*words).code == 0
+    assert "go on with --resume, replace it with --overwrite" in command(*words).refusal()
+    resumed = command("train", "--output-dir", str(tmp_path / "out"), "--resume")
+    assert resumed.code == 0, resumed
+    assert "resuming from" in resumed.err
+
+
+def test_the_hub_unreachable_says_how_to_go_on(command, tmp_path):
+    started = time.monotonic()
+    outcome = command("train", "--preset", "92m", "--output-dir", str(tmp_path / "out"))
+    assert "--data" in outcome.refusal()
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_defaults_and_an_example(command):
+    shown = command("train", "--help").out
+    assert "fanformer train --preset nano" in shown
+    assert "[default: nano]" in shown
+    assert "0.15" in shown
+
+
+def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path):
+    """SIGKILL in the middle, then --resume: the same weights as without the kill."""
+    words = [sys.executable, "-m", "fanformer.cli.main", "train", "--data", str(text), "--max-steps", "200",
+             "--save-steps", "20", "--eval-steps", "200", "--set", "model.dropout=0.1", *TINY]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    subprocess.run([*words, "--output-dir", str(tmp_path / "whole")], check=True, timeout=200, **quiet)
+    killed = subprocess.Popen([*words, "--output-dir", str(tmp_path / "killed")], **quiet)
+    while not list((tmp_path / "killed").glob("checkpoint-*")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    again = [sys.executable, "-m", "fanformer.cli.main", "train", "--output-dir", str(tmp_path / "killed"), "--resume"]
+    subprocess.run(again, check=True, timeout=200, **quiet)
+    read = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert read[0] == read[1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))

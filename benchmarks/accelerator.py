@@ -42,7 +42,7 @@ PARTS = {
     "inference_eager": Limits(20, 150),
     "training_whole": Limits(80, 300),
     "inference_compiled": Limits(80, 300),
-    "tests": Limits(30, 240),
+    "tests": Limits(90, 240),
 }
 """The parts in their order: what says most comes first, since the time may run out."""
 

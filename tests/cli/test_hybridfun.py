@@ -39,7 +39,7 @@ def test_training_then_inference_without_naming_the_folder(door, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"the cat number {n} sat on mat {n * n}.\n" for n in range(700)))
     code, out, err = door(
-        *("--mode", "train", "--preset", "nano", "--data", text, "--epochs_text", "1", "--batch_size", "2"),
+        *("--mode", "train", "--preset", "nano", "--data", text, "--epochs_text", "1", "--batch_size", "8"),
         *("--p", "0.25", "--device", "cpu"),
     )
     assert code == 0, err
@@ -103,7 +103,6 @@ def test_help_has_the_missions_flags_and_their_defaults(door):
 
 
 def test_script_works_from_another_directory(process, repository, tmp_path):
-    outcome = process(
-        "--mode", "inference", "--model", "none", program=(repository / "HybridFun.py",), cwd=tmp_path, timeout=60
-    )
-    assert f"no model folder {tmp_path / 'none'}" in outcome.refusal()
+    outcome = process("--mode", "train", "--preset", "nanoo", program=(repository / "HybridFun.py",), cwd=tmp_path)
+    assert "did you mean `nano`?" in outcome.refusal()
+    assert list(tmp_path.iterdir()) == []

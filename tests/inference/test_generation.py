@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.inference.generation import GumbelNoise, encode_prompt, generate
+from fanformer.inference.generation import GumbelNoise, encode_prompt, generate, withhold_spaces
 from fanformer.inference.settings import GenerationSettings
 from fanformer.inference.streaming import Interruption
 
@@ -200,3 +200,40 @@ def test_values_that_are_no_numbers_are_an_error_not_a_text(loaded):
             texts(loaded, ["the cat"])
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("spaces", [" ", "    "], ids=["one", "four"])
+def test_spaces_at_the_end_of_a_prompt_begin_the_first_new_token(loaded, spaces):
+    model, tokenizer = loaded
+    pieces = []
+    prompt = f"the cat{spaces}"
+    settings = GenerationSettings(max_length=8, seed=3)
+    streamed = generate(model, tokenizer, [prompt], settings, pieces.append)[0]
+    assert "".join(pieces) == streamed.text
+    encoded = encode_prompt(tokenizer, prompt)
+    ids, withheld = withhold_spaces(tokenizer, encoded)
+    assert ids == encoded[:-1]
+    assert withheld.strip(" ") == ""
+    # the text after the prompt does not repeat the spaces that its first token begins with
+    beginnings = {tokenizer.decode([t])[len(withheld) :] for t in range(len(tokenizer)) if
+                  tokenizer.decode([t]).startswith(withheld)}  # fmt: skip
+    assert any(streamed.text.startswith(beginning) for beginning in beginnings)
+
+
+def test_a_prompt_that_ends_in_a_word_is_left_as_it_is(loaded):
+    _, tokenizer = loaded
+    for prompt in ("the cat", "the cat\n", ""):
+        ids = encode_prompt(tokenizer, prompt)
+        assert withhold_spaces(tokenizer, ids) == (ids, "")
+
+
+def test_a_trained_word_after_a_space_is_one_token_with_it(loaded):
+    model, tokenizer = loaded
+    # greedily, among the tokens that begin with a space: " " alone is only one of them
+    text = generate(model, tokenizer, ["sat "], GenerationSettings(max_length=1, temperature=0))[0].text
+    ids = torch.tensor([encode_prompt(tokenizer, "sat")])
+    with torch.no_grad():
+        scores = model(ids).logits[0, -1, : len(tokenizer)]
+    allowed = [t for t in range(len(tokenizer)) if tokenizer.decode([t]).startswith(" ")]
+    best = max(allowed, key=lambda token_id: scores[token_id])
+    assert " " + text == tokenizer.decode([best])

@@ -62,6 +62,23 @@ class KnownTokensOnly(LogitsProcessor):
         return scores.index_fill(-1, torch.arange(self._known, scores.shape[-1], device=scores.device), -torch.inf)
 
 
+class BeginsWith(LogitsProcessor):
+    """Lets the first new token of a row be only one whose text begins with the row's own beginning."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, beginnings: Sequence[str], width: int):
+        self._width = width
+        texts = [tokenizer.decode([token_id]) for token_id in range(len(tokenizer))]
+        self._excluded = torch.tensor([[not text.startswith(beginning) for text in texts] for beginning in beginnings])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V), at the first new position with minus infinity for all other tokens."""
+        if input_ids.shape[1] != self._width:
+            return scores
+        excluded = torch.ones_like(scores, dtype=torch.bool)
+        excluded[:, : self._excluded.shape[1]] = self._excluded.to(scores.device)
+        return scores.masked_fill(excluded, -torch.inf)
+
+
 class GumbelNoise(LogitsProcessor):
     """Adds Gumbel noise, so that the largest score is a sample of the softmax; each row has its own random stream.
 
@@ -95,6 +112,9 @@ def iterate(
     The text of a prompt depends on the weights, the prompt, the settings, the seed and the prompt's place in
     `prompts`; not on the other prompts nor on `batch_size`, as far as batched and single arithmetic agree.
 
+    Spaces at the end of a prompt become the beginning of the first new token: in training, a space before a word is
+    part of the word's token, and a space of its own is hardly ever followed by a word.
+
     Args:
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
@@ -116,8 +136,17 @@ def iterate(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         _check_length(model, prompt, ids, settings.max_length)
+    cut = [withhold_spaces(tokenizer, ids) for ids in encoded]
     return continue_ids(
-        model, tokenizer, prompts, encoded, settings, on_text, batch_size=batch_size, interruption=interruption
+        model,
+        tokenizer,
+        prompts,
+        [ids for ids, _ in cut],
+        settings,
+        on_text,
+        beginnings=[spaces for _, spaces in cut],
+        batch_size=batch_size,
+        interruption=interruption,
     )
 
 
@@ -148,6 +177,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     return [start_token_id(tokenizer), *encode_documents(tokenizer, [prompt])[0]]
 
 
+def withhold_spaces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> tuple[list[int], str]:
+    """Return `ids` without a last token that is nothing but spaces, and those spaces; a start token stays."""
+    text = tokenizer.decode(ids[-1:], clean_up_tokenization_spaces=False)
+    if len(ids) > 1 and text and not text.strip(" "):
+        return ids[:-1], text
+    return ids, ""
+
+
 def continue_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -156,26 +193,32 @@ def continue_ids(
     settings: GenerationSettings,
     on_text: Callable[[str], None] | None = None,
     *,
+    beginnings: Sequence[str] | None = None,
     batch_size: int = 8,
     interruption: Interruption | None = None,
 ) -> Iterator[Completion]:
-    """Continue prompts that are token ids already; `prompts` are their texts, the rest as in `iterate`."""
+    """Continue prompts that are token ids already; `prompts` are their texts, the rest as in `iterate`.
+
+    `beginnings` is what the token ids leave out at the end of each text: the first new token must begin with it.
+    """
+    beginnings = beginnings if beginnings is not None else [""] * len(encoded)
     seed = secrets.randbits(32) if settings.seed is None else settings.seed
     interruption = interruption or Interruption()
     for start in range(0, len(encoded), batch_size):
         if interruption.requested:
             return
         rows = encoded[start : start + batch_size]
-        streamer = TextStreamer(tokenizer, on_text) if on_text is not None else None
+        withheld = beginnings[start : start + batch_size]
+        streamer = TextStreamer(tokenizer, on_text, skip=len(withheld[0])) if on_text is not None else None
         seeds = [_row_seed(seed, start + index) for index in range(len(rows))]
         began = time.perf_counter()
-        outputs = _continue_batch(model, tokenizer, rows, settings, seeds, streamer, interruption)
+        outputs = _continue_batch(model, tokenizer, rows, withheld, settings, seeds, streamer, interruption)
         seconds = time.perf_counter() - began
-        for prompt, row, (new_ids, ended) in zip(prompts[start:], rows, outputs, strict=False):
+        for prompt, row, beginning, (new_ids, ended) in zip(prompts[start:], rows, withheld, outputs, strict=False):
             cut_short = interruption.requested and len(new_ids) < settings.max_length
             yield Completion(
                 prompt=prompt,
-                text=_decode(tokenizer, row, new_ids),
+                text=_decode(tokenizer, row, new_ids)[len(beginning) :],
                 tokens=len(new_ids),
                 finish_reason="end" if ended else "interrupted" if cut_short else "length",
                 tokens_per_second=len(new_ids) / seconds,
@@ -188,6 +231,7 @@ def _continue_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[list[int]],
+    beginnings: Sequence[str],
     settings: GenerationSettings,
     seeds: Sequence[int],
     streamer: TextStreamer | None,
@@ -211,7 +255,7 @@ def _continue_batch(
             pad_token_id=padding,
             eos_token_id=end_ids or None,
         ),
-        logits_processor=_processors(tokenizer, settings, seeds),
+        logits_processor=_processors(tokenizer, beginnings, width, settings, seeds),
         stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
         streamer=streamer,
     )
@@ -223,9 +267,15 @@ def _continue_batch(
 
 
 def _processors(
-    tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings, seeds: Sequence[int]
+    tokenizer: PreTrainedTokenizerFast,
+    beginnings: Sequence[str],
+    width: int,
+    settings: GenerationSettings,
+    seeds: Sequence[int],
 ) -> LogitsProcessorList:
     processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
+    if any(beginnings):
+        processors.append(BeginsWith(tokenizer, beginnings, width))
     if settings.temperature == 0:
         return processors
     processors.append(TemperatureLogitsWarper(float(settings.temperature)))

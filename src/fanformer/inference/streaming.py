@@ -39,10 +39,14 @@ class TextDecoder:
 
 
 class TextStreamer(BaseStreamer):
-    """Hands the text of one sequence to a function while `generate` makes it; the prompt is left out."""
+    """Hands the text of one sequence to a function while `generate` makes it; the prompt is left out.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]):
+    So are the first `skip` new characters, where they belong to the prompt too.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], skip: int = 0):
         self._tokenizer = tokenizer
+        self._skip = skip
         self._on_text = on_text
         self._decoder: TextDecoder | None = None
 
@@ -53,13 +57,18 @@ class TextStreamer(BaseStreamer):
             self._decoder = TextDecoder(self._tokenizer, ids)
             return
         for token_id in ids:
-            if piece := self._decoder.push(token_id):
-                self._on_text(piece)
+            self._hand_over(self._decoder.push(token_id))
 
     def end(self) -> None:
         """Hand over what was held back."""
-        if self._decoder is not None and (rest := self._decoder.finish()):
-            self._on_text(rest)
+        if self._decoder is not None:
+            self._hand_over(self._decoder.finish())
+
+    def _hand_over(self, text: str) -> None:
+        left_out = min(self._skip, len(text))
+        self._skip -= left_out
+        if text[left_out:]:
+            self._on_text(text[left_out:])
 
 
 class Interruption:

@@ -1,0 +1,69 @@
+"""The wheel holds all that the package needs, and names all that it imports."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+IMPORT_NAMES = {"pyyaml": "yaml"}
+
+
+def requirement_names(requirements):
+    names = [re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower() for requirement in requirements]
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_every_imported_package_is_declared(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    extras = requirement_names([item for extra in project["optional-dependencies"].values() for item in extra])
+    declared = requirement_names(project["dependencies"]) | extras | set(sys.stdlib_module_names) | {"fanformer"}
+    imported = {}
+    for path in (repository / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            imported.update({name.split(".")[0]: path.name for name in names})
+    assert {name: file for name, file in imported.items() if name not in declared} == {}
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(600)
+def test_the_wheel_trains_and_writes_in_an_environment_without_this_checkout(repository, tmp_path):
+    """Only the wheel's own files and the declared packages are there; those are borrowed from this environment."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(repository)]
+    subprocess.run(build, check=True, timeout=300)
+    [wheel] = tmp_path.glob("fanformer-*.whl")
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, timeout=300)
+    [site] = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    # A plain path in a .pth file is searched, but .pth files inside it are not: the editable install stays out.
+    borrowed = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "borrowed.pth").write_text(borrowed + "\n")
+
+    def fanformer(*words):
+        command = [str(python.with_name("fanformer")), *words]
+        environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = subprocess.run([str(python), "-c", "import fanformer; print(fanformer.__file__)"], capture_output=True,
+                           text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(tmp_path)
+    assert '"total": 92203744' in fanformer("info", "92m", "--json")
+    (tmp_path / "mine.txt").write_text("a line of text, number one and two and three.\n" * 200)
+    shape = ["hidden_size=32", "intermediate_size=48", "num_hidden_layers=2"]
+    settings = [f"--set=model.{item}" for item in shape]
+    fanformer("train", "--data", "mine.txt", "--output-dir", "out", "--max-steps=3", "--sequence-length=32", *settings)
+    assert fanformer("generate", "out", "a line", "--max-length", "3").startswith("a line")

@@ -1,0 +1,99 @@
+"""docs/math.md stays true: its lines define its symbols, its counts are the model's, its tests exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.modeling_fanformer import _ACTIVATION_GAIN
+
+
+@pytest.fixture(scope="module")
+def page(repository) -> Path:
+    return repository / "docs" / "math.md"
+
+
+def links(page):
+    """Return (symbol, name, line, path, anchor) of each row that ends in a link to a line."""
+    row = re.compile(r"\| `(\w+)` \| \[(\w+\.py):(\d+)\]\(([\w./]+)#L(\d+)\) \|$", re.MULTILINE)
+    return row.findall(page.read_text(encoding="utf-8"))
+
+
+def count_rows(page):
+    """Return {part: (formula, count)} of the tables of counts."""
+    rows = re.findall(r"^\| (\w+) \| `([\d*+ ]+)` \| ([\d,]+) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {part: (formula, int(count.replace(",", ""))) for part, formula, count in rows}
+
+
+def test_every_line_defines_its_symbol(page):
+    wrong = []
+    for symbol, name, line, path, anchor in links(page):
+        target = (page.parent / path).resolve()
+        assert target.name == name
+        source = target.read_text(encoding="utf-8").splitlines()
+        defined = [i for i, text in enumerate(source, 1) if re.match(rf"\s*(class|def) {symbol}\b", text)]
+        if [str(number) for number in defined] != [line] or anchor != line:
+            wrong.append(f"{symbol} is defined at {name}:{defined}, docs/math.md says {line} (link: {anchor})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_class_and_function_of_the_model_file_has_a_row(page, repository):
+    source = (repository / "src/fanformer/model/modeling_fanformer.py").read_text(encoding="utf-8")
+    defined = re.findall(r"^(?:class|def) (\w+)", source, re.MULTILINE)
+    assert len(defined) > 15
+    assert set(defined) - {symbol for symbol, *_ in links(page)} == set()
+
+
+def test_every_number_of_a_count_is_its_sum(page):
+    rows = count_rows(page)
+    assert len(rows) == 16
+    for part, (formula, count) in rows.items():
+        assert eval(formula) == count, part  # digits, + and * only, as count_rows matched
+
+
+def test_counts_are_the_models(page):
+    config = FANformerConfig()
+    with torch.device("meta"):
+        model = FANformerForCausalLM(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+    def total(*words, prefix="layers.1."):
+        return sum(size for name, size in sizes.items() if prefix in name and any(word in name for word in words))
+
+    first_factors = {"q": ("qkv_input", 3), "k": ("qkv_input", 3), "v": ("qkv_input", 3)}
+    first_factors |= {"gate": ("gate_up_input", 2), "up": ("gate_up_input", 2)}
+    expected = {part: total(f"{part}_proj") for part in ("q", "k", "v", "o", "gate", "up", "down")}
+    for part, (shared, readers) in first_factors.items():
+        assert total(shared) % readers == 0
+        expected[part] += total(shared) // readers
+    expected["norms"] = total("norm")
+    expected["gates"] = total("residual.gate")
+    expected["block"] = total("")
+    expected["embedding"] = sizes["model.embed_tokens.weight"]
+    expected["head"] = sizes["lm_head.weight"]
+    expected["final_norm"] = sizes["model.norm.weight"]
+    expected["first_norm"] = total("input_layernorm", prefix="layers.0.")
+    expected["blocks"] = total("", prefix="layers.") - expected["first_norm"]
+    expected["total"] = model.num_parameters()
+    assert {part: count for part, (_, count) in count_rows(page).items()} == expected
+
+
+def test_numbers_in_the_text_are_the_codes(page):
+    text, config = page.read_text(encoding="utf-8"), FANformerConfig()
+    for name in ("initializer_range", "embedding_initializer_range"):
+        assert f"`{name}` = {getattr(config, name)} |" in text
+    gains = f"{_ACTIVATION_GAIN['silu']:.4f} for SiLU, {_ACTIVATION_GAIN['gelu']:.4f} for GELU"
+    assert f"{gains}, {_ACTIVATION_GAIN['linear']:.0f} for none" in text
+    for outputs in (config.num_attention_heads, config.num_key_value_heads):
+        width = outputs * config.head_dim
+        assert f"int({config.fan_ratio} * {width}) = {int(config.fan_ratio * width)}" in text
+    assert f"{1 - 92_203_744 / 134_515_008:.1%} smaller" in text
+
+
+def test_every_test_it_names_exists(page, repository):
+    named = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", page.read_text(encoding="utf-8"))
+    assert len(named) >= 8
+    for path, test in named:
+        assert f"def {test}" in (repository / path).read_text(encoding="utf-8"), f"{path}::{test}"

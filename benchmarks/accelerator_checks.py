@@ -4,6 +4,7 @@ Models are small, in float32 unless said otherwise, with biases, gates and norms
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,20 +145,20 @@ def planned(context: Context) -> Iterable[tuple[str, float, Callable[[], float]]
     device, compiling = context.device, not context.dry_run
     for fields in VARIANTS:
         variant = "_".join(str(value) for value in fields.values()) or "default"
-        yield f"logits_equal_the_cpus.{variant}", LOGITS, lambda f=fields: logits_equal_the_cpus(device, **f)
-        yield f"gradients_equal_the_cpus.{variant}", GRADIENT, lambda f=fields: gradients_equal_the_cpus(device, **f)
-    yield "bfloat16_is_close_to_float32", BFLOAT16, lambda: bfloat16_is_close_to_float32(device)
+        yield f"logits_equal_the_cpus.{variant}", LOGITS, partial(logits_equal_the_cpus, device, **fields)
+        yield f"gradients_equal_the_cpus.{variant}", GRADIENT, partial(gradients_equal_the_cpus, device, **fields)
+    yield "bfloat16_is_close_to_float32", BFLOAT16, partial(bfloat16_is_close_to_float32, device)
     for cache in ("dynamic", "static"):
         name = f"cached_text_equals_uncached.{cache}"
-        yield name, EXACT, lambda c=cache: cached_text_equals_uncached(device, c)
-    yield "padded_rows_equal_single_rows", GRADIENT, lambda: padded_rows_equal_single_rows(device)
-    yield "sdpa_equals_eager_attention", GRADIENT, lambda: sdpa_equals_eager_attention(device)
+        yield name, EXACT, partial(cached_text_equals_uncached, device, cache)
+    yield "padded_rows_equal_single_rows", GRADIENT, partial(padded_rows_equal_single_rows, device)
+    yield "sdpa_equals_eager_attention", GRADIENT, partial(sdpa_equals_eager_attention, device)
     for attention in ("sdpa", "eager") + (("flex_attention",) if device == "cuda" else ()):  # flex: no CPU backward
         name = f"packed_documents_equal_separate_ones.{attention}"
-        yield name, GRADIENT, lambda a=attention: packed_documents_equal_separate_ones(device, a)
+        yield name, GRADIENT, partial(packed_documents_equal_separate_ones, device, attention)
     for whole in (False, True):
         name = f"compiled_equals_eager.{'whole' if whole else 'each_layer'}"
-        yield name, GRADIENT, lambda w=whole: compiled_equals_eager(device, w, compiling)
+        yield name, GRADIENT, partial(compiled_equals_eager, device, whole, compiling)
 
 
 def checks(context: Context) -> dict[str, Any]:

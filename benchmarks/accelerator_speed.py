@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -255,7 +256,7 @@ def _ready(name: str, context: Context, workload: Workload, whole: bool) -> tupl
     before = allocated(context.device)
     model = build(name, workload)
     trainee = Trainee(model, workload, context.device, None if context.dry_run else whole)
-    warm_up = timed(lambda: trainee.train(workload.warm_up_steps), context.device)
+    warm_up = timed(partial(trainee.train, workload.warm_up_steps), context.device)
     first_loss = trainee.loss.item()
     allocated(context.device)  # compiling may have taken more than a step does
     trainee.train(1)
@@ -296,7 +297,7 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
         if context.seconds_left < 2 * longest * len(trainees) + 5:
             break
         for name, trainee in trainees.items():
-            block = timed(lambda trainee=trainee: trainee.train(workload.block_steps), context.device)
+            block = timed(partial(trainee.train, workload.block_steps), context.device)
             seconds[name].append(block / workload.block_steps)
             longest = max(longest, block)
     peak = context.earlier.get("ceilings", {}).get("bf16_product_tflops")
@@ -383,7 +384,7 @@ def _decode_in_turns(
             decoder = Decoder(model, batch, workload, device, compiled)
             decoder.prefill()
             first_token = statistics.median(timed(decoder.prefill, device) for _ in range(workload.decode_rounds))
-            warm_up = timed(lambda decoder=decoder: decoder.decode(workload.decode_steps), device)
+            warm_up = timed(partial(decoder.decode, workload.decode_steps), device)
             figures[name] = {
                 "first_token_seconds": first_token,
                 "warm_up_seconds": warm_up,
@@ -396,7 +397,7 @@ def _decode_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(workload.decode_rounds):
         for name, decoder in decoders.items():
-            round_seconds = timed(lambda decoder=decoder: decoder.decode(workload.decode_steps), device)
+            round_seconds = timed(partial(decoder.decode, workload.decode_steps), device)
             seconds[name].append(round_seconds / workload.decode_steps)
     for name, values in seconds.items():
         median = statistics.median(values)

@@ -1,9 +1,10 @@
 """Measure what keeping freed memory is worth to a training step of the nano preset on the CPU.
 
-    python benchmarks/malloc.py [--steps 12] [--rounds 3] [--write]
+    python benchmarks/malloc.py [--steps 8] [--rounds 3] [--threads N] [--write]
 
 Every measurement is a process of its own, with the setting and without it in turns: first on the machine as it is,
 then with one busy process on each core. Figures are ratios of steps that ran one after the other; the load is told.
+Page faults and the kernel's share of the time say where a gain comes from, whatever else the machine does.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from fanformer.training.configuration import load_preset, resolve
 from fanformer.training.environment import keep_freed_memory, product_rate
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 CONDITIONS = {"as it is": 0, "busy": os.cpu_count() or 1}
 """Busy processes beside the measured one."""
 
@@ -39,14 +41,16 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def choose_precision() -> str:
+def choose_precision(threads: int) -> str:
     """Return the precision that a run would choose here."""
+    torch.set_num_threads(threads)
     rates = [product_rate("cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
     return "bfloat16" if rates[1] > 1.3 * rates[0] else "float32"
 
 
-def step_seconds(keep: bool, precision: str, steps: int) -> list[float]:
-    """Train the nano preset on random tokens and return the seconds of every step after the first few."""
+def measure(keep: bool, precision: str, threads: int, steps: int) -> dict[str, float]:
+    """Train the nano preset on random tokens; return what a step costs once the first few are over."""
+    torch.set_num_threads(threads)
     if keep:
         keep_freed_memory()
     recipe = resolve("nano")
@@ -55,7 +59,10 @@ def step_seconds(keep: bool, precision: str, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
     shape = (recipe.batch_size, recipe.sequence_length)
     seconds = []
-    for _ in range(WARM_UP_STEPS + steps):
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for step in range(WARM_UP_STEPS + steps):
+        if step == WARM_UP_STEPS:
+            before = resource.getrusage(resource.RUSAGE_SELF)
         ids = torch.randint(model.config.vocab_size, shape)
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
@@ -64,7 +71,12 @@ def step_seconds(keep: bool, precision: str, steps: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP_STEPS:]
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "seconds": statistics.median(seconds[WARM_UP_STEPS:]),
+        "page_faults": (after.ru_minflt - before.ru_minflt) / steps,
+        "kernel_seconds": (after.ru_stime - before.ru_stime) / steps,
+    }
 
 
 @contextlib.contextmanager
@@ -79,59 +91,68 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def compare(busy: int, precision: str, rounds: int, steps: int) -> dict[str, Any]:
+def compare(busy: int, precision: str, threads: int, rounds: int, steps: int) -> dict[str, Any]:
     """Measure with and without the setting in turns, beside `busy` busy processes."""
     load_before = os.getloadavg()[0]
-    medians: dict[bool, list[float]] = {False: [], True: []}
+    measured: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     with busy_processes(busy):
         for round_number in range(rounds):
             for keep in (False, True) if round_number % 2 == 0 else (True, False):
-                medians[keep].append(statistics.median(in_a_process(step_seconds, keep, precision, steps)))
-    ratios = [without / kept for without, kept in zip(medians[False], medians[True], strict=True)]
+                measured[keep].append(in_a_process(measure, keep, precision, threads, steps))
+    pairs = zip(measured[False], measured[True], strict=True)
+    ratios = [without["seconds"] / kept["seconds"] for without, kept in pairs]
     return {
         "busy_processes": busy,
         "load_before": load_before,
         "load_after": os.getloadavg()[0],
-        "step_seconds_without": medians[False],
-        "step_seconds_with": medians[True],
+        "without": measured[False],
+        "with": measured[True],
         "times_faster": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
     }
 
 
+def row_text(condition: str, row: dict[str, Any]) -> str:
+    """Return one condition as a row of the table."""
+    cells = [f"{condition:<10} {row['load_before']:>5.1f} to {row['load_after']:<5.1f}"]
+    for name, width, digits in (("seconds", 8, 3), ("kernel_seconds", 8, 3), ("page_faults", 8, 0)):
+        for setting in ("without", "with"):
+            median = statistics.median(measured[name] for measured in row[setting])
+            cells.append(f"{median:>{width}.{digits}f}")
+    return " ".join([*cells, f"{row['times_faster']:>7.2f} ({row['lowest']:.2f}-{row['highest']:.2f})"])
+
+
 def main() -> None:
     """Measure under both conditions, print a table, and write it where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12, help="timed steps per measurement (default 12)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per measurement (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements with and without, each (default 3)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default torch's)")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/malloc-DATE.json")
     arguments = parser.parse_args()
     if not in_a_process(keep_freed_memory):
         sys.exit("the C library is not glibc, which this setting belongs to: there is nothing to measure here")
     date = datetime.datetime.now(datetime.UTC)
-    precision = in_a_process(choose_precision)
+    precision = in_a_process(choose_precision, arguments.threads)
     results: dict[str, Any] = {
         "date": date.isoformat(timespec="seconds"),
-        "what": "seconds of a training step, preset nano, batch 16 x 256, AdamW; medians of each process",
+        "what": "a training step of preset nano with and without the setting, AdamW; each row is one process's median",
         "steps": arguments.steps,
         "precision": precision,
         "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": arguments.threads,
         "platform": platform.platform(),
         "torch": torch.__version__,
         "conditions": {},
     }
-    print(f"{'machine':<10} {'load':>11} {'without, s':>11} {'with, s':>9} {'times faster':>13} {'range':>13}")
+    print(f"{precision}, {arguments.threads} threads; each pair of columns: without the setting, with it")
+    columns = f"{'step, s':>17} {'in the kernel, s':>17} {'page faults':>17} times faster"
+    print(f"{'machine':<10} {'load':^14} {columns}")
     for condition, busy in CONDITIONS.items():
-        row = compare(busy, precision, arguments.rounds, arguments.steps)
+        row = compare(busy, precision, arguments.threads, arguments.rounds, arguments.steps)
         results["conditions"][condition] = row
-        without, kept = (statistics.median(row[f"step_seconds_{key}"]) for key in ("without", "with"))
-        print(
-            f"{condition:<10} {row['load_before']:>4.1f} to {row['load_after']:>4.1f} {without:>10.3f} {kept:>9.3f} "
-            f"{row['times_faster']:>13.2f} {row['lowest']:>6.2f}-{row['highest']:.2f}",
-            flush=True,
-        )
+        print(row_text(condition, row), flush=True)
     if arguments.write:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"malloc-{date:%Y-%m-%d}.json"

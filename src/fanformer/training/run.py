@@ -271,8 +271,10 @@ class Run:
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
         if self.environment.compile:
+            # The number of threads is fixed in the compiled code, but only part of its cache's key where it is given.
+            options = {"cpp.threads": self.environment.threads} if self.environment.device == "cpu" else None
             for layer in self.model.model.layers:
-                layer.compile(fullgraph=True)
+                layer.compile(fullgraph=True, options=options)
         trainer = FANformerTrainer(
             self.model,
             self.tokenizer,

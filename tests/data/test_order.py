@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
-from fanformer.data.order import EpochSampler, RunSampler, epoch_order, row_at
+from fanformer.data.order import RunSampler, rows_at
+
+
+def epoch_order(seed, epoch, length):
+    return rows_at(seed, epoch, np.arange(length), length)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 64, 65, 1000, 4096, 65537])
@@ -11,19 +15,13 @@ def test_epoch_order_is_a_permutation(length):
     assert np.array_equal(np.sort(order), np.arange(length))
 
 
-def test_row_at_agrees_with_epoch_order():
-    order = epoch_order(-5, 2, 1000)
-    assert [row_at(-5, 2, index, 1000) for index in range(0, 1000, 97)] == order[::97].tolist()
-    for index in (-1, 1000):
-        with pytest.raises(IndexError, match=rf"`index` must be in \[0, 1000\), got {index}"):
-            row_at(-5, 2, index, 1000)
-
-
-def test_row_at_needs_no_order_of_a_huge_length():
+def test_the_rows_of_a_huge_epoch_need_no_order_of_its_length():
     length = 10**15
-    rows = {row_at(0, 0, index, length) for index in (*range(50), length - 1)}
-    assert len(rows) == 51
-    assert max(rows) > length // 2
+    indices = np.array([*range(50), length - 1])
+    rows = rows_at(0, 0, indices, length)
+    assert len(set(rows.tolist())) == 51
+    assert rows.max() > length // 2
+    assert rows_at(0, 0, indices[7:8], length) == rows[7]
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch():
@@ -60,22 +58,6 @@ def test_neighbouring_indices_are_not_correlated():
     assert abs(np.corrcoef(order, np.arange(20000))[0, 1]) < 0.035
 
 
-def test_epoch_sampler_resumes_within_an_epoch():
-    length = 70_000  # more than one block
-    full = EpochSampler(length, seed=4)
-    assert len(full) == length
-    assert list(full) == epoch_order(4, 0, length).tolist()
-    full.set_epoch(1)
-    second = list(full)
-    assert second == epoch_order(4, 1, length).tolist()
-    resumed = EpochSampler(length, seed=4, start=length + 66_000)
-    resumed.set_epoch(1)
-    assert len(resumed) == 4000
-    assert list(resumed) == second[66_000:]
-    resumed.set_epoch(2)
-    assert len(resumed) == length
-
-
 def test_run_sampler_resumes_at_any_place():
     rows = list(RunSampler(100, seed=2, total=250))
     assert rows == [row for epoch in range(3) for row in epoch_order(2, epoch, 100).tolist()][:250]
@@ -85,8 +67,13 @@ def test_run_sampler_resumes_at_any_place():
         assert len(resumed) == 250
 
 
-def test_samplers_refuse_impossible_lengths_and_starts():
-    with pytest.raises(ValueError, match=r"`length` must be positive and `start` not negative, got 0 and 0"):
-        EpochSampler(0, seed=0)
+def test_run_sampler_crosses_its_blocks():
+    length = 70_000  # more than one block
+    rows = list(RunSampler(length, seed=4, total=2 * length, start=length - 10))
+    assert rows[:10] == epoch_order(4, 0, length).tolist()[-10:]
+    assert rows[10:] == epoch_order(4, 1, length).tolist()
+
+
+def test_run_sampler_refuses_impossible_lengths_and_starts():
     with pytest.raises(ValueError, match=r"`length` must be positive and `start` in \[0, 5\], got 3 and 6"):
         RunSampler(3, seed=0, total=5, start=6)

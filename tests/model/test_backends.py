@@ -88,6 +88,8 @@ def test_inductor_gives_the_same_gradients(tiny_model, token_ids):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointing_gives_the_same_gradients(tiny_model, token_ids, enable, dropout):
     model = tiny_model(dropout=dropout).train()
+    if not hasattr(model, enable):
+        pytest.skip(f"this version of transformers has no {enable}")
     input_ids = token_ids(2, 17)
     calls = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))

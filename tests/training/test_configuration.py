@@ -32,6 +32,13 @@ def test_later_sources_win_over_earlier_ones(tmp_path):
     assert config.model["hidden_size"] == load_preset("nano").model["hidden_size"]
 
 
+def test_a_length_that_is_given_replaces_the_preset_s_own():
+    assert resolve("nano").max_time == 300
+    assert resolve("nano", overrides={"max_steps": 3}).max_time is None
+    both = resolve("nano", overrides={"max_steps": 3, "max_time": 60.0})
+    assert (both.max_steps, both.max_time) == (3, 60.0)
+
+
 def test_a_resolved_configuration_written_to_yaml_resolves_to_itself(tmp_path):
     import yaml
 

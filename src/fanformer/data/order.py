@@ -57,64 +57,6 @@ def rows_at(seed: int, epoch: int, indices: np.ndarray, length: int) -> np.ndarr
     return rows.astype(np.int64)
 
 
-def row_at(seed: int, epoch: int, index: int, length: int) -> int:
-    """Return the row that an epoch visits at `index`, without building the epoch's order.
-
-    Raises:
-        IndexError: if `index` is not in [0, length).
-    """
-    if not 0 <= index < length:
-        raise IndexError(f"`index` must be in [0, {length}), got {index}")
-    return int(rows_at(seed, epoch, np.array([index]), length)[0])
-
-
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """Return all rows in the order of an epoch, a permutation of the integers below `length`."""
-    return rows_at(seed, epoch, np.arange(length), length)
-
-
-class EpochSampler(Sampler[int]):
-    """Yield the rows of one epoch per iteration; `set_epoch` moves on to another.
-
-    A run that resumes passes how many rows it has seen in all as `start`: that epoch begins where the run stopped.
-    """
-
-    def __init__(self, length: int, seed: int, start: int = 0) -> None:
-        """Set up the epoch that `start` falls into.
-
-        Args:
-            length: number of rows.
-            seed: any integer.
-            start: rows already seen, earlier epochs included.
-
-        Raises:
-            ValueError: if `length` is not positive or `start` is negative.
-        """
-        if length < 1 or start < 0:
-            raise ValueError(f"`length` must be positive and `start` not negative, got {length} and {start}")
-        self._length, self._seed = length, seed
-        self._resumed_epoch, self._offset = divmod(start, length)
-        self._epoch = self._resumed_epoch
-
-    @property
-    def _first(self) -> int:
-        return self._offset if self._epoch == self._resumed_epoch else 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """Return how many rows an iteration of the current epoch yields."""
-        return self._length - self._first
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the rows of the current epoch, without those seen before a resume."""
-        for begin in range(self._first, self._length, _BLOCK):
-            indices = np.arange(begin, min(begin + _BLOCK, self._length))
-            yield from rows_at(self._seed, self._epoch, indices, self._length).tolist()
-
-
 class RunSampler(Sampler[int]):
     """Yield the rows of a whole run, epoch after epoch, from any point of it.
 

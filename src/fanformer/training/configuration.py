@@ -15,6 +15,9 @@ import yaml
 
 from fanformer.errors import ConfigError, did_you_mean
 
+# Fields that say how long a run is; the last may stand beside one of the others, as a limit.
+_LENGTHS = ("max_steps", "tokens", "epochs", "max_time")
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -152,7 +155,7 @@ class RunConfig:
                 "`warmup_fraction` and `decay_fraction` must add up to at most 1, got "
                 f"{self.warmup_fraction} and {self.decay_fraction}."
             )
-        lengths = [name for name in ("max_steps", "tokens", "epochs") if getattr(self, name) is not None]
+        lengths = [name for name in _LENGTHS[:3] if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise ConfigError(f"the length of a run is set once, got {' and '.join(lengths)}: keep one of them.")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
@@ -208,6 +211,8 @@ def resolve(
     given = {**from_file, **(overrides or {})}
     chosen = load_preset(str(given.get("preset", preset)))
     merged: dict[str, Any] = {"preset": chosen.name, "model": dict(chosen.model), **chosen.run}
+    if any(given.get(name) is not None for name in _LENGTHS):  # the preset's own length is for runs that name none
+        merged = {key: value for key, value in merged.items() if key not in _LENGTHS}
     for key, value in [*from_file.items(), *(overrides or {}).items()]:
         if key == "model":
             merged["model"].update(value or {})

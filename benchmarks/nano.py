@@ -18,7 +18,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("fanformer", "llama", "llama-qk-norm")
-RATES = (0.006, 0.012, 0.024)
+RATES = (0.0025, 0.005)
 # 6 layers of width 192 with this FFN have as many parameters in the blocks as FANformer nano; checked at each run.
 LLAMA_FFN = 448
 
@@ -130,7 +130,7 @@ def compare(arguments: argparse.Namespace) -> None:
         size = load_preset("nano").model["vocab_size"]
         prepare(open_source("stdlib"), work / "data", tokenizer=None, vocab_size=size)
     swept = [
-        measure(work, arm, rate, arguments.seed, arguments.steps or 300, None)
+        measure(work, arm, rate, arguments.seed, arguments.steps or 240, None)
         for rate in arguments.rates
         for arm in ARMS
     ]
@@ -159,7 +159,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="optimizer steps of every arm  [default: 300]")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every arm  [default: 240]")
     parser.add_argument("--seconds", type=float, default=0.0, help="also run each arm's best for so long")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to sweep")
     parser.add_argument("--seed", type=int, default=0)

@@ -10,12 +10,9 @@ import sys
 import tokenize
 from pathlib import Path
 
+from fanformer.cli.failure import quiet_libraries
 from fanformer.cli.train import resolve_run, run_and_report
 from fanformer.errors import FANformerError
-from fanformer.inference.generation import generate
-from fanformer.inference.loading import load
-from fanformer.inference.settings import GenerationSettings
-from fanformer.training.artifacts import read_records, read_run_file
 
 COMPLETIONS = 20
 SHOWN = 3
@@ -67,6 +64,7 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--max-time", type=float, default=300.0, help="seconds of training")
     arguments = parser.parse_args()
+    quiet_libraries()
     folder: Path = arguments.output_dir
     if finished(folder):
         print(f"{folder} holds a finished run: using it (delete the folder to train again)")
@@ -74,6 +72,11 @@ def main() -> int:
         started = (folder / "run.yaml").is_file()
         overrides = {"preset": "nano", "output_dir": str(folder), "max_time": arguments.max_time, "resume": started}
         run_and_report(resolve_run(None, overrides))
+
+    from fanformer.inference.generation import generate
+    from fanformer.inference.loading import load
+    from fanformer.inference.settings import GenerationSettings
+    from fanformer.training.artifacts import read_records, read_run_file
 
     model, tokenizer = load(folder)
     settings = GenerationSettings(max_length=96, seed=0)

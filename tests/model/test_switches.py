@@ -148,16 +148,14 @@ def test_norm_placement_says_which_residual_the_ffn_gets(tiny_model, placement, 
     torch.testing.assert_close(output, layer.post_attention_layernorm(x) if normed else x)
 
 
-@pytest.mark.parametrize(
-    ("qkv_norm", "normed"), [("qkv", {"q", "k", "v"}), ("qk", {"q", "k"}), ("none", set())], ids=str
-)
+@pytest.mark.parametrize(("qkv_norm", "normed"), [("qkv", "qkv"), ("qk", "qk"), ("none", "")])
 def test_qkv_norm_makes_attention_blind_to_the_scale_of_what_it_normalises(tiny_model, token_ids, qkv_norm, normed):
     # A tiny eps, else it would be what the scale is compared with; no biases, so that scaling a weight scales its part.
     model = tiny_model(
         qkv_norm=qkv_norm, fan_placement="none", projection_bias=False, rms_norm_eps=1e-12, num_hidden_layers=1
     )
     present = {part for part in "qkv" if f"model.layers.0.self_attn.{part}_norm.weight" in names(model)}
-    assert present == normed
+    assert present == set(normed)
     input_ids = token_ids(1, 9)
     before = logits(model, input_ids)
     for part in "qkv":

@@ -52,7 +52,7 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
     debug = "--debug" in (own[: own.index("--")] if "--" in own else own)
-    _quiet_libraries()
+    quiet_libraries()
     try:
         # Not command.main, which has ways of its own to end after Ctrl-C or a broken pipe.
         try:
@@ -144,7 +144,7 @@ def _abandon_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' own notices off the terminal; must come before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -41,6 +41,7 @@ class RunClock(TrainerCallback):
         self.length, self.steps = length, steps
         self.earlier_seconds = 0.0
         self.started = time.monotonic()
+        self.start_up_seconds = 0.0  # until the first step ended, compilation included: no progress of the run
         self.reserved_seconds = 0.0
         self.marks: dict[str, int] = {}
 
@@ -51,7 +52,8 @@ class RunClock(TrainerCallback):
 
     def progress(self, step: float) -> float:
         """Return the share of the run, in [0, 1], that is over after `step` steps."""
-        return self.length.progress(step, self.elapsed_seconds, self.reserved_seconds)
+        elapsed = self.elapsed_seconds - self.start_up_seconds
+        return self.length.progress(step, elapsed, self.reserved_seconds + self.start_up_seconds)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count."""
@@ -61,6 +63,8 @@ class RunClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what is to follow the step that ended."""
         step, limit = state.global_step, self.length.max_seconds
+        if step == 1:
+            self.start_up_seconds = self.elapsed_seconds
         out_of_time = limit is not None and self.elapsed_seconds >= limit - self.reserved_seconds
         if out_of_time or step == self.length.max_steps:
             control.should_training_stop = True
@@ -172,7 +176,8 @@ class FANformerTrainer(Trainer):
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             self.first_step = int(state["global_step"])
             progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
-            self.clock.earlier_seconds = progress["elapsed_seconds"]
+            self.clock.earlier_seconds = progress["earlier_seconds"]
+            self.clock.start_up_seconds = progress["start_up_seconds"]
             self.last_log = (self.first_step, self.clock.earlier_seconds)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         self.flush_record()
@@ -270,7 +275,8 @@ class FANformerTrainer(Trainer):
             staging, self.staging = self.staging, None
         name = f"checkpoint-{self.state.global_step}"
         (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        progress = json.dumps({"elapsed_seconds": self.clock.elapsed_seconds})
+        clock = self.clock
+        progress = json.dumps({"earlier_seconds": clock.elapsed_seconds, "start_up_seconds": clock.start_up_seconds})
         (staging / name / PROGRESS_FILE).write_text(progress, encoding="utf-8")
         self.on_checkpoint(staging / name)
         shutil.rmtree(run_folder / name, ignore_errors=True)

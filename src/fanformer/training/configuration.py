@@ -72,7 +72,7 @@ class RunConfig:
     output_dir: str | None = _setting(None, "folder of the run; default runs/PRESET")
     resume: bool = _setting(False, "go on from the last complete checkpoint of the output folder")
     overwrite: bool = _setting(False, "delete the run that the output folder holds")
-    save_steps: int | None = _setting(None, "steps between checkpoints; default: a tenth of the run")
+    save_steps: int | None = _setting(None, "steps between checkpoints; default: a fifth of the run")
     keep_last: int = _setting(2, "checkpoints to keep")
     push_to_hub: str | None = _setting(None, "hub repository that receives the finished folder")
 
@@ -104,7 +104,7 @@ class RunConfig:
     decay_fraction: float = _setting(0.4, "share of the run over which wsd falls")
     min_learning_rate_ratio: float = _setting(0.0, "final learning rate over the peak")
 
-    eval_steps: int | None = _setting(None, "steps between held-out evaluations; default: a tenth of the run")
+    eval_steps: int | None = _setting(None, "steps between held-out evaluations; default: a fifth of the run")
     eval_tokens: int = _setting(65536, "held-out tokens per evaluation during training; the last one uses all")
     log_steps: int | None = _setting(
         None, "steps between lines of metrics.jsonl; default: a hundredth of the run, at most 50"

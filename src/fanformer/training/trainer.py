@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ class RunClock(TrainerCallback):
     so large a share of the run; the last step does all three.
     """
 
-    SHARES = {"log": 100, "eval": 10, "save": 10}
+    SHARES = {"log": 100, "eval": 5, "save": 5}
     LONGEST_LOG_STEPS = 50
 
     def __init__(self, length: RunLength, steps: dict[str, int | None]):
@@ -77,7 +78,8 @@ class RunClock(TrainerCallback):
         every = self.steps[name]
         if every is not None:
             return step % every == 0
-        before, self.marks[name] = self.marks[name], int(self.progress(step) * self.SHARES[name])
+        before = self.marks[name]
+        self.marks[name] = max(before, int(self.progress(step) * self.SHARES[name]))  # time kept back may shrink
         return self.marks[name] > before
 
 
@@ -119,6 +121,7 @@ class FANformerTrainer(Trainer):
         self.clock = RunClock(length, {"log": config.log_steps, "eval": config.eval_steps, "save": config.save_steps})
         self.evaluate_held_out, self.on_record, self.on_checkpoint = evaluate_held_out, on_record, on_checkpoint
         self.held_out_tokens = held_out_tokens
+        self.evaluation_rates: list[float] = []  # seconds per held-out token
         self.first_step = 0
         self.random_state_from: Path | None = None
         self.record: dict[str, float] = {}
@@ -248,8 +251,8 @@ class FANformerTrainer(Trainer):
         """Measure the held-out loss: on a sample of it during the run, on all of it at the end."""
         started = time.monotonic()
         figures = self.evaluate_held_out(self.control.should_training_stop)
-        seconds_per_token = (time.monotonic() - started) / figures.tokens
-        self.clock.reserved_seconds = 1.1 * seconds_per_token * self.held_out_tokens
+        self.evaluation_rates.append((time.monotonic() - started) / figures.tokens)
+        self.clock.reserved_seconds = 1.1 * statistics.median(self.evaluation_rates) * self.held_out_tokens
         values = {"val_loss": figures.loss, "val_bits_per_byte": figures.bits_per_byte}
         self.record.update(step=self.state.global_step, tokens=self.state.global_step * self.tokens_per_step, **values)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)

@@ -87,10 +87,8 @@ def train(
 
     The folder holds safetensors weights, tokenizer, model card, run.yaml, metrics.jsonl and loss.png.
     """
-    overrides = {
-        name: _PARSERS.get(name, lambda value: value)(value) for name, value in flags.items() if value is not None
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not False}
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    overrides = {name: _PARSERS[name](value) if name in _PARSERS else value for name, value in given.items()}
     overrides |= dict(map(parse_setting, settings))
     if preset is not None:
         overrides["preset"] = preset

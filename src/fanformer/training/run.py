@@ -163,7 +163,7 @@ class Run:
             return open_prepared(Path(config.data))
         source = open_source(config.data)
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-        size = config.vocab_size or self._model_fields().get("vocab_size") or FANformerConfig().vocab_size
+        size = config.vocab_size or FANformerConfig(**config.model).vocab_size
         return prepare(
             source,
             here,
@@ -189,9 +189,6 @@ class Run:
             )
         return open_prepared(here).split("train")
 
-    def _model_fields(self) -> dict[str, Any]:
-        return dict(self.config.model)
-
     def _build_model(self) -> PreTrainedModel:
         config, tokens = self.config, len(self.tokenizer)
         if config.init_from is not None:
@@ -202,14 +199,14 @@ class Run:
                     f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
                 )
             return model
-        fields = self._model_fields()
-        wanted = fields.get("vocab_size", FANformerConfig().vocab_size)
+        planned, fields = FANformerConfig(**config.model), dict(config.model)
         fitting = -(-tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-        if fitting != wanted:
-            self.reporter.note(f"vocabulary: {tokens} tokens, so vocab_size is {fitting} instead of {wanted}")
+        if fitting != planned.vocab_size:
+            self.reporter.note(
+                f"vocabulary: {tokens} tokens, so vocab_size is {fitting} instead of {planned.vocab_size}"
+            )
         fields["vocab_size"] = fitting
-        longest = fields.get("max_position_embeddings", FANformerConfig().max_position_embeddings)
-        fields["max_position_embeddings"] = max(longest, config.sequence_length)
+        fields["max_position_embeddings"] = max(planned.max_position_embeddings, config.sequence_length)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(self.tokenizer, name))
         return self.build_model(fields)

@@ -22,14 +22,17 @@ CODE = "def f{0}(x):\n    return x + {0}  # äöü 漢字\n"
 
 class Texts(DocumentSource):
     def __init__(self, texts):
-        self.spec, self.texts = "texts", texts
+        self.spec, self.parts, self.texts = "texts", ("texts",), texts
 
     def describe(self):
         return {"kind": "texts"}
 
-    def _documents(self):
-        for number, text in enumerate(self.texts):
-            yield Document(text, f"document {number}", replaced_bytes=text.count("\ufffd"))
+    def read_part(self, number, skip=0):
+        for index, text in enumerate(self.texts[skip:], start=skip):
+            yield Document(text, self.name(index), replaced_bytes=text.count("\ufffd"))
+
+    def name(self, index):
+        return f"document {index}"
 
 
 MANY = [CODE.format(i) * (1 + i % 5) for i in range(200)]
@@ -103,7 +106,7 @@ def test_end_of_a_small_source_is_held_out(tmp_path, tokenizer, texts):
 def test_documents_that_hash_to_one_side_only_are_split_by_position(tmp_path, tokenizer):
     names = [name for name in (f"document {i}" for i in range(60)) if not is_held_out(name, 0.05)]
     source = Texts(["text of some length\n"] * len(names))
-    source._documents = lambda: (Document("text of some length\n", name) for name in names)
+    source.name = names.__getitem__
     data = prepare(source, tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
     assert data.metadata["split"] == "by position"
     assert data.metadata["splits"]["heldout"]["documents"] > 0

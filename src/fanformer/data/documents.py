@@ -3,12 +3,13 @@
 import glob
 import hashlib
 import io
+import itertools
 import os
 import platform
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ class Document:
 
 
 class DocumentSource(ABC):
-    """Documents in a fixed order; iterating again gives the same documents."""
+    """Documents in a fixed order, in parts that can be read one without the other; reading again gives the same."""
 
     spec: str
+    parts: Sequence[str]
+    """Names of the parts, in order: one for each file, as a rule."""
     total_bytes: int | None = None
     """Bytes of text, about, where that is known without reading; for progress only."""
 
@@ -44,8 +47,13 @@ class DocumentSource(ABC):
         """Return what identifies the data, as JSON values: equal descriptions mean equal documents."""
 
     @abstractmethod
-    def _documents(self) -> Iterator[Document]:
-        """Yield every document, empty ones included."""
+    def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
+        """Yield the documents of a part, empty ones included.
+
+        Args:
+            number: index into `parts`.
+            skip: documents to leave out at its beginning, for who has read them before.
+        """
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents that hold text.
@@ -54,10 +62,11 @@ class DocumentSource(ABC):
             DataError: if none does.
         """
         empty = True
-        for document in self._documents():
-            if document.text:
-                empty = False
-                yield document
+        for number in range(len(self.parts)):
+            for document in self.read_part(number):
+                if document.text:
+                    empty = False
+                    yield document
         if empty:
             raise DataError(f"data `{self.spec}` holds no text: name a source that does")
 
@@ -76,7 +85,7 @@ class StdlibSource(DocumentSource):
         Raises:
             DataError: if this Python comes without its source.
         """
-        self.spec = "stdlib"
+        self.spec, self.parts = "stdlib", ("stdlib",)
         self._folder = folder or Path(sysconfig.get_path("stdlib"))
         self._contents, self.skipped_files = self._read()
         if not self._contents:
@@ -104,9 +113,10 @@ class StdlibSource(DocumentSource):
                 if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                     yield (Path(folder) / name).relative_to(self._folder).as_posix()
 
-    def _documents(self) -> Iterator[Document]:
-        for name, text in self._contents.items():
-            yield Document(text, name)
+    def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
+        """Yield a document for every file of the one part."""
+        for name in itertools.islice(self._contents, skip, None):
+            yield Document(self._contents[name], name)
 
     def describe(self) -> dict[str, Any]:
         """Return the Python version and a hash over the names and texts of all files."""
@@ -142,6 +152,7 @@ class FileSource(DocumentSource):
         self.spec = spec
         self._text_field = text_field
         self._files = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+        self.parts = [name for name, _ in self._files]
         for _, path in self._files:
             require_extras(path)
             try:
@@ -151,11 +162,12 @@ class FileSource(DocumentSource):
         if all(file_kind(path) == "text" and path.suffix not in COMPRESSIONS for _, path in self._files):
             self.total_bytes = sum(path.stat().st_size for _, path in self._files)
 
-    def _documents(self) -> Iterator[Document]:
-        for name, path in self._files:
-            for suffix, raw_text in read_texts(path, self._text_field):
-                text, replaced_bytes = replace_undecodable(raw_text)
-                yield Document(text, plain_name(name) + suffix, replaced_bytes)
+    def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
+        """Yield the documents of one file."""
+        name, path = self._files[number]
+        for suffix, raw_text in itertools.islice(read_texts(path, self._text_field), skip, None):
+            text, replaced_bytes = replace_undecodable(raw_text)
+            yield Document(text, plain_name(name) + suffix, replaced_bytes)
 
     def describe(self) -> dict[str, Any]:
         """Return every file's name and size with a hash of its bytes, or its time of change where it is large."""

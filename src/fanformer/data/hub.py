@@ -1,5 +1,6 @@
 """The Hugging Face hub as a source of documents, and a quick answer where it cannot be reached."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,7 @@ class HubSource(DocumentSource):
         self._text_field = text_field
         self._name, _, config = spec.removeprefix("hf:").partition(":")
         self._config = config or None
+        self.parts = [self._name]
         if not self._name:
             raise DataError(f"data `{spec}` must be hf:NAME or hf:NAME:CONFIG, got no NAME")
         require_hub(f"data `{spec}`", "go on offline with --data FILE (or --data stdlib)")
@@ -86,7 +88,8 @@ class HubSource(DocumentSource):
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"data `{self.spec}`: the hub has no dataset `{self._name}` for you ({reason})") from error
 
-    def _documents(self) -> Iterator[Document]:
+    def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
+        """Yield the rows of the split."""
         datasets = import_extra("datasets", f"data `{self.spec}`")
         try:
             rows = datasets.load_dataset(
@@ -95,7 +98,7 @@ class HubSource(DocumentSource):
         except (ValueError, OSError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"data `{self.spec}` cannot be opened: {reason}") from error
-        for number, row in enumerate(rows, start=1):
+        for number, row in itertools.islice(enumerate(rows, start=1), skip, None):
             if not isinstance(row.get(self._text_field), str):
                 names = ", ".join(f"`{name}`" for name in row)
                 raise DataError(

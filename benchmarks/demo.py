@@ -76,7 +76,7 @@ def main() -> int:
     from fanformer.inference.generation import generate
     from fanformer.inference.loading import load
     from fanformer.inference.settings import GenerationSettings
-    from fanformer.training.artifacts import read_records, read_run_file
+    from fanformer.training.records import read_records, read_run_file
 
     model, tokenizer = load(folder)
     settings = GenerationSettings(max_length=96, seed=0)

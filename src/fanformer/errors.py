@@ -23,6 +23,10 @@ class CheckpointError(FANformerError, RuntimeError):
     """A model or run folder that is missing, incomplete, damaged or of another kind."""
 
 
+class DivergenceError(FANformerError, ArithmeticError):
+    """A training run whose loss or gradients do not stay finite, or jump again and again."""
+
+
 class DependencyError(FANformerError, ImportError):
     """An optional package that is needed here and not installed; the message names the extra that brings it."""
 

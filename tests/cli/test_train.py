@@ -56,7 +56,6 @@ def test_train_then_generate_on_any_text_file(command, text, tmp_path):
         (["--config", "none.yaml"], "configuration file not found"),
         (["--data", "none.txt"], "none.txt"),
         (["--sequence-length", "1000000"], "one row needs 1000001"),
-        (["--resume"], "there is no run to resume in"),
         (["--tokenizer", "none/tokenizer"], "none/tokenizer"),
         (["--init-from", "none"], "none"),
     ],

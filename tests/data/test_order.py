@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fanformer.data.order import RunSampler, rows_at
+from fanformer.data.order import rows_at, rows_of_run
 
 
 def epoch_order(seed, epoch, length):
@@ -58,22 +58,20 @@ def test_neighbouring_indices_are_not_correlated():
     assert abs(np.corrcoef(order, np.arange(20000))[0, 1]) < 0.035
 
 
-def test_run_sampler_resumes_at_any_place():
-    rows = list(RunSampler(100, seed=2, total=250))
+def test_a_run_takes_epoch_after_epoch_and_any_place_can_be_asked_for():
+    rows = rows_of_run(2, np.arange(250), 100).tolist()
     assert rows == [row for epoch in range(3) for row in epoch_order(2, epoch, 100).tolist()][:250]
-    for start in (0, 99, 100, 249, 250):
-        resumed = RunSampler(100, seed=2, total=250, start=start)
-        assert list(resumed) == rows[start:]
-        assert len(resumed) == 250
+    for places in ([0], [99, 100], [249, 3, 150], []):
+        assert rows_of_run(2, np.array(places), 100).tolist() == [rows[place] for place in places]
 
 
-def test_run_sampler_crosses_its_blocks():
-    length = 70_000  # more than one block
-    rows = list(RunSampler(length, seed=4, total=2 * length, start=length - 10))
-    assert rows[:10] == epoch_order(4, 0, length).tolist()[-10:]
-    assert rows[10:] == epoch_order(4, 1, length).tolist()
+def test_a_place_far_into_a_run_costs_no_more_than_the_first():
+    far = 10**15
+    assert rows_of_run(0, np.array([far]), 7).tolist() == rows_at(0, far // 7, np.array([far % 7]), 7).tolist()
 
 
-def test_run_sampler_refuses_impossible_lengths_and_starts():
-    with pytest.raises(ValueError, match=r"`length` must be positive and `start` in \[0, 5\], got 3 and 6"):
-        RunSampler(3, seed=0, total=5, start=6)
+def test_impossible_lengths_and_places_are_refused():
+    with pytest.raises(ValueError, match=r"`length` must be positive and `places` not negative, got 0 and 5"):
+        rows_of_run(0, np.array([5]), 0)
+    with pytest.raises(ValueError, match=r"`places` not negative, got 3 and -1"):
+        rows_of_run(0, np.array([2, -1]), 3)

@@ -1,9 +1,8 @@
-import copy
-
 import torch
 
 from fanformer.training.configuration import resolve
 from fanformer.training.optimizers import BlockMuon, create_optimizer, orthogonalize, split_parameters
+from fanformer.training.state import Snapshot, restore_model, restore_optimizer
 
 
 def test_orthogonalize_brings_singular_values_near_one():
@@ -78,7 +77,7 @@ def test_tied_embeddings_are_one_parameter_of_one_group(tiny_model):
     assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_muon_with_adamw_moves_every_parameter_and_restores_its_state_bit_for_bit(tiny_model, token_ids):
+def test_muon_with_adamw_moves_every_parameter_and_restores_its_state_bit_for_bit(tiny_model, token_ids, tmp_path):
     config = resolve("nano", overrides={"optimizer": "muon", "learning_rate": 0.01})
     models = [tiny_model(seed=3), tiny_model(seed=3)]
     optimizers = [create_optimizer(model, config) for model in models]
@@ -93,8 +92,12 @@ def test_muon_with_adamw_moves_every_parameter_and_restores_its_state_bit_for_bi
     step(0)
     assert all(not torch.equal(old, new) for old, new in zip(before, models[0].parameters(), strict=True))
 
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    snapshot = Snapshot(keep=True)
+    snapshot.take(models[0], optimizers[0])
+    models[0].save_pretrained(tmp_path)
+    snapshot.save_optimizer(tmp_path)
+    restore_model(models[1], tmp_path)
+    restore_optimizer(models[1], optimizers[1], tmp_path)
     optimizers[1].param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"] = 0.005  # as a schedule writes it
     step(0)
     step(1)

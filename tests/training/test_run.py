@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from fanformer.errors import CheckpointError, ConfigError, DataError
-from fanformer.training.artifacts import read_records
-from fanformer.training.folder import checkpoints
+from fanformer.training.checkpoint import checkpoints
+from fanformer.training.records import read_records
 
 NOT_COMPARED = ("tokens_per_second", "elapsed_seconds")
 
@@ -141,7 +141,7 @@ def test_gradient_accumulation_gives_the_whole_batch_gradient(run):
 def test_resume_without_a_complete_checkpoint_starts_at_step_0_and_says_so(run):
     result, _ = run(max_steps=2)
     for path in checkpoints(result.folder):
-        (path / "trainer_state.json").unlink()
+        (path / "manifest.json").unlink()
     again, notebook = run(max_steps=2, resume=True)
     assert any("no complete checkpoint" in note and "starting at step 0" in note for note in notebook.notes)
     assert [record["step"] for record in read_records(again.folder)][-1] == 2
@@ -230,7 +230,7 @@ def test_a_folder_that_is_no_run_is_never_deleted(run, run_config):
     with pytest.raises(CheckpointError, match="is not empty and holds no run"):
         run("mine", overwrite=True)
     assert (folder / "precious.txt").read_text() == "keep me"
-    with pytest.raises(CheckpointError, match="there is no run to resume in"):
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
         run("mine", resume=True)
 
 

@@ -1,6 +1,8 @@
 """`fanformer train`: train a model, and draw what happens."""
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,8 @@ def _training_flags(function: Any) -> Any:
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of run fields, such as a run.yaml."
 )
 @_training_flags
-@click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint of the output folder.")
+@click.option("--resume", is_flag=True, help="Go on from the last good checkpoint of the output folder.")
+@click.option("--allow-changed-data", is_flag=True, help="With --resume: go on with other data than before.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that the output folder holds.")
 @click.option(
     "--p",
@@ -115,6 +118,12 @@ def run_and_report(config: RunConfig) -> None:
 
     with TerminalReporter() as reporter:
         result = train_model(config, reporter)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes tells the result
+        raise click.exceptions.Exit(128 + signal.Signals[result.stopped_by] if result.stopped_by else 0)
+    if result.stopped_by is not None:
+        click.echo(f"stopped by {result.stopped_by} after step {result.step}, which is saved: go on with --resume")
+        raise click.exceptions.Exit(128 + signal.Signals[result.stopped_by])
+    assert result.held_out is not None, "only a signal ends a run before it was measured"
     click.echo(
         f"held-out loss {result.held_out.loss:.4f} nats per token, {result.held_out.bits_per_byte:.4f} bits per byte"
     )
@@ -123,5 +132,5 @@ def run_and_report(config: RunConfig) -> None:
         if value is not None:
             click.echo(f"  {name} on the same bytes: {value:.4f} bits per byte")
     if not result.reached_end:
-        click.echo("the time limit ended the run before its last step: go on with --resume and a larger --max-time")
+        click.echo(f"the time limit ended the run after step {result.step}, which is saved: go on with --resume")
     click.echo(f"model: {result.folder}")

@@ -1,18 +1,15 @@
-"""The order of rows in an epoch, as a pure function of seed, epoch and index, so that any resume reproduces it.
+"""The order of rows in a run, as a pure function of seed, epoch and index, so that any resume reproduces it.
 
 A Feistel network permutes the integers below a power of four; an image that is not below the length is permuted again
 until it is (cycle walking), which leaves a permutation of the integers below the length.
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Sampler
 
 _ROUNDS = 8
 _SMALLEST_HALF_BITS = 3
-_BLOCK = 1 << 16
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
@@ -57,38 +54,28 @@ def rows_at(seed: int, epoch: int, indices: np.ndarray, length: int) -> np.ndarr
     return rows.astype(np.int64)
 
 
-class RunSampler(Sampler[int]):
-    """Yield the rows of a whole run, epoch after epoch, from any point of it.
+def rows_of_run(seed: int, places: np.ndarray, length: int) -> np.ndarray:
+    """Return the rows at these places of a run, which takes epoch after epoch.
 
-    Step n of a run takes the rows at places n * batch_size and on, whatever the number of processes, and a run that
-    resumes there goes on with the very rows that an uninterrupted one takes.
+    Step n of a run takes the places n * batch_size and on, whatever the number of processes.
+
+    Args:
+        seed: any integer.
+        places: integers from 0 on, in any order.
+        length: number of rows in the data.
+
+    Returns:
+        As many int64 in [0, length).
+
+    Raises:
+        ValueError: if `length` is not positive or a place is negative.
     """
-
-    def __init__(self, length: int, seed: int, total: int, start: int = 0) -> None:
-        """Set up the run.
-
-        Args:
-            length: number of rows in the data.
-            seed: any integer.
-            total: rows that the run takes in all.
-            start: rows already taken.
-
-        Raises:
-            ValueError: if `length` is not positive, or `start` is not in [0, total].
-        """
-        if length < 1 or not 0 <= start <= total:
-            raise ValueError(f"`length` must be positive and `start` in [0, {total}], got {length} and {start}")
-        self._length, self._seed, self._total, self._start = length, seed, total, start
-
-    def __len__(self) -> int:
-        """Return how many rows the run takes in all, those before `start` among them."""
-        return self._total
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the rows from `start` on."""
-        place = self._start
-        while place < self._total:
-            epoch, index = divmod(place, self._length)
-            stop = min(index + _BLOCK, self._length, index + self._total - place)
-            yield from rows_at(self._seed, epoch, np.arange(index, stop), self._length).tolist()
-            place += stop - index
+    places = np.asarray(places, dtype=np.int64)
+    if length < 1 or (places.size and places.min() < 0):
+        raise ValueError(f"`length` must be positive and `places` not negative, got {length} and {places.min()}")
+    epochs, indices = np.divmod(places, length)
+    rows = np.empty(len(places), dtype=np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        rows[chosen] = rows_at(seed, int(epoch), indices[chosen], length)
+    return rows

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -41,6 +41,21 @@ class HeldOutLoss:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Share:
+    """This process's share of an evaluation that several do together.
+
+    Attributes:
+        rank: number of this process.
+        count: number of processes.
+        sum: returns the sums of numbers over all processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    sum: Callable[[Sequence[float]], list[float]] = list
+
+
 def summarize(total_nats: float, tokens: int, num_bytes: int) -> HeldOutLoss:
     """Return the figures for `total_nats` of surprise over `tokens` predictions of `num_bytes` bytes."""
     loss = total_nats / tokens
@@ -66,11 +81,13 @@ def total_surprise(
     indices: list[int],
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
+    share: Share = Share(),  # frozen
+    between_batches: Callable[[], None] | None = None,
 ) -> tuple[float, int]:
     """Sum the surprise of the labels of the given rows.
 
     Batches always have `batch_size` rows, the last one filled up with repetitions that do not count, so that the
-    result does not depend on how the rows divide.
+    result does not depend on how the rows divide. Every process does as many of them.
 
     Args:
         model: a causal language model; its training mode is restored.
@@ -78,9 +95,11 @@ def total_surprise(
         indices: which rows.
         batch_size: rows per forward pass.
         autocast_dtype: dtype for matrix products, or None for the weights' own.
+        share: which batches this process does.
+        between_batches: called before every batch; may raise to end the evaluation.
 
     Returns:
-        Nats in all, and the number of predicted tokens.
+        Nats in all, and the number of predicted tokens, of all processes together.
     """
     was_training = model.training
     model.eval()
@@ -92,9 +111,12 @@ def total_surprise(
     )
     # The compiled blocks of a training run would be compiled once more for evaluation.
     with autocast, torch.compiler.set_stance("force_eager"):
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            padded = chosen + chosen[:1] * (batch_size - len(chosen))
+        for start in range(0, len(indices), batch_size * share.count):
+            if between_batches is not None:
+                between_batches()
+            mine = start + share.rank * batch_size
+            chosen = indices[mine : mine + batch_size]
+            padded = chosen + indices[:1] * (batch_size - len(chosen))
             items = [rows[index] for index in padded]
             batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
             batch["labels"][len(chosen) :] = -100
@@ -106,7 +128,8 @@ def total_surprise(
             total += surprise.double().cpu()
             tokens += int((labels != -100).sum())
     model.train(was_training)
-    return float(total), tokens
+    nats, tokens_of_all = share.sum([float(total), tokens])
+    return nats, int(tokens_of_all)
 
 
 def held_out_loss(
@@ -116,6 +139,8 @@ def held_out_loss(
     batch_size: int,
     max_tokens: int | None = None,
     autocast_dtype: torch.dtype | None = None,
+    share: Share = Share(),  # frozen
+    between_batches: Callable[[], None] | None = None,
 ) -> HeldOutLoss:
     """Measure the loss on a stream of documents, packed into rows of `sequence_length`.
 
@@ -126,13 +151,15 @@ def held_out_loss(
         batch_size: rows per forward pass.
         max_tokens: measure on about this many tokens, evenly spread rows of the stream; None is all of them.
         autocast_dtype: dtype for matrix products, or None for the weights' own.
+        share: which batches this process does.
+        between_batches: called before every batch; may raise to end the evaluation.
     """
     rows: PackedRows = evaluation_rows(stream, sequence_length)
     wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
     indices = every_nth(len(rows), wanted)
-    nats, tokens = total_surprise(model, rows, indices, batch_size, autocast_dtype)
-    share = len(indices) / len(rows)  # of the text, in equal rows but for the last
-    num_bytes = stream.num_bytes if len(indices) == len(rows) else max(1, round(stream.num_bytes * share))
+    nats, tokens = total_surprise(model, rows, indices, batch_size, autocast_dtype, share, between_batches)
+    measured = len(indices) / len(rows)  # of the text, in equal rows but for the last
+    num_bytes = stream.num_bytes if len(indices) == len(rows) else max(1, round(stream.num_bytes * measured))
     return summarize(nats, tokens, num_bytes)
 
 

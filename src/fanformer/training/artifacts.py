@@ -1,6 +1,5 @@
-"""What a run leaves behind besides weights: run.yaml, metrics.jsonl, loss.png and the model card."""
+"""What a run leaves behind besides weights and metrics.jsonl: run.yaml, loss.png and the model card."""
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from typing import Any
 import yaml
 
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.training.records import read_records
 
-RUN_FILE, METRICS_FILE, CURVE_FILE = "run.yaml", "metrics.jsonl", "loss.png"
+RUN_FILE, CURVE_FILE = "run.yaml", "loss.png"
 
 
 def versions() -> dict[str, str]:
@@ -50,25 +50,6 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "configuration" not in content:
         raise CheckpointError(f"{path.absolute()} holds no `configuration`: it was not written by `fanformer train`.")
     return content
-
-
-def append_record(folder: Path, record: Mapping[str, float]) -> None:
-    """Add one line to metrics.jsonl."""
-    rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(rounded) + "\n")
-
-
-def read_records(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl."""
-    path = folder / METRICS_FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def forget_records_after(folder: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will train again."""
-    kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
-    write_text(folder / METRICS_FILE, "".join(kept))
 
 
 def plot_loss(folder: Path, title: str) -> None:
@@ -161,7 +142,7 @@ def push(folder: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoint-*", "data/*", "held-out/*", ".*"]
+            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoint-*", "data*/*", "held-out/*", ".*"]
         )
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -70,18 +70,24 @@ class RunConfig:
     sequence_length: int = _setting(1024, "tokens per row")
 
     output_dir: str | None = _setting(None, "folder of the run; default runs/PRESET")
-    resume: bool = _setting(False, "go on from the last complete checkpoint of the output folder")
+    resume: bool = _setting(False, "go on from the last good checkpoint of the output folder")
     overwrite: bool = _setting(False, "delete the run that the output folder holds")
     save_steps: int | None = _setting(None, "steps between checkpoints; default: a fifth of the run")
     keep_last: int = _setting(2, "checkpoints to keep")
+    keep_best: bool = _setting(True, "also keep the checkpoint with the lowest held-out loss")
+    background_save: bool = _setting(True, "write checkpoints while training goes on")
+    allow_changed_data: bool = _setting(False, "resume on other data or another tokenizer than the run began with")
     push_to_hub: str | None = _setting(None, "hub repository that receives the finished folder")
 
     max_steps: int | None = _setting(None, "optimizer steps to train")
     tokens: int | None = _setting(None, "tokens to train on, as 500000, 3M or 2B")
     epochs: float | None = _setting(None, "passes over the data to train")
     max_time: float | None = _setting(
-        None, "wall-clock limit in seconds, as 90s, 5m or 2h30m; alone it sets the length of the run"
+        None,
+        "wall-clock limit, as 90s, 5m or 2h30m: of this command where another field sets the length of the run, else "
+        "it is the length of the run",
     )
+    grace_seconds: float = _setting(60.0, "longest time from a signal to stop to the end of the process")
 
     seed: int = _setting(0, "seed of initialisation, data order and dropout")
     batch_size: int = _setting(16, "rows per optimizer step, over all processes")
@@ -104,6 +110,13 @@ class RunConfig:
     decay_fraction: float = _setting(0.4, "share of the run over which wsd falls")
     min_learning_rate_ratio: float = _setting(0.0, "final learning rate over the peak")
 
+    max_skipped_steps: int = _setting(10, "steps in a row without a finite gradient after which the run ends")
+    spike_rollback: float | None = _setting(
+        None,
+        "standard deviations of the loss above its recent mean from which the run goes back to its last checkpoint",
+    )
+    max_rollbacks: int = _setting(3, "how often a run goes back after a spike")
+
     eval_steps: int | None = _setting(None, "steps between held-out evaluations; default: a fifth of the run")
     eval_tokens: int = _setting(65536, "held-out tokens per evaluation during training; the last one uses all")
     log_steps: int | None = _setting(
@@ -119,11 +132,14 @@ class RunConfig:
         "auto", "auto compiles where the planned run is long enough to pay for it"
     )
     threads: int | None = _setting(None, "CPU threads; default: one a physical core")
+    parallel: Literal["auto", "ddp", "fsdp2"] = _setting(
+        "auto", "how several processes share a model; auto does what the launcher says, else ddp"
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), _HINTS[item.name])
-        for name in ("batch_size", "sequence_length", "keep_last", "eval_tokens"):
+        for name in ("batch_size", "sequence_length", "keep_last", "eval_tokens", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in (
@@ -138,6 +154,8 @@ class RunConfig:
             "micro_batch_size",
             "vocab_size",
             "max_data_bytes",
+            "grace_seconds",
+            "spike_rollback",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -41,6 +41,12 @@ class Environment:
         """Return the decisions as plain values."""
         return dataclasses.asdict(self)
 
+    def apply(self) -> None:
+        """Set this process up as decided."""
+        torch.set_num_threads(self.threads)
+        if self.keep_freed_memory:
+            keep_freed_memory()
+
 
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks instead of giving them back to the kernel at every step.

@@ -1,44 +1,73 @@
-"""The folder of a run: who may write into it, and from which checkpoint a run goes on."""
+"""The folder of a run: who may write into it, and what it must hold for a run to begin or to go on."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from fanformer.data.locking import LOCK_FILE, hold
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.training.artifacts import RUN_FILE
-from fanformer.training.configuration import RunConfig
+from fanformer.training.checkpoint import remove_unfinished
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, the earliest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    complete = [path for path in found if (path / "trainer_state.json").is_file()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[bool]:
+    """Hold the run's folder, made if need be, while the block runs.
 
+    Where the block raises before it wrote run.yaml, the folder is left as it was found: gone, or empty.
 
-def claim(config: RunConfig) -> bool:
-    """Make the run's folder ready, and return whether it was made anew by this call.
+    Args:
+        folder: of the run.
+        resume: whether a run in it is to go on.
+        overwrite: whether a run in it is to be deleted.
+
+    Yields:
+        Whether there is a run to go on with; False where a new one begins.
 
     Raises:
-        CheckpointError: if the folder holds a run and neither `resume` nor `overwrite` is asked for, or if it holds
-            something that is not a run, which is never deleted.
+        CheckpointError: if the folder holds a run and neither `resume` nor `overwrite` is asked for, if it holds
+            something that is not a run, which is never deleted, or if another process writes into it.
+        ConfigError: if it is a file.
     """
-    folder = config.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`output_dir` must be a folder, got the file {folder.absolute()}.")
-    is_run = (folder / RUN_FILE).is_file()
-    if config.resume:
-        if not is_run:
-            raise CheckpointError(f"there is no run to resume in {folder.absolute()}: train without --resume first.")
-        return False
-    if folder.is_dir() and any(folder.iterdir()):
-        if not is_run:
-            raise CheckpointError(f"{folder.absolute()} is not empty and holds no run: choose another --output-dir.")
-        if not config.overwrite:
-            raise CheckpointError(
-                f"{folder.absolute()} already holds a run: go on with --resume, replace it with --overwrite, "
-                "or choose another --output-dir."
-            )
-        shutil.rmtree(folder)
     existed = folder.is_dir()
+    if existed and _strangers(folder):
+        raise CheckpointError(f"{folder.absolute()} is not empty and holds no run: choose another --output-dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    return not existed
+    with hold(folder, CheckpointError):
+        if (folder / RUN_FILE).is_file() and not resume:
+            if not overwrite:
+                raise CheckpointError(
+                    f"{folder.absolute()} already holds a run: go on with --resume, replace it with --overwrite, "
+                    "or choose another --output-dir."
+                )
+            _empty(folder)
+        remove_unfinished(folder)
+        try:
+            yield (folder / RUN_FILE).is_file()
+        except BaseException:
+            if not (folder / RUN_FILE).is_file():
+                _empty(folder)
+                (folder / LOCK_FILE).unlink(missing_ok=True)
+                if not existed:
+                    folder.rmdir()
+            raise
+
+
+def _strangers(folder: Path) -> bool:
+    """Whether a folder holds what is neither a run nor the beginning of one."""
+    if (folder / RUN_FILE).is_file():
+        return False
+    ours = {LOCK_FILE, "data", "data.partial", "held-out", "held-out.partial"}
+    return any(path.name not in ours for path in folder.iterdir())
+
+
+def _empty(folder: Path) -> None:
+    """Delete everything but the lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()

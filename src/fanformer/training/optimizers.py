@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.training.configuration import RunConfig
+from fanformer.training.parallel import part_like, whole
 
 # Newton-Schulz iteration x <- a x + (b A + c A^2) x with A = x x^T. Source: Muon, kellerjordan.github.io/posts/muon.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -39,7 +40,8 @@ class BlockMuon(torch.optim.Muon):
 
     CoLA factors that read the same input are stored as one weight; a group's `blocks` says how many matrices are
     stacked in each of its weights, and each is orthogonalised by itself. The products run in bfloat16 on CUDA, as in
-    torch, and in float32 elsewhere, where bfloat16 is often emulated.
+    torch, and in float32 elsewhere, where bfloat16 is often emulated. A weight that FSDP2 spreads over processes is
+    gathered for this: every process computes the whole update and keeps its part.
     """
 
     @torch.no_grad()
@@ -59,7 +61,7 @@ class BlockMuon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(average, group["momentum"]) if group["nesterov"] else average
-                update = update.view(group["blocks"], -1, weight.shape[1])
+                update = whole(update).view(group["blocks"], -1, weight.shape[1])
                 batches[update.shape[1:]].append((weight, update))
             for shape, batch in batches.items():
                 self._update(batch, group, 0.2 * max(shape) ** 0.5)
@@ -72,7 +74,7 @@ class BlockMuon(torch.optim.Muon):
         directions = orthogonalize(stacked.to(dtype)).to(stacked.dtype).split(group["blocks"])
         for (weight, _), direction in zip(batch, directions, strict=True):
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(direction.reshape(weight.shape), alpha=-group["lr"] * scale)
+            weight.add_(part_like(direction.reshape(weight.shape), weight), alpha=-group["lr"] * scale)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -81,11 +83,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
         self.muon, self.adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """Let the schedule, which writes into our groups, reach both optimizers."""
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        # The very same groups, so that the schedule, which writes into ours, reaches both optimizers.
+        self.param_groups = [*muon.param_groups, *adamw.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient."""
@@ -97,15 +96,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return both optimizers' states under their names."""
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for part in (self.muon, self.adamw):
+            part.zero_grad(set_to_none)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
-        self._share_groups()
+
+def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that hold the state: the two of MuonWithAdamW, or the one given."""
+    return [optimizer.muon, optimizer.adamw] if isinstance(optimizer, MuonWithAdamW) else [optimizer]
 
 
 def split_parameters(model: PreTrainedModel) -> dict[str, list[tuple[nn.Parameter, int]]]:

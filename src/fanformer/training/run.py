@@ -1,32 +1,38 @@
 """One training run from its configuration to a finished model folder."""
 
+import contextlib
+import copy
 import dataclasses
-import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, TrainerCallback, set_seed
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 
-from fanformer.data.documents import is_prepared_folder, open_source
 from fanformer.data.packing import PackedRows
-from fanformer.data.shards import PreparedData, open_prepared, prepare
-from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError
-from fanformer.evaluation.loss import HeldOutLoss, held_out_loss
+from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
 from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
 from fanformer.inference.loading import load_config, load_model
 from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training import artifacts
+from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
+from fanformer.training.checkpoint import Fill, newest_intact, publish, step_of
 from fanformer.training.configuration import RunConfig
+from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, resume_data
 from fanformer.training.environment import Environment, decide
-from fanformer.training.folder import checkpoints, claim
+from fanformer.training.folder import claimed
+from fanformer.training.parallel import Processes, is_restarted
+from fanformer.training.records import RecordFile, read_records
 from fanformer.training.schedule import RunLength, run_length
-from fanformer.training.trainer import FANformerTrainer
+from fanformer.training.trainer import Outcome, Record, Trainer
 
 _VOCABULARY_MULTIPLE = 64
 _SAMPLE_LENGTH = 40
@@ -41,7 +47,7 @@ class Reporter(Protocol):
     def data_progress(self, done: int, total: int | None) -> None:
         """Tell how many bytes of the data are read."""
 
-    def record(self, record: Mapping[str, float], progress: float) -> None:
+    def record(self, record: Mapping[str, Any], progress: float) -> None:
         """Tell one step's figures."""
 
     def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
@@ -53,21 +59,25 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run.
+    """A run that ended.
 
     Attributes:
         folder: the run's folder, now also a complete `transformers` folder.
-        held_out: the loss on all held-out data.
+        step: optimizer steps done.
+        held_out: the last held-out loss; on all held-out data where the run reached its end.
         gzip_bits_per_byte: what gzip -9 makes of the same bytes, where measured.
         xz_bits_per_byte: what xz -9 makes of the same bytes, where measured.
-        reached_end: False where a time limit ended the run before its steps were done.
+        reached_end: False where a time limit or a signal ended the run before its steps were done.
+        stopped_by: name of that signal, such as "SIGTERM", or None.
     """
 
     folder: Path
-    held_out: HeldOutLoss
+    step: int
+    held_out: HeldOutLoss | None
     gzip_bits_per_byte: float | None
     xz_bits_per_byte: float | None
     reached_end: bool
+    stopped_by: str | None = None
 
 
 ModelBuilder = Callable[[dict[str, Any]], PreTrainedModel]
@@ -82,6 +92,8 @@ def build_fanformer(fields: dict[str, Any]) -> PreTrainedModel:
 def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = build_fanformer) -> RunResult:
     """Train as `config` says and leave a complete folder behind.
 
+    Called in every process that a launcher starts; the first one writes files and reports.
+
     Args:
         config: the run.
         reporter: where the run tells what it does.
@@ -89,105 +101,109 @@ def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = bui
 
     Raises:
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
+        DivergenceError: if the loss or the gradients do not stay finite.
     """
-    made = claim(config)
+    started = time.monotonic()
+    processes = Processes(config.parallel, resolve_device(config.device).type)
+    _check_batch(config, processes.count)
     try:
-        run = Run(config, reporter, build_model)
-    except BaseException:
-        if not config.resume and not checkpoints(config.folder):
-            _clean(config.folder, made)
-        raise
-    return run.train()
+        with contextlib.ExitStack() as stack:
+            going_on = False
+            if processes.is_main:
+                claim = claimed(config.folder, config.resume or is_restarted(), config.overwrite)
+                going_on = stack.enter_context(claim)
+            going_on = bool(processes.exchange([float(going_on)])[0][0])
+            return Run(config, reporter, build_model, processes, going_on, started).train()
+    finally:
+        processes.leave()
 
 
-def _clean(folder: Path, made: bool) -> None:
-    """Leave the folder as it was found: gone, or empty."""
-    if made:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _check_batch(config: RunConfig, count: int) -> None:
+    together = (config.micro_batch_size or 1) * count
+    if config.batch_size % together:
+        raise ConfigError(
+            f"`batch_size` must be a multiple of the processes times `micro_batch_size`, got {config.batch_size} for "
+            f"{count} processes of {config.micro_batch_size or 1}: change one of them."
+        )
 
 
 class Run:
     """Everything one run is made of; building it reads the data, builds the model and decides about the machine."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter, build_model: ModelBuilder):
+    def __init__(
+        self,
+        config: RunConfig,
+        reporter: Reporter,
+        build_model: ModelBuilder,
+        processes: Processes,
+        going_on: bool,
+        started: float,
+    ):
+        """Set up.
+
+        Args:
+            config: the run.
+            reporter: where the run tells what it does.
+            build_model: makes the model.
+            processes: that train together.
+            going_on: whether the folder holds a run that this one continues.
+            started: when this process began its work, on the clock of `time.monotonic`.
+        """
         self.config, self.reporter, self.folder = config, reporter, config.folder
-        self.build_model = build_model
+        self.build_model, self.processes, self.started = build_model, processes, started
         self._check_before_reading()
-        self.checkpoint = self._last_checkpoint()
-        self.data = self._open_data()
-        self.tokenizer = self.data.tokenizer()
-        self.held_out = self._open_held_out()
+        self.records = RecordFile(self.folder)
+        self.before = artifacts.read_run_file(self.folder) if going_on else None
+        self.changed = changed_fields(self.before["configuration"], config) if self.before is not None else {}
+        with processes.main_first():
+            self.data = self._open_data()
+            self.tokenizer = self.data.tokenizer()
+            self.held_out = held_out_stream(config, self.data, self.tokenizer, self.before, reporter.data_progress)
         self.rows = PackedRows(self.data.split("train"), config.sequence_length)
         self.length: RunLength = run_length(config, len(self.rows))
         set_seed(config.seed)
         self.model = self._build_model()
         self.model.generation_config = self._generation_config()
+        if self.before is not None:
+            check_model(self.before["model"], self.model.config.to_diff_dict(), self.folder)
+        self.saved_class = self._without_weights()
         self.environment = self._decide()
-        self.latest: dict[str, float] = {"step": 0, "tokens": 0}
-        self.final: HeldOutLoss | None = None
+        self.checkpoint = self._last_checkpoint(going_on or config.resume)
+        self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
         self.content = self._describe()
-        if self.checkpoint is None:
+        if processes.is_main:
             artifacts.write_run_file(self.folder, self.content)
+
+    def _note(self, text: str) -> None:
+        if self.processes.is_main:
+            self.reporter.note(text)
 
     def _check_before_reading(self) -> None:
         """Refuse what is wrong whatever the data hold, before time is spent on them."""
-        resolve_device(self.config.device)
         if self.config.init_from is not None:
             load_config(self.config.init_from)
         else:
             FANformerConfig(**self.config.model)
 
-    def _last_checkpoint(self) -> Path | None:
-        if not self.config.resume:
-            return None
-        complete = checkpoints(self.folder)
-        if not complete:
-            self.reporter.note(f"no complete checkpoint in {self.folder}: starting at step 0")
-            artifacts.forget_records_after(self.folder, -1)
-            return None
-        step = int(complete[-1].name.removeprefix("checkpoint-"))
-        artifacts.forget_records_after(self.folder, step)
-        self.reporter.note(f"resuming from {complete[-1]}")
-        return complete[-1]
+    def _open_data(self) -> Any:
+        progress = self.reporter.data_progress if self.processes.is_main else None
+        if self.before is None:
+            return begin_data(self.config, DATA_FOLDER, progress)
+        return resume_data(self.config, self.before["data"], self.changed, progress)
 
-    def _open_data(self) -> PreparedData:
-        config, here = self.config, self.folder / "data"
-        if is_prepared_folder(str(here)):
-            return open_prepared(here)
-        if is_prepared_folder(config.data):
-            if config.tokenizer is not None:
-                raise ConfigError(f"`tokenizer` does not apply to the prepared data {config.data}: it has its own.")
-            return open_prepared(Path(config.data))
-        source = open_source(config.data)
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-        size = config.vocab_size or FANformerConfig(**config.model).vocab_size
-        return prepare(
-            source,
-            here,
-            tokenizer=tokenizer,
-            vocab_size=size,
-            held_out_fraction=config.held_out_fraction,
-            max_bytes=config.max_data_bytes,
-            progress=self.reporter.data_progress,
-        )
-
-    def _open_held_out(self) -> Any:
-        config, here = self.config, self.folder / "held-out"
-        if config.eval_data is None:
-            return self.data.split("heldout")
-        if not is_prepared_folder(str(here)):
-            prepare(
-                open_source(config.eval_data),
-                here,
-                tokenizer=self.tokenizer,
-                vocab_size=len(self.tokenizer),
-                held_out_fraction=0.0,
-                progress=self.reporter.data_progress,
-            )
-        return open_prepared(here).split("train")
+    def _last_checkpoint(self, resuming: bool) -> Path | None:
+        """Return the checkpoint to go on from, the newest that is as it was written."""
+        if not resuming:
+            return None
+        with self.processes.main_first():
+            found = newest_intact(self.folder, self._note)
+            if self.processes.is_main:
+                self.records.forget_after(step_of(found) if found is not None else -1)
+        if found is None:
+            self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
+        else:
+            self._note(f"resuming from {found}")
+        return found
 
     def _build_model(self) -> PreTrainedModel:
         config, tokens = self.config, len(self.tokenizer)
@@ -202,9 +218,7 @@ class Run:
         planned, fields = FANformerConfig(**config.model), dict(config.model)
         fitting = -(-tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         if fitting != planned.vocab_size:
-            self.reporter.note(
-                f"vocabulary: {tokens} tokens, so vocab_size is {fitting} instead of {planned.vocab_size}"
-            )
+            self._note(f"vocabulary: {tokens} tokens, so vocab_size is {fitting} instead of {planned.vocab_size}")
         fields["vocab_size"] = fitting
         fields["max_position_embeddings"] = max(planned.max_position_embeddings, config.sequence_length)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -227,44 +241,85 @@ class Run:
             top_p=drawing.top_p,
         )
 
+    def _without_weights(self) -> PreTrainedModel:
+        """Return a model like ours that takes no memory: it saves tensors that it is given, in a thread of its own."""
+        with torch.device("meta"):
+            twin = type(self.model)(copy.deepcopy(self.model.config))
+        twin.generation_config = self.model.generation_config
+        return twin
+
     def _decide(self) -> Environment:
-        if self.checkpoint is not None:
-            kept = artifacts.read_run_file(self.folder)["environment"]
-            environment = Environment(**kept)
-            torch.set_num_threads(environment.threads)
+        """Decide about the machine, once for a run: a resumed one keeps what was decided unless told otherwise."""
+        if self.before is not None and not any(name in MACHINE_FIELDS for name in self.changed):
+            environment = Environment(**self.before["environment"])
+            if self.before.get("processes", {}).get("count", 1) != self.processes.count:
+                reasons = {**environment.reasons, "threads": f"torch's default in {self.processes.count} processes"}
+                environment = dataclasses.replace(environment, threads=torch.get_num_threads(), reasons=reasons)
+            environment.apply()
             return environment
         parameters = self.model.num_parameters() - self.model.get_input_embeddings().weight.numel()
         steps = self.length.max_steps
         operations = None
         if steps is not None:
             operations = 6.0 * parameters * steps * self.config.batch_size * self.config.sequence_length
-        return decide(self.config, operations, self.length.max_seconds)
+        with self.processes.main_first():
+            environment = decide(self.config, operations, self.length.max_seconds)
+        if self.processes.count > 1:  # a measured rate may differ from process to process, a decision must not
+            choices = [float(environment.precision == "bfloat16"), float(environment.compile)]
+            first = self.processes.exchange(choices)[0]
+            precision = "bfloat16" if first[0] else "float32"
+            environment = dataclasses.replace(environment, precision=precision, compile=bool(first[1]))
+        return environment
 
     def _describe(self) -> dict[str, Any]:
-        return {
+        """Return the content of run.yaml."""
+        inside = self.data.folder.is_relative_to(self.folder.absolute())
+        folder = self.data.folder.relative_to(self.folder.absolute()) if inside else self.data.folder
+        content = {
             "configuration": self.config.to_dict(),
             "model": self.model.config.to_diff_dict(),
             "parameters": self.model.num_parameters(),
             "length": dataclasses.asdict(self.length),
             "data": {
                 "fingerprint": self.data.fingerprint,
+                "folder": str(folder),
                 "rows": len(self.rows),
                 "fraction_used": self.rows.fraction_used,
                 "metadata": self.data.metadata,
             },
             "environment": self.environment.to_dict(),
+            "processes": {"count": self.processes.count, "spread": self.processes.spread},
             "versions": artifacts.versions(),
+            "resumed": list(self.before.get("resumed", [])) if self.before is not None else [],
         }
+        if self.before is not None:
+            changes = {name: f"{old} -> {new}" for name, (old, new) in self.changed.items()}
+            for name in ("processes", "versions", "length"):
+                if self.before.get(name) != content[name]:
+                    changes[name] = f"{self.before.get(name)} -> {content[name]}"
+            if self.before["data"]["fingerprint"] != self.data.fingerprint:
+                changes["data.fingerprint"] = f"{self.before['data']['fingerprint']} -> {self.data.fingerprint}"
+            if changes:
+                self._note(f"changed since the run began: {', '.join(changes)}")
+            content["resumed"].append(
+                {
+                    "at_step": step_of(self.checkpoint) if self.checkpoint is not None else 0,
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "changes": changes,
+                }
+            )
+        return content
 
     def train(self) -> RunResult:
         """Train to the end and write the finished folder."""
         reasons = self.environment.reasons
-        self.reporter.note(
+        self._note(
             f"{self.model.num_parameters():,} parameters, {len(self.rows):,} rows of {self.config.sequence_length} "
             f"tokens ({self.rows.fraction_used:.2%} of all tokens used)"
         )
-        self.reporter.note(
-            f"{self.environment.device}, {self.environment.precision} ({reasons['precision']}), "
+        shared = f", {self.processes.count} processes ({self.processes.spread})" if self.processes.count > 1 else ""
+        self._note(
+            f"{self.environment.device}{shared}, {self.environment.precision} ({reasons['precision']}), "
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
         if self.environment.compile:
@@ -272,44 +327,36 @@ class Run:
             options = {"cpp.threads": self.environment.threads} if self.environment.device == "cpu" else None
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)
-        trainer = FANformerTrainer(
+        trainer = Trainer(
             self.model,
-            self.tokenizer,
             self.rows,
             config=self.config,
             length=self.length,
             environment=self.environment,
-            evaluate_held_out=self._evaluate,
+            processes=self.processes,
+            observer=self,
             held_out_tokens=len(self.held_out.tokens),
-            on_record=self._on_record,
-            on_checkpoint=self._complete,
-            callbacks=[RunReport(self)],
+            started=self.started,
         )
-        self.clock = trainer.clock
-        trainer.run(self.checkpoint)
-        return self._finish(trainer.state.global_step)
+        return self._finish(trainer.run(self.checkpoint))
 
-    def _evaluate(self, everything: bool) -> HeldOutLoss:
+    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> HeldOutLoss:
+        """Measure the held-out loss, on all of the text or on a sample, and let the model write a little."""
         figures = held_out_loss(
             self.model,
             self.held_out,
             self.config.sequence_length,
-            self.config.micro_batch_size or self.config.batch_size,
+            self.config.micro_batch_size or self.config.batch_size // self.processes.count,
             max_tokens=None if everything else self.config.eval_tokens,
             autocast_dtype=torch.bfloat16 if self.environment.precision == "bfloat16" else None,
+            share=Share(self.processes.rank, self.processes.count, self.processes.sum),
+            between_batches=between_batches,
         )
-        if everything:
-            self.final = figures
+        if self.processes.is_main or self.processes.spread == "fsdp2":  # a sharded model writes in all processes
+            self.sample = self._sample()
         return figures
 
-    def _on_record(self, record: Mapping[str, float]) -> None:
-        self.latest |= record
-        artifacts.append_record(self.folder, record)
-        self.reporter.record(record, self.clock.progress(record["step"]))
-        if "val_loss" in record:
-            self._write_sample()
-
-    def _write_sample(self) -> None:
+    def _sample(self) -> str:
         """Continue the sample prompt with the model as it is now."""
         prompt = self.config.sample_prompt or ""
         room = self.model.config.max_position_embeddings - len(encode_prompt(self.tokenizer, prompt))
@@ -318,39 +365,68 @@ class Run:
         with torch.compiler.set_stance("force_eager"):
             completion = generate(self.model, self.tokenizer, [prompt], settings)[0]
         self.model.train()
-        self.reporter.sample(prompt, completion.text)
+        return completion.text
 
-    def _complete(self, folder: Path, finished: bool = False) -> None:
-        """Add to saved weights and tokenizer what makes a model folder whole."""
-        card = artifacts.model_card(self.content, self.latest, self.data.metadata["splits"]["heldout"], finished)
+    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
+        """Tell the reporter that a step ended."""
+        tokens = step * self.config.batch_size * self.config.sequence_length
+        self.reporter.step(step, tokens, elapsed_seconds, progress)
+
+    def on_record(self, record: Record, progress: float) -> None:
+        """Keep and tell one step's figures."""
+        self.latest |= record
+        self.records.append(record)
+        self.reporter.record(record, progress)
+        if "val_loss" in record:
+            self.reporter.sample(self.config.sample_prompt or "", self.sample)
+
+    def note(self, text: str) -> None:
+        """Tell one line."""
+        self.reporter.note(text)
+
+    def before_save(self) -> None:
+        """Make the records durable: none may be older than a checkpoint that was written after it."""
+        self.records.sync()
+
+    def forget_records_after(self, step: int) -> None:
+        """Drop the figures of steps that will be trained again."""
+        self.records.forget_after(step)
+
+    def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
+        """Return what writes the model's part of a checkpoint."""
+        figures = {**self.latest, "step": step, "tokens": step * self.config.batch_size * self.config.sequence_length}
+
+        def fill(folder: Path) -> None:
+            self.saved_class.save_pretrained(folder, state_dict=dict(weights))
+            self.tokenizer.save_pretrained(folder)
+            self._write_card(folder, figures, finished=False)
+
+        return fill
+
+    def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:
+        card = artifacts.model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
         artifacts.write_text(folder / "README.md", card)
 
-    def _finish(self, steps: int) -> RunResult:
-        reached_end = self.length.max_steps is None or steps >= self.length.max_steps
-        if self.final is None:  # resumed after its last step: nothing was left to train
-            self._evaluate(True)
-        self.model.save_pretrained(self.folder)
-        self.tokenizer.save_pretrained(self.folder)
-        self._complete(self.folder, finished=reached_end)
-        artifacts.plot_loss(self.folder, f"FANformer {self.config.preset}, {self.model.num_parameters():,} parameters")
-        if self.config.push_to_hub is not None:
-            artifacts.push(self.folder, self.config.push_to_hub)
+    def _finish(self, outcome: Outcome) -> RunResult:
+        """Put the last checkpoint's model into the run's folder, with the figures and the curve of the whole run."""
+        if self.processes.is_main:
+            publish(outcome.checkpoint, self.folder)
+            for record in read_records(self.folder):
+                self.latest |= record
+            self.latest |= {
+                "step": outcome.step,
+                "tokens": outcome.step * self.config.batch_size * self.config.sequence_length,
+            }
+            self._write_card(self.folder, self.latest, finished=outcome.reached_end)
+            title = f"FANformer {self.config.preset}, {self.model.num_parameters():,} parameters"
+            artifacts.plot_loss(self.folder, title)
+            if self.config.push_to_hub is not None and outcome.reached_end:
+                artifacts.push(self.folder, self.config.push_to_hub)
+        self.processes.wait()
         sizes = self.data.metadata["splits"]["heldout"] if self.config.eval_data is None else {}
-        bits = {
-            name: 8 * sizes[name] / sizes["bytes"] if sizes.get(name) else None for name in ("gzip_bytes", "xz_bytes")
-        }
-        assert self.final is not None
-        return RunResult(self.folder, self.final, bits["gzip_bytes"], bits["xz_bytes"], reached_end)
-
-
-class RunReport(TrainerCallback):
-    """Passes steps on to the reporter."""
-
-    def __init__(self, run: Run):
-        self.run = run
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the reporter that a step ended."""
-        clock, config = self.run.clock, self.run.config
-        tokens = state.global_step * config.batch_size * config.sequence_length
-        self.run.reporter.step(state.global_step, tokens, clock.elapsed_seconds, clock.progress(state.global_step))
+        gzip_bits, xz_bits = (
+            8 * sizes[name] / sizes["bytes"] if sizes.get(name) else None for name in ("gzip_bytes", "xz_bytes")
+        )
+        return RunResult(
+            self.folder, outcome.step, outcome.held_out, gzip_bits, xz_bits, outcome.reached_end, outcome.stopped_by
+        )

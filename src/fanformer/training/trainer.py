@@ -1,289 +1,471 @@
-"""The trainer: Hugging Face's `Trainer` with our data order, schedule, evaluation and checkpoints."""
+"""The training loop: rows in a fixed order, one optimizer step after another, and nothing that a kill could lose.
 
-import json
-import os
-import shutil
+Everything that decides a step is a function of the run's configuration and of the state that a checkpoint holds, so
+that a resumed run computes the very same numbers. The loop is our own since each part of HF's `Trainer` that touches
+this (order, random numbers, loss scale, schedule, records, saving, loading, stopping) would have to be replaced.
+"""
+
+import contextlib
+import math
 import statistics
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from signal import Signals
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
-from fanformer.data.order import RunSampler
+from fanformer.data.order import rows_of_run
+from fanformer.data.packing import IGNORED_LABEL
+from fanformer.errors import CheckpointError, DivergenceError
 from fanformer.evaluation.loss import HeldOutLoss
+from fanformer.training.checkpoint import (
+    CheckpointWriter,
+    Fill,
+    checkpoint_name,
+    newest_intact,
+    read_state,
+    write_state,
+)
+from fanformer.training.clock import Due, RunClock
 from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import Environment
-from fanformer.training.folder import checkpoints
 from fanformer.training.optimizers import create_optimizer
+from fanformer.training.parallel import Processes, whole
+from fanformer.training.records import read_records
 from fanformer.training.schedule import RunLength, learning_rate_factor
+from fanformer.training.signals import StopRequest
+from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass
 
-# Steps that the data order is asked for where only time ends the run: more than any run takes.
-_UNBOUNDED_STEPS = 10**9
-PROGRESS_FILE = "progress.json"
+_SPIKE_WINDOW = 32
+"""Steps whose losses say what is usual; half of them must be known before a spike is seen."""
+_DIGEST_BITS = 40  # so that sums over processes stay exact in float64
+
+Record = dict[str, Any]
 
 
-class RunClock(TrainerCallback):
-    """The time a run has been training, over all its parts, and the signals that follow from its progress.
+class _StopAskedError(Exception):
+    """A signal came in the middle of an evaluation."""
 
-    Figures are logged, measured on held-out data and saved every so many steps where that is asked for, else every
-    so large a share of the run; the last step does all three.
+
+class Observer(Protocol):
+    """What a run does beside training; the loop says when."""
+
+    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> HeldOutLoss:
+        """Measure the held-out loss, on all of the text or on a sample; called in every process."""
+
+    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
+        """Hear that a step ended; called in the main process, like the following."""
+
+    def on_record(self, record: Record, progress: float) -> None:
+        """Hear one step's figures."""
+
+    def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
+        """Return what writes the model's part of a checkpoint, from tensors that nobody changes until it is done."""
+
+    def before_save(self) -> None:
+        """Make durable what must not be older than a checkpoint."""
+
+    def forget_records_after(self, step: int) -> None:
+        """Drop the figures of steps that will be trained again."""
+
+    def note(self, text: str) -> None:
+        """Hear one line."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        step: optimizer steps done.
+        checkpoint: the checkpoint after the last of them.
+        reached_end: False where a limit of time or a signal ended it before its steps were done.
+        stopped_by: name of the signal that ended it, such as "SIGTERM", or None.
+        held_out: the last evaluation, None where a signal came first.
     """
 
-    SHARES = {"log": 100, "eval": 5, "save": 5}
-    LONGEST_LOG_STEPS = 50
-
-    def __init__(self, length: RunLength, steps: dict[str, int | None]):
-        self.length, self.steps = length, steps
-        self.earlier_seconds = 0.0
-        self.started = time.monotonic()
-        self.start_up_seconds = 0.0  # until the first step ended, compilation included: no progress of the run
-        self.reserved_seconds = 0.0
-        self.marks: dict[str, int] = {}
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """Seconds of training so far, evaluation and compilation among them."""
-        return self.earlier_seconds + time.monotonic() - self.started
-
-    def progress(self, step: float) -> float:
-        """Return the share of the run, in [0, 1], that is over after `step` steps."""
-        elapsed = self.elapsed_seconds - self.start_up_seconds
-        return self.length.progress(step, elapsed, self.reserved_seconds + self.start_up_seconds)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to count."""
-        self.started = time.monotonic()
-        self.marks = {name: int(self.progress(state.global_step) * parts) for name, parts in self.SHARES.items()}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what is to follow the step that ended."""
-        step, limit = state.global_step, self.length.max_seconds
-        if step == 1:
-            self.start_up_seconds = self.elapsed_seconds
-        out_of_time = limit is not None and self.elapsed_seconds >= limit - self.reserved_seconds
-        if out_of_time or step == self.length.max_steps:
-            control.should_training_stop = True
-        due = {name: control.should_training_stop or self._is_due(name, step) for name in self.SHARES}
-        control.should_log |= due["log"] or step == 1 or step % (self.steps["log"] or self.LONGEST_LOG_STEPS) == 0
-        control.should_evaluate |= due["eval"]
-        control.should_save |= due["save"]
-
-    def _is_due(self, name: str, step: int) -> bool:
-        every = self.steps[name]
-        if every is not None:
-            return step % every == 0
-        before = self.marks[name]
-        self.marks[name] = max(before, int(self.progress(step) * self.SHARES[name]))  # time kept back may shrink
-        return self.marks[name] > before
+    step: int
+    checkpoint: Path
+    reached_end: bool
+    stopped_by: str | None
+    held_out: HeldOutLoss | None
 
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack rows into a batch whose labels are known to be shifted already."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-    batch["shift_labels"] = batch["labels"]
-    return batch
-
-
-class FANformerTrainer(Trainer):
-    """Trains a causal language model on packed rows.
-
-    What differs from `Trainer`: rows come in an order that is a function of seed and step alone; the learning rate
-    follows the run's progress; the held-out loss is exact; a checkpoint is written aside and renamed, before the
-    evaluation of the same step; and each step's figures go to `on_record` as one record.
-    """
-
-    optimizer: Any
-    lr_scheduler: Any
-    control: Any
+class Trainer:
+    """Trains a causal language model on packed rows, from the beginning or from a checkpoint, to the run's end."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
         rows: Dataset[dict[str, Tensor]],
         *,
         config: RunConfig,
         length: RunLength,
         environment: Environment,
-        evaluate_held_out: Callable[[bool], HeldOutLoss],
+        processes: Processes,
+        observer: Observer,
         held_out_tokens: int,
-        on_record: Callable[[dict[str, float]], None],
-        on_checkpoint: Callable[[Path], None],
-        callbacks: list[TrainerCallback],
+        started: float,
     ):
-        self.config, self.length = config, length
-        self.clock = RunClock(length, {"log": config.log_steps, "eval": config.eval_steps, "save": config.save_steps})
-        self.evaluate_held_out, self.on_record, self.on_checkpoint = evaluate_held_out, on_record, on_checkpoint
-        self.held_out_tokens = held_out_tokens
-        self.evaluation_rates: list[float] = []  # seconds per held-out token
-        self.first_step = 0
-        self.random_state_from: Path | None = None
-        self.record: dict[str, float] = {}
-        self.last_log = (0, 0.0)
-        self.staging: Path | None = None
-        micro_batch = config.micro_batch_size or config.batch_size
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        arguments = TrainingArguments(
-            output_dir=str(config.folder),
-            max_steps=length.max_steps or _UNBOUNDED_STEPS,
-            per_device_train_batch_size=micro_batch // world,
-            gradient_accumulation_steps=config.batch_size // micro_batch,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            bf16=environment.precision == "bfloat16",
-            use_cpu=environment.device == "cpu",
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cache=True,
-            remove_unused_columns=False,
-            ignore_data_skip=True,
-            dataloader_pin_memory=environment.device == "cuda",
-            average_tokens_across_devices=True,
-        )
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            data_collator=collate,
-            callbacks=[self.clock, *callbacks],
-        )
-        for unwanted in (PrinterCallback, ProgressCallback):
-            self.remove_callback(unwanted)
+        """Set up; the model is spread over the processes in place.
+
+        Args:
+            model: on the CPU, the same in every process.
+            rows: items with `input_ids`, `labels` (shifted already) and `position_ids`, each (T,).
+            config: the run.
+            length: of the run.
+            environment: the run's decisions about the machine.
+            processes: that train together.
+            observer: the run itself.
+            held_out_tokens: that the last evaluation measures.
+            started: when this process began its work, on the clock of `time.monotonic`.
+        """
+        self.config, self.length, self.processes, self.observer = config, length, processes, observer
+        self.rows, self.held_out_tokens = rows, held_out_tokens
+        self.device = torch.device(environment.device)
+        self.autocast_dtype = torch.bfloat16 if environment.precision == "bfloat16" else None
+        steps = {"log": config.log_steps, "evaluate": config.eval_steps, "save": config.save_steps}
+        self.clock = RunClock(length, steps, started)
+        self.model = model.to(self.device).train()
+        self.wrapped = processes.wrap(self.model)
+        self.optimizer = create_optimizer(self.model, config)
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.state = LoopState()
+        self.snapshot = Snapshot(keep=processes.is_main)
+        self.writer = CheckpointWriter(config.folder, config.keep_last, background=config.background_save)
+        self.save_error: Exception | None = None
+        self.best: tuple[float, int] | None = None  # held-out loss, step
+        self.last_log = (0, 0.0)  # step, seconds
+        self.last_evaluation: HeldOutLoss | None = None
+        self.micro_batch = config.micro_batch_size or config.batch_size // processes.count
+        self.grad_norm = self.learning_rate = math.nan
+        self.saved_step = -1
+        self.request = StopRequest(config.grace_seconds)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step, over all processes."""
         return self.config.batch_size * self.config.sequence_length
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        rows = len(self.train_dataset)
-        steps = self.length.max_steps or _UNBOUNDED_STEPS
-        return RunSampler(
-            rows, self.config.seed, total=steps * self.config.batch_size, start=self.first_step * self.config.batch_size
-        )
+    def run(self, checkpoint: Path | None) -> Outcome:
+        """Train from the beginning, or from a checkpoint folder, to the run's end.
 
-    def run(self, checkpoint: Path | None) -> None:
-        """Train from the beginning, or from a checkpoint folder, to the run's end."""
-        self.random_state_from = checkpoint
+        Raises:
+            CheckpointError: if the checkpoint is of another run, or the last one cannot be written.
+            DivergenceError: if too many steps in a row have no finite gradient.
+        """
         if checkpoint is not None:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            self.first_step = int(state["global_step"])
-            progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
-            self.clock.earlier_seconds = progress["earlier_seconds"]
-            self.clock.start_up_seconds = progress["start_up_seconds"]
-            self.last_log = (self.first_step, self.clock.earlier_seconds)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        self.flush_record()
+            self._restore(checkpoint)
+        self.clock.begin(self.state)
+        self.last_log = (self.state.step, self.clock.elapsed_seconds)
+        with self.request:
+            try:
+                return self._loop(resumed=checkpoint is not None)
+            finally:
+                self.writer.wait()
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the run's optimizer over the bare model's parameters."""
-        if self.optimizer is None:
-            self.optimizer = create_optimizer(self.model, self.config)
-        return self.optimizer
+    def _loop(self, resumed: bool) -> Outcome:
+        stop, first = self.state.step == self.length.max_steps, True
+        signal = self._catch_up(stop) if resumed else 0
+        while not stop and not signal:
+            due, signal = self._step(first)
+            first, stop = False, due.stop
+            self.state.record = self._close_window() if due.log else {}
+            self.state.evaluation_due = due.evaluate
+            if due.save or stop or signal:
+                self._save()
+            self._hear_of_saves()
+            signal = signal or self._report(everything=stop and self._is_at_end())
+        if self.last_evaluation is None and not signal:  # resumed after its last step: nothing was left to train
+            signal = 0 if self._evaluate(everything=self._is_at_end()) else int(self.request.signal or 0)
+        if signal and self.saved_step not in (self.state.step, -1):
+            self._save()
+        return self._end(signal)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the schedule that asks the run for its progress at every step."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: learning_rate_factor(self.clock.progress(step + 0.5), self.config),
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+    def _is_at_end(self) -> bool:
+        return self.length.max_steps is None or self.state.step == self.length.max_steps
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Do one forward and backward pass; a resumed run's first one begins with the checkpoint's random state."""
-        if self.random_state_from is not None:  # making the data iterator has drawn from the state loaded before
-            self._load_rng_state(str(self.random_state_from))
-            self.random_state_from = None
-        return super().training_step(*args, **kwargs)
+    def _report(self, everything: bool) -> int:
+        """Evaluate where that is due and hand the step's figures on.
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, without making a cache that training has no use for."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 0: the run reports its operations itself, once."""
+        Returns:
+            The signal that came during the evaluation, 0 for none; the figures are then left to the resumed run.
+        """
+        record = dict(self.state.record)
+        if self.state.evaluation_due:
+            figures = self._evaluate(everything)
+            if figures is None:
+                return int(self.request.signal or 0)
+            record |= figures
+        if record and self.processes.is_main:
+            self.observer.on_record(record, self.clock.progress(self.state.step))
         return 0
 
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        save, self.control.should_save = self.control.should_save, False
-        evaluate, self.control.should_evaluate = self.control.should_evaluate, False
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)  # the log line
-        paused = self.clock.elapsed_seconds
-        if save:  # before the evaluation: a crash there must not lose the work
-            self._save_checkpoint(self.model, None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        if evaluate:
-            self.evaluate()
-        self.flush_record()
-        step, seconds = self.last_log
-        self.last_log = (step, seconds + self.clock.elapsed_seconds - paused)  # the rate counts training only
+    def _catch_up(self, at_end: bool) -> int:
+        """Evaluate and report what a kill between a checkpoint and its evaluation left out."""
+        known = any(record["step"] == self.state.step for record in read_records(self.config.folder))
+        return 0 if self.processes.exchange([float(known)])[0][0] else self._report(everything=at_end)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Collect one step's figures; HF's closing summary is left out."""
-        if "loss" not in logs:
+    def _step(self, first: bool) -> tuple[Due, int]:
+        """Do one optimizer step; return what is to follow it, and the signal that asks to stop or 0."""
+        state, clock, processes = self.state, self.clock, self.processes
+        passes = self._passes()
+        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch, _ in passes)
+        digest = sum(part for _, part in passes) % (1 << _DIGEST_BITS)
+        everyone = processes.exchange([tokens, clock.elapsed_seconds, digest])
+        tokens_of_step = max(1, int(sum(row[0] for row in everyone)))
+        progress = clock.progress(state.step + 0.5, everyone[0][1])
+        factor = learning_rate_factor(progress, self.config)
+        self.learning_rate = self.config.learning_rate * factor
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+
+        loss = self._forward_and_backward([batch for batch, _ in passes], tokens_of_step)
+        parameters = list(self.model.parameters())
+        total = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        norm = float(whole(total))
+        due = clock.after_step(state.step + 1, first) if processes.is_main else Due(False, False, False, False)
+        flags = due.log + 2 * due.evaluate + 4 * due.save + 8 * due.stop
+        gathered = processes.exchange([loss, flags, int(self.request.signal or 0)])
+        loss, flags = sum(row[0] for row in gathered), int(gathered[0][1])
+        signal = max(int(row[2]) for row in gathered)
+
+        state.step += 1
+        state.place += self.config.batch_size
+        state.window_rows = (state.window_rows + int(sum(row[2] for row in everyone))) % (1 << _DIGEST_BITS)
+        if math.isfinite(loss) and math.isfinite(norm):
+            if self._is_spike(loss):
+                self._roll_back(loss)
+                return Due(False, False, False, False), signal
+            limit = self.config.max_grad_norm
+            if limit:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+            self.optimizer.step()
+            self._count_good_step(loss, norm)
+        else:
+            self._count_skipped_step(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        if processes.is_main:
+            self.observer.on_step(state.step, clock.elapsed_seconds, clock.progress(state.step))
+        return Due(bool(flags & 1), bool(flags & 2), bool(flags & 4), bool(flags & 8)), signal
+
+    def _passes(self) -> list[tuple[dict[str, Tensor], int]]:
+        """Return this process's micro-batches of the next step, each with a digest of its rows and their tokens."""
+        config, state, processes = self.config, self.state, self.processes
+        places = np.arange(state.place, state.place + config.batch_size)
+        indices = rows_of_run(config.seed, places, len(self.rows))
+        together = self.micro_batch * processes.count
+        passes = []
+        for begin in range(processes.rank * self.micro_batch, config.batch_size, together):
+            chosen = indices[begin : begin + self.micro_batch].tolist()
+            items = [self.rows[index] for index in chosen]
+            digest = sum(
+                zlib.crc32(item["input_ids"].numpy().tobytes(), index & 0xFFFFFFFF) * 251
+                for index, item in zip(chosen, items, strict=True)
+            )
+            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            passes.append((batch, digest))
+        return passes
+
+    def _forward_and_backward(self, batches: list[dict[str, Tensor]], tokens_of_step: int) -> float:
+        """Add up the gradient of the step's mean loss; return this process's share of that loss."""
+        config, processes = self.config, self.processes
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        losses = []
+        for number, batch in enumerate(batches):
+            seed_pass(config.seed, self.state.step, number, processes.rank)
+            inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            if self.autocast_dtype is not None:
+                autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype)
+            with processes.accumulating(self.wrapped, last=number == len(batches) - 1):
+                with autocast:
+                    loss = self.wrapped(
+                        **inputs, shift_labels=inputs["labels"], num_items_in_batch=tokens_of_step, use_cache=False
+                    ).loss
+                (loss * processes.count).backward()  # the processes' gradients will be averaged
+            losses.append(loss.detach())
+        return float(torch.stack(losses).sum())
+
+    def _count_good_step(self, loss: float, norm: float) -> None:
+        state = self.state
+        state.window_loss += loss
+        state.window_steps += 1
+        state.skipped_in_row = 0
+        state.recent_losses = [*state.recent_losses, loss][-_SPIKE_WINDOW:]
+        self.grad_norm = norm
+
+    def _count_skipped_step(self, loss: float, norm: float) -> None:
+        """Leave the weights as they are.
+
+        Raises:
+            DivergenceError: if that happened too often in a row.
+        """
+        state, config = self.state, self.config
+        state.skipped += 1
+        state.skipped_in_row += 1
+        broken = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(whole(parameter.grad)).all())
+        ]
+        where = f"`{broken[0]}` and {len(broken) - 1} more of its parameters" if broken else "no single parameter"
+        what = f"step {state.step} left out: loss {loss:.4g}, gradient norm {norm:.4g}, not finite in {where}"
+        self._note(f"{what} ({state.skipped} left out so far)")
+        if state.skipped_in_row < config.max_skipped_steps:
             return
-        step, seconds = self.state.global_step, self.clock.elapsed_seconds
-        last_step, last_seconds = self.last_log
-        self.record.update(
-            step=step,
-            tokens=step * self.tokens_per_step,
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            grad_norm=logs.get("grad_norm", float("nan")),
-            tokens_per_second=(step - last_step) * self.tokens_per_step / max(1e-9, seconds - last_seconds),
-            elapsed_seconds=seconds,
+        recent = f"{state.recent_losses[-1]:.4f}" if state.recent_losses else "not known"
+        raise DivergenceError(
+            f"{what}, the {state.skipped_in_row}th in a row, at learning rate {self.learning_rate:.3g}; the "
+            f"last finite loss was {recent}: go on from the last checkpoint in {config.folder.absolute()} with "
+            "--resume and a lower --learning-rate, --set max_grad_norm=0.5 or --set precision=float32."
         )
-        self.last_log = (step, seconds)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the held-out loss: on a sample of it during the run, on all of it at the end."""
+    def _is_spike(self, loss: float) -> bool:
+        factor, recent = self.config.spike_rollback, self.state.recent_losses
+        if factor is None or len(recent) < _SPIKE_WINDOW // 2:
+            return False
+        return loss > statistics.fmean(recent) + factor * max(statistics.stdev(recent), 1e-3)
+
+    def _roll_back(self, loss: float) -> None:
+        """Return to the newest checkpoint and leave out the rows since then.
+
+        Raises:
+            DivergenceError: if that happened too often, or there is no checkpoint.
+        """
+        state, config = self.state, self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        self.writer.wait()
+        with self.processes.main_first():
+            checkpoint = newest_intact(config.folder, self._note)
+        usual = statistics.fmean(state.recent_losses)
+        what = f"the loss of step {state.step} is {loss:.4f}, usual is {usual:.4f}"
+        if checkpoint is None or state.rollbacks >= config.max_rollbacks:
+            times = f"the run went back {state.rollbacks} times already"
+            why = "there is no checkpoint" if checkpoint is None else times
+            raise DivergenceError(f"{what}, and {why}: use a lower --learning-rate or a larger spike_rollback.")
+        place, rollbacks, skipped = state.place, state.rollbacks + 1, state.skipped
+        left_out = place - self._restore(checkpoint)
+        self.state.place, self.state.rollbacks, self.state.skipped = place, rollbacks, skipped
+        self.clock.rewind(self.state)
+        if self.processes.is_main:
+            self.observer.forget_records_after(self.state.step)
+        self._note(f"{what}: back to {checkpoint.name}, the {left_out} rows since then are left out")
+
+    def _restore(self, checkpoint: Path) -> int:
+        """Take over a checkpoint's state and return how many rows it had used."""
+        restore_model(self.model, checkpoint)
+        restore_optimizer(self.model, self.optimizer, checkpoint)
+        self.state = LoopState(**read_state(checkpoint)["loop"])
+        self.best = self._best_so_far()
+        return self.state.place
+
+    def _best_so_far(self) -> tuple[float, int] | None:
+        measured = [
+            (record["val_loss"], int(record["step"]))
+            for record in read_records(self.config.folder)
+            if "val_loss" in record and record["step"] <= self.state.step
+        ]
+        return min(measured) if measured else None
+
+    def _save(self) -> None:
+        """Copy the state and let it be written in the background; training goes on once it is copied."""
+        self.saved_step = self.state.step
+        self.writer.wait()  # the copy before is written before its memory is used again
+        self.snapshot.take(self.model, self.optimizer)
+        self.clock.store(self.state)
+        if not self.processes.is_main:
+            return
+        state = {"loop": self.state.to_dict(), "processes": self.processes.count}
+        save_model = self.observer.save_model(self.snapshot.weights, self.state.step)
+        snapshot, best = self.snapshot, self.best[1] if self.best is not None and self.config.keep_best else None
+
+        def fill(folder: Path) -> None:
+            self.observer.before_save()
+            save_model(folder)
+            snapshot.save_optimizer(folder)
+            write_state(folder, state)
+
+        self.writer.submit(self.state.step, fill, snapshot.num_bytes, best)
+
+    def _hear_of_saves(self) -> None:
+        for written in self.writer.collect():
+            self.save_error = written.error
+            self.clock.save_seconds = max(self.clock.save_seconds, written.seconds)
+            if written.error is not None:
+                if not isinstance(written.error, (OSError, CheckpointError)):
+                    raise written.error  # a mistake of ours, which the next attempt would meet again
+                self._note(f"{written.error} Training goes on, and the next checkpoint is tried at its time.")
+
+    def _evaluate(self, everything: bool) -> Record | None:
+        """Measure the held-out loss; None where a signal to stop came first."""
         started = time.monotonic()
-        figures = self.evaluate_held_out(self.control.should_training_stop)
-        self.evaluation_rates.append((time.monotonic() - started) / figures.tokens)
-        self.clock.reserved_seconds = 1.1 * statistics.median(self.evaluation_rates) * self.held_out_tokens
-        values = {"val_loss": figures.loss, "val_bits_per_byte": figures.bits_per_byte}
-        self.record.update(step=self.state.global_step, tokens=self.state.global_step * self.tokens_per_step, **values)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
-        return values
-
-    def flush_record(self) -> None:
-        """Hand the collected figures on."""
-        if self.record:
-            self.on_record(self.record)
-            self.record = {}
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.staging) if self.staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write checkpoint-N beside the others under another name, then rename it: it is there whole or not at all."""
-        run_folder = Path(self.args.output_dir)
-        self.staging = run_folder / ".unfinished"
-        shutil.rmtree(self.staging, ignore_errors=True)
         try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self.staging = self.staging, None
-        name = f"checkpoint-{self.state.global_step}"
-        (staging / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        clock = self.clock
-        progress = json.dumps({"earlier_seconds": clock.elapsed_seconds, "start_up_seconds": clock.start_up_seconds})
-        (staging / name / PROGRESS_FILE).write_text(progress, encoding="utf-8")
-        self.on_checkpoint(staging / name)
-        shutil.rmtree(run_folder / name, ignore_errors=True)
-        os.replace(staging / name, run_folder / name)
-        staging.rmdir()
-        for old in checkpoints(run_folder)[: -self.config.keep_last]:
-            shutil.rmtree(old)
+            figures = self.observer.evaluate(everything, self._stop_if_asked)
+        except _StopAskedError:
+            return None
+        seconds = time.monotonic() - started
+        self.last_evaluation = figures
+        self.clock.note_evaluation(seconds, figures.tokens, self.held_out_tokens)
+        step, log_seconds = self.last_log
+        self.last_log = (step, log_seconds + seconds)  # the rate counts training only
+        if self.best is None or figures.loss < self.best[0]:
+            self.best = (figures.loss, self.state.step)
+        return {
+            "step": self.state.step,
+            "tokens": self.state.step * self.tokens_per_step,
+            "val_loss": figures.loss,
+            "val_bits_per_byte": figures.bits_per_byte,
+        }
+
+    def _stop_if_asked(self) -> None:
+        if self.request.signal and self.processes.count == 1:  # several must stop at the same place
+            raise _StopAskedError
+
+    def _close_window(self) -> Record:
+        """Return the figures since the last record and begin anew."""
+        state, seconds = self.state, self.clock.elapsed_seconds
+        last_step, last_seconds = self.last_log
+        record: Record = {
+            "step": state.step,
+            "tokens": state.step * self.tokens_per_step,
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": (state.step - last_step) * self.tokens_per_step / max(1e-9, seconds - last_seconds),
+            "elapsed_seconds": seconds,
+            "rows": f"{state.window_rows:010x}",
+        }
+        if state.window_steps:
+            record |= {"loss": state.window_loss / state.window_steps, "grad_norm": self.grad_norm}
+        if state.skipped:
+            record["skipped_steps"] = state.skipped
+        self.last_log = (state.step, seconds)
+        state.window_loss, state.window_steps, state.window_rows = 0.0, 0, 0
+        return record
+
+    def _end(self, signal: int) -> Outcome:
+        """Wait for the last checkpoint and say how it went.
+
+        Raises:
+            Exception: what kept the last checkpoint from being written.
+        """
+        self.writer.wait()
+        self._hear_of_saves()
+        failed = self.processes.sum([float(self.save_error is not None)])[0]
+        if self.save_error is not None:
+            raise self.save_error
+        if failed:
+            raise SystemExit(2)  # the main process says why
+        name = Signals(signal).name if signal else None
+        checkpoint = self.config.folder / checkpoint_name(self.state.step)
+        return Outcome(self.state.step, checkpoint, self._is_at_end() and not signal, name, self.last_evaluation)
+
+    def _note(self, text: str) -> None:
+        if self.processes.is_main:
+            self.observer.note(text)

@@ -1,0 +1,187 @@
+"""The processes of one run: who is who, how the model is spread over them, and what they tell each other.
+
+`torchrun` and `accelerate launch` both start them and say through the environment which one this is; nothing else in
+the package asks. The model file knows nothing of it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fanformer.errors import ConfigError
+
+Spread = Literal["none", "ddp", "fsdp2"]
+_PREPARATION_LIMIT = timedelta(days=2)
+"""How long processes wait while the first one prepares data; a process that dies ends the wait at once."""
+_REFUSED_SETTINGS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "FSDP_OFFLOAD_PARAMS": "offloading parameters to the CPU",
+}
+
+
+def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes the launcher started, 1 without one."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the launcher starts these processes again after a failure of one of them."""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def choose_spread(asked: str, environment: Mapping[str, str] = os.environ) -> Spread:
+    """Return how the model is to be spread over the launched processes.
+
+    Args:
+        asked: "auto", "ddp" or "fsdp2"; auto does what the launcher says, ddp where it says nothing.
+        environment: of the process.
+
+    Raises:
+        ConfigError: if the launcher was told something that this package does not do.
+    """
+    for name, what in _REFUSED_SETTINGS.items():
+        if environment.get(name, "false").lower() in ("true", "1"):
+            raise ConfigError(f"the launcher asks for {what}, which is not supported: unset it; expected DDP or FSDP2.")
+    if launched_processes(environment) == 1:
+        return "none"
+    if asked != "auto":
+        return "ddp" if asked == "ddp" else "fsdp2"
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+        return "ddp"
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(f"the launcher asks for FSDP version {version}: use `accelerate launch --fsdp_version 2`.")
+    return "fsdp2"
+
+
+class Processes:
+    """The processes that train one model together; with a single one everything here is free.
+
+    Attributes:
+        rank: number of this process, 0 for the one that writes files.
+        count: number of processes.
+        spread: how the model is spread over them.
+    """
+
+    def __init__(self, asked: str, device_type: str) -> None:
+        """Join the other processes.
+
+        Args:
+            asked: the run's `parallel`.
+            device_type: "cpu" or "cuda".
+
+        Raises:
+            ConfigError: if the launcher or the device asks for what cannot be done.
+        """
+        self.spread = choose_spread(asked)
+        self.rank, self.count = 0, 1
+        self._device_type = device_type
+        if self.spread == "none":
+            return
+        if device_type not in ("cpu", "cuda"):
+            raise ConfigError(f"several processes train on cpu or cuda, got {device_type}: start a single one.")
+        self.rank, self.count = int(os.environ["RANK"]), launched_processes()
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        # Plain numbers travel by gloo whatever the device; the long limit is for the preparation of data.
+        self._control = dist.new_group(backend="gloo", timeout=_PREPARATION_LIMIT)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if self.count > 1:
+            dist.barrier(group=self._control)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do a block before the others do it, as where it writes what they read."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def exchange(self, values: Sequence[float]) -> list[list[float]]:
+        """Return what every process gave, in the order of their ranks.
+
+        Args:
+            values: as many numbers in every process, exact as float64.
+        """
+        if self.count == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(everyone, mine, group=self._control)
+        return [part.tolist() for part in everyone]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all processes, the same in each."""
+        return [sum(column) for column in zip(*self.exchange(values), strict=True)]
+
+    def wrap(self, model: Any) -> nn.Module:
+        """Return what to call in place of `model`, whose gradients are averaged over the processes.
+
+        Args:
+            model: a causal language model whose blocks are `model.model.layers`; FSDP2 shards it in place.
+        """
+        if self.spread == "none":
+            return model
+        if self.spread == "ddp":
+            devices = [torch.cuda.current_device()] if self._device_type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self._device_type, (self.count,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    @contextlib.contextmanager
+    def accumulating(self, wrapped: Any, last: bool) -> Iterator[None]:
+        """Send gradients over the network only in a step's last pass.
+
+        Args:
+            wrapped: what `wrap` returned.
+            last: whether this is that pass.
+        """
+        if self.spread == "ddp" and not last:
+            with wrapped.no_sync():
+                yield
+            return
+        if self.spread == "fsdp2":
+            wrapped.set_requires_gradient_sync(last)
+        yield
+
+    def leave(self) -> None:
+        """End the group; the process can train alone afterwards."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its parts, of which FSDP2 leaves one in every process; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor that all have, spread as `like` is; itself where that is not."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -76,6 +76,11 @@ def _training_flags(function: Any) -> Any:
 @click.option("--allow-changed-data", is_flag=True, help="With --resume: go on with other data than before.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that the output folder holds.")
 @click.option(
+    "--prove-resume",
+    is_flag=True,
+    help="Train a short run several times, straight, killed and on two processes, and compare the bits.",
+)
+@click.option(
     "--p",
     "fan_ratio",
     type=float,
@@ -84,7 +89,12 @@ def _training_flags(function: Any) -> Any:
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run, or model.FIELD.")
 def train(
-    preset: str | None, config_file: Path | None, fan_ratio: float | None, settings: tuple[str, ...], **flags: Any
+    preset: str | None,
+    config_file: Path | None,
+    fan_ratio: float | None,
+    settings: tuple[str, ...],
+    prove_resume: bool,
+    **flags: Any,
 ) -> None:
     """Train a model and leave a complete `transformers` folder behind.
 
@@ -98,7 +108,10 @@ def train(
     if fan_ratio is not None:
         overrides["model.fan_ratio"] = fan_ratio
     config = resolve_run(config_file, overrides)
-    run_and_report(config)
+    if prove_resume:
+        prove_and_report(config)
+    else:
+        run_and_report(config)
 
 
 def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -134,3 +147,28 @@ def run_and_report(config: RunConfig) -> None:
     if not result.reached_end:
         click.echo(f"the time limit ended the run after step {result.step}, which is saved: go on with --resume")
     click.echo(f"model: {result.folder}")
+
+
+def prove_and_report(config: RunConfig) -> None:
+    """Prove that a run of this configuration loses nothing, and print the table; exit code 1 where it does."""
+    from fanformer.training.proof import LARGEST_DIFFERENCE, prove
+
+    if config.output_dir is None:
+        config = dataclasses.replace(config, output_dir=f"runs/{config.preset}-proof")
+    findings = prove(config, lambda text: click.echo(text, err=True))
+    columns = list(findings[0].equal)
+    lines = [["training", "kills", *(f"equal {name}" for name in columns), "largest loss difference", "holds"]]
+    for finding in findings:
+        marks = ["yes" if finding.equal[name] else "no" for name in columns]
+        verdict = "yes" if finding.holds else "NO"
+        lines.append([finding.name, str(finding.kills), *marks, f"{finding.largest_difference:.1e}", verdict])
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    click.echo(
+        "killed trainings must equal those that were not in every bit, two processes one process in all rows and, to "
+        f"{LARGEST_DIFFERENCE:g} relative, in every loss"
+    )
+    click.echo(f"trainings and proof.json: {config.folder}")
+    if not all(finding.holds for finding in findings):
+        raise click.exceptions.Exit(1)

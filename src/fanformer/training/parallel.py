@@ -5,7 +5,10 @@ the package asks. The model file knows nothing of it.
 """
 
 import contextlib
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,6 +23,7 @@ from fanformer.errors import ConfigError
 Spread = Literal["none", "ddp", "fsdp2"]
 _PREPARATION_LIMIT = timedelta(days=2)
 """How long processes wait while the first one prepares data; a process that dies ends the wait at once."""
+_POLL_SECONDS = 0.02
 _REFUSED_SETTINGS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -91,8 +95,9 @@ class Processes:
         self.rank, self.count = int(os.environ["RANK"]), launched_processes()
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        store, rank, count = next(iter(dist.rendezvous("env://", self.rank, self.count)))
+        store = dist.PrefixStore(_agree(store, rank, count), store)
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
         # Plain numbers travel by gloo whatever the device; the long limit is for the preparation of data.
         self._control = dist.new_group(backend="gloo", timeout=_PREPARATION_LIMIT)
 
@@ -173,6 +178,27 @@ class Processes:
         """End the group; the process can train alone afterwards."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _agree(store: dist.Store, rank: int, count: int) -> str:
+    """Return a name that exactly the processes of this start of the job have agreed on.
+
+    The launcher keeps its store when it starts the processes again, and with it the addresses that dead ones left
+    there, which gloo would try to reach for ever. So every process announces itself under a name of its own, the first
+    one says whom it sees, and once all have found themselves among them, they meet under the names of all.
+    """
+    me = uuid.uuid4().hex
+    store.set(f"here/{rank}", me)
+    while True:
+        if rank == 0:
+            store.set("seen", ",".join(store.get(f"here/{other}").decode() for other in range(count)))
+        seen = store.get("seen").decode()
+        token = hashlib.sha256(seen.encode()).hexdigest()[:16]
+        if seen.split(",")[rank] == me:
+            store.set(f"agreed/{token}/{rank}", "")
+            if store.check([f"agreed/{token}/{other}" for other in range(count)]):
+                return token
+        time.sleep(_POLL_SECONDS)
 
 
 def whole(tensor: Tensor) -> Tensor:

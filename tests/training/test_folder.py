@@ -1,0 +1,83 @@
+"""Who may write into a run's folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fanformer.data.locking import LOCK_FILE, hold
+from fanformer.errors import CheckpointError, ConfigError
+from fanformer.training.folder import claimed
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fanformer.data.locking import hold
+from fanformer.errors import CheckpointError
+with hold(Path(sys.argv[1]), CheckpointError):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of a folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_in_one_folder_is_told_who_holds_it_and_since_when(tmp_path, holder):
+    with pytest.raises(CheckpointError) as caught:
+        claimed(tmp_path, resume=True, overwrite=False).__enter__()
+    said = str(caught.value)
+    assert f"is being written by process {holder.pid} on {os.uname().nodename} since {time.strftime('%Y-')}" in said
+    assert "wait until it is done, stop it, or choose another --output-dir" in said
+
+
+def test_a_killed_holder_holds_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with hold(tmp_path, CheckpointError):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_damaged_lock_file_locks_all_the_same(tmp_path, holder):
+    (tmp_path / LOCK_FILE).write_text("?")
+    with pytest.raises(CheckpointError, match="is being written by another process: wait"):
+        hold(tmp_path, CheckpointError).__enter__()
+
+
+def test_a_folder_made_for_a_run_that_never_began_is_gone_again(tmp_path):
+    claim = claimed(tmp_path / "a" / "run", resume=False, overwrite=False)
+    assert claim.__enter__() is False
+    (tmp_path / "a" / "run" / "data.partial").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        claim.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert not (tmp_path / "a" / "run").exists()
+
+
+def test_a_file_or_a_read_only_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="`output_dir` must be a folder, got the file"):
+        claimed(tmp_path / "file", resume=False, overwrite=False).__enter__()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,ro", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        with pytest.raises(OSError, match="Read-only file system"):
+            claimed(disk, resume=False, overwrite=False).__enter__()
+        with pytest.raises(OSError, match="Read-only file system"):
+            claimed(disk / "run", resume=False, overwrite=False).__enter__()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -60,8 +60,7 @@ def test_a_folder_made_for_a_run_that_never_began_is_gone_again(tmp_path):
     claim = claimed(tmp_path / "a" / "run", resume=False, overwrite=False)
     assert claim.__enter__() is False
     (tmp_path / "a" / "run" / "data.partial").mkdir()
-    with pytest.raises(ZeroDivisionError):
-        claim.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert claim.__exit__(ZeroDivisionError, ZeroDivisionError(), None) is False
     assert not (tmp_path / "a" / "run").exists()
 
 

@@ -27,6 +27,10 @@ class DivergenceError(FANformerError, ArithmeticError):
     """A training run whose loss or gradients do not stay finite, or jump again and again."""
 
 
+class ProcessLostError(FANformerError, RuntimeError):
+    """Another process of the same job ended, so that this one cannot go on."""
+
+
 class DependencyError(FANformerError, ImportError):
     """An optional package that is needed here and not installed; the message names the extra that brings it."""
 

@@ -133,3 +133,71 @@ def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path):
     assert read[0] == read[1]
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_run_with_one_line_and_a_checkpoint(text, tmp_path, number):
+    words = [sys.executable, "-m", "fanformer.cli.main", "train", "--data", str(text), "--max-steps", "100000",
+             "--save-steps", "100000", "--output-dir", str(tmp_path / "out"), *TINY]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    running = subprocess.Popen(words, **pipes)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert running.poll() is None
+        time.sleep(0.05)
+    asked = time.monotonic()
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert time.monotonic() - asked < 30
+    assert running.returncode == 128 + number, err
+    [line] = out.splitlines()
+    assert line.startswith(f"stopped by {number.name} after step ")
+    assert line.endswith("which is saved: go on with --resume")
+    step = line.split()[5].rstrip(",")
+    assert (tmp_path / "out" / f"checkpoint-{step}" / "manifest.json").is_file()
+    assert "Traceback" not in err
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(600)
+def test_prove_resume_prints_a_table_of_equal_bits(text, process, tmp_path):
+    small = ["--data", str(text), "--max-steps", "8", "--output-dir", str(tmp_path / "proof"), *TINY]
+    proof = process("train", "--prove-resume", *small, timeout=500)
+    assert proof.code == 0, proof
+    rows = {line[:29].strip(): line[29:].split() for line in proof.out.splitlines()[1:5]}
+    assert rows["killed once, resumed"] == ["1", *["yes"] * 5, "0.0e+00", "yes"]
+    assert rows["killed twice, resumed twice"] == ["2", *["yes"] * 5, "0.0e+00", "yes"]
+    assert rows["two processes"][1] == rows["two processes"][-1] == "yes"
+    assert rows["two processes, one killed"] == ["1", *["yes"] * 5, "0.0e+00", "yes"]
+    findings = json.loads((tmp_path / "proof" / "proof.json").read_text())
+    assert all(finding["holds"] for finding in findings)
+    assert "must be a new folder" in process("train", "--prove-resume", *small).refusal()
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(600)
+def test_accelerate_launch_trains_with_fsdp2_and_resumes_alone(text, process, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2"]  # fmt: skip
+    words = ["train", "--data", str(text), "--output-dir", str(tmp_path / "out"), "--set", "log_steps=1", *TINY]
+    done = process(*words, "--max-steps", "4", program=(*launch, "-m", "fanformer.cli.main"), timeout=300)
+    assert done.code == 0, done
+    assert "2 processes (fsdp2)" in done.err
+    assert done.out.count("held-out loss") == 1
+    alone = process("train", "--output-dir", str(tmp_path / "out"), "--resume", "--max-steps", "6")
+    assert alone.code == 0, alone
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(300)
+def test_bad_input_to_several_processes_is_one_line_from_the_first(process, tmp_path):
+    program = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fanformer.cli.main")
+    done = process("train", "--data", "none.txt", "--output-dir", str(tmp_path / "out"), program=program, timeout=200)
+    assert done.code != 0
+    assert [line for line in done.err.splitlines() if line.startswith("error: ")] == [
+        line for line in done.err.splitlines() if "no file" in line
+    ][:1]
+    assert not (tmp_path / "out").exists()

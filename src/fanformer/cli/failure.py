@@ -78,7 +78,8 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
             code = BUG
         else:
             code = USER_ERROR
-        click.echo(f"error: {message}", err=True)
+        rank = os.environ.get("RANK", "0")  # of several processes that train together
+        click.echo(f"error: {message}" if rank == "0" else f"process {rank}: {message}", err=True)
         try:
             sys.stdout.flush()
         except OSError:

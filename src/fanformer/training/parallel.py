@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, ProcessLostError
 
 Spread = Literal["none", "ddp", "fsdp2"]
 _PREPARATION_LIMIT = timedelta(days=2)
@@ -109,7 +109,8 @@ class Processes:
     def wait(self) -> None:
         """Return once every process has come here."""
         if self.count > 1:
-            dist.barrier(group=self._control)
+            with _others_may_end():
+                dist.barrier(group=self._control)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -130,7 +131,8 @@ class Processes:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(everyone, mine, group=self._control)
+        with _others_may_end():
+            dist.all_gather(everyone, mine, group=self._control)
         return [part.tolist() for part in everyone]
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -178,6 +180,15 @@ class Processes:
         """End the group; the process can train alone afterwards."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _others_may_end() -> Iterator[None]:
+    """Say in our words that a process which this one waited for has ended; gloo raises plain RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLostError("another process of this job ended: what it said tells why.") from error
 
 
 def _agree(store: dist.Store, rank: int, count: int) -> str:

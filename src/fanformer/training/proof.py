@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.errors import ConfigError
+from fanformer.training.artifacts import read_run_file
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
 from fanformer.training.configuration import RunConfig
 from fanformer.training.records import read_records
@@ -62,7 +63,8 @@ class Finding:
 def prove(config: RunConfig, note: Callable[[str], None]) -> list[Finding]:
     """Train the run of `config` several times over, killing some, and compare the bits.
 
-    Dropout is on where bits must be equal. Everything lies in the run's folder, with the findings in proof.json.
+    Dropout is on where one process must equal itself; two processes are compared in float32 without it. Everything
+    lies in the run's folder, with the findings in proof.json.
 
     Args:
         config: the run; `max_steps` says how long each training is.
@@ -129,8 +131,7 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
     Raises:
         RuntimeError: if a process ended otherwise than it should have.
     """
-    output, data = _folder(folder, training), folder / "straight" / "data"
-    prepared = data.is_dir() and training.name != "straight"
+    output, first = _folder(folder, training), folder / "straight"
     fields = config.to_dict() | {
         "output_dir": str(output),
         "max_steps": steps,
@@ -144,8 +145,16 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         "micro_batch_size": None,
         "model": {**config.model, "dropout": _DROPOUT if training.dropout else 0.0},
     }
-    if prepared:  # the first training has prepared the data; the same fingerprint serves all
-        fields |= {"data": str(data), "tokenizer": None}
+    if output != first:  # the first training prepared the data and decided about the machine, for all
+        decided = read_run_file(first)
+        environment = decided["environment"]
+        fields |= {
+            "data": str(first / decided["data"]["folder"]),
+            "tokenizer": None,
+            "compile": "on" if environment["compile"] else "off",
+            "precision": environment["precision"] if training.dropout else "float32",
+            "threads": environment["threads"] if training.dropout else max(1, environment["threads"] // 2),
+        }
     settings = folder / f"{output.name}.json"
     settings.write_text(json.dumps(fields), encoding="utf-8")
     if training.processes > 1:

@@ -222,7 +222,7 @@ def _jsonl_texts(path: Path, texts: Iterable[str], text_field: str) -> Iterator[
             raise DataError(f"{where}: expected a JSON object on every line, got {type(record).__name__}")
         if text_field not in record:
             raise DataError(f"{where}: no field `{text_field}`; it has {_names(record)}: name the one that holds text")
-        yield f":{number}", _require_text(record[text_field], where, text_field)
+        yield f":{number}", require_text(record[text_field], where, text_field)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -233,7 +233,8 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def _require_text(value: Any, where: str, text_field: str) -> str:
+def require_text(value: Any, where: str, text_field: str) -> str:
+    """Return a field's value, or raise DataError where it is no string."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field `{text_field}` must be a string, got {type(value).__name__}")
     return value
@@ -244,29 +245,57 @@ def _names(fields: Iterable[str]) -> str:
 
 
 def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    pyarrow = import_extra("pyarrow", f"reading {path.name}")
-    parquet = import_extra("pyarrow.parquet", f"reading {path.name}")
     try:
-        with _seekable(path) as source, parquet.ParquetFile(source) as file:
-            schema = file.schema_arrow
-            if text_field not in schema.names:
-                raise DataError(
-                    f"{path}: no column `{text_field}`; it has {_names(schema.names)}: name the one that holds text"
-                )
-            if str(schema.field(text_field).type) not in ("string", "large_string", "string_view"):
-                raise DataError(f"{path}: column `{text_field}` must hold strings, got {schema.field(text_field).type}")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+        with _seekable(path) as source:
+            for number, text in parquet_rows(source, str(path), text_field):
+                yield f":{number}", text
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parquet_rows(source: BinaryIO, where: str, text_field: str, skip: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield (number of the row, from 1, text) for the rows of a parquet file, reading one column only.
+
+    Args:
+        source: the file, open for reading from any place.
+        where: the file's name, for messages.
+        text_field: column that holds the text.
+        skip: rows to leave out at the beginning; row groups that hold no others are not read.
+
+    Raises:
+        DataError: if the file is damaged, or the column is missing or holds something else.
+    """
+    pyarrow = import_extra("pyarrow", f"reading {where}")
+    parquet = import_extra("pyarrow.parquet", f"reading {where}")
+    try:
+        # buffered ahead, all row groups would be fetched, and held in memory, before the first row
+        with parquet.ParquetFile(source, pre_buffer=False) as file:
+            check_text_column(file.schema_arrow, where, text_field)
+            group, number = 0, 0
+            while group < file.num_row_groups and number + file.metadata.row_group(group).num_rows <= skip:
+                number += file.metadata.row_group(group).num_rows
+                group += 1
+            groups = range(group, file.num_row_groups)
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_field]):
                 # as bytes, so that a string that is not UTF-8 is treated like that of any other file
                 for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     number += 1
-                    text = value.decode("utf-8", "surrogateescape") if value is not None else None
-                    yield f":{number}", _require_text(text, f"{path}:{number}", text_field)
+                    if number > skip:
+                        text = value.decode("utf-8", "surrogateescape") if value is not None else None
+                        yield number, require_text(text, f"{where}:{number}", text_field)
     except pyarrow.ArrowException as error:
         first_line = str(error).partition("\n")[0]
-        raise DataError(f"{path}: not a complete parquet file ({first_line}): fetch it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{where}: not a complete parquet file ({first_line}): fetch it again") from error
+
+
+def check_text_column(schema: Any, where: str, text_field: str) -> None:
+    """Raise DataError unless a pyarrow schema has the column and it holds strings."""
+    if text_field not in schema.names:
+        raise DataError(
+            f"{where}: no column `{text_field}`; it has {_names(schema.names)}: name the one that holds text"
+        )
+    if str(schema.field(text_field).type) not in ("string", "large_string", "string_view"):
+        raise DataError(f"{where}: column `{text_field}` must hold strings, got {schema.field(text_field).type}")
 
 
 def _seekable(path: Path) -> BinaryIO:

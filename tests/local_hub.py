@@ -8,6 +8,7 @@ LFS. Xet storage is left out: clients of this server set HF_HUB_DISABLE_XET=1.
 import base64
 import hashlib
 import http.server
+import importlib.util
 import json
 import re
 import socket
@@ -97,6 +98,26 @@ def card_data(files):
     return yaml.safe_load(match[1]) if match else None
 
 
+def point_at(monkeypatch, endpoint):
+    """Make this process use the hub at `endpoint`; the packages have read their settings when they were imported."""
+    from huggingface_hub import close_session, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    file_url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
+    if importlib.util.find_spec("datasets"):
+        from datasets import config
+
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(config, "HF_ENDPOINT", endpoint)
+        dataset_url = endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        monkeypatch.setattr(config, "HUB_DATASETS_URL", dataset_url)
+        monkeypatch.setattr(config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+    close_session()
+
+
 class LocalHub:
     """The server; `with LocalHub() as hub` starts it and stops it."""
 
@@ -107,6 +128,8 @@ class LocalHub:
     def __init__(self):
         self.repositories, self.storage, self.requests, self.faults = {}, {}, [], []
         self.lock = threading.RLock()
+        self.has_large_storage = True
+        """Whether large files are to be sent to the storage; else all come with the commit."""
         self._connections, self._server, self.port = set(), None, 0
 
     def add(self, kind, name, source, *, private=False, gated=False):
@@ -415,7 +438,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         answers = []
         for asked in json.loads(self.body)["files"]:
             path, sample = asked["path"], base64.b64decode(asked["sample"])
-            mode = "lfs" if asked["size"] >= LARGE_BYTES or is_large(sample) else "regular"
+            large = self.hub.has_large_storage and (asked["size"] >= LARGE_BYTES or is_large(sample))
+            mode = "lfs" if large else "regular"
             known = {"oid": entity_tag(files[path])} if path in files else {}
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
         self._send_json({"files": answers})

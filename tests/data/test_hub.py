@@ -15,7 +15,7 @@ import pytest
 from fanformer.data import hub
 from fanformer.data.documents import Document, open_source
 from fanformer.errors import DataError, DependencyError
-from tests.local_hub import LocalHub
+from tests.local_hub import LocalHub, point_at
 
 CARD = """---
 license: odc-by
@@ -61,22 +61,9 @@ def texts():
 
 @pytest.fixture
 def hub_at(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session
 
-    def use(endpoint):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        file_url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
-        dataset_url = endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
-        monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", dataset_url)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
-        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-        close_session()
-
-    yield use
+    yield lambda endpoint: point_at(monkeypatch, endpoint)
     close_session()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fanformer.errors import CheckpointError, ConfigError
+from fanformer.errors import CheckpointError
 from fanformer.training.records import read_records
 
 RUN_FILE, CURVE_FILE = "run.yaml", "loss.png"
@@ -127,29 +127,6 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 
 `run.yaml` holds the whole configuration and every automatic decision; `metrics.jsonl` the curve.
 """
-
-
-def push(folder: Path, repository: str) -> None:
-    """Upload a finished model folder to the hub; checkpoints and prepared data stay here.
-
-    Raises:
-        ConfigError: if the hub cannot be reached or refuses; the folder is complete all the same.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoint-*", "data*/*", "held-out/*", ".*"]
-        )
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"`push_to_hub` {repository} failed ({reason}): the finished model is in {folder.absolute()}; "
-            f"send it later with `hf upload {repository} {folder}`."
-        ) from error
 
 
 def _figure(record: Mapping[str, float], key: str, unit: str) -> str:

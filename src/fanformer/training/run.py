@@ -30,6 +30,7 @@ from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, 
 from fanformer.training.environment import Environment, decide
 from fanformer.training.folder import claimed
 from fanformer.training.parallel import Processes, is_restarted
+from fanformer.training.publishing import check_push_possible, push
 from fanformer.training.records import RecordFile, read_records
 from fanformer.training.schedule import RunLength, run_length
 from fanformer.training.trainer import Outcome, Record, Trainer
@@ -110,6 +111,8 @@ def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = bui
         with contextlib.ExitStack() as stack:
             going_on = False
             if processes.is_main:
+                if config.push_to_hub is not None:
+                    check_push_possible(config.push_to_hub)
                 claim = claimed(config.folder, config.resume or is_restarted(), config.overwrite)
                 going_on = stack.enter_context(claim)
             going_on = bool(processes.exchange([float(going_on)])[0][0])
@@ -421,7 +424,7 @@ class Run:
             title = f"FANformer {self.config.preset}, {self.model.num_parameters():,} parameters"
             artifacts.plot_loss(self.folder, title)
             if self.config.push_to_hub is not None and outcome.reached_end:
-                artifacts.push(self.folder, self.config.push_to_hub)
+                push(self.folder, self.config.push_to_hub)
         self.processes.wait()
         sizes = self.data.metadata["splits"]["heldout"] if self.config.eval_data is None else {}
         gzip_bits, xz_bits = (

@@ -19,7 +19,7 @@ SMALLEST_VOCABULARY = 257
 # Where text may be cut into pieces that no token crosses. Of the splits tried on the standard library this gives the
 # most bytes per token (held-out, vocabulary 4096 / 8192): this one 3.65 / 4.06, GPT-2's 3.42 / 3.72, cl100k's 3.37 /
 # 3.70, o200k's 3.36 / 3.68. What counts is that line end and indentation are one piece, also behind punctuation.
-_PIECES = "|".join(
+PIECES = "|".join(
     (
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}_]+(?:'(?:[sdmt]|ll|re|ve)(?![\p{L}\p{N}_]))?",  # a word, one sign before
         r" ?\p{N}{1,3}",  # up to three digits
@@ -54,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

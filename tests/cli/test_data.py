@@ -1,5 +1,7 @@
 """`fanformer data prepare`: a folder that training can use, and what it says about it."""
 
+import json
+
 import pytest
 
 
@@ -51,4 +53,56 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
     with data.byte_progress("encoding") as progress:
         progress(1_500_000, 3_000_000)
         progress(2_000_000, None)
-    assert capfd.readouterr() == ("", "encoding: 1.5 of 3.0 MB\nencoding: 2.0 MB\n")
+    assert capfd.readouterr() == ("", "encoding: 1.5 of 3.0 MB after 0 s\nencoding: 2.0 MB after 0 s\n")
+
+
+def test_summary_counts_what_was_dropped_and_tells_rate_and_memory(command, tmp_path):
+    texts = ["word " * (5 + 10 * (i % 2)) + str(i % 40) for i in range(100)]
+    lines = [json.dumps({"text": text, "src": str(i % 3)}) for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    words = (
+        "--filter",
+        "min-words",
+        "--filter",
+        "clean-urls",
+        "--dedup",
+        "exact",
+        "--source-field",
+        "src",
+        "--workers",
+        1,
+    )
+    outcome = command(
+        "data",
+        "prepare",
+        tmp_path / "a.jsonl",
+        "--output-dir",
+        tmp_path / "out",
+        "--workers",
+        1,
+        "--vocab-size",
+        300,
+        *words,
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "dropped by min-words: 50 documents" in outcome.out
+    assert "dropped by duplicate: 30 documents" in outcome.out
+    assert " MB/s, " in outcome.out
+    assert " tokens/s; at most " in outcome.out
+    assert "tokenizer trained in " in outcome.out
+    assert (
+        "no filter `min-word`: did you mean `min-words`?"
+        in command(
+            "data", "prepare", tmp_path / "a.jsonl", "--output-dir", tmp_path / "b", "--filter", "min-word"
+        ).refusal()
+    )
+
+
+def test_verify_reads_everything(command, book, tmp_path):
+    command("data", "prepare", book, "--output-dir", tmp_path / "out", "--vocab-size", "300")
+    outcome = command("data", "verify", tmp_path / "out")
+    assert outcome.code == 0
+    assert "complete and unchanged, fingerprint" in outcome.out
+    shard = tmp_path / "out" / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    assert "train" in command("data", "verify", tmp_path / "out").refusal()

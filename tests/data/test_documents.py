@@ -208,7 +208,7 @@ def test_unreadable_file_is_refused(tmp_path):
 def test_file_that_vanishes_after_opening_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
-    source = FileSource("a.txt", [path], tmp_path, "text")
+    source = FileSource("a.txt", [path], tmp_path, readers.Fields("text"))
     path.unlink()
     with pytest.raises(DataError, match=r"a.txt cannot be read: No such file"):
         list(source)

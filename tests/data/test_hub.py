@@ -14,6 +14,7 @@ import pytest
 
 from fanformer.data import hub
 from fanformer.data.documents import Document, open_source
+from fanformer.data.readers import Fields
 from fanformer.errors import DataError, DependencyError
 from tests.local_hub import LocalHub, point_at
 
@@ -132,7 +133,7 @@ def test_hub_that_never_answers_is_given_up(hub_at, monkeypatch):
         hub_at(f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with pytest.raises(DataError, match=r"does not answer \(.*\): go on offline with --data FILE"):
-            hub.HubSource("hf:someone/something", "text")
+            hub.HubSource("hf:someone/something", Fields("text"))
         assert time.monotonic() - started < 2
 
 
@@ -154,6 +155,8 @@ def test_each_file_of_the_configuration_is_a_part_of_a_fixed_revision(local_hub,
         "revision": repository.head,
         "licence": "odc-by",
         "text_field": "text",
+        "source_field": None,
+        "licence_field": None,
         "parts": source.parts,
     }
     assert source.total_bytes is None
@@ -365,9 +368,9 @@ def test_tokenizer_that_the_hub_at_hf_endpoint_does_not_know_is_refused(tmp_path
 
 def test_hub_name_without_a_name_is_refused():
     with pytest.raises(DataError, match=r"data `hf:` must be hf:NAME or hf:NAME:CONFIG, got no NAME"):
-        hub.HubSource("hf:", "text")
+        hub.HubSource("hf:", Fields("text"))
 
 
 def test_hub_data_offline_is_refused_with_what_to_do():
     with pytest.raises(DataError, match=r"data `hf:a/b` needs the hub, and HF_HUB_OFFLINE=1 .* --data FILE"):
-        hub.HubSource("hf:a/b", "text")
+        hub.HubSource("hf:a/b", Fields("text"))

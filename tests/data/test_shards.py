@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import itertools
 import json
 import lzma
@@ -10,7 +11,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from fanformer.data import shards, splitting, token_files
+from fanformer.data import compression, journal, selection, shards, splitting, token_files
+from fanformer.data import prepared as prepared_module
 from fanformer.data.documents import Document, DocumentSource, open_source
 from fanformer.data.shards import open_prepared, prepare
 from fanformer.data.splitting import is_held_out
@@ -56,7 +58,7 @@ def two_token_tokenizer():
 def read_back(data, name):
     """Cut a stream into documents again, from the layout's description alone."""
     stream, tokenizer = data.split(name), data.tokenizer()
-    tokens = stream.tokens.tolist()
+    tokens = np.asarray(stream.tokens).tolist()
     starts = [i for i, token in enumerate(tokens) if token == stream.start_id]
     if stream.start_id == stream.end_id:
         assert tokens[-1] == stream.end_id
@@ -131,7 +133,7 @@ def test_a_fraction_of_zero_holds_out_nothing(tmp_path, tokenizer):
 
 def test_large_source_without_held_out_documents_is_refused(tmp_path, tokenizer):
     source = Texts(["x"] * (splitting.SURVEYED_DOCUMENTS + 1))
-    with pytest.raises(DataError, match=r"none of its documents fell into the split heldout: use another `held_out_fr"):
+    with pytest.raises(DataError, match=r"none of the documents fell into the split heldout: use another `held_out_fr"):
         prepare(source, tmp_path / "out", tokenizer=tokenizer, vocab_size=0, held_out_fraction=1e-9)
     assert os.listdir(tmp_path) == []
 
@@ -155,7 +157,7 @@ def test_max_bytes_reads_only_the_beginning(tmp_path, tokenizer):
 
 def test_batches_do_not_change_the_result(tmp_path, tokenizer, monkeypatch):
     one = prepare(Texts(MANY), tmp_path / "one", tokenizer=tokenizer, vocab_size=0)
-    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(selection, "BATCH_CHARACTERS", 500)
     calls = []
     many = prepare(
         Texts(MANY), tmp_path / "many", tokenizer=tokenizer, vocab_size=0, progress=lambda *call: calls.append(call)
@@ -180,7 +182,7 @@ def test_compressed_sizes_are_those_of_the_commands(tmp_path, tokenizer):
 
 
 def test_compression_of_a_large_held_out_part_is_not_measured(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_files, "LARGEST_COMPRESSED", 100)
+    monkeypatch.setattr(compression, "LARGEST_COMPRESSED", 100)
     data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
     entry = data.metadata["splits"]["heldout"]
     assert entry["gzip_bytes"] is entry["xz_bytes"] is None
@@ -204,7 +206,7 @@ def test_fingerprint_sees_a_tokenizer_that_gives_the_same_tokens(tmp_path, token
     other = first.tokenizer()
     other.add_tokens(["never seen in these texts"])
     second = prepare(Texts(MANY), tmp_path / "b", tokenizer=other, vocab_size=0)
-    assert (tmp_path / "a" / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes()
+    assert (tmp_path / "a" / "train-00000.bin").read_bytes() == (tmp_path / "b" / "train-00000.bin").read_bytes()
     assert first.fingerprint != second.fingerprint
 
 
@@ -232,9 +234,9 @@ def test_more_than_65536_tokens_are_written_in_four_bytes(tmp_path, tokenizer):
 def test_stream_travels_to_another_process_as_a_file_name(tmp_path, tokenizer):
     stream = prepare(Texts(MANY * 5), tmp_path / "out", tokenizer=tokenizer, vocab_size=0).split("train")
     content = pickle.dumps(stream)
-    assert len(content) < 500 < stream.tokens.nbytes
+    assert len(content) < 500 < 2 * len(stream.tokens)
     copy = pickle.loads(content)
-    assert isinstance(copy.tokens, np.memmap)
+    assert isinstance(copy.tokens, token_files.ShardedTokens)
     assert np.array_equal(copy.tokens, stream.tokens)
     assert (copy.start_id, copy.end_id, copy.num_documents, copy.num_bytes) == (
         stream.start_id,
@@ -255,7 +257,7 @@ def test_existing_folder_is_not_touched(tmp_path, tokenizer):
 
 def test_folder_that_cannot_be_made_is_named(tmp_path, tokenizer):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file/out.partial cannot be written: Not a directory"):
+    with pytest.raises(DataError, match=r"file/out.partial cannot be written: File exists"):
         prepare(Texts(MANY), tmp_path / "file" / "out", tokenizer=tokenizer, vocab_size=0)
 
 
@@ -297,7 +299,7 @@ def test_full_disk_is_reported_and_nothing_is_left(small_disk, tokenizer, token_
     text = MANY[0] * 20
     [ids] = encode_documents(tokenizer, [text])
     source = Texts([text] * (token_bytes // (2 * len(ids) + 2)))
-    with pytest.raises(DataError, match=r"disk is full: [\d,]+ bytes were written for [\d,]+ bytes of text and"):
+    with pytest.raises(DataError, match=r"disk is full: [\d,]+ bytes were written for [\d,]+.* bytes of text and"):
         prepare(source, small_disk / "out", tokenizer=tokenizer, vocab_size=0)
     assert os.listdir(small_disk) == []
 
@@ -307,14 +309,18 @@ def test_full_disk_is_recognised_in_the_errors_of_python_and_rust(tmp_path, toke
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(token_files.TokenFileWriter, "_write", fail)
-    with pytest.raises(DataError, match=r"is full: 0 bytes were written .* are free: make room or choose another"):
+    monkeypatch.setattr(token_files.StreamWriter, "write", fail)
+    with pytest.raises(DataError, match=r"is full: [\d,]+ bytes were written .* are free: make room or choose another"):
         prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
     assert os.listdir(tmp_path) == []
 
 
 def test_tokenizer_that_writes_its_end_token_inside_text_is_refused(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(shards, "encode_documents", lambda _, texts: [tokenizer(t)["input_ids"] for t in texts])
+    class Unsplit:
+        def encode(self, texts):
+            return [np.array(tokenizer(text)["input_ids"]) for text in texts]
+
+    monkeypatch.setattr(shards, "document_encoder", lambda _: Unsplit())
     with pytest.raises(ConfigError, match=r"turns text of document 3 into its start or end token \(id 0 or 0\)"):
         prepare(Texts([*MANY[:3], "a <|endoftext|> b" * 90]), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
 
@@ -344,25 +350,27 @@ def test_missing_or_foreign_folder_is_refused(prepared):
         with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`: name another"):
             open_prepared(prepared)
     (prepared / "data.json").write_text('{"format_version": 99}')
-    with pytest.raises(DataError, match=r"must have format version 1, got 99: prepare the data again"):
+    with pytest.raises(DataError, match=r"must have format version 2, got 99: prepare the data again"):
         open_prepared(prepared)
 
 
 def test_truncated_or_missing_token_file_is_refused(prepared):
-    path = prepared / "heldout.bin"
+    path = prepared / "heldout-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"heldout.bin must have \d+ bytes, got \d+ bytes: prepare the data again"):
+    with pytest.raises(
+        DataError, match=r"heldout-00000.bin must have \d+ bytes, got \d+ bytes: prepare the data again"
+    ):
         open_prepared(prepared)
     path.unlink()
-    with pytest.raises(DataError, match=r"heldout.bin must have \d+ bytes, got no file"):
+    with pytest.raises(DataError, match=r"heldout-00000.bin must have \d+ bytes, got no file"):
         open_prepared(prepared)
 
 
 def test_token_outside_the_vocabulary_is_refused(prepared):
-    tokens = np.fromfile(prepared / "train.bin", dtype="<u2")
+    tokens = np.fromfile(prepared / "train-00000.bin", dtype="<u2")
     tokens[5] = 300
-    tokens.tofile(prepared / "train.bin")
-    with pytest.raises(DataError, match=r"train.bin holds the token 300, and its tokenizer has 300: prepare the data"):
+    tokens.tofile(prepared / "train-00000.bin")
+    with pytest.raises(DataError, match=r"out: train holds the token 300, and its tokenizer has 300: prepare the data"):
         open_prepared(prepared)
 
 
@@ -383,4 +391,138 @@ def test_file_formats_and_compressions_give_the_same_token_files(tmp_path, token
 def test_tokens_are_those_of_the_tokenizer(tmp_path, tokenizer):
     data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, held_out_fraction=0)
     expected = [token for ids in encode_documents(tokenizer, MANY) for token in (0, *ids)] + [0]
-    assert data.split("train").tokens.tolist() == expected
+    assert data.split("train").tokens[:].tolist() == expected
+
+
+def test_shard_size_does_not_change_stream_or_fingerprint(tmp_path, tokenizer):
+    one = prepare(Texts(MANY), tmp_path / "one", tokenizer=tokenizer, vocab_size=0)
+    many = prepare(Texts(MANY), tmp_path / "many", tokenizer=tokenizer, vocab_size=0, shard_tokens=700)
+    names = [shard["name"] for shard in many.metadata["splits"]["train"]["shards"]]
+    assert len(names) > 5
+    assert names == sorted(names)
+    assert (
+        b"".join((many.folder / name).read_bytes() for name in names) == (one.folder / "train-00000.bin").read_bytes()
+    )
+    assert one.fingerprint == many.fingerprint
+    assert read_back(one, "train") == read_back(many, "train")
+
+
+def test_stream_hash_is_that_of_the_joined_shards(tmp_path, tokenizer):
+    data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, shard_tokens=700)
+    entry = data.metadata["splits"]["train"]
+    joined = b"".join((data.folder / shard["name"]).read_bytes() for shard in entry["shards"])
+    assert hashlib.sha256(joined).hexdigest() == entry["sha256"]
+
+
+@pytest.mark.parametrize("length", [1, 63, 699, 700, 701, 1500])
+def test_rows_across_shard_borders_are_those_of_one_shard(tmp_path, tokenizer, length):
+    from fanformer.data.packing import PackedRows, evaluation_rows
+
+    one = prepare(Texts(MANY), tmp_path / "one", tokenizer=tokenizer, vocab_size=0).split("train")
+    many = prepare(Texts(MANY), tmp_path / "many", tokenizer=tokenizer, vocab_size=0, shard_tokens=700).split("train")
+    for make in (PackedRows, evaluation_rows):
+        ours, theirs = make(many, length), make(one, length)
+        assert len(ours) == len(theirs)
+        assert ours.num_labels == theirs.num_labels
+        for index in {0, len(ours) // 2, len(ours) - 1}:
+            assert all((ours[index][name] == theirs[index][name]).all() for name in ours[index])
+
+
+def test_only_a_few_shards_are_open_at_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_files, "_OPEN_SHARDS", 3)
+    data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, shard_tokens=300)
+    tokens = data.split("train").tokens
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    joined = np.concatenate([tokens[start : start + 70] for start in range(0, len(tokens), 70)])
+    assert np.array_equal(joined, np.asarray(tokens))
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    with pytest.raises(IndexError, match="sliced with step 1, got 2"):
+        tokens[::2]
+
+
+def test_shard_of_another_preparation_is_refused(prepared):
+    path = prepared / "train-00000.bin"
+    tokens = np.fromfile(path, dtype="<u2")
+    tokens[5], tokens[6] = tokens[6], tokens[5]
+    tokens.tofile(path)
+    with pytest.raises(DataError, match=r"train-00000.bin is not the file that data.json describes: its SHA-2"):
+        open_prepared(prepared)
+    open_prepared(prepared, verify=False)
+
+
+def test_large_folders_are_verified_on_request_only(prepared, monkeypatch):
+    monkeypatch.setattr(prepared_module, "VERIFIED_BYTES", 10)
+    path = prepared / "train-00000.bin"
+    tokens = np.fromfile(path, dtype="<u2")
+    tokens[5], tokens[6] = tokens[6], tokens[5]
+    tokens.tofile(path)
+    open_prepared(prepared)
+    with pytest.raises(DataError, match=r"its SHA-256 differs: copy the folder again, or prepare the data again"):
+        open_prepared(prepared, verify=True)
+
+
+def edit(folder, **changes):
+    metadata = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(metadata | changes))
+
+
+def test_vocabulary_that_the_integers_cannot_hold_is_refused(prepared):
+    edit(prepared, vocab_size=70_000)
+    with pytest.raises(DataError, match=r"says 70000 tokens in 2 bytes each, which hold 65536: prepare the data again"):
+        open_prepared(prepared)
+
+
+def test_folder_whose_parts_do_not_belong_together_is_refused(prepared, tmp_path):
+    edit(prepared, fingerprint="0" * 64)
+    with pytest.raises(DataError, match=r"data.json has a fingerprint that its shards do not: prepare the data again"):
+        open_prepared(prepared)
+    (prepared / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer.json is not the tokenizer that the tokens were made with: prepare"):
+        open_prepared(prepared)
+    edit(prepared, splits={})
+    with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`: name another folder"):
+        open_prepared(prepared)
+
+
+def test_token_above_what_the_tokenizer_says_is_refused(tmp_path, tokenizer, monkeypatch):
+    class Sparse:
+        def encode(self, texts):
+            return [np.array([70_000], dtype=np.uint32) for _ in texts]
+
+    monkeypatch.setattr(shards, "document_encoder", lambda _: Sparse())
+    with pytest.raises(ConfigError, match=r"gives the token 70000 and says that it has 300: use another --tokenizer"):
+        prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
+
+
+def test_full_disk_keeps_the_work_and_the_same_call_goes_on(small_disk, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(selection, "BATCH_CHARACTERS", 2000)
+    source = Texts(MANY * 20)
+    whole = prepare(source, tmp_path / "whole", tokenizer=tokenizer, vocab_size=0)
+    with pytest.raises(DataError, match=r"is full: .* make room, and the same command goes on from what is kept in "):
+        prepare(source, small_disk / "out", tokenizer=tokenizer, vocab_size=0)
+    assert os.listdir(small_disk) == ["out.partial"]
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    throughput = []
+    data = prepare(source, small_disk / "out", tokenizer=tokenizer, vocab_size=0, report=throughput.append)
+    assert data.fingerprint == whole.fingerprint
+    assert throughput[0].resumed_bytes > 0
+    assert os.listdir(small_disk) == ["out"]
+
+
+def test_read_only_folder_is_named(small_disk, tokenizer):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(DataError, match=r"out.lock cannot be written: Read-only file system"):
+        prepare(Texts(MANY), small_disk / "out", tokenizer=tokenizer, vocab_size=0)
+
+
+def test_evaluated_text_has_the_layout_of_a_prepared_stream(tmp_path, tokenizer, two_token_tokenizer):
+    from fanformer.data.token_files import lay_out
+    from fanformer.data.tokenizer import end_token_id, start_token_id
+
+    for number, kind in enumerate((tokenizer, two_token_tokenizer)):
+        data = prepare(Texts(MANY[:9]), tmp_path / str(number), tokenizer=kind, vocab_size=0, held_out_fraction=0)
+        ids = [np.array(document) for document in encode_documents(kind, MANY[:9])]
+        stream = lay_out(ids, start_token_id(kind), end_token_id(kind), np.dtype(np.uint32), close=True)
+        assert np.array_equal(stream, data.split("train").tokens[:])

@@ -10,16 +10,16 @@ import time
 
 import pytest
 
-from fanformer.data.locking import LOCK_FILE, hold
+from fanformer.data.locking import hold
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.training.folder import claimed
+from fanformer.training.folder import LOCK_FILE, claimed
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from fanformer.data.locking import hold
 from fanformer.errors import CheckpointError
-with hold(Path(sys.argv[1]), CheckpointError):
+with hold(Path(sys.argv[1]) / ".lock", "the folder", CheckpointError):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -39,21 +39,21 @@ def test_a_second_run_in_one_folder_is_told_who_holds_it_and_since_when(tmp_path
     with pytest.raises(CheckpointError) as caught:
         claimed(tmp_path, resume=True, overwrite=False).__enter__()
     said = str(caught.value)
-    assert f"is being written by process {holder.pid} on {os.uname().nodename} since {time.strftime('%Y-')}" in said
-    assert "wait until it is done, stop it, or choose another --output-dir" in said
+    assert f"is in use by process {holder.pid} on {os.uname().nodename} since {time.strftime('%Y-')}" in said
+    assert "wait until it ends, or stop it" in said
 
 
 def test_a_killed_holder_holds_nothing(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with hold(tmp_path, CheckpointError):
+    with hold(tmp_path / LOCK_FILE, "the folder", CheckpointError):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_a_damaged_lock_file_locks_all_the_same(tmp_path, holder):
     (tmp_path / LOCK_FILE).write_text("?")
-    with pytest.raises(CheckpointError, match="is being written by another process: wait"):
-        hold(tmp_path, CheckpointError).__enter__()
+    with pytest.raises(CheckpointError, match="is in use by another process: wait"):
+        hold(tmp_path / LOCK_FILE, "the folder", CheckpointError).__enter__()
 
 
 def test_a_folder_made_for_a_run_that_never_began_is_gone_again(tmp_path):
@@ -74,7 +74,7 @@ def test_a_file_or_a_read_only_folder_is_named(tmp_path):
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        with pytest.raises(OSError, match="Read-only file system"):
+        with pytest.raises(CheckpointError, match=r"disk/.lock cannot be written: Read-only file system"):
             claimed(disk, resume=False, overwrite=False).__enter__()
         with pytest.raises(OSError, match="Read-only file system"):
             claimed(disk / "run", resume=False, overwrite=False).__enter__()

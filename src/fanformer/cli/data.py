@@ -1,14 +1,19 @@
 """`fanformer data`: text to token files."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fanformer.cli.options import Verb, VerbGroup
 from fanformer.training.configuration import parse_count
+
+if TYPE_CHECKING:
+    from fanformer.data.shards import PreparedData, Throughput
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -25,6 +30,25 @@ def data() -> None:
 @click.option("--vocab-size", default=4096, help="Size of the tokenizer to train.")
 @click.option("--held-out-fraction", default=0.05, help="Share of the text that is held out, up to 0.5.")
 @click.option("--max-bytes", metavar="N", help="Stop after this much text, as 500M.  [default: all of it]")
+@click.option("--text-field", metavar="NAME", default="text", help="Field of jsonl or column of parquet with the text.")
+@click.option(
+    "--filter",
+    "filters",
+    metavar="NAME",
+    multiple=True,
+    help="Apply a filter, in the order given: min-words drops documents of ten words or fewer, clean-urls deletes web "
+    "addresses.  [default: none]",
+)
+@click.option(
+    "--dedup",
+    type=click.Choice(["none", "exact"]),
+    default="none",
+    help="Drop texts that were there before, to the letter, after all filters. None is what training does by itself.",
+)
+@click.option("--licence", metavar="TEXT", help="Licence of texts that name none, for ATTRIBUTION.json.")
+@click.option("--source-field", metavar="NAME", help="Field or column that says where a text comes from.")
+@click.option("--licence-field", metavar="NAME", help="Field or column with a text's licence.")
+@click.option("--workers", metavar="N", type=int, help="Processes that encode.  [default: one per core]")
 def prepare(
     spec: str,
     output_dir: str,
@@ -32,18 +56,27 @@ def prepare(
     vocab_size: int,
     held_out_fraction: float,
     max_bytes: str | None,
+    text_field: str,
+    filters: tuple[str, ...],
+    dedup: str,
+    licence: str | None,
+    source_field: str | None,
+    licence_field: str | None,
+    workers: int | None,
 ) -> None:
     """Turn the documents of SPEC into files of token ids, with their tokenizer and a fingerprint.
 
     SPEC is stdlib (the source of Python's own standard library), a file or glob of .txt, .jsonl or .parquet, plain or
-    compressed, or hf:NAME[:CONFIG]. `fanformer train --data DIR` trains on the result.
+    compressed, or hf:NAME[:CONFIG]. `fanformer train --data DIR` trains on the result. If the command is stopped or
+    killed, the same command goes on from there.
     """
     limit = parse_count(max_bytes) if max_bytes is not None else None
     from fanformer.data import shards
     from fanformer.data.documents import open_source
     from fanformer.data.tokenizer import load_tokenizer
 
-    source = open_source(spec)
+    source = open_source(spec, text_field, source_field=source_field, licence_field=licence_field)
+    outcome: list[Throughput] = []
     with byte_progress("encoding") as progress:
         prepared = shards.prepare(
             source,
@@ -53,13 +86,49 @@ def prepare(
             held_out_fraction=held_out_fraction,
             max_bytes=limit,
             progress=progress,
+            filters=filters,
+            deduplicate=dedup == "exact",
+            licence=licence,
+            workers=workers if workers is not None else os.cpu_count() or 1,
+            report=outcome.append,
         )
-    for name in shards.SPLITS:
-        stream = prepared.split(name)
-        click.echo(
-            f"{name}: {stream.num_documents:,} documents, {stream.num_bytes:,} bytes, {len(stream.tokens):,} tokens"
-        )
+    _summarize(prepared)
+    for throughput in outcome:
+        _tell(throughput)
     click.echo(f"{prepared.folder}: fingerprint {prepared.fingerprint[:16]}")
+
+
+def _summarize(prepared: "PreparedData") -> None:
+    from fanformer.data.shards import SPLITS
+
+    for name in SPLITS:
+        entry = prepared.metadata["splits"][name]
+        click.echo(f"{name}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens")
+    for reason, count in prepared.metadata["dropped"].items():
+        click.echo(f"dropped by {reason}: {count:,} documents")
+
+
+def _tell(throughput: "Throughput") -> None:
+    if throughput.resumed_bytes:
+        click.echo(f"went on after {throughput.resumed_bytes:,} bytes of an earlier start")
+    if throughput.tokenizer_seconds:
+        click.echo(f"tokenizer trained in {throughput.tokenizer_seconds:.1f} s")
+    seconds = max(throughput.encoding_seconds, 1e-9)
+    click.echo(
+        f"encoded in {seconds:.1f} s: {throughput.bytes / seconds / 1e6:.1f} MB/s, {throughput.tokens / seconds:,.0f} "
+        f"tokens/s; at most {throughput.peak_bytes / 1e6:,.0f} MB of memory in all processes"
+    )
+
+
+@data.command(cls=Verb, example="fanformer data verify data/books")
+@click.argument("folder", metavar="DIR")
+def verify(folder: str) -> None:
+    """Read every file of a prepared folder and compare it with its hash."""
+    from fanformer.data.shards import open_prepared
+
+    prepared = open_prepared(Path(folder), verify=True)
+    _summarize(prepared)
+    click.echo(f"{prepared.folder}: complete and unchanged, fingerprint {prepared.fingerprint[:16]}")
 
 
 @contextmanager
@@ -70,14 +139,14 @@ def byte_progress(description: str) -> Iterator[Callable[[int, int | None], None
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        last = time.monotonic()
+        started = last = time.monotonic()
 
         def write_line(done: int, total: int | None) -> None:
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
                 of_total = f" of {total / 1e6:.1f}" if total else ""
-                click.echo(f"{description}: {done / 1e6:.1f}{of_total} MB", err=True)
+                click.echo(f"{description}: {done / 1e6:.1f}{of_total} MB after {last - started:.0f} s", err=True)
 
         yield write_line
         return

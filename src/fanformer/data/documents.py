@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fanformer.data.readers import COMPRESSIONS, file_kind, plain_name, read_texts, replace_undecodable, require_extras
-from fanformer.errors import DataError
+from fanformer.data.readers import (
+    COMPRESSIONS,
+    Fields,
+    file_kind,
+    plain_name,
+    read_records,
+    replace_undecodable,
+    require_extras,
+)
+from fanformer.errors import ConfigError, DataError
 
 PREPARED_METADATA = "data.json"
 """The file that a prepared folder holds once it is complete."""
@@ -31,6 +39,10 @@ class Document:
     name: str
     replaced_bytes: int = 0
     """Bytes that were not UTF-8, each now a U+FFFD in the text."""
+    source: str | None = None
+    """Where the text comes from, for attribution; None is the source of all documents."""
+    licence: str | None = None
+    """What allows its use, for attribution; None is the licence of all documents."""
 
 
 class DocumentSource(ABC):
@@ -116,7 +128,7 @@ class StdlibSource(DocumentSource):
     def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
         """Yield a document for every file of the one part."""
         for name in itertools.islice(self._contents, skip, None):
-            yield Document(self._contents[name], name)
+            yield Document(self._contents[name], name, source="Python's standard library", licence="PSF-2.0")
 
     def describe(self) -> dict[str, Any]:
         """Return the Python version and a hash over the names and texts of all files."""
@@ -136,21 +148,21 @@ class StdlibSource(DocumentSource):
 class FileSource(DocumentSource):
     """Files of text, jsonl or parquet, plain or compressed, in the order of their names."""
 
-    def __init__(self, spec: str, paths: list[Path], root: Path, text_field: str) -> None:
+    def __init__(self, spec: str, paths: list[Path], root: Path, fields: Fields) -> None:
         """Check that every file can be read.
 
         Args:
             spec: as the user wrote it.
             paths: the files.
             root: folder that the documents' names are relative to.
-            text_field: field or column that holds the text.
+            fields: fields or columns to read.
 
         Raises:
             DataError: if a file is unreadable.
             DependencyError: if a package that reads such files is missing.
         """
         self.spec = spec
-        self._text_field = text_field
+        self._fields = fields
         self._files = sorted((path.relative_to(root).as_posix(), path) for path in paths)
         self.parts = [name for name, _ in self._files]
         for _, path in self._files:
@@ -165,9 +177,9 @@ class FileSource(DocumentSource):
     def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
         """Yield the documents of one file."""
         name, path = self._files[number]
-        for suffix, raw_text in itertools.islice(read_texts(path, self._text_field), skip, None):
-            text, replaced_bytes = replace_undecodable(raw_text)
-            yield Document(text, plain_name(name) + suffix, replaced_bytes)
+        for record in itertools.islice(read_records(path, self._fields), skip, None):
+            text, replaced_bytes = replace_undecodable(record.text)
+            yield Document(text, plain_name(name) + record.suffix, replaced_bytes, record.source, record.licence)
 
     def describe(self) -> dict[str, Any]:
         """Return every file's name and size with a hash of its bytes, or its time of change where it is large."""
@@ -180,7 +192,7 @@ class FileSource(DocumentSource):
             else:
                 entry["modified_ns"] = status.st_mtime_ns
             files.append(entry)
-        return {"kind": "files", "spec": self.spec, "text_field": self._text_field, "files": files}
+        return {"kind": "files", "spec": self.spec, **self._fields._asdict(), "files": files}
 
 
 def is_prepared_folder(spec: str) -> bool:
@@ -188,23 +200,33 @@ def is_prepared_folder(spec: str) -> bool:
     return (Path(spec).expanduser() / PREPARED_METADATA).is_file()
 
 
-def open_source(spec: str, text_field: str = "text") -> DocumentSource:
+def open_source(
+    spec: str, text_field: str = "text", *, source_field: str | None = None, licence_field: str | None = None
+) -> DocumentSource:
     """Open the documents that `spec` names: `stdlib`, a file or glob, or `hf:NAME[:CONFIG]`.
 
     Args:
         spec: what to read.
         text_field: field of jsonl, or column of parquet and hub datasets, that holds the text.
+        source_field: field or column that says where a text comes from, for attribution; None has none.
+        licence_field: field or column that holds a text's licence, for attribution; None has none.
 
     Raises:
+        ConfigError: if a field is named and the source has none.
         DataError: if there is nothing to read; the message says what was looked for and where.
         DependencyError: if reading needs a package that is not installed.
     """
+    fields = Fields(text_field, source_field, licence_field)
+    if (source_field or licence_field) and spec == "stdlib":
+        raise ConfigError(
+            f"`source_field` and `licence_field` apply to jsonl, parquet and hub datasets, got `{spec}`: leave them out"
+        )
     if spec == "stdlib":
         return StdlibSource()
     if spec.startswith("hf:"):
         from fanformer.data.hub import HubSource
 
-        return HubSource(spec, text_field)
+        return HubSource(spec, fields)
     path = Path(spec).expanduser().absolute()
     if is_prepared_folder(spec):
         raise DataError(f"{path} is prepared already: give it to `fanformer train --data` as it is")
@@ -214,16 +236,16 @@ def open_source(spec: str, text_field: str = "text") -> DocumentSource:
             f"or name its files as '{spec.rstrip('/')}/*.txt'"
         )
     if path.exists():
-        return FileSource(spec, [path], path.parent, text_field)
+        return FileSource(spec, [path], path.parent, fields)
     if glob.has_magic(spec):
-        return _open_glob(spec, path, text_field)
+        return _open_glob(spec, path, fields)
     raise DataError(
         f"data `{spec}`: no file {path}: expected `stdlib`, a file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG] "
         "or a prepared folder"
     )
 
 
-def _open_glob(spec: str, pattern: Path, text_field: str) -> FileSource:
+def _open_glob(spec: str, pattern: Path, fields: Fields) -> FileSource:
     paths = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     files = [path for path in paths if path.is_file()]
     if not files:
@@ -231,4 +253,4 @@ def _open_glob(spec: str, pattern: Path, text_field: str) -> FileSource:
     # the folder in front of the first wildcard: names must not change when another file comes to match
     fixed = [part for part in pattern.parts if not glob.has_magic(part)]
     depth = next(index for index, part in enumerate(pattern.parts) if glob.has_magic(part))
-    return FileSource(spec, files, Path(*fixed[:depth]), text_field)
+    return FileSource(spec, files, Path(*fixed[:depth]), fields)

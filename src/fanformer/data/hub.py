@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fanformer.data.documents import Document, DocumentSource
-from fanformer.data.readers import check_text_column, import_extra, parquet_rows, replace_undecodable, require_text
+from fanformer.data.readers import Fields, Record, import_extra, parquet_records, record_of, replace_undecodable, require_columns
 from fanformer.errors import DataError, FANformerError, did_you_mean
 
 HUB_TIMEOUT_SECONDS = 5.0
@@ -110,19 +110,19 @@ class HubSource(DocumentSource):
     A part is one data file. A stream that breaks goes on at the row where it broke.
     """
 
-    def __init__(self, spec: str, text_field: str) -> None:
+    def __init__(self, spec: str, fields: Fields) -> None:
         """Find the dataset, fix its revision and list its files.
 
         Args:
             spec: hf:NAME or hf:NAME:CONFIG.
-            text_field: column that holds the text.
+            fields: columns to read.
 
         Raises:
             DataError: if the hub does not answer, has no such dataset or configuration, or denies access.
             DependencyError: if the package `datasets` is not installed.
         """
         self.spec = spec
-        self._text_field = text_field
+        self._fields = fields
         self._name, _, config = spec.removeprefix("hf:").partition(":")
         if not self._name:
             raise DataError(f"data `{spec}` must be hf:NAME or hf:NAME:CONFIG, got no NAME")
@@ -225,33 +225,34 @@ class HubSource(DocumentSource):
         row, part = skip, self.parts[number]
         while True:
             try:
-                for reached, raw_text in self._rows(number, skip=row):
-                    row = reached
+                for record in self._rows(number, skip=row):
+                    row += 1
                     outage.end()
-                    text, replaced_bytes = replace_undecodable(raw_text)
-                    yield Document(text, f"{self._name}/{part}:{row}", replaced_bytes)
+                    text, replaced_bytes = replace_undecodable(record.text)
+                    name = f"{self._name}/{part}{record.suffix}"
+                    yield Document(text, name, replaced_bytes, record.source, record.licence)
                 return
             # anything may come out of three packages and their dependencies
             except Exception as error:
                 self._wait_or_raise(error, outage, f"{part} after row {row}")
 
-    def _rows(self, number: int, skip: int) -> Iterator[tuple[int, str]]:
-        """Yield (number of the row, from 1, text) from the row after `skip` on."""
+    def _rows(self, number: int, skip: int) -> Iterator[Record]:
+        """Yield the rows of a part after the first `skip`."""
         url, part = self._urls[number], self.parts[number]
         where = f"data `{self.spec}`, {part}"
         if url.startswith(self._root) and url.endswith(".parquet"):
             from huggingface_hub import HfFileSystem
 
             with HfFileSystem().open(url, "rb") as file:
-                yield from parquet_rows(file, where, self._text_field, skip)
+                yield from parquet_records(file, where, self._fields, skip)
             return
         stream = self._builder.as_streaming_dataset("train").shard(len(self.parts), number)
         row = skip
         for batch in stream.skip(skip).with_format("arrow").iter(batch_size=1024):
-            check_text_column(batch.schema, where, self._text_field)
-            for text in batch.column(self._text_field).to_pylist():
+            require_columns(batch.schema, where, self._fields)
+            for values in batch.to_pylist():
                 row += 1
-                yield row, require_text(text, f"{where}:{row}", self._text_field)
+                yield record_of(values, self._fields, row, f"{where}:{row}")
 
     def describe(self) -> dict[str, Any]:
         """Return the dataset's name, configuration, revision, files and licence."""
@@ -262,7 +263,7 @@ class HubSource(DocumentSource):
             "split": "train",
             "revision": self._revision,
             "licence": self._licence,
-            "text_field": self._text_field,
+            **self._fields._asdict(),
             "parts": list(self.parts),
         }
 

@@ -1,56 +1,72 @@
-"""A folder that one process at a time may write: the lock says who holds it, and goes with the process."""
+"""One process at a time in a folder, by a lock that the kernel takes back when the process dies."""
 
-import contextlib
+import datetime
+import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from contextlib import contextmanager
 from pathlib import Path
 
-from fanformer.errors import FANformerError
-
-LOCK_FILE = ".lock"
+from fanformer.errors import DataError, FANformerError
 
 
-@contextlib.contextmanager
-def hold(folder: Path, error: type[FANformerError]) -> Iterator[None]:
-    """Hold the lock of a folder while the block runs; the kernel releases it if the process dies.
+@contextmanager
+def hold(path: Path, what: str, error_type: type[FANformerError] = DataError) -> Iterator[None]:
+    """Hold the lock file `path` during the block; the file says who does, and is gone afterwards.
 
     Args:
-        folder: that exists and can be written.
-        error: what to raise where another process holds the lock.
+        path: the lock file, in a folder that exists.
+        what: what is locked, for the message.
+        error_type: what is raised where another process holds it, or the file cannot be written.
 
     Raises:
-        FANformerError: of the given class, naming the process that holds the lock, its machine and since when.
+        FANformerError: of `error_type`; the message names the holder's process, machine and time.
     """
-    import fcntl
-
-    path = folder / LOCK_FILE
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _acquire(path, what, error_type)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as blocked:
-            raise error(
-                f"{folder.absolute()} is being written by {_holder(handle)}: wait until it is done, stop it, or choose "
-                "another --output-dir."
-            ) from blocked
-        who = {
+        holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(who).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        except OSError:
+            pass  # a full disk: the lock itself needs no space
         yield
     finally:
-        os.close(handle)  # the file stays: deleting it would let two processes hold two files of one name
+        # while it is held: who opens the file later makes a new one
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _holder(handle: int) -> str:
+def _acquire(path: Path, what: str, error_type: type[FANformerError]) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise error_type(f"{path} cannot be written: {error.strerror or error}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # its last holder may have deleted it between our opening and locking it
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise error_type(f"{what} is in use by {holder}: wait until it ends, or stop it") from error
+        except OSError as error:
+            os.close(descriptor)
+            raise error_type(f"{path} cannot be locked: {error.strerror or error}") from error
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
     try:
-        who = json.loads(os.pread(handle, 4096, 0))
-        return f"process {who['pid']} on {who['host']} since {who['since']}"
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fanformer.data.shards import TokenStream
+from fanformer.data.prepared import TokenStream
 from fanformer.errors import ConfigError, DataError
 
 IGNORED_LABEL = -100

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from fanformer.errors import DataError, DependencyError
 
@@ -30,6 +30,23 @@ CUT_WINDOW = 1 << 14
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+
+
+class Fields(NamedTuple):
+    """Names of the fields or columns to read; None is not read."""
+
+    text_field: str
+    source_field: str | None = None
+    licence_field: str | None = None
+
+
+class Record(NamedTuple):
+    """A text with the suffix of its document's name, and where it comes from if a field says so."""
+
+    suffix: str
+    text: str
+    source: str | None = None
+    licence: str | None = None
 
 
 def import_extra(module: str, purpose: str) -> ModuleType:
@@ -84,20 +101,20 @@ def replace_undecodable(text: str) -> tuple[str, int]:
     return text, 0
 
 
-def read_texts(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """Yield (suffix of the document's name, text) for every document of a file.
+def read_records(path: Path, fields: Fields) -> Iterator[Record]:
+    """Yield every document of a file.
 
     A text may hold lone surrogates; `replace_undecodable` removes them. A text file is one document, or several of
     about PIECE characters where it is longer than LONGEST_TEXT.
 
     Raises:
-        DataError: if the file cannot be read, is damaged, binary, or lacks the field.
+        DataError: if the file cannot be read, is damaged, binary, or lacks a field.
     """
     kind = file_kind(path)
     if kind == "parquet":
-        yield from _parquet_texts(path, text_field)
+        yield from _parquet_records(path, fields)
     elif kind == "jsonl":
-        yield from _jsonl_texts(path, _decode(path, _read_chunks(path)), text_field)
+        yield from _jsonl_records(path, _decode(path, _read_chunks(path)), fields)
     else:
         yield from _cut_texts(_decode(path, _read_chunks(path)))
 
@@ -187,7 +204,7 @@ def _first_difference(text: str, cleaned: str) -> int:
     return next(index for index, (a, b) in enumerate(zip(text, cleaned, strict=True)) if a != b)
 
 
-def _cut_texts(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _cut_texts(texts: Iterable[str]) -> Iterator[Record]:
     """Join the pieces of one text file, then cut it at blank lines where it is long."""
     buffer, index = "", 0
     for text in texts:
@@ -195,10 +212,10 @@ def _cut_texts(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
         if index or len(buffer) > LONGEST_TEXT:
             while len(buffer) >= PIECE + CUT_WINDOW:
                 cut = _cut_position(buffer)
-                yield f"#{index}", buffer[:cut]
+                yield Record(f"#{index}", buffer[:cut])
                 buffer, index = buffer[cut:], index + 1
     if buffer:
-        yield (f"#{index}" if index else ""), buffer
+        yield Record(f"#{index}" if index else "", buffer)
 
 
 def _cut_position(text: str) -> int:
@@ -209,7 +226,7 @@ def _cut_position(text: str) -> int:
     return PIECE + CUT_WINDOW
 
 
-def _jsonl_texts(path: Path, texts: Iterable[str], text_field: str) -> Iterator[tuple[str, str]]:
+def _jsonl_records(path: Path, texts: Iterable[str], fields: Fields) -> Iterator[Record]:
     for number, line in enumerate(_lines(texts), start=1):
         if not line.strip():
             continue
@@ -220,9 +237,31 @@ def _jsonl_texts(path: Path, texts: Iterable[str], text_field: str) -> Iterator[
             raise DataError(f"{where}: expected a JSON object on every line, got {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected a JSON object on every line, got {type(record).__name__}")
-        if text_field not in record:
-            raise DataError(f"{where}: no field `{text_field}`; it has {_names(record)}: name the one that holds text")
-        yield f":{number}", require_text(record[text_field], where, text_field)
+        yield record_of(record, fields, number, where)
+
+
+def record_of(row: dict[str, Any], fields: Fields, number: int, where: str) -> Record:
+    """Return the fields asked for of a line or row.
+
+    Args:
+        row: all its fields.
+        fields: names of those to take.
+        number: its number in the file, from 1.
+        where: file and number, for messages.
+
+    Raises:
+        DataError: if one is missing or holds no string.
+    """
+    return Record(f":{number}", *(_value(row, field, where) for field in fields))
+
+
+def _value(record: dict[str, Any], field: str | None, where: str) -> Any:
+    """Return a field that must hold text; None where no field is asked for."""
+    if field is None:
+        return None
+    if field not in record:
+        raise DataError(f"{where}: no field `{field}`; it has {_names(record)}: name the one that holds text")
+    return _require_text(record[field], where, field)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -233,7 +272,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def require_text(value: Any, where: str, text_field: str) -> str:
+def _require_text(value: Any, where: str, text_field: str) -> str:
     """Return a field's value, or raise DataError where it is no string."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field `{text_field}` must be a string, got {type(value).__name__}")
@@ -244,58 +283,61 @@ def _names(fields: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in fields) or "none"
 
 
-def _parquet_texts(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+def _parquet_records(path: Path, fields: Fields) -> Iterator[Record]:
     try:
         with _seekable(path) as source:
-            for number, text in parquet_rows(source, str(path), text_field):
-                yield f":{number}", text
+            yield from parquet_records(source, str(path), fields)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def parquet_rows(source: BinaryIO, where: str, text_field: str, skip: int = 0) -> Iterator[tuple[int, str]]:
-    """Yield (number of the row, from 1, text) for the rows of a parquet file, reading one column only.
+def parquet_records(source: BinaryIO, where: str, fields: Fields, skip: int = 0) -> Iterator[Record]:
+    """Yield the rows of a parquet file, reading the columns asked for only; suffixes count from 1.
 
     Args:
         source: the file, open for reading from any place.
         where: the file's name, for messages.
-        text_field: column that holds the text.
+        fields: columns to read.
         skip: rows to leave out at the beginning; row groups that hold no others are not read.
 
     Raises:
-        DataError: if the file is damaged, or the column is missing or holds something else.
+        DataError: if the file is damaged, or a column is missing or holds something else.
     """
     pyarrow = import_extra("pyarrow", f"reading {where}")
     parquet = import_extra("pyarrow.parquet", f"reading {where}")
     try:
         # buffered ahead, all row groups would be fetched, and held in memory, before the first row
         with parquet.ParquetFile(source, pre_buffer=False) as file:
-            check_text_column(file.schema_arrow, where, text_field)
+            require_columns(file.schema_arrow, where, fields)
             group, number = 0, 0
             while group < file.num_row_groups and number + file.metadata.row_group(group).num_rows <= skip:
                 number += file.metadata.row_group(group).num_rows
                 group += 1
             groups = range(group, file.num_row_groups)
-            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_field]):
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=_named(fields)):
                 # as bytes, so that a string that is not UTF-8 is treated like that of any other file
-                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                columns = {name: batch.column(name).cast(pyarrow.large_binary()).to_pylist() for name in _named(fields)}
+                for row in zip(*columns.values(), strict=True):
                     number += 1
                     if number > skip:
-                        text = value.decode("utf-8", "surrogateescape") if value is not None else None
-                        yield number, require_text(text, f"{where}:{number}", text_field)
+                        texts = [None if value is None else value.decode("utf-8", "surrogateescape") for value in row]
+                        yield record_of(dict(zip(columns, texts, strict=True)), fields, number, f"{where}:{number}")
     except pyarrow.ArrowException as error:
         first_line = str(error).partition("\n")[0]
         raise DataError(f"{where}: not a complete parquet file ({first_line}): fetch it again") from error
 
 
-def check_text_column(schema: Any, where: str, text_field: str) -> None:
-    """Raise DataError unless a pyarrow schema has the column and it holds strings."""
-    if text_field not in schema.names:
-        raise DataError(
-            f"{where}: no column `{text_field}`; it has {_names(schema.names)}: name the one that holds text"
-        )
-    if str(schema.field(text_field).type) not in ("string", "large_string", "string_view"):
-        raise DataError(f"{where}: column `{text_field}` must hold strings, got {schema.field(text_field).type}")
+def _named(fields: Fields) -> list[str]:
+    return [field for field in fields if field is not None]
+
+
+def require_columns(schema: Any, where: str, fields: Fields) -> None:
+    """Raise DataError unless a pyarrow schema has the columns and they hold strings."""
+    for name in _named(fields):
+        if name not in schema.names:
+            raise DataError(f"{where}: no column `{name}`; it has {_names(schema.names)}: name the one that holds text")
+        if str(schema.field(name).type) not in ("string", "large_string", "string_view"):
+            raise DataError(f"{where}: column `{name}` must hold strings, got {schema.field(name).type}")
 
 
 def _seekable(path: Path) -> BinaryIO:

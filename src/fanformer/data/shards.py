@@ -1,106 +1,90 @@
-"""Text to token files in a folder of their own, with a fingerprint; `open_prepared` maps them into memory.
+"""Text to a prepared folder: read, filter, split, encode on all cores, write; and go on after any end.
 
-A prepared folder holds `train.bin` and `heldout.bin` (little-endian token ids, nothing else), the tokenizer, and
-`data.json`, written last. A stream is, document after document, [start] tokens [end]; where start and end are one
-token it is not doubled: it stands in front of every document and once more at the end of the stream.
+Everything is written to `NAME.partial` beside the folder and renamed at the end. Its subfolder `work` holds what is not
+part of the result: the journal, which says how far the files are to be trusted, and the set of texts seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fanformer.data.documents import PREPARED_METADATA, Document, DocumentSource
+from fanformer.data.deduplication import SeenTexts
+from fanformer.data.documents import PREPARED_METADATA, DocumentSource
+from fanformer.data.encoding import document_encoder
+from fanformer.data.journal import Journal, sync_folder
+from fanformer.data.locking import hold
+from fanformer.data.outputs import Attribution, Outputs
+from fanformer.data.prepared import (
+    ATTRIBUTION,
+    FORMAT_VERSION,
+    SPLITS,
+    PreparedData,
+    SplitName,
+    TokenStream,
+    fingerprint,
+    hash_tokenizer_files,
+    open_prepared,
+    write_json,
+)
+from fanformer.data.selection import Position, Selection
 from fanformer.data.splitting import Split, choose_split
-from fanformer.data.token_files import TokenFileWriter
-from fanformer.data.tokenizer import encode_documents, end_token_id, load_tokenizer, start_token_id, train_tokenizer
-from fanformer.errors import ConfigError, DataError
+from fanformer.data.tokenizer import end_token_id, load_tokenizer, start_token_id, train_tokenizer
+from fanformer.data.workers import BatchEncoder, encode_in_order, peak_bytes
+from fanformer.errors import ConfigError, DataError, FANformerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
-SplitName = Literal["train", "heldout"]
-SPLITS: tuple[SplitName, SplitName] = ("train", "heldout")
+__all__ = ["SPLITS", "PreparedData", "SplitName", "Throughput", "TokenStream", "open_prepared", "prepare"]
+
+SHARD_TOKENS = 1 << 24
 TOKENIZER_TRAINING_BYTES = 1 << 28
 """Most text that a tokenizer is trained on: the first of the training split."""
-_BATCH_CHARACTERS = 1 << 22
-_CHECKED_TOKENS = 1 << 26
-_NOT_CONTENT = ("tokenizer_config.json", "chat_template.jinja")
-"""Tokenizer files that do not change which ids a text becomes."""
 
 
 @dataclass(frozen=True)
-class TokenStream:
-    """The tokens of one split, every document opened by `start_id` and ended by `end_id`."""
+class Throughput:
+    """What a preparation did and took, its own part where it went on from an earlier one.
 
-    tokens: np.ndarray
-    """Token ids, uint16 or uint32; a np.memmap where they come from a prepared folder."""
-    start_id: int
-    end_id: int
-    num_documents: int
-    num_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    Attributes:
+        bytes: UTF-8 bytes that were encoded.
+        tokens: tokens that they became.
+        encoding_seconds: time for reading, encoding and writing them.
+        tokenizer_seconds: time for training a tokenizer, 0 where none was trained.
+        peak_bytes: most memory of all processes together, at most: the sum of their peaks.
+        resumed_bytes: bytes that an earlier process had encoded.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Send a memory map to another process by its file's name, not by its content."""
-        rest = (self.start_id, self.end_id, self.num_documents, self.num_bytes)
-        if isinstance(self.tokens, np.memmap):
-            return _map_stream, (str(self.tokens.filename), self.tokens.dtype.str, *rest)
-        return TokenStream, (self.tokens, *rest)
-
-
-def _map_stream(path: str, dtype: str, *rest: int) -> TokenStream:
-    return TokenStream(np.memmap(path, dtype=dtype, mode="r"), *rest)
+    bytes: int
+    tokens: int
+    encoding_seconds: float
+    tokenizer_seconds: float
+    peak_bytes: int
+    resumed_bytes: int
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """A prepared folder: what `data.json` says, the tokenizer, and the tokens of both splits."""
+class Options:
+    """How to prepare; `prepare` says what each means."""
 
-    folder: Path
-    metadata: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 over both token files and the tokenizer: equal exactly where training sees equal data."""
-        return self.metadata["fingerprint"]
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer that the tokens were made with."""
-        return load_tokenizer(str(self.folder))
-
-    def split(self, name: SplitName) -> TokenStream:
-        """Map the tokens of a split into memory.
-
-        Raises:
-            DataError: if there is no such split, or it is empty.
-        """
-        if name not in SPLITS:
-            raise DataError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
-        entry = self.metadata["splits"][name]
-        if not entry["tokens"]:
-            raise DataError(f"{self.folder} has no {name} tokens: prepare it with a `held_out_fraction` above 0")
-        return _map_stream(
-            str(self.folder / f"{name}.bin"),
-            self.metadata["dtype"],
-            self.metadata["start_token_id"],
-            self.metadata["end_token_id"],
-            entry["documents"],
-            entry["bytes"],
-        )
+    vocab_size: int
+    held_out_fraction: float
+    shard_tokens: int
+    licence: str | None
+    workers: int
 
 
 def prepare(
@@ -112,10 +96,17 @@ def prepare(
     held_out_fraction: float = 0.05,
     max_bytes: int | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    filters: Sequence[str] = (),
+    deduplicate: bool = False,
+    licence: str | None = None,
+    workers: int = 1,
+    shard_tokens: int = SHARD_TOKENS,
+    report: Callable[[Throughput], None] | None = None,
 ) -> PreparedData:
     """Split documents into training and held-out, encode them, and write a prepared folder.
 
-    Everything is written beside `output_dir` and renamed at the end, so that the folder is complete once it exists.
+    The folder is complete once it exists. Whatever ends the work after its first seconds, the same call goes on from
+    there, and the result is the same to the byte.
 
     Args:
         source: the documents.
@@ -124,202 +115,291 @@ def prepare(
         vocab_size: most tokens of a tokenizer that is trained here.
         held_out_fraction: share of the text that is held out, in [0, 0.5].
         max_bytes: read documents of the source only until they hold this many UTF-8 bytes; None reads all.
-        progress: called with the UTF-8 bytes encoded so far, and their expected total where it is known.
+        progress: called with the UTF-8 bytes read so far, and their expected total where it is known.
+        filters: names of `fanformer.data.filters.FILTERS`, in the order they are applied.
+        deduplicate: whether to drop texts that were there before.
+        licence: of documents that name none, for the attribution.
+        workers: processes that encode large sources; the result does not depend on them. More than one needs a main
+            module that can be imported without effects, as for every use of `multiprocessing`.
+        shard_tokens: tokens of a shard.
+        report: called at the end with what it took.
 
     Raises:
         ConfigError: if an argument is out of range or the tokenizer has no token to put between documents.
-        DataError: if the source is empty or broken, `output_dir` exists, or the disk is full.
+        DataError: if the source is empty or broken, `output_dir` exists, another process is preparing it, earlier work
+            was begun with other arguments, or the disk is full.
     """
     output_dir = Path(output_dir).expanduser().absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise DataError(f"{output_dir} exists already: choose another --output-dir, or delete it first")
-    documents = _Documents(source, max_bytes)
-    split = choose_split(documents, held_out_fraction)
-    origin = "trained on the training split" if tokenizer is None else tokenizer.name_or_path
-    if tokenizer is None:
-        tokenizer = train_tokenizer(_tokenizer_texts(documents, split), vocab_size)
-    with _folder_at_once(output_dir, documents) as partial:
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "source": source.describe(),
-            "max_bytes": max_bytes,
-            "split": split.kind,
-            "held_out_fraction": held_out_fraction,
-            "tokenizer": origin,
-            **_write_tokens(partial, documents, split, tokenizer, progress),
-        }
-        _write_metadata(partial, metadata, tokenizer)
+    for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, got {value}")
+    selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
+    options = Options(vocab_size, held_out_fraction, shard_tokens, licence, workers)
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    _refuse_existing(output_dir)
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{partial} cannot be written: {error.strerror or error}") from error
+    with hold(output_dir.with_name(output_dir.name + ".lock"), str(output_dir)):
+        _refuse_existing(output_dir)  # another process may have completed it meanwhile
+        preparation = _Preparation(selection, partial, tokenizer, options, progress)
+        with preparation.kept_or_deleted():
+            preparation.run()
+            if output_dir.exists():
+                output_dir.rmdir()
+            os.replace(partial, output_dir)
+        sync_folder(output_dir.parent)
+        shutil.rmtree(output_dir / "work")
+    if report is not None:
+        report(preparation.throughput())
     return open_prepared(output_dir)
 
 
-class _Documents:
-    """The documents of a source until they hold `max_bytes`, and how many bytes that is once they were read."""
-
-    def __init__(self, source: DocumentSource, max_bytes: int | None) -> None:
-        if max_bytes is not None and max_bytes < 1:
-            raise ConfigError(f"`max_bytes` must be at least 1, got {max_bytes}")
-        self.spec, self._source, self._max_bytes = source.spec, source, max_bytes
-        expected = [size for size in (source.total_bytes, max_bytes) if size is not None]
-        self.total_bytes = min(expected, default=None)
-
-    def __iter__(self) -> Iterator[Document]:
-        seen_bytes = 0
-        for document in self._source:
-            yield document
-            seen_bytes += len(document.text.encode())
-            if self._max_bytes is not None and seen_bytes >= self._max_bytes:
-                break
-        self.total_bytes = seen_bytes
+def _refuse_existing(output_dir: Path) -> None:
+    if (output_dir / "work").is_dir() and (output_dir / PREPARED_METADATA).is_file():
+        shutil.rmtree(output_dir / "work")  # of a process killed after the folder was complete
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise DataError(f"{output_dir} exists already: choose another --output-dir, or delete it first")
 
 
-def _tokenizer_texts(documents: _Documents, split: Split) -> Iterator[str]:
-    seen_bytes = 0
-    for held_out, document in split.assign(documents):
-        if not held_out:
-            yield document.text
-            seen_bytes += len(document.text.encode())
-            if seen_bytes >= TOKENIZER_TRAINING_BYTES:
-                return
+def saved_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the SHA-256 of the files that a tokenizer is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        return hash_tokenizer_files([Path(path) for path in tokenizer.save_pretrained(folder)])
 
 
-@contextmanager
-def _folder_at_once(output_dir: Path, documents: _Documents) -> Iterator[Path]:
-    """Give a folder beside `output_dir` that takes its name if the block succeeds and is deleted if it does not."""
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    try:
-        if partial.exists():  # of a run that was killed
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"{partial} cannot be written: {error.strerror or error}") from error
-    try:
-        yield partial
-        if output_dir.exists():
-            output_dir.rmdir()
-        os.replace(partial, output_dir)
-    except Exception as error:
-        if _is_disk_full(error):
-            raise _disk_full_error(partial, documents) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def versions() -> dict[str, str]:
+    """Return the versions of what has a say in the tokens."""
+    packages = ("fanformer", "tokenizers", "transformers")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def _write_tokens(
-    folder: Path,
-    documents: _Documents,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Callable[[int, int | None], None] | None,
-) -> dict[str, Any]:
-    """Write both token files and return their part of data.json."""
-    start_id, end_id = start_token_id(tokenizer), end_token_id(tokenizer)
-    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-    encoded_bytes = 0
-    with (
-        TokenFileWriter(folder / "train.bin", dtype, start_id, end_id, compress=False) as train,
-        TokenFileWriter(folder / "heldout.bin", dtype, start_id, end_id, compress=True) as held_out,
-    ):
-        for batch in _batches(split.assign(documents)):
-            ids = encode_documents(tokenizer, [document.text for _, document in batch])
-            for (is_held_out, document), document_ids in zip(batch, ids, strict=True):
-                encoded_bytes += (held_out if is_held_out else train).add(document, document_ids)
-            if progress:
-                progress(encoded_bytes, documents.total_bytes)
-        entries = {"train": train.finish(), "heldout": held_out.finish()}
-    for name, entry in entries.items():
-        if not entry["documents"] and split.kind != "none":
-            raise DataError(
-                f"data `{documents.spec}`: none of its documents fell into the split {name}: "
-                "use another `held_out_fraction`"
-            )
-    return {
-        "dtype": dtype.str,
-        "vocab_size": len(tokenizer),
-        "start_token_id": start_id,
-        "end_token_id": end_id,
-        "splits": entries,
-    }
-
-
-def _batches(assigned: Iterator[tuple[bool, Document]]) -> Iterator[list[tuple[bool, Document]]]:
-    batch: list[tuple[bool, Document]] = []
-    characters = 0
-    for pair in assigned:
-        batch.append(pair)
-        characters += len(pair[1].text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _write_metadata(folder: Path, metadata: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save the tokenizer, add the fingerprint, and write data.json last."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {metadata['dtype']}".encode())
-    for name in SPLITS:
-        digest.update(bytes.fromhex(metadata["splits"][name]["sha256"]))
-    for path in sorted(Path(saved) for saved in tokenizer.save_pretrained(folder)):
-        if path.is_file() and path.name not in _NOT_CONTENT:
-            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    metadata["fingerprint"] = digest.hexdigest()
-    metadata["created_with"] = {"python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in ("fanformer", "tokenizers", "transformers")
-    }
-    unfinished = folder / (PREPARED_METADATA + ".partial")
-    unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / PREPARED_METADATA)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    # the tokenizer is saved by Rust code, which raises plain Exception with the number in its text
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
-
-
-def _disk_full_error(partial: Path, documents: _Documents) -> DataError:
-    written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    free = shutil.disk_usage(partial).free
-    text = f" for {documents.total_bytes:,} bytes of text" if documents.total_bytes else ""
-    return DataError(
-        f"{partial.parent} is full: {written:,} bytes were written{text} and {free:,} are free: "
-        "make room or choose another --output-dir"
-    )
-
-
-def open_prepared(folder: Path) -> PreparedData:
-    """Open a folder that `prepare` wrote.
+def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> BatchEncoder:
+    """Return what encodes and lays out documents with this tokenizer, in the smallest integers that hold its ids.
 
     Raises:
-        DataError: if it is missing, incomplete, of another format version, or does not fit its own description.
+        ConfigError: if the tokenizer has no token to put between documents.
     """
-    folder = Path(folder).expanduser().absolute()
-    metadata = _read_metadata(folder)
-    data = PreparedData(folder, metadata)
-    for name in SPLITS:
-        expected = metadata["splits"][name]["tokens"] * np.dtype(metadata["dtype"]).itemsize
-        path = folder / f"{name}.bin"
-        if not path.is_file() or path.stat().st_size != expected:
-            got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-            raise DataError(f"{path} must have {expected} bytes, got {got}: prepare the data again")
-        largest = int(data.split(name).tokens[:_CHECKED_TOKENS].max()) if expected else 0
-        if largest >= metadata["vocab_size"]:
-            raise DataError(
-                f"{path} holds the token {largest}, and its tokenizer has {metadata['vocab_size']}: "
-                "prepare the data again"
-            )
-    return data
+    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    ids = start_token_id(tokenizer), end_token_id(tokenizer)
+    return BatchEncoder(document_encoder(tokenizer), *ids, vocab_size=len(tokenizer), dtype=dtype)
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    path = folder / PREPARED_METADATA
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: create the folder with `fanformer data prepare SPEC --output-dir DIR`")
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} was not written by `fanformer data prepare`: name another folder") from error
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path} must have format version {FORMAT_VERSION}, got {version}: prepare the data again")
-    return metadata
+def closing(encoder: BatchEncoder) -> bytes:
+    """Return what ends a stream: the end token, where it is not there already."""
+    end = np.array([encoder.end_id] if encoder.start_id == encoder.end_id else [], dtype=encoder.dtype)
+    return end.tobytes()
+
+
+def description(
+    selection: Selection, split_kind: str, held_out_fraction: float, tokenizer_origin: str, encoder: BatchEncoder
+) -> dict[str, Any]:
+    """Return the part of data.json that says how the data were made."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": selection.source.describe(),
+        "max_bytes": selection.max_bytes,
+        "filters": list(selection.filters),
+        "deduplicate": selection.deduplicate,
+        "split": split_kind,
+        "held_out_fraction": held_out_fraction,
+        "tokenizer": tokenizer_origin,
+        "dtype": encoder.dtype,
+        "vocab_size": encoder.vocab_size,
+        "start_token_id": encoder.start_id,
+        "end_token_id": encoder.end_id,
+    }
+
+
+def write_description(folder: Path, metadata: dict[str, Any], attribution: Attribution) -> None:
+    """Write the attribution, then data.json with the fingerprint.
+
+    Raises:
+        DataError: if a split that was asked for is empty.
+    """
+    for name, entry in metadata["splits"].items():
+        if not entry["documents"] and metadata["split"] != "none":
+            raise DataError(f"none of the documents fell into the split {name}: use another `held_out_fraction`")
+    write_json(folder / ATTRIBUTION, attribution.rows())
+    metadata |= {"fingerprint": fingerprint(metadata), "created_with": versions()}
+    write_json(folder / PREPARED_METADATA, metadata)
+
+
+class _Preparation:
+    """One call of `prepare`, in its partial folder."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        partial: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: Options,
+        progress: Callable[[int, int | None], None] | None,
+    ) -> None:
+        self._selection, self._partial, self._options = selection, partial, options
+        self._tokenizer, self._progress = tokenizer, progress
+        self._work = partial / "work"
+        arguments = {
+            "source": selection.source.describe(),
+            "max_bytes": selection.max_bytes,
+            "filters": list(selection.filters),
+            "deduplicate": selection.deduplicate,
+            "held_out_fraction": options.held_out_fraction,
+            "shard_tokens": options.shard_tokens,
+            "licence": options.licence,
+            "tokenizer": saved_tokenizer_files(tokenizer) if tokenizer is not None else options.vocab_size,
+            "versions": versions(),
+        }
+        self._journal = Journal(self._work / "journal.json", arguments)
+        self._outputs: Outputs | None = None
+        self._seen: SeenTexts | None = None
+        self._peaks: dict[int, int] = {}
+        self._tokenizer_seconds = self._encoding_seconds = 0.0
+        self._resumed = self._done = (0, 0)
+
+    def run(self) -> None:
+        """Write everything that the folder needs."""
+        entry = self._journal.load()
+        try:
+            if entry is None and self._partial.exists():  # of a process that ended in its first seconds
+                shutil.rmtree(self._partial)
+            self._work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self._partial} cannot be written: {error.strerror or error}") from error
+        split = Split(**entry["split"]) if entry else choose_split(self._selection, self._options.held_out_fraction)
+        tokenizer, origin, files = self._open_tokenizer(entry, split)
+        encoder = batch_encoder(tokenizer)
+        fixed = {"split": asdict(split), "tokenizer_files": files, "origin": origin}
+        self._write(entry, split, encoder, fixed)
+        assert self._outputs is not None, "_write opens the outputs"
+        fraction = self._options.held_out_fraction
+        metadata = description(self._selection, split.kind, fraction, origin, encoder) | {
+            "tokenizer_files": files,
+            "dropped": self._position.dropped,
+            "splits": self._outputs.finish(closing(encoder)),
+        }
+        write_description(self._partial, metadata, self._outputs.attribution)
+
+    def _open_tokenizer(
+        self, entry: dict[str, Any] | None, split: Split
+    ) -> tuple[PreTrainedTokenizerBase, str, dict[str, str]]:
+        """Return the tokenizer, where it comes from, and the hashes of its files, which are then in the folder."""
+        if entry is not None:
+            files = entry["tokenizer_files"]
+            if hash_tokenizer_files([self._partial / name for name in files]) != files:
+                raise DataError(f"{self._partial} lacks the tokenizer it was begun with: delete it to start anew")
+            return load_tokenizer(str(self._partial)), entry["origin"], files
+        tokenizer, origin = self._tokenizer, ""
+        if tokenizer is None:
+            started = time.monotonic()
+            tokenizer = train_tokenizer(self._tokenizer_texts(split), self._options.vocab_size)
+            self._tokenizer_seconds, origin = time.monotonic() - started, "trained on the training split"
+        files = hash_tokenizer_files([Path(path) for path in tokenizer.save_pretrained(self._partial)])
+        return tokenizer, origin or tokenizer.name_or_path, files
+
+    def _tokenizer_texts(self, split: Split) -> Iterator[str]:
+        seen_bytes = 0
+        for held_out, document in split.assign(self._selection):
+            if not held_out:
+                yield document.text
+                seen_bytes += len(document.text.encode())
+                if seen_bytes >= TOKENIZER_TRAINING_BYTES:
+                    return
+
+    def _write(self, entry: dict[str, Any] | None, split: Split, encoder: BatchEncoder, fixed: dict[str, Any]) -> None:
+        """Encode and write all documents that are left."""
+        self._position = Position(**entry["position"]) if entry else Position()
+        rows = entry["outputs"]["attribution"] if entry else ()
+        attribution = Attribution(self._selection.source.spec, self._options.licence, rows)
+        self._outputs = outputs = Outputs(
+            self._partial,
+            self._work,
+            np.dtype(encoder.dtype),
+            self._options.shard_tokens,
+            attribution,
+            entry["outputs"] if entry else None,
+        )
+        self._resumed = self._done = (self._position.source_bytes, outputs.tokens)
+        if self._selection.deduplicate:
+            self._seen = SeenTexts(self._work / "seen.sqlite")
+            self._seen.forget_from(self._position.number + 1)
+        if self._journal.is_due():  # training a tokenizer took its time
+            self._save(self._position, fixed)
+        started = time.monotonic()
+        batches = self._selection.batches(split, self._position, self._seen)
+        # closed at once on an error, so that its processes end before files are deleted
+        with contextlib.closing(encode_in_order(batches, encoder, self._options.workers)) as all_encoded:
+            for batch, encoded in all_encoded:
+                streams = encoded.train, encoded.held_out
+                completed = outputs.add(batch.documents, streams, encoded.num_bytes, encoded.num_tokens)
+                self._peaks[encoded.process] = encoded.peak_bytes
+                self._done = (batch.position.source_bytes, outputs.tokens)
+                if self._progress:
+                    self._progress(batch.position.source_bytes, self._selection.total_bytes)
+                if completed or self._journal.is_due():
+                    self._save(batch.position, fixed)
+        self._encoding_seconds = time.monotonic() - started
+
+    def _save(self, position: Position, fixed: dict[str, Any]) -> None:
+        """Note that everything up to a position is done, once the disk holds it."""
+        assert self._outputs is not None, "_write opens the outputs"
+        self._outputs.sync()
+        sync_folder(self._partial)
+        if self._seen is not None:
+            self._seen.commit()
+        self._journal.save(fixed | {"position": asdict(position), "outputs": self._outputs.state()})
+
+    def throughput(self) -> Throughput:
+        """Return what this process did."""
+        self._peaks[os.getpid()] = peak_bytes()
+        return Throughput(
+            bytes=self._done[0] - self._resumed[0],
+            tokens=self._done[1] - self._resumed[1],
+            encoding_seconds=self._encoding_seconds,
+            tokenizer_seconds=self._tokenizer_seconds,
+            peak_bytes=sum(self._peaks.values()),
+            resumed_bytes=self._resumed[0],
+        )
+
+    @contextlib.contextmanager
+    def kept_or_deleted(self) -> Iterator[None]:
+        """Close the files after the block; if it fails, keep the partial folder where there is work to go on from."""
+        begun = self._partial.exists()
+        try:
+            yield
+        except BaseException as error:
+            self._close()
+            kept = self._journal.exists()
+            written = sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
+            if not kept and not (begun and self._outputs is None):
+                shutil.rmtree(self._partial, ignore_errors=True)
+            # the tokenizer is saved by Rust code, which raises plain Exception with the number in its text
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+                raise self._disk_full(written, kept) from error
+            if kept and isinstance(error, FANformerError) and self._outputs is not None:
+                place = f"what was done is kept in {self._partial}, and the same command goes on from there"
+                raise type(error)(f"{error} ({place})") from error
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._outputs is not None:
+                self._outputs.close()
+        if self._seen is not None:
+            self._seen.close()
+
+    def _disk_full(self, written: int, kept: bool) -> DataError:
+        free = shutil.disk_usage(self._partial.parent).free
+        total = self._selection.total_bytes
+        of_total = f" of {total:,}" if total else ""
+        remedy = (
+            f"make room, and the same command goes on from what is kept in {self._partial}"
+            if kept
+            else "make room or choose another --output-dir"
+        )
+        return DataError(
+            f"{self._partial.parent} is full: {written:,} bytes were written for {self._done[0]:,}{of_total} bytes of "
+            f"text and {free:,} are free: {remedy}"
+        )

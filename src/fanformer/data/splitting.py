@@ -1,5 +1,6 @@
 """Which text is held out of training: whole documents by a hash of their names, or the end of the text."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,18 +30,25 @@ class Split:
     boundary: int = 0
     """Characters in front of the held-out part; only by position."""
 
+    def place(self, document: Document, position: int) -> list[tuple[bool, Document]]:
+        """Return (held out, document), twice with its two parts where the boundary cuts it by position.
+
+        Args:
+            document: the next document.
+            position: characters of all documents before it.
+        """
+        if self.kind != "by position":
+            return [(is_held_out(document.name, self.held_out_fraction), document)]
+        if position < self.boundary < position + len(document.text):
+            return list(zip((False, True), _cut(document, self.boundary - position), strict=True))
+        return [(position >= self.boundary, document)]
+
     def assign(self, documents: Iterable[Document]) -> Iterator[tuple[bool, Document]]:
-        """Yield (held out, document) in order; by position, the document at the boundary is cut in two."""
+        """Yield (held out, document) in order, from the first document on."""
         position = 0
         for document in documents:
-            if self.kind != "by position":
-                yield is_held_out(document.name, self.held_out_fraction), document
-                continue
-            start, position = position, position + len(document.text)
-            if start < self.boundary < position:
-                yield from zip((False, True), _cut(document, self.boundary - start), strict=True)
-            else:
-                yield start >= self.boundary, document
+            yield from self.place(document, position)
+            position += len(document.text)
 
 
 def choose_split(documents: Iterable[Document], held_out_fraction: float) -> Split:
@@ -81,6 +89,6 @@ def _cut(document: Document, position: int) -> tuple[Document, Document]:
     head, tail = text[:position], text[position:]
     replaced_in_head = min(document.replaced_bytes, head.count("\ufffd"))
     return (
-        Document(head, document.name, replaced_in_head),
-        Document(tail, document.name, document.replaced_bytes - replaced_in_head),
+        dataclasses.replace(document, text=head, replaced_bytes=replaced_in_head),
+        dataclasses.replace(document, text=tail, replaced_bytes=document.replaced_bytes - replaced_in_head),
     )

@@ -1,109 +1,233 @@
-"""Write the token file of one split, counting, hashing and measuring as it goes."""
+"""Token files: the layout of a stream, the shards it is cut into, and reading across their borders.
 
+A stream is, document after document, [start] tokens [end]; where start and end are one token it is not doubled: it
+stands in front of every document and once more at the end of the stream. Shards are the stream cut every so many
+tokens, wherever that falls: joined, they are the stream.
+"""
+
+import bisect
 import hashlib
-import lzma
-import zlib
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from fanformer.data.documents import Document
-from fanformer.errors import ConfigError
+from fanformer.errors import DataError
 
-LARGEST_COMPRESSED = 64 * 10**6
-"""Bytes of text above which gzip and xz are not measured; xz -9 takes about a minute for this much."""
-
-
-class CompressedSizes:
-    """Size of a text under `gzip -9` and `xz -9`, without keeping the text."""
-
-    def __init__(self) -> None:
-        self._gzip = zlib.compressobj(9, zlib.DEFLATED, wbits=31)
-        self._xz = lzma.LZMACompressor(preset=9)
-        self._given = self._gzip_bytes = self._xz_bytes = 0
-
-    def add(self, content: bytes) -> None:
-        """Append to the text."""
-        self._given += len(content)
-        if self._given <= LARGEST_COMPRESSED:
-            self._gzip_bytes += len(self._gzip.compress(content))
-            self._xz_bytes += len(self._xz.compress(content))
-
-    def finish(self) -> dict[str, int | None]:
-        """Return gzip_bytes and xz_bytes, each None where there is no text or more than LARGEST_COMPRESSED."""
-        if not 0 < self._given <= LARGEST_COMPRESSED:
-            return {"gzip_bytes": None, "xz_bytes": None}
-        return {
-            "gzip_bytes": self._gzip_bytes + len(self._gzip.flush()),
-            "xz_bytes": self._xz_bytes + len(self._xz.flush()),
-        }
+_OPEN_SHARDS = 64
+"""Most shards that one process keeps mapped; each map holds a file handle."""
+_READ_BYTES = 1 << 24
 
 
-class TokenFileWriter:
-    """One token file: every document opened by the start token, ended by the end token where that is another."""
+def lay_out(documents: Sequence[np.ndarray], start_id: int, end_id: int, dtype: np.dtype, *, close: bool) -> np.ndarray:
+    """Return the stream of some documents.
 
-    def __init__(self, path: Path, dtype: np.dtype, start_id: int, end_id: int, compress: bool) -> None:
-        """Open the file.
+    Args:
+        documents: the token ids of each.
+        start_id: token in front of every document.
+        end_id: token after every document; where it is `start_id`, only the last document of a stream gets it.
+        dtype: unsigned integers that hold every id.
+        close: whether the stream ends here.
+    """
+    start, end = np.array([start_id], dtype=dtype), np.array([end_id], dtype=dtype)
+    pieces: list[np.ndarray] = []
+    for ids in documents:
+        pieces += (start, ids) if start_id == end_id else (start, ids, end)
+    if close and documents and start_id == end_id:
+        pieces.append(end)
+    return np.concatenate(pieces, dtype=dtype, casting="unsafe") if pieces else np.empty(0, dtype=dtype)
+
+
+class ShardedTokens:
+    """The tokens of several files as one sequence: it has a length and slices, and reads what it is asked for."""
+
+    def __init__(self, paths: Sequence[str], lengths: Sequence[int], dtype: str) -> None:
+        """Note the files; none is opened yet.
 
         Args:
-            path: file to create.
-            dtype: little-endian unsigned integers that hold every id.
-            start_id: token in front of every document.
-            end_id: token after every document; where it is `start_id`, only the last document gets it.
-            compress: whether to measure the text under gzip and xz.
+            paths: the shards, in order.
+            lengths: tokens of each.
+            dtype: of the token ids, such as "<u2".
         """
-        self._file = path.open("wb")
-        self._dtype, self._start_id, self._end_id = dtype, start_id, end_id
-        self._digest = hashlib.sha256()
-        self._compressed = CompressedSizes() if compress else None
-        self._documents = self._tokens = self._bytes = self._replaced_bytes = 0
+        self._paths, self._lengths = list(paths), list(lengths)
+        self.dtype = np.dtype(dtype)
+        self._ends = list(itertools.accumulate(lengths))
+        self._maps: OrderedDict[int, np.memmap] = OrderedDict()
 
-    def __enter__(self) -> "TokenFileWriter":
-        return self
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Travel to another process as file names."""
+        return ShardedTokens, (self._paths, self._lengths, self.dtype.str)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return self._ends[-1] if self._ends else 0
 
-    def add(self, document: Document, ids: list[int]) -> int:
-        """Append a document and return the UTF-8 bytes of its text.
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Return a slice of step 1: a view of the file where it lies in one shard, else a copy."""
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise IndexError(f"a token stream is sliced with step 1, got {step}")
+        pieces = []
+        shard = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            first = self._ends[shard] - self._lengths[shard]
+            end = min(stop, self._ends[shard])
+            pieces.append(self._map(shard)[start - first : end - first])
+            start, shard = end, shard + 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.dtype)
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        """Return all tokens in memory."""
+        return np.array(self[:], dtype=dtype)
+
+    def _map(self, shard: int) -> np.memmap:
+        if shard in self._maps:
+            self._maps.move_to_end(shard)
+        else:
+            self._maps[shard] = np.memmap(self._paths[shard], dtype=self.dtype, mode="r")
+            if len(self._maps) > _OPEN_SHARDS:
+                self._maps.popitem(last=False)
+        return self._maps[shard]
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file in pieces that fit into memory."""
+    with path.open("rb") as file:
+        while content := file.read(_READ_BYTES):
+            yield content
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    for content in read_pieces(path):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+class StreamWriter:
+    """Writes a stream of one split as shards, and goes on where an earlier writer left off."""
+
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
+    ) -> None:
+        """Open the stream.
+
+        Args:
+            folder: where the shards are.
+            name: of the split; shards are called NAME-00000.bin and so on.
+            dtype: little-endian unsigned integers.
+            shard_tokens: tokens of every shard but the last.
+            state: what `state` returned, to go on from there; later writing is undone.
 
         Raises:
-            ConfigError: if its tokens hold the start or end token, which only separate documents.
+            DataError: if the files do not hold what `state` says.
         """
-        tokens = np.empty(len(ids) + 2, dtype=self._dtype)
-        tokens[0], tokens[1:-1], tokens[-1] = self._start_id, ids, self._end_id
-        if np.isin(tokens[1:-1], (self._start_id, self._end_id)).any():
-            raise ConfigError(
-                f"the tokenizer turns text of {document.name} into its start or end token (id {self._start_id} or "
-                f"{self._end_id}), which must only separate documents: use another --tokenizer"
-            )
-        self._write(tokens[:-1] if self._start_id == self._end_id else tokens)
-        content = document.text.encode()
-        if self._compressed:
-            self._compressed.add(content)
-        self._documents += 1
-        self._bytes += len(content)
-        self._replaced_bytes += document.replaced_bytes
-        return len(content)
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._shard_bytes = shard_tokens * dtype.itemsize
+        self._shards: list[dict[str, Any]] = []
+        self._open_bytes, self.tokens = 0, 0
+        self._digest, self._shard_digest = hashlib.sha256(), hashlib.sha256()
+        self._file: Any = None
+        if state is not None:
+            self._restore(state)
 
-    def _write(self, tokens: np.ndarray) -> None:
-        content = tokens.tobytes()
-        self._file.write(content)
-        self._digest.update(content)
-        self._tokens += len(tokens)
+    def state(self) -> dict[str, Any]:
+        """Return what has been written, as JSON values; `sync` makes it last."""
+        return {"shards": list(self._shards), "open_bytes": self._open_bytes}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        recorded = [*((entry["name"], entry["bytes"], entry["sha256"]) for entry in state["shards"])]
+        for name, size, expected in recorded:
+            path = self._folder / name
+            if self._read_again(path, size) != expected:
+                raise _changed(path)
+            self._shard_digest = hashlib.sha256()
+        self._shards = list(state["shards"])
+        self._open_bytes = state["open_bytes"]
+        if self._open_bytes:
+            path = self._path()
+            self._read_again(path, self._open_bytes)
+            os.truncate(path, self._open_bytes)
+            self._file = path.open("r+b", buffering=0)
+            self._file.seek(self._open_bytes)
+        kept = {name for name, _, _ in recorded} | ({self._path().name} if self._open_bytes else set())
+        for path in self._folder.glob(f"{self._name}-*.bin"):
+            if path.name not in kept:
+                path.unlink()
+        size = sum(size for _, size, _ in recorded) + self._open_bytes
+        self.tokens = size // self._dtype.itemsize
+
+    def _read_again(self, path: Path, size: int) -> str:
+        if not path.is_file() or path.stat().st_size < size:
+            raise _changed(path)
+        with path.open("rb") as file:
+            while size:
+                content = file.read(min(size, _READ_BYTES))
+                self._digest.update(content)
+                self._shard_digest.update(content)
+                size -= len(content)
+        return self._shard_digest.hexdigest()
+
+    def _path(self) -> Path:
+        return self._folder / f"{self._name}-{len(self._shards):05d}.bin"
+
+    def write(self, content: bytes) -> bool:
+        """Append whole tokens and return whether that completed a shard."""
+        view, completed = memoryview(content), False
+        while view:
+            if self._file is None:
+                self._file = self._path().open("wb", buffering=0)
+            piece = view[: self._shard_bytes - self._open_bytes]
+            written = 0
+            while written < len(piece):
+                written += self._file.write(piece[written:])
+            self._digest.update(piece)
+            self._shard_digest.update(piece)
+            self._open_bytes += len(piece)
+            self.tokens += len(piece) // self._dtype.itemsize
+            view = view[len(piece) :]
+            if self._open_bytes == self._shard_bytes:
+                self._close_shard()
+                completed = True
+        return completed
+
+    def sync(self) -> None:
+        """Have the disk hold everything that was written."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _close_shard(self) -> None:
+        self.sync()
+        self._file.close()
+        size = self._open_bytes
+        self._shards.append(
+            {
+                "name": self._path().name,
+                "tokens": size // self._dtype.itemsize,
+                "bytes": size,
+                "sha256": self._shard_digest.hexdigest(),
+            }
+        )
+        self._file, self._open_bytes, self._shard_digest = None, 0, hashlib.sha256()
 
     def finish(self) -> dict[str, Any]:
-        """Close the stream and the file, and return what was counted."""
-        if self._documents and self._start_id == self._end_id:
-            self._write(np.array([self._end_id], dtype=self._dtype))
-        self._file.close()
-        return {
-            "documents": self._documents,
-            "tokens": self._tokens,
-            "bytes": self._bytes,
-            "replaced_bytes": self._replaced_bytes,
-            "sha256": self._digest.hexdigest(),
-            **(self._compressed.finish() if self._compressed else {}),
-        }
+        """Close the last shard and return the stream's tokens, hash and shards."""
+        if self._file is not None:
+            self._close_shard()
+        return {"tokens": self.tokens, "sha256": self._digest.hexdigest(), "shards": self._shards}
+
+    def close(self) -> None:
+        """Close the file that is open, complete or not."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path} is not as it was left: delete {path.parent} and prepare the data again")

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fanformer.data.packing import PackedRows, evaluation_rows
-from fanformer.data.shards import TokenStream
+from fanformer.data.prepared import TokenStream
+from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
 from fanformer.errors import DataError
 
@@ -189,11 +190,8 @@ def evaluate_text(
     if num_bytes == 0:
         raise DataError("there is no text to evaluate: got 0 bytes.")
     start, end = start_token_id(tokenizer), end_token_id(tokenizer)
-    ids: list[int] = []
-    for document in encode_documents(tokenizer, documents):
-        ids += [start, *document] if start == end else [start, *document, end]
-    if start == end:
-        ids.append(end)
-    stream = TokenStream(np.array(ids, dtype=np.uint32), start, end, len(documents), num_bytes)
+    ids = [np.array(document, dtype=np.uint32) for document in encode_documents(tokenizer, documents)]
+    tokens = lay_out(ids, start, end, np.dtype(np.uint32), close=True)
+    stream = TokenStream(tokens, start, end, len(documents), num_bytes)
     length = sequence_length or int(getattr(model.config, "max_position_embeddings", 1024))
     return held_out_loss(model, stream, length, batch_size, autocast_dtype=autocast_dtype).to_dict()

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fanformer.data.locking import LOCK_FILE, hold
+from fanformer.data.locking import hold
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.training.artifacts import RUN_FILE
 from fanformer.training.checkpoint import remove_unfinished
+
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[bool]:
     if existed and _strangers(folder):
         raise CheckpointError(f"{folder.absolute()} is not empty and holds no run: choose another --output-dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder, CheckpointError):
+    with hold(folder / LOCK_FILE, f"the folder {folder.absolute()}", CheckpointError):
         if (folder / RUN_FILE).is_file() and not resume:
             if not overwrite:
                 raise CheckpointError(

@@ -1,0 +1,99 @@
+"""How far a preparation has come, on disk, so that the same command goes on from there after any end."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fanformer.errors import DataError
+
+JOURNAL_VERSION = 1
+INTERVAL_SECONDS = 5.0
+"""Shortest time between two entries, and before the first: shorter work is not worth keeping."""
+
+
+class Journal:
+    """The last entry, in a file that is replaced as a whole, and the arguments that it belongs to."""
+
+    def __init__(self, path: Path, arguments: Mapping[str, Any]) -> None:
+        """Name the file; nothing is written yet.
+
+        Args:
+            path: the file.
+            arguments: everything that the result depends on, as JSON values.
+        """
+        self.path = path
+        self._arguments = json.loads(json.dumps(arguments))
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the last entry, None if there is none.
+
+        Raises:
+            DataError: if it was made with other arguments; the message says which.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            version, arguments, entry = content["version"], content["arguments"], content["entry"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path} is damaged: delete {self.path.parent.parent} and start anew") from error
+        if version != JOURNAL_VERSION:
+            raise DataError(
+                f"{self.path} must have version {JOURNAL_VERSION}, got {version}: delete {self.path.parent.parent} "
+                "and start anew"
+            )
+        difference = _difference(arguments, self._arguments)
+        if difference:
+            raise DataError(
+                f"{self.path.parent.parent} was begun with {difference}: give the same again to go on from there, "
+                "or delete it to start anew"
+            )
+        return entry
+
+    def exists(self) -> bool:
+        """Return whether there is an entry."""
+        return self.path.is_file()
+
+    def is_due(self) -> bool:
+        """Return whether INTERVAL_SECONDS have passed since the last entry or the beginning."""
+        return time.monotonic() - self._last >= INTERVAL_SECONDS
+
+    def save(self, entry: Mapping[str, Any]) -> None:
+        """Replace the entry; what it speaks of must be on the disk already."""
+        content = {"version": JOURNAL_VERSION, "arguments": self._arguments, "entry": entry}
+        unfinished = self.path.with_suffix(".unfinished")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.path)
+        sync_folder(self.path.parent)
+        self._last = time.monotonic()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Describe the first argument that differs, "" if none does."""
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            return f"another {name} ({_difference(old, new).removeprefix('another ')})"
+        if isinstance(old, list) and isinstance(new, list) and old and isinstance(old[0], dict):
+            changed = next((a for a, b in zip(old, new, strict=False) if a != b), None)
+            return f"`{name}` as they were before {changed['name'] if changed else 'some came or went'} changed"
+        return f"`{name}` {old!r}, not {new!r}"
+    return ""

@@ -82,6 +82,7 @@ def test_pieces_are_forgotten_so_that_memory_stays_bounded(tokenizer, monkeypatc
         texts = [f" {'z' * 101} word{number}" for number in range(start, start + 20)]
         assert [ids.tolist() for ids in encoder.encode(texts)] == encode_documents(tokenizer, texts)
         assert len(encoder._ids) <= 50
+        assert len(encoder._older_ids) <= 50 + 60
         assert all(len(piece) <= 100 for piece in encoder._ids)
 
 

@@ -93,10 +93,10 @@ def test_kills_at_random_moments_change_nothing(tmp_path, corpus, seed, workers)
     run(corpus, tmp_path / "whole")
     out, chance, kills = tmp_path / "out", random.Random(seed), 0
     while not out.exists():
-        process = start(corpus, out, workers=workers, delay=0.01)
+        process = start(corpus, out, workers=workers, delay=0.02)
         process.stdout.readline()
         try:
-            process.wait(chance.uniform(0, 3 + kills / 4))
+            process.wait(chance.uniform(0, 0.5 + kills / 4))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -1,6 +1,4 @@
 import gzip
-import hashlib
-import itertools
 import json
 import lzma
 import os
@@ -12,60 +10,12 @@ import numpy as np
 import pytest
 
 from fanformer.data import compression, journal, selection, shards, splitting, token_files
-from fanformer.data import prepared as prepared_module
-from fanformer.data.documents import Document, DocumentSource, open_source
+from fanformer.data.documents import open_source
 from fanformer.data.shards import open_prepared, prepare
 from fanformer.data.splitting import is_held_out
-from fanformer.data.tokenizer import encode_documents, train_tokenizer
+from fanformer.data.tokenizer import encode_documents
 from fanformer.errors import ConfigError, DataError
-
-CODE = "def f{0}(x):\n    return x + {0}  # äöü 漢字\n"
-
-
-class Texts(DocumentSource):
-    def __init__(self, texts):
-        self.spec, self.parts, self.texts = "texts", ("texts",), texts
-
-    def describe(self):
-        return {"kind": "texts"}
-
-    def read_part(self, number, skip=0):
-        for index, text in enumerate(self.texts[skip:], start=skip):
-            yield Document(text, self.name(index), replaced_bytes=text.count("\ufffd"))
-
-    def name(self, index):
-        return f"document {index}"
-
-
-MANY = [CODE.format(i) * (1 + i % 5) for i in range(200)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(MANY[:50], 300)
-
-
-@pytest.fixture
-def two_token_tokenizer():
-    """Start and end are different tokens, as in Llama."""
-    from transformers import ByT5Tokenizer
-
-    tokenizer = ByT5Tokenizer()
-    tokenizer.bos_token = "<pad>"
-    return tokenizer
-
-
-def read_back(data, name):
-    """Cut a stream into documents again, from the layout's description alone."""
-    stream, tokenizer = data.split(name), data.tokenizer()
-    tokens = np.asarray(stream.tokens).tolist()
-    starts = [i for i, token in enumerate(tokens) if token == stream.start_id]
-    if stream.start_id == stream.end_id:
-        assert tokens[-1] == stream.end_id
-        return [tokenizer.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise(starts)]
-    ends = [i for i, token in enumerate(tokens) if token == stream.end_id]
-    assert [end + 1 for end in ends] == [*starts[1:], len(tokens)]
-    return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
+from tests.data.texts import CODE, MANY, Texts, read_back
 
 
 def test_training_and_held_out_are_disjoint_and_cover_all_documents(tmp_path):
@@ -337,43 +287,6 @@ def test_single_character_is_too_little(tmp_path, tokenizer):
     prepare(Texts(["xy"]), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
 
 
-@pytest.fixture
-def prepared(tmp_path, tokenizer):
-    return prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0).folder
-
-
-def test_missing_or_foreign_folder_is_refused(prepared):
-    with pytest.raises(DataError, match=r"none/data.json does not exist: create the folder with `fanformer data prep"):
-        open_prepared(prepared / "none")
-    for content in ("{", "[]", "{}"):
-        (prepared / "data.json").write_text(content)
-        with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`: name another"):
-            open_prepared(prepared)
-    (prepared / "data.json").write_text('{"format_version": 99}')
-    with pytest.raises(DataError, match=r"must have format version 2, got 99: prepare the data again"):
-        open_prepared(prepared)
-
-
-def test_truncated_or_missing_token_file_is_refused(prepared):
-    path = prepared / "heldout-00000.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(
-        DataError, match=r"heldout-00000.bin must have \d+ bytes, got \d+ bytes: prepare the data again"
-    ):
-        open_prepared(prepared)
-    path.unlink()
-    with pytest.raises(DataError, match=r"heldout-00000.bin must have \d+ bytes, got no file"):
-        open_prepared(prepared)
-
-
-def test_token_outside_the_vocabulary_is_refused(prepared):
-    tokens = np.fromfile(prepared / "train-00000.bin", dtype="<u2")
-    tokens[5] = 300
-    tokens.tofile(prepared / "train-00000.bin")
-    with pytest.raises(DataError, match=r"out: train holds the token 300, and its tokenizer has 300: prepare the data"):
-        open_prepared(prepared)
-
-
 def test_file_formats_and_compressions_give_the_same_token_files(tmp_path, tokenizer):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in MANY).encode()
     fingerprints = set()
@@ -392,97 +305,6 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, tokenizer):
     data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, held_out_fraction=0)
     expected = [token for ids in encode_documents(tokenizer, MANY) for token in (0, *ids)] + [0]
     assert data.split("train").tokens[:].tolist() == expected
-
-
-def test_shard_size_does_not_change_stream_or_fingerprint(tmp_path, tokenizer):
-    one = prepare(Texts(MANY), tmp_path / "one", tokenizer=tokenizer, vocab_size=0)
-    many = prepare(Texts(MANY), tmp_path / "many", tokenizer=tokenizer, vocab_size=0, shard_tokens=700)
-    names = [shard["name"] for shard in many.metadata["splits"]["train"]["shards"]]
-    assert len(names) > 5
-    assert names == sorted(names)
-    assert (
-        b"".join((many.folder / name).read_bytes() for name in names) == (one.folder / "train-00000.bin").read_bytes()
-    )
-    assert one.fingerprint == many.fingerprint
-    assert read_back(one, "train") == read_back(many, "train")
-
-
-def test_stream_hash_is_that_of_the_joined_shards(tmp_path, tokenizer):
-    data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, shard_tokens=700)
-    entry = data.metadata["splits"]["train"]
-    joined = b"".join((data.folder / shard["name"]).read_bytes() for shard in entry["shards"])
-    assert hashlib.sha256(joined).hexdigest() == entry["sha256"]
-
-
-@pytest.mark.parametrize("length", [1, 63, 699, 700, 701, 1500])
-def test_rows_across_shard_borders_are_those_of_one_shard(tmp_path, tokenizer, length):
-    from fanformer.data.packing import PackedRows, evaluation_rows
-
-    one = prepare(Texts(MANY), tmp_path / "one", tokenizer=tokenizer, vocab_size=0).split("train")
-    many = prepare(Texts(MANY), tmp_path / "many", tokenizer=tokenizer, vocab_size=0, shard_tokens=700).split("train")
-    for make in (PackedRows, evaluation_rows):
-        ours, theirs = make(many, length), make(one, length)
-        assert len(ours) == len(theirs)
-        assert ours.num_labels == theirs.num_labels
-        for index in {0, len(ours) // 2, len(ours) - 1}:
-            assert all((ours[index][name] == theirs[index][name]).all() for name in ours[index])
-
-
-def test_only_a_few_shards_are_open_at_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_files, "_OPEN_SHARDS", 3)
-    data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, shard_tokens=300)
-    tokens = data.split("train").tokens
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    joined = np.concatenate([tokens[start : start + 70] for start in range(0, len(tokens), 70)])
-    assert np.array_equal(joined, np.asarray(tokens))
-    if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + 3
-    with pytest.raises(IndexError, match="sliced with step 1, got 2"):
-        tokens[::2]
-
-
-def test_shard_of_another_preparation_is_refused(prepared):
-    path = prepared / "train-00000.bin"
-    tokens = np.fromfile(path, dtype="<u2")
-    tokens[5], tokens[6] = tokens[6], tokens[5]
-    tokens.tofile(path)
-    with pytest.raises(DataError, match=r"train-00000.bin is not the file that data.json describes: its SHA-2"):
-        open_prepared(prepared)
-    open_prepared(prepared, verify=False)
-
-
-def test_large_folders_are_verified_on_request_only(prepared, monkeypatch):
-    monkeypatch.setattr(prepared_module, "VERIFIED_BYTES", 10)
-    path = prepared / "train-00000.bin"
-    tokens = np.fromfile(path, dtype="<u2")
-    tokens[5], tokens[6] = tokens[6], tokens[5]
-    tokens.tofile(path)
-    open_prepared(prepared)
-    with pytest.raises(DataError, match=r"its SHA-256 differs: copy the folder again, or prepare the data again"):
-        open_prepared(prepared, verify=True)
-
-
-def edit(folder, **changes):
-    metadata = json.loads((folder / "data.json").read_text())
-    (folder / "data.json").write_text(json.dumps(metadata | changes))
-
-
-def test_vocabulary_that_the_integers_cannot_hold_is_refused(prepared):
-    edit(prepared, vocab_size=70_000)
-    with pytest.raises(DataError, match=r"says 70000 tokens in 2 bytes each, which hold 65536: prepare the data again"):
-        open_prepared(prepared)
-
-
-def test_folder_whose_parts_do_not_belong_together_is_refused(prepared, tmp_path):
-    edit(prepared, fingerprint="0" * 64)
-    with pytest.raises(DataError, match=r"data.json has a fingerprint that its shards do not: prepare the data again"):
-        open_prepared(prepared)
-    (prepared / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer.json is not the tokenizer that the tokens were made with: prepare"):
-        open_prepared(prepared)
-    edit(prepared, splits={})
-    with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`: name another folder"):
-        open_prepared(prepared)
 
 
 def test_token_above_what_the_tokenizer_says_is_refused(tmp_path, tokenizer, monkeypatch):
@@ -515,14 +337,3 @@ def test_read_only_folder_is_named(small_disk, tokenizer):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(DataError, match=r"out.lock cannot be written: Read-only file system"):
         prepare(Texts(MANY), small_disk / "out", tokenizer=tokenizer, vocab_size=0)
-
-
-def test_evaluated_text_has_the_layout_of_a_prepared_stream(tmp_path, tokenizer, two_token_tokenizer):
-    from fanformer.data.token_files import lay_out
-    from fanformer.data.tokenizer import end_token_id, start_token_id
-
-    for number, kind in enumerate((tokenizer, two_token_tokenizer)):
-        data = prepare(Texts(MANY[:9]), tmp_path / str(number), tokenizer=kind, vocab_size=0, held_out_fraction=0)
-        ids = [np.array(document) for document in encode_documents(kind, MANY[:9])]
-        stream = lay_out(ids, start_token_id(kind), end_token_id(kind), np.dtype(np.uint32), close=True)
-        assert np.array_equal(stream, data.split("train").tokens[:])

@@ -10,6 +10,7 @@ they differ goes to the tokenizer as a whole.
 from __future__ import annotations
 
 import json
+from array import array
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -25,7 +26,8 @@ _GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 """What a ByteLevel pre-tokenizer with `use_regex` cuts by."""
 _CLASSES = (r"\p{L}", r"\p{M}", r"\p{N}", r"\s")
 """All classes of characters in PIECES and _GPT2_PIECES; the other characters there stand for themselves."""
-_MOST_PIECES = 1 << 18
+_MOST_PIECES = 1 << 17
+"""Pieces that a table holds before an empty one is begun; the one before it is kept to copy from."""
 _LONGEST_KEPT_PIECE = 100
 _UNKNOWN, _AGREED, _DISPUTED = 0, 1, 2
 
@@ -123,6 +125,7 @@ class PieceEncoder(BackendEncoder):
         self._pattern = pattern
         self._cut = regex.compile(pattern).findall
         self._ids: dict[str, bytes] = {}
+        self._older_ids: dict[str, bytes] = {}
         self._status = np.zeros(0x110000, dtype=np.uint8)
         self._of_pieces: Tokenizer | None = None
 
@@ -134,7 +137,7 @@ class PieceEncoder(BackendEncoder):
         """Return the ids of every text."""
         safe = self._both_engines_agree(texts)
         cut = [self._cut(text) if agreed else [] for text, agreed in zip(texts, safe, strict=True)]
-        unseen = list(set().union(*cut).difference(self._ids))
+        unseen = self._recall(set().union(*cut).difference(self._ids))
         self._learn(unseen)
         lookup = self._ids.__getitem__
         encoded = [np.frombuffer(b"".join(map(lookup, pieces)), dtype=np.uint32) for pieces in cut]
@@ -142,11 +145,18 @@ class PieceEncoder(BackendEncoder):
             if len(piece) > _LONGEST_KEPT_PIECE:
                 del self._ids[piece]
         if len(self._ids) > _MOST_PIECES:
-            self._ids.clear()
+            self._older_ids, self._ids = self._ids, {}
         disputed = [index for index, agreed in enumerate(safe) if not agreed]
         for index, ids in zip(disputed, super().encode([texts[index] for index in disputed]), strict=True):
             encoded[index] = ids
         return encoded
+
+    def _recall(self, pieces: set[str]) -> list[str]:
+        """Take back what was known before the table was last full, and return the other pieces."""
+        recalled = pieces.intersection(self._older_ids)
+        for piece in recalled:
+            self._ids[piece] = self._older_ids[piece]
+        return list(pieces.difference(recalled))
 
     def _learn(self, pieces: list[str]) -> None:
         """Have the tokenizer's model encode pieces, which its own pre-tokenizer would not cut any further."""
@@ -157,7 +167,7 @@ class PieceEncoder(BackendEncoder):
             self._of_pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         encoded = self._of_pieces.encode_batch_fast(pieces, add_special_tokens=False)
         for piece, encoding in zip(pieces, encoded, strict=True):
-            self._ids[piece] = np.array(encoding.ids, dtype=np.uint32).tobytes()
+            self._ids[piece] = array("I", encoding.ids).tobytes()
 
     def _both_engines_agree(self, texts: list[str]) -> list[bool]:
         """Return for every text whether all its characters are in the same classes for both engines."""

@@ -10,7 +10,7 @@ import numpy as np
 from fanformer.data import compression
 from fanformer.data.documents import Document
 from fanformer.data.prepared import SPLITS
-from fanformer.data.token_files import StreamWriter
+from fanformer.data.token_files import StreamWriter, read_pieces
 from fanformer.errors import ConfigError
 
 MOST_SOURCES = 10_000
@@ -49,6 +49,14 @@ class Attribution:
         row["documents"] += 1
         row["bytes"] += num_bytes
         row["tokens"] += num_tokens
+
+    def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add what another attribution counted."""
+        for row in rows:
+            key = (row["source"], row["licence"])
+            own = self._rows.setdefault(key, dict.fromkeys(row, 0) | {"source": key[0], "licence": key[1]})
+            for name in ("documents", "bytes", "tokens"):
+                own[name] += row[name]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for every source and licence, most bytes first."""
@@ -129,6 +137,25 @@ class Outputs:
             view = memoryview(content)
             while view:
                 view = view[self._text.write(view) :]
+
+    def append(self, folder: Path, state: dict[str, Any]) -> None:
+        """Append what other outputs hold.
+
+        Args:
+            folder: their folder, which is their folder for other files too.
+            state: their state.
+        """
+        for name, stream in self._streams.items():
+            for path in sorted(folder.glob(f"{name}-*.bin")):
+                for content in read_pieces(path):
+                    stream.write(content)
+            for count, value in state["counts"][name].items():
+                self.counts[name][count] += value
+        self.attribution.add_rows(state["attribution"])
+        if state["text_bytes"] <= compression.LARGEST_COMPRESSED:
+            self._keep_text((folder / self._text_path.name).read_bytes())
+        else:
+            self._text_bytes += state["text_bytes"]
 
     def sync(self) -> None:
         """Have the disk hold everything that was written."""

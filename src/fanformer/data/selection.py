@@ -1,8 +1,10 @@
 """Which documents of a source are used, in order: up to a limit, filtered, without repetitions, assigned to a split."""
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fanformer.data.deduplication import SeenTexts
 from fanformer.data.documents import Document, DocumentSource
@@ -30,6 +32,11 @@ class Position:
     kept_characters: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     """Documents that were left out, by filter, and as DUPLICATE."""
+
+
+def count_dropped(dropped: dict[str, int], reason: str) -> None:
+    """Count one more document that was dropped for a reason."""
+    dropped[reason] = dropped.get(reason, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,16 @@ class Selection:
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents from the first one on; raises as `read` does."""
         seen = SeenTexts() if self.deduplicate else None
-        yield from self.read(Position(), seen)
+        try:
+            yield from self.read(Position(), seen)
+        finally:
+            if seen is not None:
+                seen.close()
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What identifies the source; found once, since it may read every file."""
+        return self.source.describe()
 
     def read(self, position: Position, seen: SeenTexts | None) -> Iterator[Document]:
         """Yield the documents after a position, which moves on with them.
@@ -89,7 +105,10 @@ class Selection:
                 position.documents_of_part += 1
                 position.number += 1
                 position.source_bytes += len(document.text.encode())
-                chosen = self._choose(document, position, seen)
+                chosen = self.filtered(document, position.dropped)
+                if chosen is not None and seen is not None and not seen.add(chosen.text, position.number):
+                    count_dropped(position.dropped, DUPLICATE)
+                    chosen = None
                 if chosen is not None:
                     position.kept += 1
                     yield chosen
@@ -97,14 +116,18 @@ class Selection:
             raise DataError(self._nothing(position))
         self.total_bytes = position.source_bytes
 
-    def _choose(self, document: Document, position: Position, seen: SeenTexts | None) -> Document | None:
+    def filtered(self, document: Document, dropped: dict[str, int]) -> Document | None:
+        """Return a document as the filters leave it, None for an empty one or one that they drop.
+
+        Args:
+            document: of the source.
+            dropped: counts by filter, to which this document is added if it is dropped.
+        """
         if not document.text:
             return None
         text, reason = first_to_drop(document.text, self.filters) if self.filters else (document.text, None)
-        if reason is None and seen is not None and not seen.add(text, position.number):
-            reason = DUPLICATE
         if reason is not None:
-            position.dropped[reason] = position.dropped.get(reason, 0) + 1
+            count_dropped(dropped, reason)
             return None
         if text is document.text:
             return document

@@ -150,7 +150,7 @@ def prepare(
                 output_dir.rmdir()
             os.replace(partial, output_dir)
         sync_folder(output_dir.parent)
-        shutil.rmtree(output_dir / "work")
+        shutil.rmtree(output_dir / "work", ignore_errors=True)  # another process may do the same
     if report is not None:
         report(preparation.throughput())
     return open_prepared(output_dir)
@@ -158,7 +158,7 @@ def prepare(
 
 def _refuse_existing(output_dir: Path) -> None:
     if (output_dir / "work").is_dir() and (output_dir / PREPARED_METADATA).is_file():
-        shutil.rmtree(output_dir / "work")  # of a process killed after the folder was complete
+        shutil.rmtree(output_dir / "work", ignore_errors=True)  # of a process killed after the folder was complete
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise DataError(f"{output_dir} exists already: choose another --output-dir, or delete it first")
 
@@ -198,7 +198,7 @@ def description(
     """Return the part of data.json that says how the data were made."""
     return {
         "format_version": FORMAT_VERSION,
-        "source": selection.source.describe(),
+        "source": selection.description,
         "max_bytes": selection.max_bytes,
         "filters": list(selection.filters),
         "deduplicate": selection.deduplicate,
@@ -241,7 +241,7 @@ class _Preparation:
         self._tokenizer, self._progress = tokenizer, progress
         self._work = partial / "work"
         arguments = {
-            "source": selection.source.describe(),
+            "source": selection.description,
             "max_bytes": selection.max_bytes,
             "filters": list(selection.filters),
             "deduplicate": selection.deduplicate,

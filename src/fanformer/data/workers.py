@@ -19,7 +19,7 @@ from fanformer.data.selection import Batch
 from fanformer.data.token_files import lay_out
 from fanformer.errors import ConfigError, DataError
 
-POOL_AFTER_BYTES = 1 << 24
+POOL_AFTER_BYTES = 1 << 22
 """Text that is encoded before worker processes are started: below this, starting them takes longer than it saves."""
 _AHEAD = 2
 """Batches that wait for a worker, for each worker."""

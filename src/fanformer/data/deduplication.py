@@ -21,7 +21,8 @@ class SeenTexts:
         Args:
             path: its file; None is a temporary one, which goes with this object.
         """
-        self._database = sqlite3.connect(str(path) if path else "", isolation_level=None)
+        # Made here and used by one thread after another: a tokenizer is trained in a thread of its own.
+        self._database = sqlite3.connect(str(path) if path else "", isolation_level=None, check_same_thread=False)
         self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
         columns = "digest BLOB PRIMARY KEY, number INTEGER"
         self._database.execute(f"CREATE TABLE IF NOT EXISTS seen ({columns}) WITHOUT ROWID")

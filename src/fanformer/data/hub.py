@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fanformer.data.documents import Document, DocumentSource
-from fanformer.data.readers import Fields, Record, import_extra, parquet_records, record_of, replace_undecodable, require_columns
+from fanformer.data.readers import (
+    Fields,
+    Record,
+    import_extra,
+    parquet_records,
+    record_of,
+    replace_undecodable,
+    require_columns,
+)
 from fanformer.errors import DataError, FANformerError, did_you_mean
 
 HUB_TIMEOUT_SECONDS = 5.0

@@ -106,16 +106,3 @@ def test_verify_reads_everything(command, book, tmp_path):
     shard = tmp_path / "out" / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[::-1])
     assert "train" in command("data", "verify", tmp_path / "out").refusal()
-
-
-def test_a_tokenizer_trained_in_a_thread_of_its_own_learns_from_texts_without_repetitions(tmp_path, process):
-    """The tokenizer is trained by threads that are not ours, unless TOKENIZERS_PARALLELISM forbids it."""
-    path = tmp_path / "data.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": f"text number {number % 300} of a small corpus"}) + "\n" for number in range(1500))
-    )
-    words = ["data", "prepare", str(path), "--dedup", "exact", "--vocab-size", "300"]
-    done = process(*words, "--output-dir", str(tmp_path / "out"), environment={"TOKENIZERS_PARALLELISM": "true"})
-    assert done.code == 0, done
-    metadata = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert metadata["dropped"] == {"duplicate": 1200}

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -94,6 +95,15 @@ def test_texts_after_a_position_are_forgotten_and_the_others_kept(tmp_path):
     seen = SeenTexts(tmp_path / "seen")
     seen.forget_from(3)
     assert [seen.add(text, number) for number, text in enumerate("abcd", start=3)] == [False, False, True, True]
+    seen.close()
+
+
+def test_seen_texts_go_from_thread_to_thread_as_tokenizer_training_wants(tmp_path):
+    seen = SeenTexts(tmp_path / "seen")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(seen.add, "a", 1).result()
+        assert pool.submit(seen.add, "a", 2).result() is False
+    assert seen.add("a", 3) is False
     seen.close()
 
 

@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/python benchmarks/demo.py --output-dir runs/demo
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not ci and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not ci and not gpu"
 
 # What needs environments of its own, several processes, or minutes.
 test-ci: setup-dev
@@ -45,6 +45,10 @@ check: setup-dev
 bench: setup-dev
 	$(BIN)/python benchmarks/malloc.py --write
 	$(BIN)/python benchmarks/nano.py --write
+	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/prepare.py --write \
+		--data '../shared/data/text-large/train-*.jsonl.xz'
+	$(BIN)/python benchmarks/torture.py --write
+	$(BIN)/python benchmarks/checkpoint_stall.py --write
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

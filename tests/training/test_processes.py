@@ -18,6 +18,8 @@ from fanformer.training.records import read_records
 from fanformer.training.run import train
 from tests.training.conftest import TINY_MODEL, Notebook
 
+pytestmark = pytest.mark.xdist_group("processes")  # the fixture that starts them must run in one worker only
+
 STEPS, BATCH = 8, 8
 
 

@@ -196,6 +196,12 @@ def test_a_longer_run_and_another_rate_are_allowed_and_recorded(run):
     assert content["configuration"]["max_steps"] == 4
 
 
+def test_a_run_that_is_past_a_shorter_length_ends_at_once(run):
+    run(max_steps=4)
+    result, notebook = run(max_steps=2, resume=True)
+    assert (result.step, notebook.steps) == (4, [])
+
+
 def test_resume_where_nothing_is_yet_begins_and_says_so(run):
     result, notebook = run(max_steps=2, resume=True)
     assert result.step == 2

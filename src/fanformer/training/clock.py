@@ -51,16 +51,14 @@ class RunClock:
         """Seconds of training so far, evaluation and compilation among them."""
         return self._earlier_seconds + time.monotonic() - self._training_since
 
-    def progress(self, step: float, elapsed_seconds: float | None = None) -> float:
+    def progress(self, step: float) -> float:
         """Return the share of the run, in [0, 1], that is over after `step` steps.
 
         Args:
             step: steps done; half a step more for the middle of the step that follows.
-            elapsed_seconds: what the clock says, where another process's clock counts.
         """
-        elapsed = self.elapsed_seconds if elapsed_seconds is None else elapsed_seconds
         reserved = self.reserved_seconds + self.start_up_seconds
-        return self.length.progress(step, elapsed - self.start_up_seconds, reserved)
+        return self.length.progress(step, self.elapsed_seconds - self.start_up_seconds, reserved)
 
     def begin(self, state: LoopState) -> None:
         """Begin to count, or go on from where a checkpoint was taken."""
@@ -87,7 +85,7 @@ class RunClock:
         """
         if step == 1 and first_of_process:
             self.start_up_seconds = self.elapsed_seconds
-        stop = step == self.length.max_steps or self._is_out_of_time()
+        stop = (self.length.max_steps is not None and step >= self.length.max_steps) or self._is_out_of_time()
         due = {name: stop or self._is_due(name, step) for name in SHARES}
         log = due["log"] or step == 1 or step % (self._steps["log"] or LONGEST_LOG_STEPS) == 0
         return Due(log=log, evaluate=due["evaluate"], save=due["save"], stop=stop)

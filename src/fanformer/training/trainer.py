@@ -173,7 +173,7 @@ class Trainer:
                 self.writer.wait()
 
     def _loop(self, resumed: bool) -> Outcome:
-        stop, first = self.state.step == self.length.max_steps, True
+        stop, first = self.length.max_steps is not None and self._is_at_end(), True
         signal = self._catch_up(stop) if resumed else 0
         while not stop and not signal:
             due, signal = self._step(first)
@@ -191,7 +191,7 @@ class Trainer:
         return self._end(signal)
 
     def _is_at_end(self) -> bool:
-        return self.length.max_steps is None or self.state.step == self.length.max_steps
+        return self.length.max_steps is None or self.state.step >= self.length.max_steps
 
     def _report(self, everything: bool) -> int:
         """Evaluate where that is due and hand the step's figures on.
@@ -220,10 +220,9 @@ class Trainer:
         passes = self._passes()
         tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch, _ in passes)
         digest = sum(part for _, part in passes) % (1 << _DIGEST_BITS)
-        everyone = processes.exchange([tokens, clock.elapsed_seconds, digest])
+        everyone = processes.exchange([tokens, clock.progress(state.step + 0.5), digest])
         tokens_of_step = max(1, int(sum(row[0] for row in everyone)))
-        progress = clock.progress(state.step + 0.5, everyone[0][1])
-        factor = learning_rate_factor(progress, self.config)
+        factor = learning_rate_factor(everyone[0][1], self.config)  # by one clock
         self.learning_rate = self.config.learning_rate * factor
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor

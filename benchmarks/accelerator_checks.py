@@ -3,13 +3,17 @@
 Models are small, in float32 unless said otherwise, with biases, gates and norms moved off their initial values.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerator import Context, one_line
 from accelerator_speed import release
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -140,6 +144,41 @@ def compiled_equals_eager(device: str, whole: bool, compiling: bool) -> float:
     return max(distance(left, right), worst(gradients(ours, left), gradients(theirs, right)))
 
 
+def resumed_training_equals_uninterrupted(device: str, precision: str) -> float:
+    """Count the tensors of weights and optimizer whose bits differ between a run and one resumed in its middle."""
+    from fanformer.training.configuration import resolve
+    from fanformer.training.run import train
+
+    model = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32, "dropout": 0.1}
+    steps, different = 8, 0
+    with tempfile.TemporaryDirectory() as place:
+        folder, text = Path(place), Path(place) / "text.txt"
+        text.write_text("\n".join(f"line {number} of {number * number} in all, and so on" for number in range(2000)))
+        fields: dict[str, Any] = {
+            "data": str(text), "vocab_size": 320, "sequence_length": 128, "batch_size": 4, "max_steps": steps,
+            "save_steps": steps // 2, "eval_tokens": 256, "keep_last": 2, "device": device, "precision": precision,
+            "compile": "off", **{f"model.{name}": value for name, value in model.items()},
+        }  # fmt: skip
+        for name in ("straight", "resumed"):
+            train(resolve("nano", overrides={**fields, "output_dir": str(folder / name)}), Silence())
+        shutil.rmtree(folder / "resumed" / f"checkpoint-{steps}")
+        train(resolve("nano", overrides={**fields, "output_dir": str(folder / "resumed"), "resume": True}), Silence())
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            one, two = (load_file(folder / name / f"checkpoint-{steps}" / file) for name in ("straight", "resumed"))
+            different += sum(not torch.equal(one[name], two[name]) for name in one)
+    torch.use_deterministic_algorithms(False)
+    return float(different)
+
+
+class Silence:
+    """A reporter of a training run that says nothing."""
+
+    def ignore(self, *arguments: Any) -> None:
+        """Hear anything."""
+
+    note = data_progress = record = step = sample = ignore
+
+
 def planned(context: Context) -> Iterable[tuple[str, float, Callable[[], float]]]:
     """Return every check: its name, its tolerance, and the function that returns the distance."""
     device, compiling = context.device, not context.dry_run
@@ -156,6 +195,9 @@ def planned(context: Context) -> Iterable[tuple[str, float, Callable[[], float]]
     for attention in ("sdpa", "eager") + (("flex_attention",) if device == "cuda" else ()):  # flex: no CPU backward
         name = f"packed_documents_equal_separate_ones.{attention}"
         yield name, GRADIENT, partial(packed_documents_equal_separate_ones, device, attention)
+    for precision in ("float32", "bfloat16"):
+        name = f"resumed_training_equals_uninterrupted.{precision}"
+        yield name, EXACT, partial(resumed_training_equals_uninterrupted, device, precision)
     for whole in (False, True):
         name = f"compiled_equals_eager.{'whole' if whole else 'each_layer'}"
         yield name, GRADIENT, partial(compiled_equals_eager, device, whole, compiling)

@@ -25,6 +25,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 UNFINISHED = ".unfinished"
 FORMAT_VERSION = 1
+_HASHED_AT_A_TIME = 1 << 24
 _PREFIX = "checkpoint-"
 _OF_TRAINING_ONLY = (MANIFEST_FILE, STATE_FILE, OPTIMIZER_FILE)
 # The card is for people, who may edit it; training does not read it.
@@ -238,8 +239,11 @@ def sync(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_HASHED_AT_A_TIME):  # large, so that a background thread seldom wants the interpreter
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,9 @@ class RunConfig:
         "auto", "auto compiles where the planned run is long enough to pay for it"
     )
     threads: int | None = _setting(None, "CPU threads; default: one a physical core")
+    deterministic: bool = _setting(
+        True, "on CUDA, take the operations that give the same bits again, which resuming bit for bit needs"
+    )
     parallel: Literal["auto", "ddp", "fsdp2"] = _setting(
         "auto", "how several processes share a model; auto does what the launcher says, else ddp"
     )

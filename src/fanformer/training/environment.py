@@ -65,6 +65,16 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def use_deterministic_operations() -> None:
+    """Let CUDA take the operations whose sums have a fixed order; must come before its first product.
+
+    An operation that has no such form goes on as it is: `fanformer train --prove-resume` shows whether bits are equal.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of use for finding mistakes only
+
+
 def product_rate(device: str, dtype: torch.dtype, size: int = 768) -> float:
     """Return the floating-point operations per second of a (size, size) matrix product, the median of several."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

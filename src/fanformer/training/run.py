@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, set_seed
 
@@ -24,10 +26,10 @@ from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training import artifacts
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
-from fanformer.training.checkpoint import Fill, newest_intact, publish, step_of
+from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, newest_intact, publish, step_of
 from fanformer.training.configuration import RunConfig
 from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, resume_data
-from fanformer.training.environment import Environment, decide
+from fanformer.training.environment import Environment, decide, use_deterministic_operations
 from fanformer.training.folder import claimed
 from fanformer.training.parallel import Processes, is_restarted
 from fanformer.training.publishing import check_push_possible, push
@@ -164,12 +166,14 @@ class Run:
             self.held_out = held_out_stream(config, self.data, self.tokenizer, self.before, reporter.data_progress)
         self.rows = PackedRows(self.data.split("train"), config.sequence_length)
         self.length: RunLength = run_length(config, len(self.rows))
+        if config.deterministic and resolve_device(config.device).type == "cuda":
+            use_deterministic_operations()
         set_seed(config.seed)
         self.model = self._build_model()
         self.model.generation_config = self._generation_config()
         if self.before is not None:
             check_model(self.before["model"], self.model.config.to_diff_dict(), self.folder)
-        self.saved_class = self._without_weights()
+        self.skeleton = self._skeleton()
         self.environment = self._decide()
         self.checkpoint = self._last_checkpoint(going_on or config.resume)
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
@@ -244,12 +248,22 @@ class Run:
             top_p=drawing.top_p,
         )
 
-    def _without_weights(self) -> PreTrainedModel:
-        """Return a model like ours that takes no memory: it saves tensors that it is given, in a thread of its own."""
+    def _skeleton(self) -> dict[str, bytes]:
+        """Return the files of our model folder without the weights: configurations, tokenizer, the model's code.
+
+        They are the same in every checkpoint, and making them keeps Python busy, which a background thread must not
+        do: the training loop would wait for the interpreter after each of its operations.
+        """
         with torch.device("meta"):
             twin = type(self.model)(copy.deepcopy(self.model.config))
         twin.generation_config = self.model.generation_config
-        return twin
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            name, parameter = next(iter(self.model.named_parameters()))
+            twin.save_pretrained(folder, state_dict={name: parameter.detach()[:1].clone()})
+            (folder / WEIGHTS_FILE).unlink()
+            self.tokenizer.save_pretrained(folder)
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.iterdir())}
 
     def _decide(self) -> Environment:
         """Decide about the machine, once for a run: a resumed one keeps what was decided unless told otherwise."""
@@ -400,8 +414,9 @@ class Run:
         figures = {**self.latest, "step": step, "tokens": step * self.config.batch_size * self.config.sequence_length}
 
         def fill(folder: Path) -> None:
-            self.saved_class.save_pretrained(folder, state_dict=dict(weights))
-            self.tokenizer.save_pretrained(folder)
+            for name, content in self.skeleton.items():
+                (folder / name).write_bytes(content)
+            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             self._write_card(folder, figures, finished=False)
 
         return fill

@@ -173,7 +173,7 @@ class Run:
         self.model.generation_config = self._generation_config()
         if self.before is not None:
             check_model(self.before["model"], self.model.config.to_diff_dict(), self.folder)
-        self.skeleton = self._skeleton()
+        self.skeleton = self._skeleton() if processes.is_main else {}
         self.environment = self._decide()
         self.checkpoint = self._last_checkpoint(going_on or config.resume)
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}

@@ -19,9 +19,10 @@ import numpy as np
 
 from fanformer.data.deduplication import text_digest
 from fanformer.data.documents import Document, open_source
+from fanformer.data.durable import replace_json
 from fanformer.data.locking import hold
 from fanformer.data.outputs import Attribution, Outputs
-from fanformer.data.prepared import hash_tokenizer_files, write_json
+from fanformer.data.prepared import hash_tokenizer_files
 from fanformer.data.selection import BATCH_CHARACTERS, DUPLICATE, Selection, count_dropped
 from fanformer.data.shards import SHARD_TOKENS, batch_encoder, closing, description, write_description
 from fanformer.data.splitting import Split, choose_split
@@ -203,7 +204,7 @@ class EncodeParts(PipelineStep):
                 encoded = encoder.encode([(held_out, document.name, document.text) for held_out, document in batch])
                 outputs.add(batch, (encoded.train, encoded.held_out), encoded.num_bytes, encoded.num_tokens)
             outputs.sync()
-            write_json(unfinished / "state.json", outputs.state() | {"dropped": dropped})
+            replace_json(unfinished / "state.json", outputs.state() | {"dropped": dropped})
             outputs.close()
             os.replace(unfinished, folder)
         yield from data or ()

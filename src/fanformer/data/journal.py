@@ -1,12 +1,12 @@
 """How far a preparation has come, on disk, so that the same command goes on from there after any end."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fanformer.data.durable import replace_text
 from fanformer.errors import DataError
 
 JOURNAL_VERSION = 1
@@ -65,23 +65,8 @@ class Journal:
     def save(self, entry: Mapping[str, Any]) -> None:
         """Replace the entry; what it speaks of must be on the disk already."""
         content = {"version": JOURNAL_VERSION, "arguments": self._arguments, "entry": entry}
-        unfinished = self.path.with_suffix(".unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
-        sync_folder(self.path.parent)
+        replace_text(self.path, json.dumps(content))
         self._last = time.monotonic()
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk hold the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

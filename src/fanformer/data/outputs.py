@@ -9,8 +9,9 @@ import numpy as np
 
 from fanformer.data import compression
 from fanformer.data.documents import Document
+from fanformer.data.durable import read_pieces
 from fanformer.data.prepared import SPLITS
-from fanformer.data.token_files import StreamWriter, read_pieces
+from fanformer.data.token_files import StreamWriter
 from fanformer.errors import ConfigError
 
 MOST_SOURCES = 10_000

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fanformer.data.documents import PREPARED_METADATA
-from fanformer.data.token_files import ShardedTokens, hash_file, read_pieces
+from fanformer.data.durable import hash_file, read_pieces
+from fanformer.data.token_files import ShardedTokens
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import DataError
 
@@ -98,16 +98,6 @@ def fingerprint(metadata: dict[str, Any]) -> str:
     for name, file_hash in sorted(metadata["tokenizer_files"].items()):
         digest.update(name.encode() + bytes.fromhex(file_hash))
     return digest.hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that exists as a whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def open_prepared(folder: Path, *, verify: bool | None = None) -> PreparedData:

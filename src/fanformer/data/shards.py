@@ -7,7 +7,6 @@ part of the result: the journal, which says how far the files are to be trusted,
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import os
 import platform
@@ -23,8 +22,9 @@ import numpy as np
 
 from fanformer.data.deduplication import SeenTexts
 from fanformer.data.documents import PREPARED_METADATA, DocumentSource
+from fanformer.data.durable import is_disk_full, replace_json, sync
 from fanformer.data.encoding import document_encoder
-from fanformer.data.journal import Journal, sync_folder
+from fanformer.data.journal import Journal
 from fanformer.data.locking import hold
 from fanformer.data.outputs import Attribution, Outputs
 from fanformer.data.prepared import (
@@ -37,7 +37,6 @@ from fanformer.data.prepared import (
     fingerprint,
     hash_tokenizer_files,
     open_prepared,
-    write_json,
 )
 from fanformer.data.selection import Position, Selection
 from fanformer.data.splitting import Split, choose_split
@@ -149,7 +148,7 @@ def prepare(
             if output_dir.exists():
                 output_dir.rmdir()
             os.replace(partial, output_dir)
-        sync_folder(output_dir.parent)
+        sync(output_dir.parent)
         shutil.rmtree(output_dir / "work", ignore_errors=True)  # another process may do the same
     if report is not None:
         report(preparation.throughput())
@@ -221,9 +220,9 @@ def write_description(folder: Path, metadata: dict[str, Any], attribution: Attri
     for name, entry in metadata["splits"].items():
         if not entry["documents"] and metadata["split"] != "none":
             raise DataError(f"none of the documents fell into the split {name}: use another `held_out_fraction`")
-    write_json(folder / ATTRIBUTION, attribution.rows())
+    replace_json(folder / ATTRIBUTION, attribution.rows())
     metadata |= {"fingerprint": fingerprint(metadata), "created_with": versions()}
-    write_json(folder / PREPARED_METADATA, metadata)
+    replace_json(folder / PREPARED_METADATA, metadata)
 
 
 class _Preparation:
@@ -345,7 +344,7 @@ class _Preparation:
         """Note that everything up to a position is done, once the disk holds it."""
         assert self._outputs is not None, "_write opens the outputs"
         self._outputs.sync()
-        sync_folder(self._partial)
+        sync(self._partial)
         if self._seen is not None:
             self._seen.commit()
         self._journal.save(fixed | {"position": asdict(position), "outputs": self._outputs.state()})
@@ -374,8 +373,7 @@ class _Preparation:
             written = sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
             if not kept and not (begun and self._outputs is None):
                 shutil.rmtree(self._partial, ignore_errors=True)
-            # the tokenizer is saved by Rust code, which raises plain Exception with the number in its text
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+            if is_disk_full(error):
                 raise self._disk_full(written, kept) from error
             if kept and isinstance(error, FANformerError) and self._outputs is not None:
                 place = f"what was done is kept in {self._partial}, and the same command goes on from there"

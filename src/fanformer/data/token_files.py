@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +94,6 @@ class ShardedTokens:
             if len(self._maps) > _OPEN_SHARDS:
                 self._maps.popitem(last=False)
         return self._maps[shard]
-
-
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """Yield the content of a file in pieces that fit into memory."""
-    with path.open("rb") as file:
-        while content := file.read(_READ_BYTES):
-            yield content
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    for content in read_pieces(path):
-        digest.update(content)
-    return digest.hexdigest()
 
 
 class StreamWriter:

@@ -1,6 +1,5 @@
 """What a run leaves behind besides weights and metrics.jsonl: run.yaml, loss.png and the model card."""
 
-import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fanformer.data.durable import replace_text
 from fanformer.errors import CheckpointError
 from fanformer.training.records import read_records
 
@@ -22,16 +22,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step, so that a reader sees the old or the new, never half."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
     """Write run.yaml: configuration, data, decisions, versions."""
-    write_text(folder / RUN_FILE, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+    replace_text(folder / RUN_FILE, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Nothing in it depends on how many processes wrote it.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanformer.data.durable import hash_file, is_disk_full, sync
 from fanformer.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -25,7 +25,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 UNFINISHED = ".unfinished"
 FORMAT_VERSION = 1
-_HASHED_AT_A_TIME = 1 << 24
 _PREFIX = "checkpoint-"
 _OF_TRAINING_ONLY = (MANIFEST_FILE, STATE_FILE, OPTIMIZER_FILE)
 # The card is for people, who may edit it; training does not read it.
@@ -110,7 +109,7 @@ def problem(checkpoint: Path) -> str | None:
             got = file.stat().st_size
             if got != size:
                 return f"its {name} has {got:,} bytes instead of {size:,}"
-            if _sha256(file) != digest:
+            if hash_file(file) != digest:
                 return f"the checksum of its {name} is not the one it was written with"
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror or error})"
@@ -165,7 +164,7 @@ def write_checkpoint(folder: Path, step: int, fill: Fill, needed_bytes: int = 0)
             sync(path)
             name = path.relative_to(staging).as_posix()
             if name not in _NOT_CHECKED:
-                files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for path in (staging / MANIFEST_FILE, *(path for path in staging.rglob("*") if path.is_dir()), staging):
@@ -183,11 +182,6 @@ def write_checkpoint(folder: Path, step: int, fill: Fill, needed_bytes: int = 0)
             "`keep_last` lower."
         ) from error
     return target
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Return whether an error of Python, or of a library in Rust that words its own, means a full disk or quota."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
@@ -227,23 +221,6 @@ def publish(checkpoint: Path, folder: Path) -> None:
             shutil.copyfile(path, aside)
             sync(aside)
         os.replace(aside, target)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_HASHED_AT_A_TIME):  # large, so that a background thread seldom wants the interpreter
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from fanformer.data.durable import replace_text
+
 METRICS_FILE = "metrics.jsonl"
 EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_bits_per_byte"})
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
@@ -79,7 +81,5 @@ class RecordFile:
         """Drop the lines of steps that will be trained again."""
         folder = self._path.parent
         kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
-        aside = self._path.with_name(self._path.name + ".new")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self._path)
+        replace_text(self._path, "".join(kept))
         self._pending.clear()

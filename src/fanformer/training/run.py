@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, set_seed
 
+from fanformer.data.durable import replace_text
 from fanformer.data.packing import PackedRows
 from fanformer.errors import ConfigError
 from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
@@ -423,7 +424,7 @@ class Run:
 
     def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:
         card = artifacts.model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
-        artifacts.write_text(folder / "README.md", card)
+        replace_text(folder / "README.md", card)
 
     def _finish(self, outcome: Outcome) -> RunResult:
         """Put the last checkpoint's model into the run's folder, with the figures and the curve of the whole run."""

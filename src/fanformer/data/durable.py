@@ -1,0 +1,54 @@
+"""Files that are on the disk when we say so: replaced as a whole, synced, hashed; and how a full disk shows."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_READ_BYTES = 1 << 24  # large, so that a background thread that hashes seldom wants the interpreter
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a file new content in one step: a reader, or the disk after a power cut, has the old or the new."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Give a file a JSON value as its content, as `replace_text` does."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file in pieces that fit into memory."""
+    with path.open("rb", buffering=0) as file:
+        while content := file.read(_READ_BYTES):
+            yield content
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    for content in read_pieces(path):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error means a full disk or quota; libraries in Rust have the number in their words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)

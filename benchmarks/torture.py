@@ -142,7 +142,7 @@ def torture(kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
     tortured = dataclasses.replace(straight, output_dir=str(folder / "tortured"))
     diary, begun = folder / "tortured.steps", time.monotonic()
     done = in_saves = damaged = lives = 0
-    reach = max(1, 2 * steps // kills)
+    reach = max(1, steps // kills)  # half of it on average, so that the end does not come before the last kill
     while done < kills:
         lives += 1
         hit = kill_once(tortured, diary, chooser, reach)

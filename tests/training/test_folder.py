@@ -64,6 +64,17 @@ def test_a_folder_made_for_a_run_that_never_began_is_gone_again(tmp_path):
     assert not (tmp_path / "a" / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.new", "run.yaml.new", "data.partial", "data.lock"])
+def test_what_a_kill_before_run_yaml_leaves_is_the_beginning_of_a_run(tmp_path, name):
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / name).write_text("")
+    with claimed(tmp_path, resume=True, overwrite=False) as going_on:
+        assert going_on is False
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        claimed(tmp_path, resume=True, overwrite=False).__enter__()
+
+
 def test_a_file_or_a_read_only_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="`output_dir` must be a folder, got the file"):

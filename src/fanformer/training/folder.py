@@ -9,8 +9,14 @@ from fanformer.data.locking import hold
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.training.artifacts import RUN_FILE
 from fanformer.training.checkpoint import remove_unfinished
+from fanformer.training.corpus import DATA_FOLDER, HELD_OUT_FOLDER
+from fanformer.training.records import METRICS_FILE
 
 LOCK_FILE = ".lock"
+_BEGINNINGS = {RUN_FILE, METRICS_FILE} | {
+    f"{name}{suffix}" for name in (DATA_FOLDER, HELD_OUT_FOLDER) for suffix in ("", ".partial", ".lock")
+}
+"""What a run that was killed before it wrote run.yaml may leave, beside a `.new` of each."""
 
 
 @contextlib.contextmanager
@@ -62,8 +68,7 @@ def _strangers(folder: Path) -> bool:
     """Whether a folder holds what is neither a run nor the beginning of one."""
     if (folder / RUN_FILE).is_file():
         return False
-    ours = {LOCK_FILE, "data", "data.partial", "held-out", "held-out.partial"}
-    return any(path.name not in ours for path in folder.iterdir())
+    return any(path.name != LOCK_FILE and path.name.split(".new")[0] not in _BEGINNINGS for path in folder.iterdir())
 
 
 def _empty(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_default_data_is_prepared_alike_undisturbed_with_faults_and_after_a_kill
     assert not any(fault.times for fault in hub.faults), hub.faults
     assert described(tmp_path / "disturbed")["fingerprint"] == data["fingerprint"]
     assert described(tmp_path / "disturbed")["source"] == data["source"]
-    for name in ("train.bin", "heldout.bin"):
+    for name in ("train-00000.bin", "heldout-00000.bin"):
         assert filecmp.cmp(tmp_path / "undisturbed" / name, tmp_path / "disturbed" / name, shallow=False)
 
     hub.requests.clear()

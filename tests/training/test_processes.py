@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fanformer.errors import ConfigError
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints
 from fanformer.training.configuration import resolve
-from fanformer.training.parallel import choose_spread, is_restarted
+from fanformer.training.launch import choose_spread, is_restarted
 from fanformer.training.records import read_records
 from fanformer.training.run import train
 from tests.training.conftest import TINY_MODEL, Notebook

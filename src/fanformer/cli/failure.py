@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from fanformer.errors import FANformerError, did_you_mean
+from fanformer.training.launch import launched_rank
 
 USER_ERROR = 2
 BUG = 1
@@ -78,8 +79,8 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
             code = BUG
         else:
             code = USER_ERROR
-        rank = os.environ.get("RANK", "0")  # of several processes that train together
-        click.echo(f"error: {message}" if rank == "0" else f"process {rank}: {message}", err=True)
+        rank = launched_rank()  # of several processes that train together
+        click.echo(f"process {rank}: {message}" if rank else f"error: {message}", err=True)
         try:
             sys.stdout.flush()
         except OSError:

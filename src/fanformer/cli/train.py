@@ -1,7 +1,6 @@
 """`fanformer train`: train a model, and draw what happens."""
 
 import dataclasses
-import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from fanformer.training.configuration import (
     preset_names,
     resolve,
 )
+from fanformer.training.launch import launched_rank
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (
@@ -131,7 +131,7 @@ def run_and_report(config: RunConfig) -> None:
 
     with TerminalReporter() as reporter:
         result = train_model(config, reporter)
-    if os.environ.get("RANK", "0") != "0":  # the first of several processes tells the result
+    if launched_rank():  # the first of several processes tells the result
         raise click.exceptions.Exit(128 + signal.Signals[result.stopped_by] if result.stopped_by else 0)
     if result.stopped_by is not None:
         click.echo(f"stopped by {result.stopped_by} after step {result.step}, which is saved: go on with --resume")

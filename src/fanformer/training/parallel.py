@@ -1,7 +1,6 @@
 """The processes of one run: who is who, how the model is spread over them, and what they tell each other.
 
-`torchrun` and `accelerate launch` both start them and say through the environment which one this is; nothing else in
-the package asks. The model file knows nothing of it.
+`launch.py` reads what the launcher says of them. The model file knows nothing of it.
 """
 
 import contextlib
@@ -9,9 +8,9 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,51 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fanformer.errors import ConfigError, ProcessLostError
+from fanformer.training.launch import choose_spread, launched_processes, launched_rank
 
-Spread = Literal["none", "ddp", "fsdp2"]
 _PREPARATION_LIMIT = timedelta(days=2)
 """How long processes wait while the first one prepares data; a process that dies ends the wait at once."""
 _POLL_SECONDS = 0.02
-_REFUSED_SETTINGS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "FSDP_OFFLOAD_PARAMS": "offloading parameters to the CPU",
-}
-
-
-def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many processes the launcher started, 1 without one."""
-    return int(environment.get("WORLD_SIZE", "1"))
-
-
-def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the launcher starts these processes again after a failure of one of them."""
-    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def choose_spread(asked: str, environment: Mapping[str, str] = os.environ) -> Spread:
-    """Return how the model is to be spread over the launched processes.
-
-    Args:
-        asked: "auto", "ddp" or "fsdp2"; auto does what the launcher says, ddp where it says nothing.
-        environment: of the process.
-
-    Raises:
-        ConfigError: if the launcher was told something that this package does not do.
-    """
-    for name, what in _REFUSED_SETTINGS.items():
-        if environment.get(name, "false").lower() in ("true", "1"):
-            raise ConfigError(f"the launcher asks for {what}, which is not supported: unset it; expected DDP or FSDP2.")
-    if launched_processes(environment) == 1:
-        return "none"
-    if asked != "auto":
-        return "ddp" if asked == "ddp" else "fsdp2"
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
-        return "ddp"
-    version = environment.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise ConfigError(f"the launcher asks for FSDP version {version}: use `accelerate launch --fsdp_version 2`.")
-    return "fsdp2"
 
 
 class Processes:
@@ -92,7 +51,7 @@ class Processes:
             return
         if device_type not in ("cpu", "cuda"):
             raise ConfigError(f"several processes train on cpu or cuda, got {device_type}: start a single one.")
-        self.rank, self.count = int(os.environ["RANK"]), launched_processes()
+        self.rank, self.count = launched_rank(), launched_processes()
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         store, rank, count = next(iter(dist.rendezvous("env://", self.rank, self.count)))

@@ -21,6 +21,7 @@ from fanformer.errors import ConfigError
 from fanformer.training.artifacts import read_run_file
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
 from fanformer.training.configuration import RunConfig
+from fanformer.training.launch import is_restarted, launched_processes, launched_rank
 from fanformer.training.records import read_records
 
 DEFAULT_STEPS = 20
@@ -225,8 +226,7 @@ class _Killer:
         deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
         while not checkpoints(self._folder) and time.monotonic() < deadline:
             time.sleep(0.005)
-        last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-        os.kill(int(_pid_file(self._folder, last).read_text()), signal.SIGKILL)
+        os.kill(int(_pid_file(self._folder, launched_processes() - 1).read_text()), signal.SIGKILL)
         time.sleep(_LONGEST_WAIT_SECONDS)  # until this process is killed too, by the launcher
 
     def note(self, text: str) -> None:
@@ -251,11 +251,10 @@ def _train_once(settings: Path, kill_after: int) -> None:
 
     fields = json.loads(settings.read_text(encoding="utf-8"))
     config = RunConfig(**fields | {"resume": True})
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     _pid_file(config.folder, rank).write_text(str(os.getpid()))
     try:
-        train(config, _Killer(config.folder, 0 if restarted else kill_after))
+        train(config, _Killer(config.folder, 0 if is_restarted() else kill_after))
     finally:
         with contextlib.suppress(OSError):
             _pid_file(config.folder, rank).unlink()

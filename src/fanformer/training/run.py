@@ -27,16 +27,17 @@ from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training import artifacts
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
-from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, newest_intact, publish, step_of
+from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
 from fanformer.training.configuration import RunConfig
 from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, resume_data
 from fanformer.training.environment import Environment, decide, use_deterministic_operations
 from fanformer.training.folder import claimed
-from fanformer.training.parallel import Processes, is_restarted
+from fanformer.training.launch import is_restarted
+from fanformer.training.parallel import Processes
 from fanformer.training.publishing import check_push_possible, push
 from fanformer.training.records import RecordFile, read_records
 from fanformer.training.schedule import RunLength, run_length
-from fanformer.training.trainer import Outcome, Record, Trainer
+from fanformer.training.trainer import Outcome, Record, Trainer, agreed_checkpoint
 
 _VOCABULARY_MULTIPLE = 64
 _SAMPLE_LENGTH = 40
@@ -203,10 +204,10 @@ class Run:
         """Return the checkpoint to go on from, the newest that is as it was written."""
         if not resuming:
             return None
-        with self.processes.main_first():
-            found = newest_intact(self.folder, self._note)
-            if self.processes.is_main:
-                self.records.forget_after(step_of(found) if found is not None else -1)
+        found = agreed_checkpoint(self.folder, self.processes, self._note)
+        if self.processes.is_main:
+            self.records.forget_after(step_of(found) if found is not None else -1)
+        self.processes.wait()  # the others read the records too
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
         else:

@@ -32,6 +32,7 @@ from fanformer.training.checkpoint import (
     checkpoint_name,
     newest_intact,
     read_state,
+    step_of,
     write_state,
 )
 from fanformer.training.clock import Due, RunClock
@@ -97,6 +98,13 @@ class Outcome:
     reached_end: bool
     stopped_by: str | None
     held_out: HeldOutLoss | None
+
+
+def agreed_checkpoint(folder: Path, processes: Processes, note: Callable[[str], None]) -> Path | None:
+    """Return the newest intact checkpoint of a run, which one process looks for and reads for all."""
+    found = newest_intact(folder, note) if processes.is_main else None
+    step = int(processes.exchange([-1 if found is None else step_of(found)])[0][0])
+    return None if step < 0 else folder / checkpoint_name(step)
 
 
 class Trainer:
@@ -342,8 +350,7 @@ class Trainer:
         state, config = self.state, self.config
         self.optimizer.zero_grad(set_to_none=True)
         self.writer.wait()
-        with self.processes.main_first():
-            checkpoint = newest_intact(config.folder, self._note)
+        checkpoint = agreed_checkpoint(config.folder, self.processes, self._note)
         usual = statistics.fmean(state.recent_losses)
         what = f"the loss of step {state.step} is {loss:.4f}, usual is {usual:.4f}"
         if checkpoint is None or state.rollbacks >= config.max_rollbacks:

@@ -147,7 +147,7 @@ def compiled_equals_eager(device: str, whole: bool, compiling: bool) -> float:
 def resumed_training_equals_uninterrupted(device: str, precision: str) -> float:
     """Count the tensors of weights and optimizer whose bits differ between a run and one resumed in its middle."""
     from fanformer.training.configuration import resolve
-    from fanformer.training.run import train
+    from fanformer.training.run import Silence, train
 
     model = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32, "dropout": 0.1}
     steps, different = 8, 0
@@ -168,15 +168,6 @@ def resumed_training_equals_uninterrupted(device: str, precision: str) -> float:
             different += sum(not torch.equal(one[name], two[name]) for name in one)
     torch.use_deterministic_algorithms(False)
     return float(different)
-
-
-class Silence:
-    """A reporter of a training run that says nothing."""
-
-    def ignore(self, *arguments: Any) -> None:
-        """Hear anything."""
-
-    note = data_progress = record = step = sample = ignore
 
 
 def planned(context: Context) -> Iterable[tuple[str, float, Callable[[], float]]]:

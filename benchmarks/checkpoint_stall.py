@@ -23,13 +23,14 @@ from typing import Any
 
 from fanformer.cli.failure import quiet_libraries
 from fanformer.training.configuration import resolve
+from fanformer.training.run import Silence, build_fanformer, train
 
 RESULTS = Path(__file__).parent / "results"
 SAVE_STEPS, SAVES = 16, 3  # far enough apart for one to be written before the next begins
 WORDS = ("the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and")
 
 
-class Stopwatch:
+class Stopwatch(Silence):
     """A reporter that keeps the time of every step."""
 
     def __init__(self) -> None:
@@ -39,16 +40,9 @@ class Stopwatch:
         """Keep the time."""
         self.times.append(time.perf_counter())
 
-    def ignore(self, *arguments: Any) -> None:
-        """Hear the rest."""
-
-    note = data_progress = record = sample = ignore
-
 
 def measure(preset: str, background: bool, threads: int, folder: str) -> dict[str, float]:
     """Train a little with three checkpoints on the way; return seconds."""
-    from fanformer.training.run import train
-
     work = Path(folder)
     chooser, text = random.Random(0), work / "text.txt"
     if not text.exists():
@@ -75,8 +69,6 @@ def measure(preset: str, background: bool, threads: int, folder: str) -> dict[st
 
 def build_full_size(fields: dict[str, Any]) -> Any:
     """Return the preset's model with its whole vocabulary, however few tokens the text gives."""
-    from fanformer.training.run import build_fanformer
-
     return build_fanformer({**fields, "vocab_size": 49152})
 
 

@@ -28,7 +28,7 @@ from fanformer.cli.failure import quiet_libraries
 from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint_name, checkpoints, problem
 from fanformer.training.configuration import RunConfig, resolve
 from fanformer.training.records import read_records
-from fanformer.training.run import train
+from fanformer.training.run import Silence, train
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = ("the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and")
@@ -46,7 +46,7 @@ MODEL = {
 LONGEST_LIFE_SECONDS = 300.0
 
 
-class Diary:
+class Diary(Silence):
     """A reporter that writes the number of every step into a file, which outlives its process."""
 
     def __init__(self, path: Path) -> None:
@@ -55,11 +55,6 @@ class Diary:
     def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
         """Write a step's number."""
         os.write(self.handle, f"{step}\n".encode())
-
-    def ignore(self, *arguments: Any) -> None:
-        """Hear the rest."""
-
-    note = data_progress = record = sample = ignore
 
 
 def configure(folder: Path, text: Path, steps: int) -> RunConfig:

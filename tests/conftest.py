@@ -1,7 +1,9 @@
 """Fixtures common to all tests: no network, a tiny model, the shared golden and real data where they are at hand."""
 
 import os
+import shutil
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -114,3 +116,22 @@ def token_ids():
         return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Mount a file system with the given tmpfs options, such as `size=64k,ro`, and return its folder."""
+    mounted = []
+
+    def mount(options):
+        path = tmp_path / "disk"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)

@@ -233,15 +233,9 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A file system of 64 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    return mount_disk("size=64k")
 
 
 @pytest.mark.parametrize("token_bytes", [1 << 20, 56 << 10], ids=["while writing tokens", "while saving the tokenizer"])

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 
 import pytest
 
@@ -140,15 +139,9 @@ def test_a_state_of_another_version_or_none_is_refused(folder):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    return mount_disk("size=256k")
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["seen beforehand", "seen while writing"])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,19 +74,12 @@ def test_what_a_kill_before_run_yaml_leaves_is_the_beginning_of_a_run(tmp_path, 
         claimed(tmp_path, resume=True, overwrite=False).__enter__()
 
 
-def test_a_file_or_a_read_only_folder_is_named(tmp_path):
+def test_a_file_or_a_read_only_folder_is_named(tmp_path, mount_disk):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="`output_dir` must be a folder, got the file"):
         claimed(tmp_path / "file", resume=False, overwrite=False).__enter__()
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,ro", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        with pytest.raises(CheckpointError, match=r"disk/.lock cannot be written: Read-only file system"):
-            claimed(disk, resume=False, overwrite=False).__enter__()
-        with pytest.raises(OSError, match="Read-only file system"):
-            claimed(disk / "run", resume=False, overwrite=False).__enter__()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    disk = mount_disk("size=64k,ro")
+    with pytest.raises(CheckpointError, match=r"disk/.lock cannot be written: Read-only file system"):
+        claimed(disk, resume=False, overwrite=False).__enter__()
+    with pytest.raises(OSError, match="Read-only file system"):
+        claimed(disk / "run", resume=False, overwrite=False).__enter__()

@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 
 import pytest
@@ -26,31 +25,24 @@ def test_a_line_that_a_kill_left_half_written_is_passed_over_and_replaced(tmp_pa
     assert path.read_text().endswith("\n")
 
 
-def test_lines_that_a_full_disk_refuses_wait_until_there_is_room(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        records = RecordFile(disk)
-        records.append({"step": 1})
+def test_lines_that_a_full_disk_refuses_wait_until_there_is_room(mount_disk):
+    disk = mount_disk("size=8k")
+    records = RecordFile(disk)
+    records.append({"step": 1})
+    records.sync()
+    ballast = disk / "ballast"
+    subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=512"], capture_output=True)  # until it is full
+    for step in range(2, 400):
+        records.append({"step": step, "loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
         records.sync()
-        ballast = disk / "ballast"
-        subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=512"], capture_output=True)  # until it is full
-        for step in range(2, 400):
-            records.append({"step": step, "loss": 1.0})
-        with pytest.raises(OSError, match="No space left"):
-            records.sync()
-        written = [record["step"] for record in read_records(disk)]
-        assert written == list(range(1, len(written) + 1))
-        assert len(written) < 399
-        ballast.unlink()
-        subprocess.run(["mount", "-o", "remount,size=64k", str(disk)], check=True)
-        records.sync()
-        assert [record["step"] for record in read_records(disk)] == list(range(1, 400))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    written = [record["step"] for record in read_records(disk)]
+    assert written == list(range(1, len(written) + 1))
+    assert len(written) < 399
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64k", str(disk)], check=True)
+    records.sync()
+    assert [record["step"] for record in read_records(disk)] == list(range(1, 400))
 
 
 def test_no_records_yet_is_no_error(tmp_path):

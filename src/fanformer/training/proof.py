@@ -12,10 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fanformer.errors import ConfigError
 from fanformer.training.artifacts import read_run_file
@@ -23,6 +22,7 @@ from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, check
 from fanformer.training.configuration import RunConfig
 from fanformer.training.launch import is_restarted, launched_processes, launched_rank
 from fanformer.training.records import read_records
+from fanformer.training.run import Silence, train
 
 DEFAULT_STEPS = 20
 LARGEST_DIFFERENCE = 1e-6
@@ -213,7 +213,7 @@ def _same_tensors(one: Path, other: Path) -> bool:
     )
 
 
-class _Killer:
+class _Killer(Silence):
     """A reporter that says nothing and kills a process of this training at a step."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -229,26 +229,12 @@ class _Killer:
         os.kill(int(_pid_file(self._folder, launched_processes() - 1).read_text()), signal.SIGKILL)
         time.sleep(_LONGEST_WAIT_SECONDS)  # until this process is killed too, by the launcher
 
-    def note(self, text: str) -> None:
-        """Hear one line."""
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Hear of the data."""
-
-    def record(self, record: Mapping[str, Any], progress: float) -> None:
-        """Hear one step's figures."""
-
-    def sample(self, prompt: str, text: str) -> None:
-        """Hear what the model writes."""
-
 
 def _pid_file(folder: Path, rank: int) -> Path:
     return folder.with_name(f"{folder.name}.{rank}.pid")
 
 
 def _train_once(settings: Path, kill_after: int) -> None:
-    from fanformer.training.run import train
-
     fields = json.loads(settings.read_text(encoding="utf-8"))
     config = RunConfig(**fields | {"resume": True})
     rank = launched_rank()

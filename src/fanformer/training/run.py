@@ -62,6 +62,25 @@ class Reporter(Protocol):
         """Tell what the model writes at this point."""
 
 
+class Silence:
+    """A reporter that says nothing; others keep of a run what they are about."""
+
+    def note(self, text: str) -> None:
+        """Hear one line."""
+
+    def data_progress(self, done: int, total: int | None) -> None:
+        """Hear how much of the data is read."""
+
+    def record(self, record: Mapping[str, Any], progress: float) -> None:
+        """Hear one step's figures."""
+
+    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
+        """Hear that a step ended."""
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Hear what the model writes."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """A run that ended.

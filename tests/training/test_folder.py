@@ -63,6 +63,17 @@ def test_a_folder_made_for_a_run_that_never_began_is_gone_again(tmp_path):
     assert not (tmp_path / "a" / "run").exists()
 
 
+def test_hours_of_preparing_data_are_not_deleted_with_a_run_that_never_began(tmp_path):
+    begun = tmp_path / "run" / "data.partial" / "train-00000.bin"
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        claim = claimed(tmp_path / "run", resume=False, overwrite=False)
+        claim.__enter__()
+        begun.parent.mkdir(exist_ok=True)
+        begun.write_bytes(b"tokens")
+        assert claim.__exit__(error, error(), None) is False
+        assert begun.read_bytes() == b"tokens"
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.new", "run.yaml.new", "data.partial", "data.lock"])
 def test_what_a_kill_before_run_yaml_leaves_is_the_beginning_of_a_run(tmp_path, name):
     (tmp_path / ".lock").write_text("")

@@ -131,11 +131,12 @@ def run_and_report(config: RunConfig) -> None:
 
     with TerminalReporter() as reporter:
         result = train_model(config, reporter)
+    code = 128 + signal.Signals[result.stopped_by] if result.stopped_by is not None else 0
     if launched_rank():  # the first of several processes tells the result
-        raise click.exceptions.Exit(128 + signal.Signals[result.stopped_by] if result.stopped_by else 0)
+        raise click.exceptions.Exit(code)
     if result.stopped_by is not None:
         click.echo(f"stopped by {result.stopped_by} after step {result.step}, which is saved: go on with --resume")
-        raise click.exceptions.Exit(128 + signal.Signals[result.stopped_by])
+        raise click.exceptions.Exit(code)
     assert result.held_out is not None, "only a signal ends a run before it was measured"
     click.echo(
         f"held-out loss {result.held_out.loss:.4f} nats per token, {result.held_out.bits_per_byte:.4f} bits per byte"

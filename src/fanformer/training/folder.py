@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fanformer.data.locking import hold
@@ -23,7 +23,8 @@ _BEGINNINGS = {RUN_FILE, METRICS_FILE} | {
 def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[bool]:
     """Hold the run's folder, made if need be, while the block runs.
 
-    Where the block raises before it wrote run.yaml, the folder is left as it was found: gone, or empty.
+    Where the block raises before it wrote run.yaml, the folder is left as it was found, gone or empty, but for a
+    preparation of data that can go on.
 
     Args:
         folder: of the run.
@@ -55,11 +56,11 @@ def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[bool]:
         remove_unfinished(folder)
         try:
             yield (folder / RUN_FILE).is_file()
-        except BaseException:
+        except Exception:  # not Ctrl-C: the same command goes on with data that are prepared, or half prepared
             if not (folder / RUN_FILE).is_file():
-                _empty(folder)
+                _empty(folder, keep=_worth_keeping(folder))
                 (folder / LOCK_FILE).unlink(missing_ok=True)
-                if not existed:
+                if not existed and not any(folder.iterdir()):
                     folder.rmdir()
             raise
 
@@ -71,9 +72,17 @@ def _strangers(folder: Path) -> bool:
     return any(path.name != LOCK_FILE and path.name.split(".new")[0] not in _BEGINNINGS for path in folder.iterdir())
 
 
-def _empty(folder: Path) -> None:
-    """Delete everything but the lock."""
+def _worth_keeping(folder: Path) -> list[Path]:
+    """Return the preparations that ended in an error but said that the same command goes on with them."""
+    names = (f"{name}.partial" for name in (DATA_FOLDER, HELD_OUT_FOLDER))
+    return [folder / name for name in names if (folder / name).is_dir() and any((folder / name).iterdir())]
+
+
+def _empty(folder: Path, keep: Sequence[Path] = ()) -> None:
+    """Delete everything but the lock and what is to be kept."""
     for path in folder.iterdir():
+        if path in keep:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK_FILE:

@@ -76,7 +76,8 @@ def main() -> int:
     from fanformer.inference.generation import generate
     from fanformer.inference.loading import load
     from fanformer.inference.settings import GenerationSettings
-    from fanformer.training.records import read_records, read_run_file
+    from fanformer.training.artifacts import read_run_file
+    from fanformer.training.records import read_records
 
     model, tokenizer = load(folder)
     settings = GenerationSettings(max_length=96, seed=0)

@@ -1,9 +1,7 @@
 """What a run leaves behind besides weights and metrics.jsonl: run.yaml, loss.png and the model card."""
 
-import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,6 @@ from fanformer.errors import CheckpointError
 from fanformer.training.records import read_records
 
 RUN_FILE, CURVE_FILE = "run.yaml", "loss.png"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that shapes a run's numbers."""
-    names = ("fanformer", "torch", "transformers", "tokenizers", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:

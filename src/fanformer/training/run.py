@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, set_seed
 from fanformer.data.durable import replace_text
 from fanformer.data.packing import PackedRows
 from fanformer.errors import ConfigError
+from fanformer.evaluation.ledger import versions
 from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
 from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
@@ -327,7 +328,7 @@ class Run:
             },
             "environment": self.environment.to_dict(),
             "processes": {"count": self.processes.count, "spread": self.processes.spread},
-            "versions": artifacts.versions(),
+            "versions": versions(),
             "resumed": list(self.before.get("resumed", [])) if self.before is not None else [],
         }
         if self.before is not None:

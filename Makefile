@@ -49,6 +49,7 @@ bench: setup-dev
 		--data '../shared/data/text-large/train-*.jsonl.xz'
 	$(BIN)/python benchmarks/torture.py --write
 	$(BIN)/python benchmarks/checkpoint_stall.py --write
+	$(BIN)/python benchmarks/parameters.py --write
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

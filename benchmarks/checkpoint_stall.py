@@ -8,20 +8,21 @@ longer the step after that takes, while the writing goes on, both against the me
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fanformer.cli.failure import quiet_libraries
+from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
 from fanformer.training.configuration import resolve
 from fanformer.training.run import Silence, build_fanformer, train
 
@@ -72,6 +73,22 @@ def build_full_size(fields: dict[str, Any]) -> Any:
     return build_fanformer({**fields, "vocab_size": 49152})
 
 
+def to_result(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, Figure]:
+    """Return the figures of every way by name, and how much shorter the stall is with writing in the background."""
+    result = {
+        re.sub(r"\W+", "_", f"{key} {way}"): range_of([row[key] for row in measured], "s")
+        for way, measured in rows.items()
+        for key in measured[0]
+    }
+    for way, measured in rows.items():
+        written, where = way.split(", ")
+        if written == "in the background":
+            pairs = zip(measured, rows[f"before the next step, {where}"], strict=True)
+            ratios = [direct["stall"] / background["stall"] for background, direct in pairs]
+            result[f"times_shorter_stall_{where.replace(' ', '_')}"] = range_of(ratios, "times")
+    return result
+
+
 def main() -> None:
     """Read the arguments, run, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,14 +119,21 @@ def main() -> None:
     print(f"load {os.getloadavg()[0]:.1f}")
     if arguments.write:
         date = datetime.now(UTC).strftime("%Y-%m-%d")
-        content = {
-            "what": "seconds that training waits for a checkpoint", "date": date, "preset": arguments.preset,
-            "command": " ".join(["python", *sys.argv]), "rounds": arguments.rounds,
-            "hardware": f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}",
-            "load": os.getloadavg()[0], "result": figures, "all": rows,
-        }  # fmt: skip
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"checkpoint-stall-{date}.json").write_text(json.dumps(content, indent=1) + "\n")
+        entry = Entry(
+            name=f"checkpoint-stall-{date}",
+            what="seconds that training waits for a checkpoint",
+            kind="benchmark",
+            command=command_line(["python", *sys.argv]),
+            date=date,
+            seeds=[0],  # of the text and the run
+            configuration={"preset": arguments.preset, "rounds": arguments.rounds},
+            data=None,
+            hardware=hardware(),
+            versions=versions(),
+            result=to_result(rows),
+            details={"load": os.getloadavg()[0], "rounded": figures, "all": rows},
+        )
+        print(f"written to {write_entry(RESULTS, entry)}")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,20 @@ Page faults and the kernel's share of the time say where a gain comes from, what
 import argparse
 import contextlib
 import datetime
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, resolve
 from fanformer.training.environment import keep_freed_memory, product_rate
@@ -123,6 +122,21 @@ def row_text(condition: str, row: dict[str, Any]) -> str:
     return " ".join([*cells, f"{row['times_faster']:>7.2f} ({row['lowest']:.2f}-{row['highest']:.2f})"])
 
 
+def to_result(conditions: Mapping[str, dict[str, Any]]) -> dict[str, Figure]:
+    """Return the figures of every condition by name."""
+    result = {}
+    for condition, row in conditions.items():
+        name = condition.replace(" ", "_")
+        pairs = zip(row["without"], row["with"], strict=True)
+        ratios = [without["seconds"] / kept["seconds"] for without, kept in pairs]
+        result[f"times_faster_{name}"] = range_of(ratios, "times")
+        for key, unit in (("seconds", "s"), ("page_faults", "page faults per step"), ("kernel_seconds", "s per step")):
+            for setting in ("without", "with"):
+                values = [measured[key] for measured in row[setting]]
+                result[f"{key}_{setting}_{name}"] = range_of(values, unit)
+    return result
+
+
 def main() -> None:
     """Measure under both conditions, print a table, and write it where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -135,29 +149,31 @@ def main() -> None:
         sys.exit("the C library is not glibc, which this setting belongs to: there is nothing to measure here")
     date = datetime.datetime.now(datetime.UTC)
     precision = in_a_process(choose_precision, arguments.threads)
-    results: dict[str, Any] = {
-        "date": date.isoformat(timespec="seconds"),
-        "what": "a training step of preset nano with and without the setting, AdamW; each row is one process's median",
-        "steps": arguments.steps,
-        "precision": precision,
-        "cpus": os.cpu_count(),
-        "threads": arguments.threads,
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "conditions": {},
-    }
+    conditions: dict[str, Any] = {}
     print(f"{precision}, {arguments.threads} threads; each pair of columns: without the setting, with it")
     columns = f"{'step, s':>17} {'in the kernel, s':>17} {'page faults':>17} times faster"
     print(f"{'machine':<10} {'load':^14} {columns}")
     for condition, busy in CONDITIONS.items():
         row = compare(busy, precision, arguments.threads, arguments.rounds, arguments.steps)
-        results["conditions"][condition] = row
+        conditions[condition] = row
         print(row_text(condition, row), flush=True)
     if arguments.write:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"malloc-{date:%Y-%m-%d}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}")
+        fields = {name: getattr(arguments, name) for name in ("steps", "rounds", "threads")}
+        entry = Entry(
+            name=f"malloc-{date:%Y-%m-%d}",
+            what="a training step of preset nano with and without keeping freed memory, AdamW",
+            kind="benchmark",
+            command=command_line(["python", *sys.argv]),
+            date=f"{date:%Y-%m-%d}",
+            seeds=[0],
+            configuration={"preset": "nano", "precision": precision, **fields},
+            data=None,
+            hardware=hardware(),
+            versions=versions(),
+            result=to_result(conditions),
+            details={"conditions": conditions},
+        )
+        print(f"written to {write_entry(RESULTS, entry)}")
 
 
 if __name__ == "__main__":

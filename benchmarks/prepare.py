@@ -15,7 +15,6 @@ import importlib.metadata
 import io
 import json
 import os
-import platform
 import pstats
 import resource
 import shutil
@@ -29,6 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from fanformer.evaluation.ledger import (
+    EXACT,
+    Entry,
+    Figure,
+    command_line,
+    hardware,
+    range_of,
+    versions,
+    write_entry,
+)
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 16_384
@@ -235,6 +245,29 @@ def measure_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
+def to_result(results: dict[str, Any]) -> dict[str, Figure]:
+    """Return the figures of all parts by name."""
+    result = {}
+    for row in results["comparison"]:
+        processes = f"{row['workers']}_processes" if row["workers"] > 1 else "1_process"
+        pairs = list(zip(row["runs"]["ours"], row["runs"]["theirs"], strict=True))
+        for name, key in (("times_faster", "seconds"), ("times_less_cpu", "cpu_seconds")):
+            ratios = [theirs[key] / ours[key] for ours, theirs in pairs]
+            result[f"{name}_{processes}"] = range_of(ratios, "times")
+        for kind, runs in row["runs"].items():
+            rates = [run["bytes"] / run["seconds"] / 1e6 for run in runs]
+            result[f"megabytes_per_second_{kind}_{processes}"] = range_of(rates, "MB/s")
+    for share, row in zip(FLATNESS, results["memory"], strict=True):
+        result[f"peak_bytes_at_{share:.0%}"] = Figure(
+            row["peak_bytes"], f"bytes for {row['bytes'] / 1e6:.0f} MB of text"
+        )
+    growth = results["memory"][-1]["peak_bytes"] / results["memory"][0]["peak_bytes"]
+    result["peak_memory_growth"] = Figure(growth, f"times for {FLATNESS[-1] / FLATNESS[0]:g} times the text")
+    same = results["restart"]["same_fingerprint"]
+    result["restart_same_fingerprint"] = Figure(int(same), "1 if the same", interval=EXACT)
+    return result
+
+
 def main() -> None:
     """Measure, print, and write where that is asked for."""
     if sys.argv[1:2] == ["--run"]:
@@ -253,22 +286,33 @@ def main() -> None:
     date = datetime.datetime.now(datetime.UTC)
     folder = Path(tempfile.mkdtemp())
     try:
-        results = {
-            "date": date.isoformat(timespec="seconds"),
-            "what": "tokenization of the same jsonl text with the same tokenizer; peak_bytes is of the process tree",
-            "megabytes": arguments.megabytes,
-            "vocab_size": VOCABULARY,
-            "cpus": os.cpu_count(),
-            "platform": platform.platform(),
-            "versions": {name: importlib.metadata.version(name) for name in ("datasets", "tokenizers", "regex")},
-        } | measure_all(arguments, folder)
+        results = measure_all(arguments, folder)
     finally:
         shutil.rmtree(folder)
     if arguments.write:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"prepare-{date:%Y-%m-%d}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}")
+        more = {name: importlib.metadata.version(name) for name in ("datasets", "regex")}
+        entry = Entry(
+            name=f"prepare-{date:%Y-%m-%d}",
+            what="tokenization of the same jsonl text with the same tokenizer; memory is that of all processes",
+            kind="benchmark",
+            command=command_line(["python", *sys.argv]),
+            date=f"{date:%Y-%m-%d}",
+            seeds=[],
+            configuration={
+                "megabytes": arguments.megabytes,
+                "rounds": arguments.rounds,
+                "vocab_size": VOCABULARY,
+            },
+            data={
+                "source": command_line(["data", arguments.data]).removeprefix("data "),
+                "fingerprint": results["comparison"][0]["runs"]["ours"][0]["fingerprint"],
+            },
+            hardware=hardware(),
+            versions=versions() | more,
+            result=to_result(results),
+            details=results,
+        )
+        print(f"written to {write_entry(RESULTS, entry)}")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ process of its own, forked from one that has imported what it takes, so that a l
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import random
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from fanformer.cli.failure import quiet_libraries
+from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
 from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint_name, checkpoints, problem
 from fanformer.training.configuration import RunConfig, resolve
 from fanformer.training.records import read_records
@@ -169,6 +169,16 @@ def torture(kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def to_result(figures: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the table's figures for the ledger: all but the time are counted."""
+    return {
+        name: Figure(value, "s")
+        if name == "seconds"
+        else Figure(int(value), "1 if equal, bit for bit" if isinstance(value, bool) else "counted", interval=EXACT)
+        for name, value in figures.items()
+    }
+
+
 def main() -> int:
     """Read the arguments, run, print the table; exit code 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,16 +194,20 @@ def main() -> int:
         print(f"| {name.replace('_', ' ')} | {value} |")
     if arguments.write:
         date = datetime.now(UTC).strftime("%Y-%m-%d")
-        content = {
-            "what": "one training killed with SIGKILL again and again beside one that was not",
-            "date": date,
-            "command": " ".join(["python", *sys.argv]),
-            "seed": arguments.seed,
-            "hardware": f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}",
-            "result": figures,
-        }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"torture-{date}.json").write_text(json.dumps(content, indent=1) + "\n")
+        entry = Entry(
+            name=f"torture-{date}",
+            what="one training killed with SIGKILL again and again beside one that was not",
+            kind="benchmark",
+            command=command_line(["python", *sys.argv]),
+            date=date,
+            seeds=[arguments.seed],
+            configuration={"kills": arguments.kills, "steps": arguments.steps, "model": MODEL},
+            data=None,
+            hardware=hardware(),
+            versions=versions(),
+            result=to_result(figures),
+        )
+        write_entry(RESULTS, entry)
     equal = figures["records_equal"] and figures["weights_equal"] and figures["optimizer_equal"]
     lost = figures["steps_lost"] + figures["steps_trained_twice_into_the_result"] + figures["checkpoints_damaged"]
     return 0 if equal and not lost and figures["kills"] >= arguments.kills else 1

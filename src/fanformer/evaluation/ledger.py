@@ -25,7 +25,7 @@ from fanformer.errors import ConfigError, DataError, did_you_mean
 
 Kind = Literal["training", "rule", "comparison", "evaluation", "benchmark"]
 EXACT = "exact"
-"""The interval of a figure that every repetition gives alike, such as a count of parameters."""
+"""The interval of a figure without spread: one that was counted, or that every repetition gives alike."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # of x86 and of Arm
 
@@ -39,8 +39,8 @@ class Figure:
         unit: what it counts.
         low: lower end of the interval.
         high: upper end of the interval.
-        interval: what the interval is, such as "95% t-interval over 3 seeds"; `EXACT`, without ends, for a number that
-            every repetition gives alike; None for a single measurement, of which nothing is known.
+        interval: what the interval is, such as "95% t-interval over 3 seeds"; `EXACT`, without ends, for a number
+            without spread; None for a single measurement, of whose spread nothing is known.
     """
 
     value: float

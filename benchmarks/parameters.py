@@ -1,0 +1,82 @@
+"""Count the parameters of preset 92m and of SmolLM2-135M, from which its size is claimed to differ.
+
+    python benchmarks/parameters.py [--write]
+
+Both are counted on the meta device by the code behind `fanformer info`; the shape of SmolLM2-135M is that of its
+published config.json.
+"""
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+from fanformer.inference.footprint import Footprint, footprint
+from fanformer.model import FANformerConfig
+from fanformer.training.configuration import load_preset
+
+RESULTS = Path(__file__).parent / "results"
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+def without_embeddings(counted: Footprint) -> int:
+    """Return the parameters besides embedding and head."""
+    return counted.total - counted.parts.get("embedding", 0) - counted.parts.get("head", 0)
+
+
+def to_result(ours: Footprint, theirs: Footprint) -> dict[str, Figure]:
+    """Return both counts and their ratios."""
+    counts = {
+        "parameters": ours.total,
+        "parameters_smollm2_135m": theirs.total,
+        "parameters_without_embeddings": without_embeddings(ours),
+        "parameters_without_embeddings_smollm2_135m": without_embeddings(theirs),
+    }
+    result = {name: Figure(count, "parameters", interval=EXACT) for name, count in counts.items()}
+    blocks = without_embeddings(ours) / without_embeddings(theirs)
+    return result | {
+        "size_ratio": Figure(ours.total / theirs.total, "times SmolLM2-135M", interval=EXACT),
+        "size_ratio_without_embeddings": Figure(blocks, "times SmolLM2-135M", interval=EXACT),
+    }
+
+
+def main() -> None:
+    """Count, print, and write where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/parameters-DATE.json")
+    arguments = parser.parse_args()
+    shape = load_preset("92m").model
+    result = to_result(footprint(FANformerConfig(**shape)), footprint(LlamaConfig(**SMOLLM2_135M)))
+    for name, figure in result.items():
+        print(f"| {name.replace('_', ' ')} | {figure.value:,} |")
+    if arguments.write:
+        date = datetime.now(UTC).strftime("%Y-%m-%d")
+        entry = Entry(
+            name=f"parameters-{date}",
+            what="parameters of preset 92m and of SmolLM2-135M, which has the same tokenizer",
+            kind="benchmark",
+            command=command_line(["python", *sys.argv]),
+            date=date,
+            seeds=[],
+            configuration={"preset": "92m", "model": shape, "smollm2_135m": SMOLLM2_135M},
+            data=None,
+            hardware=hardware(),
+            versions=versions(),
+            result=result,
+        )
+        print(f"written to {write_entry(RESULTS, entry)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev demo test test-ci test-all check bench clean
+.PHONY: setup setup-dev demo test test-ci test-all check bench evidence clean
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
@@ -50,6 +50,10 @@ bench: setup-dev
 	$(BIN)/python benchmarks/torture.py --write
 	$(BIN)/python benchmarks/checkpoint_stall.py --write
 	$(BIN)/python benchmarks/parameters.py --write
+
+# docs/evidence.md and its pictures, from benchmarks/results and benchmarks/claims.yaml alone.
+evidence: setup-dev
+	$(BIN)/python benchmarks/evidence.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

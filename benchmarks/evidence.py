@@ -1,0 +1,254 @@
+"""Make docs/evidence.md and its pictures from the ledger and claims.yaml, and from nothing else.
+
+    python benchmarks/evidence.py [--check]
+
+The same files give the same bytes, on any day and any machine with the pinned requirements. A row that lacks command,
+seeds, interval or hardware is an error, and so is a verdict without an interval.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from claims import NOT_MEASURED, Claim, Row, judge, load_claims, problems, scale_of, thresholds
+
+from fanformer.errors import DataError, FANformerError
+from fanformer.evaluation.ledger import EXACT, Entry, Figure, Kind, read_ledger
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LEDGER, CLAIMS = Path("benchmarks/results"), Path("benchmarks/claims.yaml")
+PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
+# colours that stay apart in every common kind of colour blindness (Okabe and Ito)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MEASURES = {
+    "bits_per_byte": "held-out bits per byte",
+    "val_bits_per_byte": "held-out bits per byte",
+    "val_loss": "held-out loss, nats per token",
+    "loss": "loss, nats per token",
+}
+KINDS = {
+    "comparison": "Comparisons",
+    "training": "Trainings",
+    "rule": "Rules",
+    "evaluation": "Evaluations",
+    "benchmark": "Benchmarks",
+}
+NO_COMMAND = "not written yet"
+SIGNS = {"at_least": "at least", "at_most": "at most", "more_than": "more than", "less_than": "less than"}
+HEAD = """# Evidence
+
+Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
+[benchmarks/claims.yaml](../benchmarks/claims.yaml); a test fails if this page differs from what they give.
+
+A verdict is computed: **holds** if the whole interval is on the claim's side of its threshold, **does not hold** if all
+of it is on the other side, **undecided** if it straddles the threshold or there is one measurement only, **does not
+count** if a condition was not reached, **not measured at this scale** if the claim is about another size of model.
+An interval over seeds is Student's; a range is the lowest and the highest of repetitions; *exact* is counted, or the
+same in every repetition.
+"""
+
+
+def build(repository: Path, output: Path) -> None:
+    """Write the page and its pictures below `output`.
+
+    Raises:
+        FANformerError: if the ledger or the claims are malformed, or a row lacks what it must have.
+    """
+    entries = read_ledger(repository / LEDGER)
+    paths = {path.stem: path.relative_to(repository) for path in (repository / LEDGER).rglob("*.json")}
+    rows = judge(load_claims(repository / CLAIMS), entries)
+    lacking = problems(rows, entries)
+    if lacking:
+        raise DataError(f"the evidence page cannot be made: {'; '.join(lacking)}.")
+    folder = output / PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    pictures = draw_curves(entries, folder)
+    parts = [HEAD, "## Claims\n", claims_table(rows, paths)]
+    for kind in get_args(Kind):
+        chosen = [entry for entry in entries if entry.kind == kind]
+        if chosen:
+            parts += [f"## {KINDS[kind]}\n", *(entry_section(entry, paths[entry.name]) for entry in chosen)]
+    if pictures:
+        parts.append("## Curves\n")
+        parts += [f"{name}\n\n![{name}: loss over tokens](evidence/{name}.svg)\n" for name in pictures]
+    (output / PAGE).write_text("\n".join(parts), encoding="utf-8")
+
+
+def claims_table(rows: Sequence[Row], paths: dict[str, Path]) -> str:
+    """Return the table of claims, a line for each claim and entry."""
+    names = ("claim", "threshold", "verdict", "measured", "interval", "scale", "seeds", "hardware", "command")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        claim, entry, figure = row.claim, row.entry, row.figure
+        if entry is None or figure is None:
+            what = f"{claim.claim} ({claim.note})" if claim.note else claim.claim
+            cells = [what, threshold_text(claim), NOT_MEASURED, "-", "-", claim.scale or "any", "-", "-"]
+            lines.append(table_row([*cells, claim.command if claim.command == NO_COMMAND else code(claim.command)]))
+            continue
+        unit = f" ({figure.unit})" if figure.unit not in ("times", "counted", "parameters") else ""
+        lines.append(
+            table_row(
+                [
+                    claim.claim,
+                    threshold_text(claim),
+                    f"**{row.verdict}**",
+                    f"[{number(figure.value)}](../{paths[entry.name].as_posix()}){unit}",
+                    interval_text(figure),
+                    scale_of(entry) or "not of a model's size",
+                    seeds_text(entry),
+                    hardware_text(entry),
+                    code(entry.command),
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def entry_section(entry: Entry, path: Path) -> str:
+    """Return one entry: how it was measured, then a table of its figures."""
+    made = {
+        "command": code(entry.command),
+        "seeds": seeds_text(entry),
+        "hardware": hardware_text(entry),
+        "versions": ", ".join(f"{name} {number}" for name, number in entry.versions.items()),
+        "data": "none"
+        if entry.data is None
+        else f"{code(str(entry.data['source']))}, fingerprint {code(str(entry.data['fingerprint'])[:16])}",
+    }
+    lines = [
+        f"### {entry.name}\n",
+        f"{entry.what[0].upper()}{entry.what[1:]} ({entry.date}, [raw](../{path.as_posix()})).\n",
+    ]
+    lines += [f"- {name}: {text}" for name, text in made.items()]
+    lines += ["", "| figure | value | interval | unit |", "|---|---:|---|---|"]
+    for name, figure in entry.result.items():
+        lines.append(table_row([name.replace("_", " "), number(figure.value), interval_text(figure), figure.unit]))
+    return "\n".join(lines) + "\n"
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """Return cells as a line of a Markdown table; none may be empty."""
+    assert all(cell.strip() for cell in cells), f"an empty cell in {cells}"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def code(text: str) -> str:
+    """Return a text as code, also where it holds a backtick."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def number(value: float) -> str:
+    """Return a number with its digits grouped; fractions with four significant digits."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def interval_text(figure: Figure) -> str:
+    """Return a figure's interval and what it is."""
+    if figure.low is None or figure.high is None:
+        return EXACT if figure.interval == EXACT else "none: one measurement"
+    return f"{number(figure.low)} to {number(figure.high)} ({figure.interval})"
+
+
+def threshold_text(claim: Claim) -> str:
+    """Return what a claim demands."""
+    text = ", ".join(f"{SIGNS[name]} {number(limit)}" for name, limit in thresholds(claim).items())
+    return f"{text} (aim {claim.aim})" if claim.aim else text
+
+
+def seeds_text(entry: Entry) -> str:
+    """Return an entry's seeds."""
+    return ", ".join(map(str, entry.seeds)) or "nothing random"
+
+
+def hardware_text(entry: Entry) -> str:
+    """Return an entry's hardware in a few words."""
+    hardware = entry.hardware
+    gpus = [str(gpu) for gpu in hardware.get("gpus", [])]
+    processor = str(hardware["cpu"]).replace("(R)", "").replace("not recorded", "CPU not recorded")
+    memory = hardware.get("memory_bytes")
+    words = [*gpus, processor, f"{hardware['cores']} cores"]
+    return ", ".join([*words, f"{memory / 2**30:.0f} GiB"] if isinstance(memory, int) else words)
+
+
+def series(entries: Sequence[Entry]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return the curves that belong in one picture, by the picture's and the curve's name.
+
+    Entries with the same `details.comparison` share a picture; the points of one entry may have an `arm` each.
+    """
+    pictures: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for entry in entries:
+        for point in entry.curve:
+            if "tokens" in point and any(measure in point for measure in MEASURES):
+                picture = re.sub(r"[^A-Za-z0-9._-]+", "-", str(entry.details.get("comparison", entry.name)))
+                label = str(point.get("arm", entry.details.get("arm", entry.name)))
+                pictures.setdefault(picture, {}).setdefault(label, []).append(point)
+    return pictures
+
+
+def draw_curves(entries: Sequence[Entry], folder: Path) -> list[str]:
+    """Draw every picture into the folder and return their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pictures = series(entries)
+    for name, curves in sorted(pictures.items()):
+        points = [point for curve in curves.values() for point in curve]
+        measure = next(key for key in MEASURES if any(key in point for point in points))
+        settings = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10}
+        with matplotlib.rc_context(settings):
+            figure, axes = pyplot.subplots(figsize=(7, 4.2))
+            for index, (label, curve) in enumerate(sorted(curves.items())):
+                chosen = [(point["tokens"], point[measure]) for point in curve if measure in point]
+                colour, dash = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3]
+                axes.plot(*zip(*chosen, strict=True), dash, label=label, color=colour, marker="o", markersize=3)
+            axes.set(xlabel="tokens", ylabel=MEASURES[measure], title=name)
+            axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
+            figure.tight_layout()
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+            pyplot.close(figure)
+    return sorted(pictures)
+
+
+def difference(repository: Path) -> list[str]:
+    """Return the files of the page that differ from what the ledger gives, or lie there without being part of it."""
+    with tempfile.TemporaryDirectory() as made:
+        build(repository, Path(made))
+        roots = (Path(made), repository)
+        names = {path.relative_to(root) for root in roots for path in (root / PICTURES).glob("*.svg")} | {PAGE}
+        content = {name: [path.read_bytes() if path.exists() else None for path in (root / name for root in roots)]
+                   for name in names}  # fmt: skip
+    return sorted(name.as_posix() for name, (new, old) in content.items() if new != old)
+
+
+def main() -> int:
+    """Make the page, or say whether it is what the ledger gives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
+    arguments = parser.parse_args()
+    try:
+        stale = difference(REPOSITORY)
+        if not arguments.check:
+            build(REPOSITORY, REPOSITORY)
+    except FANformerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    word = "out of date" if arguments.check else "written"
+    print(f"{word}: {', '.join(stale)}" if stale else f"{PAGE} is what the ledger gives")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

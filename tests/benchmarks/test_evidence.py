@@ -1,0 +1,206 @@
+"""The evidence page is what the ledger gives, judges by whole intervals, and its rows lack nothing."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fanformer.errors import ConfigError, DataError
+from fanformer.evaluation.ledger import EXACT, Entry, Figure, read_ledger, write_entry
+
+
+@pytest.fixture
+def claims(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import claims
+
+    return claims
+
+
+@pytest.fixture
+def evidence(claims):
+    import evidence
+
+    return evidence
+
+
+@pytest.fixture
+def copy(repository, tmp_path):
+    """A copy of what the page is made from."""
+    shutil.copytree(repository / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    shutil.copy(repository / "benchmarks" / "claims.yaml", tmp_path / "benchmarks")
+    return tmp_path
+
+
+def entry(name="compare-1", figure=None, **fields):
+    values = {
+        "what": "a comparison",
+        "kind": "comparison",
+        "command": "fanformer compare a b",
+        "date": "2026-11-25",
+        "seeds": [1, 2],
+        "configuration": {"scale": "92m"},
+        "data": None,
+        "hardware": {"cpu": "a processor", "cores": 2},
+        "versions": {"torch": "2.13.0"},
+        "result": {"ratio": figure or Figure(0.5, "times", 0.4, 0.6, "95% t-interval over 2 seeds")},
+    }
+    return Entry(name=name, **{**values, **fields})
+
+
+def claim(claims, **fields):
+    values = {"id": "c", "claim": "smaller", "command": "x", "entry": "compare-*", "figure": "ratio", "scale": "92m"}
+    return claims.Claim(**{**values, **(fields or {"at_most": 0.69})})
+
+
+def test_committed_page_is_what_the_ledger_gives(evidence, repository):
+    assert evidence.difference(repository) == []
+
+
+def test_page_comes_out_the_same_to_the_byte_in_another_process(repository, copy):
+    code = "import sys; sys.path[:0] = ['benchmarks']; import pathlib, evidence;" + (
+        "evidence.build(*map(pathlib.Path, sys.argv[1:]))"
+    )
+    for name in ("one", "two"):
+        command = [sys.executable, "-c", code, str(copy), str(copy / name)]
+        subprocess.run(command, check=True, cwd=repository)
+    files = sorted(path.relative_to(copy / "one") for path in (copy / "one").rglob("*") if path.is_file())
+    assert len(files) >= 2
+    for name in files:
+        assert (copy / "one" / name).read_bytes() == (copy / "two" / name).read_bytes() != b""
+
+
+def test_every_row_of_the_page_has_command_seeds_interval_and_hardware(claims, evidence, repository):
+    entries = read_ledger(repository / evidence.LEDGER)
+    rows = claims.judge(claims.load_claims(repository / evidence.CLAIMS), entries)
+    assert claims.problems(rows, entries) == []
+    lines = evidence.claims_table(rows, {entry.name: evidence.LEDGER for entry in entries}).splitlines()
+    assert len(lines) == len(rows) + 2
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        assert len(cells) == 9
+        assert all(cells)
+        if cells[2] != claims.NOT_MEASURED:
+            assert "-" not in cells
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "limits", "expected"),
+    [
+        (0.4, 0.6, {"at_most": 0.69}, "holds"),
+        (0.4, 0.7, {"at_most": 0.69}, "undecided"),
+        (0.7, 0.8, {"at_most": 0.69}, "does not hold"),
+        (1.0, 1.2, {"at_least": 1.0}, "holds"),
+        (0.9, 1.2, {"at_least": 1.0}, "undecided"),
+        (0.8, 0.9, {"at_least": 1.0}, "does not hold"),
+        (0.0, 0.0, {"more_than": 0.0}, "does not hold"),
+        (0.0, 0.1, {"more_than": 0.0}, "undecided"),
+        (0.01, 0.1, {"more_than": 0.0}, "holds"),
+        (-0.2, -0.1, {"less_than": 0.0}, "holds"),
+        (0.0, 0.1, {"less_than": 0.0}, "does not hold"),
+        (3, 4, {"at_least": 2, "at_most": 5}, "holds"),
+        (5, 6, {"at_least": 2, "at_most": 5}, "undecided"),
+        (6, 7, {"at_least": 2, "at_most": 5}, "does not hold"),
+    ],
+)
+def test_whole_interval_decides(claims, low, high, limits, expected):
+    figure = Figure((low + high) / 2, "times", low, high, "range of 2 repetitions")
+    assert claims.verdict(claim(claims, **limits), figure, entry()) == expected
+
+
+def test_one_measurement_decides_nothing_and_an_exact_one_does(claims):
+    assert claims.verdict(claim(claims), Figure(0.1, "times"), entry()) == "undecided"
+    assert claims.verdict(claim(claims), Figure(0.1, "times", interval=EXACT), entry()) == "holds"
+    assert claims.verdict(claim(claims), Figure(0.7, "times", interval=EXACT), entry()) == "does not hold"
+
+
+def test_other_scale_is_shown_and_not_judged_and_an_unknown_one_is_an_error(claims):
+    small = entry(configuration={"preset": "nano"})
+    (row,) = claims.judge([claim(claims)], [small])
+    assert (row.verdict, row.figure.value) == ("not measured at this scale", 0.5)
+    with pytest.raises(DataError, match=r"entry compare-1 measures claim c, which is about scale 92m: `conf"):
+        claims.judge([claim(claims)], [entry(configuration={})])
+
+
+def test_claim_without_an_entry_is_not_measured(claims):
+    assert [row.verdict for row in claims.judge([claim(claims)], [])] == ["not measured"]
+    assert [row.verdict for row in claims.judge([claim(claims)], [entry(name="other")])] == ["not measured"]
+
+
+def test_rule_is_the_difference_of_two_entries_that_both_learned(claims):
+    def rule(name, value, train):
+        result = {"hole": Figure(value, "share", value - 0.1, value + 0.1, "interval"), "train": Figure(train, "share")}
+        return entry(name=name, kind="rule", result=result)
+
+    better = claims.Claim(
+        "r",
+        "better",
+        "x",
+        "rule-*",
+        "hole",
+        more_than=0,
+        candidate="fan",
+        baseline="llama",
+        counts_from={"train": 0.99},
+    )
+    (row,) = claims.judge([better], [rule("rule-fan", 0.8, 1), rule("rule-llama", 0.5, 0.995)])
+    assert (row.figure.low, row.figure.high) == (pytest.approx(0.1), pytest.approx(0.5))
+    assert row.verdict == "holds"
+    (row,) = claims.judge([better], [rule("rule-fan", 0.8, 1), rule("rule-llama", 0.5, 0.9)])
+    assert row.verdict == "does not count"
+    assert claims.judge([better], [rule("rule-fan", 0.8, 1)])[0].verdict == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"command": " "}, "entry compare-1 lacks its command"),
+        ({"seeds": []}, "entry compare-1 lacks its seeds: only benchmarks may have nothing random"),
+        ({"hardware": {"cpu": "", "cores": 2}}, "entry compare-1 lacks its hardware: `cpu` and `cores` are needed"),
+        ({"result": {"ratio": Figure(1, "times")}}, "entry compare-1 lacks the interval of `ratio` over its 2 seeds"),
+    ],
+)
+def test_row_that_lacks_something_is_named(claims, fields, message):
+    assert claims.problems([], [dataclasses.replace(entry(), **fields)]) == [message]
+    judged = claims.Row(claim(claims), "holds", Figure(1, "times"), entry())
+    assert claims.problems([judged], []) == ["claim c is judged without an interval"]
+
+
+def test_corrupted_ledger_makes_no_page(evidence, copy):
+    path = write_entry(copy / evidence.LEDGER, entry(seeds=[]))
+    with pytest.raises(DataError, match=r"the evidence page cannot be made: entry compare-1 lacks its seeds"):
+        evidence.build(copy, copy / "out")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "hardware"}))
+    with pytest.raises(DataError, match=r"compare-1\.json: `hardware` is missing"):
+        evidence.build(copy, copy / "out")
+    assert not (copy / "out").exists()
+
+
+def test_entries_of_one_comparison_share_a_picture(evidence, tmp_path):
+    arms = {name: {"comparison": "both", "arm": name} for name in ("a", "b")}
+    curve = [{"tokens": 1, "loss": 2.0}, {"tokens": 2, "loss": 1.0}]
+    entries = [entry(name=f"t-{name}", curve=curve, details=details) for name, details in arms.items()]
+    assert evidence.draw_curves(entries, tmp_path) == ["both"]
+    text = (tmp_path / "both.svg").read_text()
+    assert ">a</text>" in text
+    assert ">b</text>" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"at_mots": 1}, "claim c: `at_mots` is not a field: did you mean `at_most`?"),
+        ({"figure": ""}, "claim c: `figure` must be a text, got ''"),
+        ({}, "claim c needs one of at_least, at_most, more_than, less_than: nothing is claimed without"),
+    ],
+)
+def test_malformed_claim_is_named(claims, tmp_path, change, message):
+    path = tmp_path / "claims.yaml"
+    path.write_text(json.dumps([{"id": "c", "claim": "x", "command": "x", "entry": "*", "figure": "f", **change}]))
+    with pytest.raises(ConfigError) as caught:
+        claims.load_claims(path)
+    assert str(caught.value).startswith(f"claims.yaml: {message}")

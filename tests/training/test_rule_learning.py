@@ -139,3 +139,4 @@ def test_recipe_gives_way_to_fields_that_are_given(name):
     assert all(getattr(recipe, key) == value for key, value in RECIPES[name].items())
     shorter = rule_settings(task, max_steps=7, learning_rate=0.5)
     assert (shorter.max_steps, shorter.max_seconds, shorter.learning_rate) == (7, None, 0.5)
+    assert rule_settings(task, max_seconds=60.0).max_steps is None

@@ -118,7 +118,8 @@ class RunConfig:
     max_rollbacks: int = _setting(3, "how often a run goes back after a spike")
 
     eval_steps: int | None = _setting(None, "steps between held-out evaluations; default: a fifth of the run")
-    eval_tokens: int = _setting(65536, "held-out tokens per evaluation during training; the last one uses all")
+    eval_tokens: int = _setting(65536, "held-out tokens per evaluation during training")
+    final_eval_tokens: int | None = _setting(None, "held-out tokens of the last evaluation; default: all")
     log_steps: int | None = _setting(
         None, "steps between lines of metrics.jsonl; default: a hundredth of the run, at most 50"
     )
@@ -152,6 +153,7 @@ class RunConfig:
             "max_time",
             "save_steps",
             "eval_steps",
+            "final_eval_tokens",
             "log_steps",
             "threads",
             "micro_batch_size",

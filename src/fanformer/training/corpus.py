@@ -83,13 +83,13 @@ def _fingerprints(
     sources = [before["metadata"]["source"], open_source(config.data).describe()]
     settings = {name: pair for name, pair in asked.items() if name != "data"}
     then, now = (
-        fingerprint([_identity(source), {name: pair[index] for name, pair in settings.items()}])
+        fingerprint([identity(source), {name: pair[index] for name, pair in settings.items()}])
         for index, source in enumerate(sources)
     )
     return then, now
 
 
-def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
+def identity(description: Mapping[str, Any]) -> dict[str, Any]:
     """Return a source's description without how it was named."""
     return {key: value for key, value in description.items() if key != "spec"}
 

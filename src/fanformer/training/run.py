@@ -374,7 +374,7 @@ class Run:
             environment=self.environment,
             processes=self.processes,
             observer=self,
-            held_out_tokens=len(self.held_out.tokens),
+            held_out_tokens=min(len(self.held_out.tokens), self.config.final_eval_tokens or len(self.held_out.tokens)),
             started=self.started,
         )
         return self._finish(trainer.run(self.checkpoint))
@@ -386,7 +386,7 @@ class Run:
             self.held_out,
             self.config.sequence_length,
             self.config.micro_batch_size or self.config.batch_size // self.processes.count,
-            max_tokens=None if everything else self.config.eval_tokens,
+            max_tokens=self.config.final_eval_tokens if everything else self.config.eval_tokens,
             autocast_dtype=torch.bfloat16 if self.environment.precision == "bfloat16" else None,
             share=Share(self.processes.rank, self.processes.count, self.processes.sum),
             between_batches=between_batches,

@@ -1,0 +1,209 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fanformer.errors import ConfigError
+from fanformer.training.architectures import architecture, without_embeddings
+from fanformer.training.comparison import Comparison, best_rate, run_comparison
+from fanformer.training.comparison_summary import arms, pairs, to_record, tokens_ratio
+from fanformer.training.trial import RESULT_FILE
+
+NEEDED = {"vocab_size": 320, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+class Watcher:
+    """Hears a sweep and keeps what it is told."""
+
+    def __init__(self):
+        self.begun, self.ended = [], {}
+
+    def note(self, text):
+        pass
+
+    def data_progress(self, done, total):
+        pass
+
+    def begin(self, name, done, total):
+        self.begun.append(name)
+
+    def progress(self, share, text):
+        pass
+
+    def end(self, name, text):
+        self.ended[name] = text
+
+
+def small(corpus, **fields):
+    run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
+    given = {"architectures": ["fanformer@60k", "llama@60k"], "data": str(corpus), "tokens": 1280, "run": run}
+    return Comparison.from_fields({**given, "learning_rates": [0.01], "evaluations": 2, "eval_tokens": 256, **fields})
+
+
+@pytest.mark.parametrize("spec", ["fanformer@300k", "llama@300k", "llama-qk-norm@300k", "cola-llama@300k"])
+def test_a_size_is_met_within_a_hundredth(spec):
+    assert abs(without_embeddings(architecture(spec).config()) / 300_000 - 1) <= 0.01
+
+
+def test_a_size_can_be_that_of_another_architecture():
+    nano = without_embeddings(architecture("nano").config())
+    assert abs(without_embeddings(architecture("llama@nano").config()) / nano - 1) <= 0.01
+
+
+def test_a_name_without_size_is_the_published_shape():
+    assert architecture("llama").count().total == 134_515_008
+    assert architecture("fanformer").count().total == 92_203_744
+
+
+def test_scaled_initialisation_is_the_one_of_the_experiments():
+    model = architecture("llama@300k").build(NEEDED)
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(1.0, rel=0.05)
+    down = model.model.layers[0].mlp.down_proj
+    expected = (down.in_features * 2 * model.config.num_hidden_layers) ** -0.5
+    assert down.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lama", "no architecture 'lama': did you mean `llama`?"),
+        ("llama:hidden=2", "`hidden` is not a field of llama"),
+        ("nano@2m", "preset nano has its size"),
+        ("llama@3", "must be at least 20k parameters"),
+        ("llama@foo", "must be a count such as 2m, or the name of an architecture"),
+        ("llama:x", "must be NAME=VALUE"),
+        ("fanformer:initialisation=scaled", "FANformer classes have their own"),
+        ("llama@2m:hidden_size=32", "no shape of llama has 2,000,000 parameters"),
+    ],
+)
+def test_a_wrong_architecture_is_refused_with_a_remedy(spec, message):
+    with pytest.raises(ConfigError) as caught:
+        architecture(spec)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token": 3}, "`token` is not a field of a comparison: did you mean `tokens`?"),
+        ({"tokens": 4}, "`tokens` must be at least one step of 128"),
+        ({"seeds": [0, 0]}, "`seeds` must hold at least one value, each once"),
+        ({"learning_rates": []}, "`learning_rates` must hold at least one value"),
+        ({"learning_rates": "fast"}, "`learning_rates` of a comparison cannot be 'fast'"),
+        ({"evaluations": "many"}, "`evaluations` of a comparison must be a whole number"),
+        ({"run": {"seed": 3}}, "`seed` is set by the comparison itself"),
+        ({"run": {"optimiser": "muon"}}, "did you mean `optimizer`?"),
+        ({"hole_sides": [5]}, "`hole_sides` is for a rule that has a hole"),
+        ({"rule": "modular-addition"}, "does not apply to the rule modular-addition"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_with_a_remedy(corpus, fields, message):
+    with pytest.raises(ConfigError) as caught:
+        small(corpus, **fields)
+    assert message in str(caught.value)
+
+
+def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_is_trained_twice(corpus, tmp_path):
+    comparison, first, second = small(corpus, learning_rates=[0.01, 1e-5], seeds=2), Watcher(), Watcher()
+    outcomes = run_comparison(comparison, tmp_path / "out", first)
+    assert len(outcomes) == 6, first.ended
+    assert all(outcome.result is not None for outcome in outcomes), first.ended
+    for spec in comparison.architectures:
+        assert best_rate(outcomes, spec, 1280) == 0.01
+    found = arms(comparison, outcomes)
+    assert [len(arm.outcomes) for arm in found] == [2, 2]
+    (pair,) = pairs(comparison, found)
+    assert (pair.candidate, pair.baseline) == ("fanformer@60k", "llama@60k")
+    difference = found[0].figures["bits_per_byte"].value - found[1].figures["bits_per_byte"].value
+    assert pair.figures["bits_per_byte_difference"].value == pytest.approx(difference)
+    json.dumps(to_record(comparison, outcomes), allow_nan=False)
+
+    dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)}
+    again = run_comparison(comparison, tmp_path / "out", second)
+    assert [outcome.loss for outcome in again] == [outcome.loss for outcome in outcomes]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)} == dates
+
+
+def test_architectures_see_the_same_rows(corpus, tmp_path):
+    run_comparison(small(corpus), tmp_path / "out", Watcher())
+    rows = [
+        [json.loads(line)["rows"] for line in path.read_text().splitlines() if "rows" in line]
+        for path in (tmp_path / "out").rglob("metrics.jsonl")
+    ]
+    assert len(rows) == 2
+    assert rows[0] == rows[1] != []
+
+
+def test_a_training_that_cannot_be_done_does_not_stop_the_others(corpus, tmp_path):
+    # a dropout of 2 is accepted by Llama's configuration and refused by the first forward pass
+    comparison = small(corpus, architectures=["fanformer@60k", "llama@60k:attention_dropout=2.0"])
+    watcher = Watcher()
+    outcomes = run_comparison(comparison, tmp_path / "out", watcher)
+    assert outcomes[0].result is not None, watcher.ended
+    assert outcomes[1].result is None
+    assert arms(comparison, outcomes)[1].troubles[0].startswith(outcomes[1].trial.name)
+
+
+def test_a_diverged_training_is_a_result(corpus, tmp_path):
+    run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
+    run |= {"max_skipped_steps": 1, "optimizer": "adamw", "max_grad_norm": 0.0, "warmup_fraction": 0.0}
+    comparison = small(corpus, architectures=["llama@60k"], learning_rates=[0.01, 1e30], run=run)
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "diverged"]
+    assert "not finite" in outcomes[1].result.message
+
+
+def trial_processes(folder):
+    """Return the command lines of the trainings that run below `folder`."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue  # it ended while we looked
+    return [line for line in lines if "fanformer.training.trial" in line and str(folder) in line]
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_comparison import *\n"
+        "run_comparison(small(sys.argv[2], tokens=25600), Path(sys.argv[3]), Watcher())"
+    )
+    here = str(Path(__file__).parent)
+    process = subprocess.Popen([sys.executable, "-c", code, here, str(corpus), str(out)])
+    deadline = time.monotonic() + 120
+    while len(list(out.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (first,) = out.rglob(RESULT_FILE)
+    kept = first.read_bytes(), first.stat().st_mtime_ns
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while trial_processes(out) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert trial_processes(out) == []
+    watcher = Watcher()
+    outcomes = run_comparison(small(corpus, tokens=25600), out, watcher)  # not refused: no lock is left behind
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"], watcher.ended
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
+
+
+def test_a_rule_is_compared_like_a_language(tmp_path):
+    fields = {"rule": "modular-addition", "hole_sides": [5, 21], "learning_rates": [0.01], "run": {"max_steps": 3}}
+    comparison = Comparison.from_fields({"architectures": ["fanformer@60k", "llama@60k"], **fields})
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    assert [outcome.variant for outcome in outcomes] == [5, 5, 21, 21]
+    assert [pair.variant for pair in pairs(comparison, arms(comparison, outcomes))] == [5, 21]
+
+
+def test_tokens_ratio_reads_the_worse_curves_final_loss():
+    slow = [{"tokens": t, "val_loss": loss} for t, loss in ((100, 4.0), (200, 3.0), (400, 2.0))]
+    fast = [{"tokens": t, "val_loss": loss} for t, loss in ((100, 3.0), (200, 2.0), (400, 1.0))]
+    assert tokens_ratio(fast, slow) == pytest.approx(0.5)
+    assert tokens_ratio(slow, fast) == pytest.approx(2.0)
+    assert tokens_ratio(slow, slow) == pytest.approx(1.0)

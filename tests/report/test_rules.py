@@ -6,7 +6,7 @@ import pytest
 from fanformer.errors import ConfigError, DataError
 from fanformer.evaluation.rule_score import Accuracy, Grid, RuleScore
 from fanformer.evaluation.rules import create_task
-from fanformer.report.rules import interval, plot_periods, plot_planes, rule_table
+from fanformer.report.rules import plot_periods, plot_planes, rule_table
 from fanformer.training.rule_learning import RulePoint, RuleResult, RuleSettings
 
 MODULUS = 11
@@ -50,15 +50,6 @@ def over_periods(longer, seed=0):
     task = create_task("periodic", trained_period=5, longest_period=8, num_symbols=10, num_train_rows=90)
     accuracy = {period: Accuracy(1.0 if period <= 5 else longer, longer, 100) for period in range(3, 9)}
     return result(task, RuleScore(Accuracy(1.0, 1.0, 90), Accuracy(longer, longer, 300), by_period=accuracy), seed)
-
-
-def test_interval_is_student_s_over_the_seeds():
-    # scipy.stats.t.interval(0.95, 4, loc=0.3, scale=0.15811388 / 5**0.5)
-    several = interval([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert several.mean == pytest.approx(0.3)
-    assert several.half_width == pytest.approx(0.196324, abs=1e-4)
-    assert interval([0.5]).percent() == "50.0"
-    assert several.percent() == "30.0 +- 19.6"
 
 
 def test_table_has_a_row_for_each_hole_and_architecture_and_says_what_does_not_count():

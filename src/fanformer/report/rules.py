@@ -1,8 +1,6 @@
 """Rule learning as a table, as pictures of the (a, b) plane, and as accuracy over the period."""
 
 import html
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fanformer.errors import ConfigError, DataError
+from fanformer.evaluation.ledger import Figure, interval_over_seeds
 from fanformer.evaluation.rules import HoleTask, PeriodicContinuation, RuleTask
 from fanformer.training.rule_learning import RuleResult
 
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
 
 # A comparison counts only where every training example was learned, or nearly: else the hole says nothing of the rule.
 COUNTS_FROM_TRAIN_ACCURACY = 0.99
-# Student's t with probability 0.95 within +-t, for 1 to 30 degrees of freedom; the normal distribution's beyond.
-_T_95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 # Told apart by every common kind of colour vision. Source: Okabe and Ito, Color Universal Design, 2008.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
@@ -33,31 +27,10 @@ Results = Mapping[str, Sequence[RuleResult]]
 """For each architecture's name its results: any tasks, hole sides and seeds, in any order."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds.
-
-    Attributes:
-        mean: over the seeds.
-        half_width: of the 95% t-interval, or None for a single seed.
-    """
-
-    mean: float
-    half_width: float | None
-
-    def percent(self) -> str:
-        """Return it in percent."""
-        spread = "" if self.half_width is None else f" +- {100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean and 95% t-interval of one value for each seed."""
-    if len(values) == 1:
-        return Interval(values[0], None)
-    degrees = len(values) - 1
-    t = _T_95[degrees - 1] if degrees <= len(_T_95) else 1.96
-    return Interval(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)))
+def _percent(figure: Figure) -> str:
+    """Return a mean over seeds with half of its interval."""
+    spread = "" if figure.high is None else f" +- {figure.high - figure.value:.1f}"
+    return f"{figure.value:.1f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -73,9 +46,10 @@ class _Cell:
         """Whether every seed learned what it was trained on."""
         return all(result.score.train.greedy >= COUNTS_FROM_TRAIN_ACCURACY for result in self.results)
 
-    def over_seeds(self, part: str, figure: str) -> Interval:
-        """Return a figure of "train" or "test" over the seeds."""
-        return interval([getattr(getattr(result.score, part), figure) for result in self.results])
+    def over_seeds(self, part: str, figure: str) -> str:
+        """Return a figure of "train" or "test" in percent, the mean over the seeds with its 95% t-interval."""
+        shares = [getattr(getattr(result.score, part), figure) for result in self.results]
+        return _percent(interval_over_seeds([100 * share for share in shares], "%"))
 
     def setting(self, name: str) -> str:
         """Return a setting's value, or all of them where seeds differ."""
@@ -140,9 +114,9 @@ def rule_table(results: Results, style: Literal["markdown", "html"] = "markdown"
                     ", ".join(f"{size:,}" for size in sizes),
                     cell.setting("learning_rate"),
                     str(len(cell.results)),
-                    cell.over_seeds("train", "greedy").percent(),
-                    cell.over_seeds("test", "greedy").percent(),
-                    cell.over_seeds("test", "sampled").percent(),
+                    cell.over_seeds("train", "greedy"),
+                    cell.over_seeds("test", "greedy"),
+                    cell.over_seeds("test", "sampled"),
                     counts,
                 ]
             )
@@ -241,10 +215,12 @@ def _draw_plane(axes: "Axes", cell: _Cell, quantity: str) -> Any:
     assert isinstance(cell.task, HoleTask), "only tasks with a hole are drawn as planes"
     first, last = cell.task.hole
     side = last - first + 1
-    outline = Rectangle((first - 0.5, first - 0.5), side, side, fill=False, edgecolor="white", linewidth=1.2)
-    outline.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
+    # A whole pair outside the hole, so that the line hides none of its pairs.
+    corner, length = (first - 1.5, first - 1.5), side + 2
+    outline = Rectangle(corner, length, length, fill=False, edgecolor="white", linewidth=1.0)
+    outline.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
     axes.add_patch(outline)
-    inside, outside = (cell.over_seeds(part, "greedy").percent() for part in ("test", "train"))
+    inside, outside = (cell.over_seeds(part, "greedy") for part in ("test", "train"))
     seeds = f"{len(cell.results)} seed{'s' if len(cell.results) > 1 else ''}"
     doubt = "" if cell.learned else ", does not count"
     axes.set_title(f"{_asked(cell.task)}, {seeds}{doubt}\ninside {inside}%, outside {outside}%", fontsize=8)
@@ -275,13 +251,13 @@ def plot_periods(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     ((task, found),) = cells.items()
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 4.6), dpi=150, layout="constrained")
     for index, cell in enumerate(found):
         tables = [result.score.by_period or {} for result in cell.results]
         periods = sorted(tables[0])
-        points = [interval([100 * table[period].greedy for table in tables]) for period in periods]
-        means = np.array([point.mean for point in points])
-        spread = np.array([point.half_width or 0.0 for point in points])
+        points = [interval_over_seeds([100 * table[period].greedy for table in tables], "%") for period in periods]
+        means = np.array([point.value for point in points])
+        spread = np.array([point.high - point.value if point.high is not None else 0.0 for point in points])
         color = _COLORS[index % len(_COLORS)]
         doubt = "" if cell.learned else ", does not count: train accuracy below 99%"
         label = f"{cell.architecture} ({len(tables)} seed{'s' if len(tables) > 1 else ''}{doubt})"
@@ -296,7 +272,7 @@ def plot_periods(results: Results, path: Path) -> None:
     axes.set(xlabel="period of the pattern (symbols)", ylabel="right continuations (%)", ylim=(-3, 103))
     axes.set_xticks(range(task.shortest_period, task.longest_period + 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=1, fontsize=9)
     figure.suptitle("periodic: the same positions of the row for every period", fontsize=11)
     figure.savefig(path)
     pyplot.close(figure)

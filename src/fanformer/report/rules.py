@@ -184,7 +184,7 @@ def plot_planes(
             if name not in by_name:
                 axes.set_axis_off()
                 continue
-            image = _draw_plane(axes, by_name[name], quantity)
+            image = _draw_plane(axes, by_name[name], quantity, counts=verdict(found) == "yes")
             if row == len(architectures) - 1:
                 axes.set_xlabel("a")
             if column == 0:
@@ -198,7 +198,7 @@ def plot_planes(
     pyplot.close(figure)
 
 
-def _draw_plane(axes: "Axes", cell: _Cell, quantity: str) -> Any:
+def _draw_plane(axes: "Axes", cell: _Cell, quantity: str, counts: bool) -> Any:
     """Draw the mean over the seeds and return the image, for the colour bar."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -222,7 +222,7 @@ def _draw_plane(axes: "Axes", cell: _Cell, quantity: str) -> Any:
     axes.add_patch(outline)
     inside, outside = (cell.over_seeds(part, "greedy") for part in ("test", "train"))
     seeds = f"{len(cell.results)} seed{'s' if len(cell.results) > 1 else ''}"
-    doubt = "" if cell.learned else ", does not count"
+    doubt = "" if counts else ", does not count"
     axes.set_title(f"{_asked(cell.task)}, {seeds}{doubt}\ninside {inside}%, outside {outside}%", fontsize=8)
     axes.tick_params(labelsize=8)
     return image

@@ -44,7 +44,7 @@ check: setup-dev
 
 bench: setup-dev
 	$(BIN)/python benchmarks/malloc.py --write
-	$(BIN)/python benchmarks/nano.py --write
+	$(BIN)/fanformer compare --queue benchmarks/queues/nano.yaml
 	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/prepare.py --write \
 		--data '../shared/data/text-large/train-*.jsonl.xz'
 	$(BIN)/python benchmarks/torture.py --write

@@ -1,10 +1,12 @@
 """Check FANformer on an accelerator and measure it beside Llama in SmolLM2-135M's shape: one command, no network.
 
-    python benchmarks/accelerator.py [--minutes 9] [--output DIR] [--parts A,B] [--dry-run]
+    python benchmarks/accelerator.py [--minutes 9] [--output DIR] [--parts A,B] [--queue FILE] [--dry-run]
 
 Needs torch, transformers, accelerate, tokenizers and numpy (and pytest, if tests/ is to be run); the package itself
-need not be installed. Every part runs in a process of its own, and the results file is complete after each: a part
-that fails, hangs or is killed costs only itself. `--dry-run` walks the same path on the CPU with tiny models.
+need not be installed. Every part runs in a process of its own, and the results, an entry of the ledger, are complete
+after each: a part that fails, hangs or is killed costs only itself. The last part spends the time that is left on a
+queue of trainings (benchmarks/queues/accelerator.yaml); `--parts queue` goes on with it. `--dry-run` walks the same
+path on the CPU with tiny models.
 """
 
 import argparse
@@ -23,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+try:
+    import fanformer.model  # noqa: F401
+except ModuleNotFoundError:
+    sys.path.insert(0, str(REPOSITORY / "src"))
+from accelerator_record import read_results, write_results  # noqa: E402  # needs the path above
+
 RESULTS = REPOSITORY / "benchmarks" / "results"
+QUEUES = REPOSITORY / "benchmarks" / "queues"
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,12 @@ PARTS = {
     "training_whole": Limits(80, 300),
     "inference_compiled": Limits(80, 300),
     "tests": Limits(90, 240),
+    "queue": Limits(60, 24 * 3600),
 }
 """The parts in their order: what says most comes first, since the time may run out."""
 
+QUEUE_ENDS_IN = 60
+"""Seconds before the end at which the queue's training is told to save; a large model takes some of them."""
 UNFINISHED = "did not finish"
 """The error of a part while it runs."""
 
@@ -70,6 +82,10 @@ class Context:
     """Results of the parts before."""
     save: Callable[[Mapping[str, Any]], None]
     """Keeps what a part knows so far, should it not live to its end."""
+    queue: Path
+    """The trainings of the last part."""
+    output: Path
+    """The folder of the results."""
 
     @property
     def seconds_left(self) -> float:
@@ -83,18 +99,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write `results` so that a reader finds the old file or the new one, never half of one."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Return what `write_results` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def run_parts(
     functions: Mapping[str, Callable[[Context], dict[str, Any]]],
     names: list[str],
@@ -102,6 +106,7 @@ def run_parts(
     device: str,
     dry_run: bool,
     deadline: float,
+    queue: Path,
 ) -> None:
     """Run parts one after another; each one's figures, or its error in one line, go to `path` as soon as it ends."""
     for name in names:
@@ -114,7 +119,7 @@ def run_parts(
 
         start = time.perf_counter()
         try:
-            figures = functions[name](Context(device, dry_run, deadline, earlier, save))
+            figures = functions[name](Context(device, dry_run, deadline, earlier, save, queue, path.parent))
             json.dumps(figures, allow_nan=False)
         except Exception as error:  # whatever a part dies of is a result, and the next part goes on
             figures = {**results["parts"].get(name, {}), "error": one_line(error)}
@@ -150,12 +155,32 @@ def tests(context: Context) -> dict[str, Any]:
     return {**pytest_counts(finished.stdout), "ok": finished.returncode == 0, "failures": failures[:40]}
 
 
+def queue(context: Context) -> dict[str, Any]:
+    """Train what a queue asks for, for as long as there is time; results go to its ledger as they come."""
+    from fanformer.training.queue import read_queue, read_status
+
+    scratch = context.output / "trainings"  # a dry run trains anew
+    output_dir = scratch if context.dry_run else read_queue(context.queue).output_dir
+    paths = os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    minutes = max(0.1, (context.seconds_left - QUEUE_ENDS_IN) / 60)
+    command = [sys.executable, "-m", "fanformer.training.queue", str(context.queue), "--minutes", f"{minutes:.2f}"]
+    command += ["--output-dir", str(output_dir), "--record-dir", str(context.output / "queue")]
+    finished = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    status, _ = read_status(REPOSITORY / output_dir)
+    figures: dict[str, Any] = {"minutes": minutes, "entries": status["entries"], "said": finished.stdout.splitlines()}
+    if finished.returncode not in (0, os.EX_TEMPFAIL):
+        figures["error"] = (finished.stderr.strip() or f"ended with status {finished.returncode}").splitlines()[-1]
+    return figures
+
+
 def worker(arguments: argparse.Namespace) -> int:
     """Run the parts named by `--parts` in this process, adding to the results file."""
-    try:
-        import fanformer.model  # noqa: F401
-    except ModuleNotFoundError:
-        sys.path.insert(0, str(REPOSITORY / "src"))
     import accelerator_checks
     import accelerator_speed
 
@@ -168,16 +193,26 @@ def worker(arguments: argparse.Namespace) -> int:
         "inference_eager": lambda context: accelerator_speed.inference(context, compiled=False),
         "inference_compiled": lambda context: accelerator_speed.inference(context, compiled=True),
         "tests": tests,
+        "queue": queue,
     }
     device = "cpu" if arguments.dry_run else "cuda"
-    run_parts(functions, arguments.parts, arguments.worker, device, arguments.dry_run, arguments.deadline)
+    run_parts(
+        functions,
+        arguments.parts,
+        arguments.worker,
+        device,
+        arguments.dry_run,
+        arguments.deadline,
+        arguments.queue,
+    )
     return 0
 
 
-def run_worker(names: list[str], path: Path, deadline: float, dry_run: bool) -> None:
+def run_worker(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Path) -> None:
     """Run parts in a process of their own; what it leaves without a result gets the reason."""
     limit = max(1.0, min(sum(PARTS[name].longest for name in names), deadline - time.time()))
     command = [sys.executable, __file__, "--worker", str(path), "--parts", ",".join(names), "--deadline", str(deadline)]
+    command += ["--queue", str(queue)]
     process = subprocess.Popen(command + ["--dry-run"] * dry_run, process_group=0)
     start = time.perf_counter()
     try:
@@ -199,10 +234,10 @@ def run_worker(names: list[str], path: Path, deadline: float, dry_run: bool) -> 
     write_results(path, results)
 
 
-def run(names: list[str], path: Path, deadline: float, dry_run: bool) -> None:
+def run(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Path) -> None:
     """Run every part that the time left has room for; a dry run needs one process for all."""
     if dry_run:
-        run_worker(names, path, deadline, dry_run)
+        run_worker(names, path, deadline, dry_run, queue)
         return
     for name in names:
         left = deadline - time.time()
@@ -213,7 +248,7 @@ def run(names: list[str], path: Path, deadline: float, dry_run: bool) -> None:
             write_results(path, results)
         else:
             print(f"{name}, {left:.0f} s left", flush=True)
-            run_worker([name], path, deadline, dry_run)
+            run_worker([name], path, deadline, dry_run, queue)
 
 
 def problems(figures: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -280,12 +315,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget (default 9)")
-    parser.add_argument("--output", type=Path, help="folder of the results file (default benchmarks/results)")
+    parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results)")
+    parser.add_argument("--queue", type=Path, help="trainings of the last part (default benchmarks/queues)")
     parser.add_argument("--parts", type=parts, default=list(PARTS), help="comma-separated parts to run (default all)")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU; writes only with --output")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    given.queue = given.queue or QUEUES / ("dry-run.yaml" if given.dry_run else "accelerator.yaml")
+    return given
 
 
 def main() -> int:
@@ -305,9 +343,9 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         path = folder / f"accelerator-{date:%Y-%m-%d}-{slug}.json"
-        results: dict[str, Any] = {"date": date.isoformat(timespec="seconds"), "device": device, "parts": {}}
-        write_results(path, {**results, "dry_run": arguments.dry_run, "reference": REFERENCE})
-        run(arguments.parts, path, deadline, arguments.dry_run)
+        about = {"date": date.isoformat(timespec="seconds"), "device": device, "asked": arguments.parts}
+        write_results(path, {**about, "parts": {}, "dry_run": arguments.dry_run, "reference": REFERENCE})
+        run(arguments.parts, path, deadline, arguments.dry_run, arguments.queue.absolute())
         results = read_results(path)
         print("\n".join(["", *table(results)]))
         if folder != Path(scratch):

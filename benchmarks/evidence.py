@@ -30,6 +30,8 @@ MEASURES = {
     "val_loss": "held-out loss, nats per token",
     "loss": "loss, nats per token",
 }
+HELD_OUT = {"bits_per_byte": "bits per byte", "hole_accuracy": "share right", "loss": "nats per token"}
+"""Figures that say how good a training's model is, the first one there is shown, with their units."""
 KINDS = {
     "comparison": "Comparisons",
     "training": "Trainings",
@@ -72,7 +74,9 @@ def build(repository: Path, output: Path) -> None:
     parts = [HEAD, "## Claims\n", claims_table(rows, paths)]
     for kind in get_args(Kind):
         chosen = [entry for entry in entries if entry.kind == kind]
-        if chosen:
+        if chosen and kind == "training":
+            parts += [f"## {KINDS[kind]}\n", trainings_table(chosen, paths)]
+        elif chosen:
             parts += [f"## {KINDS[kind]}\n", *(entry_section(entry, paths[entry.name]) for entry in chosen)]
     if pictures:
         parts.append("## Curves\n")
@@ -132,6 +136,24 @@ def entry_section(entry: Entry, path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trainings_table(entries: Sequence[Entry], paths: dict[str, Path]) -> str:
+    """Return a line for each training: there are too many of them for a section each."""
+    names = ("training", "parameters", "held out", "tokens/s", "seeds", "data", "hardware", "command")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for entry in entries:
+        measured = [(name, entry.result[name]) for name in HELD_OUT if name in entry.result]
+        held_out = f"{number(measured[0][1].value)} ({HELD_OUT[measured[0][0]]})" if measured else "diverged"
+        counted = [
+            number(entry.result[name].value) if name in entry.result else "-"
+            for name in ("parameters", "tokens_per_second")
+        ]
+        source = "generated" if entry.data is None else code(str(entry.data["source"]))
+        link = f"[{entry.what}](../{paths[entry.name].as_posix()})"
+        last = [seeds_text(entry), source, hardware_text(entry), code(entry.command)]
+        lines.append(table_row([link, counted[0], held_out, counted[1], *last]))
+    return "\n".join(lines) + "\n"
+
+
 def table_row(cells: Sequence[str]) -> str:
     """Return cells as a line of a Markdown table; none may be empty."""
     assert all(cell.strip() for cell in cells), f"an empty cell in {cells}"
@@ -181,11 +203,12 @@ def hardware_text(entry: Entry) -> str:
 def series(entries: Sequence[Entry]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return the curves that belong in one picture, by the picture's and the curve's name.
 
-    Entries with the same `details.comparison` share a picture; the points of one entry may have an `arm` each.
+    Entries with the same `details.comparison` share a picture; the points of one entry may have an `arm` each. What is
+    part of a comparison is drawn by the comparison's own entry.
     """
     pictures: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for entry in entries:
-        for point in entry.curve:
+        for point in entry.curve if "part_of" not in entry.details else ():
             if "tokens" in point and any(measure in point for measure in MEASURES):
                 picture = re.sub(r"[^A-Za-z0-9._-]+", "-", str(entry.details.get("comparison", entry.name)))
                 label = str(point.get("arm", entry.details.get("arm", entry.name)))

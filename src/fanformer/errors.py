@@ -24,7 +24,15 @@ class CheckpointError(FANformerError, RuntimeError):
 
 
 class DivergenceError(FANformerError, ArithmeticError):
-    """A training run whose loss or gradients do not stay finite, or jump again and again."""
+    """A training run whose loss or gradients do not stay finite, or jump again and again.
+
+    Attributes:
+        reason: what happened, without what to do about it.
+    """
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"{reason}: {remedy}")
+        self.reason = reason
 
 
 class ProcessLostError(FANformerError, RuntimeError):

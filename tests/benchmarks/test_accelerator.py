@@ -1,6 +1,5 @@
 """The accelerator benchmark: its dry run walks the whole path on the CPU, and no part takes another one down."""
 
-import json
 import math
 import os
 import subprocess
@@ -11,7 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fanformer.evaluation.ledger import read_entry, read_ledger
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+
+ABOUT = {"date": "2026-11-25T00:00:00+00:00", "device": "a card", "dry_run": True, "asked": ["checks"]}
 
 
 @pytest.fixture
@@ -44,10 +46,11 @@ def numbers(figures):
 def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, repository, tmp_path):
     finished = command(repository, "--dry-run", "--output", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     assert path.name.startswith("accelerator-")
     assert path.name.endswith("-dry-run.json")
-    results = json.loads(path.read_text())
+    entry = read_entry(path)
+    results = entry.details
     parts = results["parts"]
     assert list(parts) == list(accelerator.PARTS)
     assert accelerator.problems(parts) == []
@@ -71,6 +74,14 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
             assert parts[part][batch]["fanformer"]["first_token_seconds"] > 0
             assert parts[part][batch]["ratio_of_tokens_per_second"]["median"] > 0
 
+    wanted = {"train_iterations_per_second", "model_flops_utilisation", "train_tokens_per_second_ratio"}
+    assert wanted | {"inference_tokens_per_second_ratio", "parts_done", "checks_held"} <= set(entry.result)
+    faster = max(parts[name]["fanformer"]["iterations_per_second"] for name in ("training_regional", "training_whole"))
+    assert entry.result["train_iterations_per_second"].value == pytest.approx(faster)
+    assert parts["queue"]["entries"]["dry-run"] | {"text": ""} == {"state": "done", "done": 2, "planned": 2, "text": ""}
+    kinds = [trained.kind for trained in read_ledger(tmp_path / "queue")]
+    assert sorted(kinds) == ["comparison", "training", "training"]
+
     table = "\n".join(accelerator.table(results))
     assert table in finished.stdout
     assert f"hold {len(outcomes)}, of {len(outcomes)}" in table
@@ -86,7 +97,7 @@ def test_without_a_device_one_line_says_what_to_do(repository, tmp_path):
 
 def test_part_that_fails_leaves_its_reason_and_the_others(accelerator, tmp_path):
     path = tmp_path / "results.json"
-    accelerator.write_results(path, {"parts": {}})
+    accelerator.write_results(path, {**ABOUT, "parts": {}})
 
     def half(context):
         context.save({"done": 1})
@@ -97,7 +108,7 @@ def test_part_that_fails_leaves_its_reason_and_the_others(accelerator, tmp_path)
         "infinite": lambda context: {"value": math.inf},
         "whole": lambda context: {"value": 2, "saw": list(context.earlier)},
     }
-    accelerator.run_parts(functions, list(functions), path, "cpu", True, time.time() + 60)
+    accelerator.run_parts(functions, list(functions), path, "cpu", True, time.time() + 60, tmp_path)
     parts = accelerator.read_results(path)["parts"]
     assert parts["half"] | {"seconds": 0} == {"done": 1, "error": "RuntimeError: out of luck", "seconds": 0}
     assert parts["infinite"]["error"].startswith("ValueError: Out of range float values")
@@ -110,13 +121,13 @@ def test_part_that_fails_leaves_its_reason_and_the_others(accelerator, tmp_path)
 
 def test_hung_worker_is_stopped_and_keeps_what_was_saved(accelerator, tmp_path, monkeypatch):
     path, pid = tmp_path / "results.json", tmp_path / "pid"
-    accelerator.write_results(path, {"parts": {"checks": {"done": 1, "error": accelerator.UNFINISHED}}})
+    accelerator.write_results(path, {**ABOUT, "parts": {"checks": {"done": 1, "error": accelerator.UNFINISHED}}})
     hung = tmp_path / "hung.py"
     hung.write_text(
         f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(99)"
     )
     monkeypatch.setattr(accelerator, "__file__", str(hung))
-    accelerator.run_worker(["checks", "machine"], path, time.time() + 1, dry_run=False)
+    accelerator.run_worker(["checks", "machine"], path, time.time() + 1, dry_run=False, queue=tmp_path)
     parts = accelerator.read_results(path)["parts"]
     assert parts["checks"] | {"seconds": 0} == {"done": 1, "error": "stopped after 1 s", "seconds": 0}
     assert parts["machine"]["error"] == "stopped after 1 s"
@@ -126,8 +137,8 @@ def test_hung_worker_is_stopped_and_keeps_what_was_saved(accelerator, tmp_path, 
 
 def test_part_without_time_is_skipped_with_the_reason(accelerator, tmp_path):
     path = tmp_path / "results.json"
-    accelerator.write_results(path, {"parts": {}})
-    accelerator.run(["checks"], path, time.time() + 3, dry_run=False)
+    accelerator.write_results(path, {**ABOUT, "parts": {}})
+    accelerator.run(["checks"], path, time.time() + 3, dry_run=False, queue=tmp_path)
     assert accelerator.read_results(path)["parts"]["checks"]["skipped"] == "takes about 60 s, 3 s left"
 
 

@@ -180,6 +180,24 @@ def test_corrupted_ledger_makes_no_page(evidence, copy):
     assert not (copy / "out").exists()
 
 
+def test_trainings_share_a_table_and_what_is_part_of_a_comparison_is_drawn_once(evidence, copy):
+    curve = [{"tokens": 1, "bits_per_byte": 3.0}, {"tokens": 2, "bits_per_byte": 2.0}]
+    figure = Figure(2.0, "bits per byte")
+    fields = {"kind": "training", "seeds": [1], "curve": curve, "what": "llama at learning rate 0.01, 2 tokens"}
+    trained = entry("sweep-llama", **fields, result={"bits_per_byte": figure}, details={"part_of": "sweep"})
+    diverged = entry("sweep-other", kind="training", seeds=[1], result={"diverged": Figure(1, "trainings")})
+    ledger = copy / "benchmarks" / "results" / "sweep"
+    write_entry(ledger, trained)
+    write_entry(ledger, diverged)
+    evidence.build(copy, copy)
+    page = (copy / "docs" / "evidence.md").read_text()
+    link = "[llama at learning rate 0.01, 2 tokens](../benchmarks/results/sweep/sweep-llama.json)"
+    assert f"| {link} | - | 2 (bits per byte) | - | 1 | generated | a processor, 2 cores |" in page
+    assert "| diverged |" in page
+    assert "### sweep-llama" not in page
+    assert not list((copy / "docs" / "evidence").glob("sweep*"))
+
+
 def test_entries_of_one_comparison_share_a_picture(evidence, tmp_path):
     arms = {name: {"comparison": "both", "arm": name} for name in ("a", "b")}
     curve = [{"tokens": 1, "loss": 2.0}, {"tokens": 2, "loss": 1.0}]

@@ -57,7 +57,8 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
     try:
         # Not command.main, which has ways of its own to end after Ctrl-C or a broken pipe.
         try:
-            with command.make_context(name, own) as context:
+            # the words are kept for verbs that record them or run them again
+            with command.make_context(name, own, obj=tuple(arguments)) as context:
                 result = command.invoke(context)
         except click.exceptions.Exit as stop:
             result = stop.exit_code

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fanformer import __version__
 from fanformer.data.durable import replace_json
 from fanformer.errors import ConfigError, DataError, did_you_mean
 
@@ -164,8 +165,10 @@ def hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that shapes a run's numbers."""
-    names = ("fanformer", "torch", "transformers", "tokenizers", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
+    # our own by import: the package may lie in a folder on the path, not installed
+    own = {"python": platform.python_version(), "fanformer": __version__}
+    return {**own, **{name: version(name) for name in names}}
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -207,6 +210,22 @@ def interval_over_seeds(values: Sequence[float], unit: str, confidence: float = 
         return Figure(mean, unit)
     half = t_quantile(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Figure(mean, unit, mean - half, mean + half, f"{100 * confidence:g}% t-interval over {len(values)} seeds")
+
+
+def ratio_over_seeds(ratios: Sequence[float]) -> Figure:
+    """Return the geometric mean of ratios over seeds with the t-interval of their logarithms; a single one has none.
+
+    Args:
+        ratios: one for each seed, above 0.
+
+    Raises:
+        DataError: if there are none.
+    """
+    logarithm = interval_over_seeds([math.log(ratio) for ratio in ratios], "ratio")
+    if logarithm.low is None or logarithm.high is None:
+        return Figure(ratios[0], "ratio")
+    ends = (math.exp(logarithm.value), math.exp(logarithm.low), math.exp(logarithm.high))
+    return Figure(ends[0], "ratio", ends[1], ends[2], f"95% t-interval of the logarithm over {len(ratios)} seeds")
 
 
 def range_of(values: Sequence[float], unit: str) -> Figure:

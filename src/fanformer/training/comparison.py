@@ -6,6 +6,8 @@ compared in the same way, with sides of its hole in place of budgets.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from fanformer.training.sweep import SweepObserver, TrialFailedError, run_trial_
 from fanformer.training.trial import Result, Trial
 
 DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
-_OF_LANGUAGE = ("data", "tokens", "preset", "evaluations", "eval_tokens")
+OF_LANGUAGE = ("data", "tokens", "preset", "evaluations", "eval_tokens")
 """Fields of a comparison that mean nothing for a rule."""
 _OWN_FIELDS = ("output_dir", "resume", "overwrite", "learning_rate", "seed", "data", "tokens", "max_steps", "epochs")
 """Fields of RunConfig that a comparison sets itself."""
@@ -156,7 +158,7 @@ class Comparison:
         for key in fields:
             if key not in valid:
                 raise ConfigError(f"`{key}` is not a field of a comparison: {did_you_mean(key, valid)}")
-        for key in _OF_LANGUAGE:
+        for key in OF_LANGUAGE:
             if key in fields and fields.get("rule") is not None:
                 raise ConfigError(f"`{key}` does not apply to the rule {fields['rule']}: leave it out.")
         if "architectures" not in fields:
@@ -174,7 +176,8 @@ class Comparison:
             try:
                 made[key] = readers[key](value) if key in readers else value
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"`{key}` of a comparison cannot be {value!r}: {error}.") from error
+                reason = str(error).rstrip(".")
+                raise ConfigError(f"`{key}` of a comparison cannot be {value!r}: {reason}.") from error
         for item in dataclasses.fields(cls):
             if item.type in ("int", int) and not isinstance(made.get(item.name, 0), int):
                 raise ConfigError(f"`{item.name}` of a comparison must be a whole number, got {made[item.name]!r}.")
@@ -216,6 +219,7 @@ def run_comparison(
     observer: SweepObserver,
     on_outcome: OnOutcome | None = None,
     deadline: float | None = None,
+    data_root: Path | None = None,
 ) -> list[Outcome]:
     """Train everything that is not trained yet and return all outcomes.
 
@@ -225,17 +229,24 @@ def run_comparison(
         observer: hears what happens.
         on_outcome: called with every training's outcome, old ones too.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
+        data_root: where to prepare data, in a folder for each way to; default: `folder`.
 
     Raises:
         ConfigError, DataError: on bad input, before the first training.
         OutOfTimeError: at the deadline.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = _open_data(comparison, folder, observer) if comparison.rule is None else None
+    data = _open_data(comparison, data_root or folder, observer) if comparison.rule is None else None
     return _Sweep(comparison, folder, data, observer, on_outcome, deadline).run()
 
 
-def _open_data(comparison: Comparison, folder: Path, observer: SweepObserver) -> PreparedData:
+def _data_folder(config: RunConfig, vocab_size: int) -> str:
+    """Return the name of the folder for data prepared in this way."""
+    way = [str(config.data), config.tokenizer, vocab_size, config.held_out_fraction, config.max_data_bytes]
+    return f"{DATA_FOLDER}-{hashlib.sha256(json.dumps(way).encode()).hexdigest()[:8]}"
+
+
+def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> PreparedData:
     """Prepare the data once for all trainings, or open those that are prepared.
 
     Raises:
@@ -246,20 +257,21 @@ def _open_data(comparison: Comparison, folder: Path, observer: SweepObserver) ->
         data = open_prepared(Path(comparison.data))
     else:
         source = open_source(comparison.data)
-        here = folder / DATA_FOLDER
+        vocab_size = config.vocab_size or load_preset(comparison.preset).model["vocab_size"]
+        here = root / _data_folder(config, vocab_size)
         if is_prepared_folder(str(here)):
             data = open_prepared(here)
             if identity(data.metadata["source"]) != identity(source.describe()):
                 raise DataError(
-                    f"{here} was prepared from {data.metadata['source'].get('spec')}, not from {comparison.data} as "
-                    "it is now: choose another --output-dir."
+                    f"{here.absolute()} was prepared from {comparison.data} as it was then, which has changed: choose "
+                    "another --output-dir."
                 )
         else:
             data = prepare(
                 source,
                 here,
                 tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
-                vocab_size=config.vocab_size or load_preset(comparison.preset).model["vocab_size"],
+                vocab_size=vocab_size,
                 held_out_fraction=config.held_out_fraction,
                 max_bytes=config.max_data_bytes,
                 progress=observer.data_progress,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fanformer.evaluation.ledger import Figure, interval_over_seeds
+from fanformer.evaluation.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
 from fanformer.training.comparison import Comparison, Outcome, best_rate
 
 
@@ -45,7 +45,7 @@ class Pair:
     figures: dict[str, Figure]
 
 
-_UNITS = {
+UNITS = {
     "loss": "nats per token",
     "bits_per_byte": "bits per byte",
     "tokens_per_second": "tokens/s",
@@ -55,8 +55,12 @@ _UNITS = {
     "train_sampled_accuracy": "share",
     "hole_sampled_accuracy": "share",
 }
-COUNTED_ACCURACY = 0.99
-"""Training accuracy below which a rule was not learned, so that what happens in the hole says nothing."""
+_COUNTED_RATIOS = {
+    "size_ratio": "parameters",
+    "size_ratio_without_embeddings": "parameters_without_embeddings",
+    "training_operations_ratio": "training_operations_per_token",
+}
+"""Ratios of a pair that are counted, each with the figure of a training that they are of."""
 
 
 def family_and_size(spec: str) -> tuple[str, str]:
@@ -81,7 +85,7 @@ def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
     sweep = {one.trial.learning_rate: one.loss for one in outcomes if one.trial.seed == first}
     chosen = [one for one in outcomes if one.trial.learning_rate == rate and math.isfinite(one.loss)]
     figures = {}
-    for name, unit in _UNITS.items():
+    for name, unit in UNITS.items():
         values = [one.result.figures[name] for one in chosen if one.result is not None and name in one.result.figures]
         if values:
             figures[name] = interval_over_seeds(values, unit)
@@ -126,18 +130,18 @@ def _pair_figures(one: Arm, other: Arm) -> dict[str, Figure]:
             f"{name}_difference": interval_over_seeds([a.figures[name] - b.figures[name] for a, b in results], units)
             for name in names
         }
-    counted = ("parameters", "parameters_without_embeddings", "training_operations_per_token")
     first, base = results[0]
     figures = {
-        f"{name}_ratio": Figure(first.figures[name] / base.figures[name], "ratio", interval="exact") for name in counted
+        name: Figure(first.figures[counted] / base.figures[counted], "ratio", interval=EXACT)
+        for name, counted in _COUNTED_RATIOS.items()
     }
     differences = [a.figures["bits_per_byte"] - b.figures["bits_per_byte"] for a, b in results]
     figures["bits_per_byte_difference"] = interval_over_seeds(differences, "bits per byte")
     speeds = [a.figures["tokens_per_second"] / b.figures["tokens_per_second"] for a, b in results]
-    figures["train_tokens_per_second_ratio"] = interval_over_seeds(speeds, "ratio")
+    figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
     ratios = [ratio for a, b in results if (ratio := tokens_ratio(a.curve, b.curve)) is not None]
     if len(ratios) == len(results):
-        figures["tokens_ratio"] = interval_over_seeds(ratios, "ratio")
+        figures["tokens_ratio"] = ratio_over_seeds(ratios)
     return figures
 
 
@@ -176,37 +180,53 @@ def _tokens_at(curve: Sequence[dict[str, Any]], loss: float) -> float:
     return float(curve[-1]["tokens"])
 
 
-def parameters_ratio(found: Sequence[Arm], comparison: Comparison, key: str = "parameters") -> dict[str, float]:
+def parameters_ratio(
+    found: Sequence[Arm], comparison: Comparison, key: str = "parameters"
+) -> dict[str, tuple[Figure, list[int]]]:
     """Return, by baseline arm, the candidate's parameters at that arm's loss over that arm's parameters.
 
     The candidate's loss at sizes between those that were trained is interpolated linearly in the logarithm of the
-    parameters; beyond them nothing is said.
+    parameters, for each seed that all of them share; beyond the trained sizes nothing is said.
 
     Args:
         found: the arms.
         comparison: whose first architecture's family is the candidate.
         key: "parameters" or "parameters_without_embeddings".
+
+    Returns:
+        The ratio over the seeds, and those seeds.
     """
     candidate, longest = family_and_size(comparison.architectures[0])[0], comparison.variants[-1]
-    ladder, others = [], []
+    points: dict[bool, list[tuple[str, dict[int, tuple[float, float]]]]] = {True: [], False: []}
     for arm in found:
-        if arm.variant != longest or not arm.outcomes or "bits_per_byte" not in arm.figures:
-            continue
-        assert arm.outcomes[0].result is not None, "arms hold finished trainings"
-        point = (float(arm.outcomes[0].result.figures[key]), arm.figures["bits_per_byte"].value)
-        if family_and_size(arm.architecture)[0] == candidate:
-            ladder.append(point)
-        else:
-            others.append((arm.architecture, point))
-    ladder.sort()
+        if arm.variant == longest and "bits_per_byte" in arm.figures:
+            mine = family_and_size(arm.architecture)[0] == candidate
+            points[mine].append((arm.architecture, _by_seed(arm, key)))
+    ladder = [by_seed for _, by_seed in points[True]]
     ratios = {}
-    for name, (parameters, loss) in others:
-        for (small, worse), (large, better) in itertools.pairwise(ladder):
-            if better <= loss <= worse and better < worse:
-                share = (worse - loss) / (worse - better)
-                ratios[name] = math.exp(math.log(small) + share * math.log(large / small)) / parameters
-                break
+    for name, baseline in points[False]:
+        shared = [seed for seed in baseline if all(seed in rung for rung in ladder)]
+        by_seed = [_ratio_at(baseline[seed], sorted(rung[seed] for rung in ladder)) for seed in shared]
+        known = [ratio for ratio in by_seed if ratio is not None]
+        if known and len(known) == len(shared):
+            ratios[name] = (ratio_over_seeds(known), shared)
     return ratios
+
+
+def _by_seed(arm: Arm, key: str) -> dict[int, tuple[float, float]]:
+    """Return parameters and bits per byte by seed."""
+    finished = [(one.trial.seed, one.result.figures) for one in arm.outcomes if one.result is not None]
+    return {seed: (float(figures[key]), figures["bits_per_byte"]) for seed, figures in finished}
+
+
+def _ratio_at(baseline: tuple[float, float], ladder: Sequence[tuple[float, float]]) -> float | None:
+    """Return the parameters at which the ladder has the baseline's loss over the baseline's, None off the ladder."""
+    parameters, loss = baseline
+    for (small, worse), (large, better) in itertools.pairwise(ladder):
+        if better <= loss <= worse and better < worse:
+            share = (worse - loss) / (worse - better)
+            return math.exp(math.log(small) + share * math.log(large / small)) / parameters
+    return None
 
 
 def to_record(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -225,7 +245,8 @@ def to_record(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, 
         ],
         "pairs": [asdict(pair) for pair in pairs(comparison, found)],
         "parameters_to_equal_loss": {
-            key: parameters_ratio(found, comparison, key) for key in ("parameters", "parameters_without_embeddings")
+            key: {name: asdict(figure) for name, (figure, _) in parameters_ratio(found, comparison, key).items()}
+            for key in ("parameters", "parameters_without_embeddings")
         },
         "trainings": [
             {

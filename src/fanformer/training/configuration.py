@@ -202,6 +202,13 @@ class RunConfig:
 _HINTS = get_type_hints(RunConfig)
 
 
+def _as_word(value: Any, hint: Any) -> Any:
+    """Return `on` or `off` for the truth values that YAML 1.1 makes of them, where a field is one of such words."""
+    if isinstance(value, bool) and get_origin(hint) is Literal:
+        return "on" if value else "off"
+    return value
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
@@ -242,7 +249,7 @@ def resolve(
         elif key.startswith("model."):
             merged["model"][key.removeprefix("model.")] = value
         elif key in _HINTS:
-            merged[key] = value
+            merged[key] = _as_word(value, _HINTS[key])
         else:
             raise ConfigError(f"`{key}` is not a field of the run configuration: {did_you_mean(key, _HINTS)}")
     return RunConfig(**merged)

@@ -304,8 +304,8 @@ class _Loop:
         if not (loss.isfinite() and norm.isfinite()):
             raise DivergenceError(
                 f"the loss of step {self.step + 1} of the rule {self.task.name} is {loss.item():.4g} with a gradient "
-                f"norm of {norm.item():.4g}: both must stay finite; use a lower learning_rate than "
-                f"{self.settings.learning_rate:g}."
+                f"norm of {norm.item():.4g}",
+                f"both must stay finite; use a lower learning_rate than {self.settings.learning_rate:g}.",
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

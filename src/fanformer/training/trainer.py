@@ -331,8 +331,9 @@ class Trainer:
         recent = f"{state.recent_losses[-1]:.4f}" if state.recent_losses else "not known"
         raise DivergenceError(
             f"{what}, the {state.skipped_in_row}th in a row, at learning rate {self.learning_rate:.3g}; the "
-            f"last finite loss was {recent}: go on from the last checkpoint in {config.folder.absolute()} with "
-            "--resume and a lower --learning-rate, --set max_grad_norm=0.5 or --set precision=float32."
+            f"last finite loss was {recent}",
+            f"go on from the last checkpoint in {config.folder.absolute()} with --resume and a lower --learning-rate, "
+            "--set max_grad_norm=0.5 or --set precision=float32.",
         )
 
     def _is_spike(self, loss: float) -> bool:
@@ -356,7 +357,7 @@ class Trainer:
         if checkpoint is None or state.rollbacks >= config.max_rollbacks:
             times = f"the run went back {state.rollbacks} times already"
             why = "there is no checkpoint" if checkpoint is None else times
-            raise DivergenceError(f"{what}, and {why}: use a lower --learning-rate or a larger spike_rollback.")
+            raise DivergenceError(f"{what}, and {why}", "use a lower --learning-rate or a larger spike_rollback.")
         place, rollbacks, skipped = state.place, state.rollbacks + 1, state.skipped
         left_out = place - self._restore(checkpoint)
         self.state.place, self.state.rollbacks, self.state.skipped = place, rollbacks, skipped

@@ -149,7 +149,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     try:
         outcome = train(config, lines, lambda fields: chosen.build({name: fields[name] for name in _NEEDED}))
     except DivergenceError as error:
-        return Result("diverged", str(error), {}, [], {"architecture": trial.architecture})
+        return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
     if not outcome.reached_end:
         raise SystemExit(128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 1)
     described, records = read_run_file(run_folder), read_records(run_folder)
@@ -201,7 +201,7 @@ def _train_rule(trial: Trial, lines: _Lines) -> Result:
     try:
         result = train_rule(task, model, settings, tell).to_dict()
     except DivergenceError as error:
-        return Result("diverged", str(error), {}, [], {"architecture": trial.architecture})
+        return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
     curve, scored = result.pop("curve"), result["score"]
     figures = {
         "loss": curve[-1]["loss"],

@@ -1,0 +1,255 @@
+"""A comparison as entries of the ledger: one for every training, and one for what they say together."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fanformer.data.prepared import PreparedData
+from fanformer.errors import DataError
+from fanformer.evaluation.ledger import EXACT, Entry, Figure, hardware, read_entry, versions, write_entry
+from fanformer.training.comparison import Comparison, Outcome
+from fanformer.training.comparison_summary import (
+    UNITS,
+    Arm,
+    Pair,
+    arms,
+    family_and_size,
+    pairs,
+    parameters_ratio,
+)
+from fanformer.training.trial import Trial
+
+_COUNTED = {
+    "parameters": "parameters",
+    "parameters_without_embeddings": "parameters",
+    "training_operations_per_token": "floating-point operations",
+}
+"""Figures of a training that are counted, with their units."""
+_SIZE_92M = (92_150_000, 92_250_000)  # parameters of the published size
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every entry of a comparison says about where it comes from.
+
+    Attributes:
+        name: of the comparison; entries' names begin with it.
+        command: that measures it again.
+    """
+
+    name: str
+    command: str
+
+
+def write_training(folder: Path, origin: Provenance, outcome: Outcome, data: PreparedData | None, spec: str) -> None:
+    """Write the entry of one training, unless the ledger holds it already; one that could not be done has none.
+
+    Args:
+        folder: of the ledger.
+        origin: of the comparison.
+        outcome: of the training.
+        data: that it read, None for a rule.
+        spec: of these data, as it was asked for.
+    """
+    result, trial = outcome.result, outcome.trial
+    if result is None:
+        return
+    figures = {name: Figure(result.figures[name], unit) for name, unit in UNITS.items() if name in result.figures}
+    figures |= {
+        name: Figure(result.figures[name], unit, interval=EXACT)
+        for name, unit in _COUNTED.items()
+        if name in result.figures
+    }
+    if result.status != "finished":
+        figures = {"diverged": Figure(1, "trainings", interval=EXACT)}
+    content = _entry(
+        origin,
+        name=f"{origin.name}-{trial.name}",
+        what=f"{trial.architecture} at learning rate {trial.learning_rate:g}, {_trained_on(trial, outcome.variant)}",
+        kind="training",
+        seeds=[trial.seed],
+        configuration=_configuration(trial, result.figures.get("parameters")),
+        data=None if data is None else {"source": spec, "fingerprint": data.fingerprint},
+        result=figures,
+        curve=result.curve,
+        details={"part_of": origin.name, "status": result.status, "message": result.message},
+    )
+    _write(folder, content)
+
+
+def write_comparison(
+    folder: Path,
+    origin: Provenance,
+    comparison: Comparison,
+    outcomes: Sequence[Outcome],
+    data: PreparedData | None,
+) -> None:
+    """Write what the trainings say together: an entry for each candidate beside its baselines, or each rule's arm.
+
+    Entries whose numbers the ledger holds already stay as they are.
+    """
+    found = arms(comparison, outcomes)
+    if comparison.rule is not None:
+        for arm in found:
+            if arm.outcomes:
+                _write(folder, _rule_entry(origin, comparison, arm))
+        return
+    read = None if data is None else {"source": comparison.data, "fingerprint": data.fingerprint}
+    together = pairs(comparison, found)
+    for arm in found:
+        against = [pair for pair in together if (pair.candidate, pair.variant) == (arm.architecture, arm.variant)]
+        if against:
+            _write(folder, _candidate_entry(origin, comparison, arm, against, found, read))
+    for entry in _ladder_entries(origin, comparison, found, read):
+        _write(folder, entry)
+
+
+def _candidate_entry(
+    origin: Provenance,
+    comparison: Comparison,
+    arm: Arm,
+    against: Sequence[Pair],
+    found: Sequence[Arm],
+    data: dict[str, Any] | None,
+) -> Entry:
+    """Return the entry of a candidate beside all its baselines; the claims' figures are those against the best one."""
+    baselines = {one.architecture: one for one in found if one.variant == arm.variant}
+    best = min(against, key=lambda pair: baselines[pair.baseline].figures["bits_per_byte"].value)
+    figures = dict(best.figures)
+    shown = [arm, *(baselines[pair.baseline] for pair in against)]
+    seeds = [outcome.trial.seed for outcome in arm.outcomes]
+    for one in shown:
+        slug = _slug(one.architecture)
+        # an arm that lost a seed has its own entries only: its figure would be over other seeds than the entry's
+        if [outcome.trial.seed for outcome in one.outcomes] == seeds:
+            figures |= {f"{name}_of_{slug}": one.figures[name] for name in ("bits_per_byte", "tokens_per_second")}
+    for pair in against:
+        if pair is not best:
+            name = "bits_per_byte_difference"
+            figures[f"{name}_to_{_slug(pair.baseline)}"] = pair.figures[name]
+    several = len(comparison.variants) > 1 or sum(_is_candidate(comparison, one) for one in found) > 1
+    suffix = f"-{_slug(arm.architecture)}-{arm.variant}" if several else ""
+    return _entry(
+        origin,
+        name=f"{origin.name}{suffix}",
+        what=f"{arm.architecture} beside {', '.join(one.architecture for one in shown[1:])} at {arm.variant:,} tokens",
+        kind="comparison",
+        seeds=seeds,
+        configuration=_configuration(arm.outcomes[0].trial, _parameters(arm)) | _rates(shown),
+        data=data,
+        result=figures,
+        curve=[{**point, "arm": one.architecture} for one in shown for point in _curve(one)],
+        details={
+            "comparison": f"{origin.name}{suffix}",
+            "candidate": arm.architecture,
+            "better_baseline": best.baseline,
+            "best_learning_rate_at_the_edge_of_the_sweep": [one.architecture for one in shown if one.at_edge],
+            "troubles": [line for one in shown for line in one.troubles],
+        },
+    )
+
+
+def _ladder_entries(
+    origin: Provenance, comparison: Comparison, found: Sequence[Arm], data: dict[str, Any] | None
+) -> list[Entry]:
+    """Return, for every baseline whose loss lies between the candidate's, the parameters to equal loss."""
+    total = parameters_ratio(found, comparison, "parameters")
+    inner = parameters_ratio(found, comparison, "parameters_without_embeddings")
+    longest = {arm.architecture: arm for arm in found if arm.variant == comparison.variants[-1]}
+    return [
+        _entry(
+            origin,
+            name=f"{origin.name}-parameters-{_slug(name)}",
+            what=f"parameters of {family_and_size(comparison.architectures[0])[0]} at the loss of {name}",
+            kind="comparison",
+            seeds=seeds,
+            configuration=_configuration(longest[name].outcomes[0].trial, _parameters(longest[name])),
+            data=data,
+            result={
+                **({"parameters_ratio": total[name][0]} if name in total else {}),
+                **({"parameters_ratio_without_embeddings": inner[name][0]} if name in inner else {}),
+            },
+            details={"baseline": name},
+        )
+        for name, (_, seeds) in {**total, **inner}.items()
+    ]
+
+
+def _rule_entry(origin: Provenance, comparison: Comparison, arm: Arm) -> Entry:
+    task = comparison.rule_task(arm.variant)
+    hole = f"-hole{arm.variant}" if arm.variant else ""
+    name = "" if task.name in origin.name else f"-{task.name}"
+    return _entry(
+        origin,
+        name=f"{origin.name}{name}{hole}-{_slug(arm.architecture)}",
+        what=f"the rule {task.name} learned by {arm.architecture}",
+        kind="rule",
+        seeds=[outcome.trial.seed for outcome in arm.outcomes],
+        configuration=_configuration(arm.outcomes[0].trial, _parameters(arm)),
+        data=None,
+        result=arm.figures,
+        details={"part_of": origin.name, "at_edge": arm.at_edge, "troubles": arm.troubles},
+    )
+
+
+def _entry(origin: Provenance, **fields: Any) -> Entry:
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    return Entry(command=origin.command, date=date, hardware=hardware(), versions=versions(), **fields)
+
+
+def _write(folder: Path, entry: Entry) -> None:
+    """Write an entry, unless the same numbers are there: they keep the day and the machine of their measurement."""
+    path = folder / f"{entry.name}.json"
+    if path.is_file():
+        try:
+            before = read_entry(path)
+        except DataError:
+            before = None  # cut off or of an older form: written anew
+        fields = ("result", "curve", "seeds", "configuration", "data", "details")
+        if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
+            return
+    write_entry(folder, entry)
+
+
+def _configuration(trial: Trial, parameters: float | None) -> dict[str, Any]:
+    """Return the settings of a training; `scale` is the published size's name, or the number of parameters."""
+    published = parameters is not None and _SIZE_92M[0] <= parameters <= _SIZE_92M[1]
+    scale = "92m" if published else "not known" if parameters is None else f"{parameters / 1e6:.3g}M parameters"
+    settings = dict(trial.settings)
+    rule = {} if trial.rule is None else {"rule": dict(trial.rule)}
+    own = {"architecture": trial.architecture, "learning_rate": trial.learning_rate}
+    return {**settings, **rule, **own, "scale": scale}
+
+
+def _rates(shown: Sequence[Arm]) -> dict[str, Any]:
+    return {
+        "learning_rates": {arm.architecture: {"best": arm.learning_rate, "tried": sorted(arm.swept)} for arm in shown}
+    }
+
+
+def _trained_on(trial: Trial, variant: int) -> str:
+    if trial.rule is None:
+        return f"{variant:,} tokens"
+    return f"rule {trial.rule['task']}" + (f", hole {variant} x {variant}" if variant else "")
+
+
+def _parameters(arm: Arm) -> float | None:
+    result = arm.outcomes[0].result
+    return None if result is None else result.figures["parameters"]
+
+
+def _curve(arm: Arm) -> list[dict[str, Any]]:
+    """Return the curve of the sweep's seed."""
+    result = arm.outcomes[0].result
+    return [] if result is None else result.curve
+
+
+def _is_candidate(comparison: Comparison, arm: Arm) -> bool:
+    return family_and_size(arm.architecture)[0] == family_and_size(comparison.architectures[0])[0]
+
+
+def _slug(spec: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", spec).strip("-")

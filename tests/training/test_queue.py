@@ -1,0 +1,111 @@
+"""A queue does what can be done, says what cannot, keeps everything, and goes on after its time was over."""
+
+import json
+import time
+
+import pytest
+import yaml
+
+from fanformer.errors import ConfigError
+from fanformer.evaluation.ledger import read_ledger
+from fanformer.training.queue import RECORD_FILE, main, read_queue, read_status
+
+RUN = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def queue_file(corpus, tmp_path):
+    """A queue with a wrong name, a missing file, a text that is too short, a language and a rule."""
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    defaults = {"data": str(corpus), "tokens": 1280, "learning_rates": 0.01, "evaluations": 2, "eval_tokens": 256}
+    entries = [
+        {"name": "unknown", "architectures": "lama@60k"},
+        {"name": "missing", "architectures": "llama@60k", "data": str(tmp_path / "nowhere.txt")},
+        {"name": "short", "architectures": "llama@60k", "data": str(short)},
+        {"name": "language", "architectures": ["fanformer@60k", "llama@60k"]},
+        {"name": "rule", "rule": "modular-addition", "architectures": "fanformer@60k", "run": {"max_steps": 2}},
+    ]
+    content = {"output_dir": str(tmp_path / "out"), "record_dir": str(tmp_path / "ledger"), "entries": entries}
+    return write(tmp_path / "queue.yaml", {**content, "defaults": {**defaults, "run": RUN}})
+
+
+def test_bad_entries_cost_a_line_each_and_stop_no_other(queue_file, tmp_path, capsys):
+    assert main([str(queue_file)]) == 2
+    said = capsys.readouterr()
+    unknown, missing, short = said.err.splitlines()
+    assert unknown == "error: unknown: no architecture 'lama': did you mean `llama`?"
+    assert missing.startswith(f"error: missing: data `{tmp_path / 'nowhere.txt'}`: no file")
+    assert short.startswith("error: short: ")
+    assert "bits per byte" in said.out
+    assert "trained" in said.out
+
+    status, running = read_status(tmp_path / "out")
+    states = {name: entry["state"] for name, entry in status["entries"].items()}
+    undone = dict.fromkeys(("unknown", "missing", "short"), "cannot be done")
+    assert (states, running) == ({**undone, "language": "done", "rule": "done"}, False)
+
+    record = json.loads((tmp_path / "out" / "language" / RECORD_FILE).read_text())
+    assert [arm["architecture"] for arm in record["arms"]] == ["fanformer@60k", "llama@60k"]
+    assert record["planned"] == record["finished"] == 2
+    entries = read_ledger(tmp_path / "ledger")
+    assert sorted(entry.kind for entry in entries) == ["comparison", "rule", "training", "training", "training"]
+    (together,) = (entry for entry in entries if entry.kind == "comparison")
+    mine, theirs = (arm["figures"]["bits_per_byte"]["value"] for arm in record["arms"])
+    assert together.result["bits_per_byte_difference"].value == pytest.approx(mine - theirs)
+    assert together.data["fingerprint"] == record["data"]["fingerprint"]
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/*")}
+    assert main([str(queue_file)]) == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/*")} == before
+
+
+def test_a_queue_stops_when_its_time_is_over_and_goes_on(corpus, tmp_path):
+    entry = {"name": "one", "architectures": "llama@60k", "data": str(corpus), "learning_rates": 0.01, "run": RUN}
+    long = {**entry, "tokens": "1M", "evaluations": 2, "eval_tokens": 256}
+    path = write(tmp_path / "queue.yaml", {"output_dir": str(tmp_path / "out"), "entries": [long]})
+    start = time.monotonic()
+    assert main([str(path), "--minutes", "0.1"]) == 75
+    assert time.monotonic() - start < 60
+    status, _ = read_status(tmp_path / "out")
+    assert status["entries"]["one"]["state"] == "stopped"
+    checkpoints = [found.name for found in (tmp_path / "out").rglob("checkpoint-*")]
+    assert len(checkpoints) == 1  # it saved before it ended
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "must hold output_dir, record_dir, defaults, entries, got list"),
+        ({"entry": []}, "`entry` is not a field of a queue: did you mean `entries`?"),
+        ({"entries": []}, "`entries` must be a list of comparisons"),
+        ({"entries": [{"name": "a"}], "defaults": 3}, "`defaults` must hold fields of a comparison"),
+        ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries are called a"),
+    ],
+)
+def test_a_file_that_is_no_queue_is_refused(tmp_path, content, message):
+    with pytest.raises(ConfigError) as caught:
+        read_queue(write(tmp_path / "queue.yaml", content))
+    assert message in str(caught.value)
+
+
+def test_an_entry_takes_over_the_defaults_and_a_rule_leaves_those_of_language(tmp_path):
+    entries = [
+        {"name": "a", "architectures": "llama@60k", "run": {"batch_size": 2}},
+        {"name": "b", "rule": "modular-addition", "architectures": "llama@60k"},
+        {"name": "c/d", "architectures": "llama@60k"},
+        {"architectures": "llama@60k"},
+    ]
+    defaults = {"tokens": "1M", "seeds": 2, "run": RUN}
+    queue = read_queue(write(tmp_path / "my.yaml", {"entries": entries, "defaults": defaults}))
+    first, second, third, fourth = queue.entries
+    assert first.comparison.run == {**RUN, "batch_size": 2}
+    assert first.comparison.tokens == (1_000_000,)
+    assert (second.error, second.comparison.run, second.comparison.seeds) == (None, {}, (0, 1))
+    assert "`name` must be letters" in third.error
+    assert (fourth.name, str(fourth.folder)) == ("entry-4", "runs/my/entry-4")

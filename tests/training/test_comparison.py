@@ -108,6 +108,7 @@ def test_a_wrong_comparison_is_refused_with_a_remedy(corpus, fields, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_is_trained_twice(corpus, tmp_path):
     comparison, first, second = small(corpus, learning_rates=[0.01, 1e-5], seeds=2), Watcher(), Watcher()
     outcomes = run_comparison(comparison, tmp_path / "out", first)
@@ -207,3 +208,10 @@ def test_tokens_ratio_reads_the_worse_curves_final_loss():
     assert tokens_ratio(fast, slow) == pytest.approx(0.5)
     assert tokens_ratio(slow, fast) == pytest.approx(2.0)
     assert tokens_ratio(slow, slow) == pytest.approx(1.0)
+
+
+def test_a_trained_baseline_does_not_call_itself_a_fanformer(corpus, tmp_path):
+    run_comparison(small(corpus, architectures=["llama@60k"]), tmp_path / "out", Watcher())
+    (card,) = (tmp_path / "out").rglob("README.md")
+    assert "# llama, trained as preset nano" in card.read_text()
+    assert "FANformer" not in card.read_text().replace("fanformer train", "")

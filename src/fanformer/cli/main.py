@@ -18,6 +18,7 @@ VERBS = {
     "generate": ("fanformer.cli.generate:generate", "Continue prompts."),
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),
     "eval": ("fanformer.cli.eval:evaluate", "Measure loss, perplexity and bits per byte on text."),
+    "compare": ("fanformer.cli.compare:compare", "Train architectures on the same tokens and compare them."),
     "convert": ("fanformer.cli.convert:convert", "Turn the published implementations' weights into a model folder."),
 }
 

@@ -1,5 +1,6 @@
-"""How a training run looks in the terminal: a progress bar where there is one, plain lines elsewhere."""
+"""How trainings look in the terminal: progress bars where there is one, plain lines elsewhere."""
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -79,3 +80,79 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class SweepReporter:
+    """Draws a list of trainings on stderr: a bar for all of them and one for the training under way."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self._started = self._begun = time.monotonic()
+        self._trained, self._count = 0, ""
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+                transient=True,
+            )
+
+    def __enter__(self) -> "SweepReporter":
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _show(self, bar: str, description: str, share: float, figures: str) -> None:
+        if self.bar is None:
+            return
+        if bar not in self.tasks:
+            self.tasks[bar] = self.bar.add_task(description, total=1.0, figures=figures)
+        self.bar.update(self.tasks[bar], description=description, completed=share, figures=figures)
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False)
+
+    def entry(self, name: str, number: int, total: int) -> None:
+        """Print which comparison begins."""
+        self._started, self._trained = time.monotonic(), 0
+        if total > 1:
+            self.note(f"{name} ({number} of {total})")
+
+    def data_progress(self, done: int, total: int | None) -> None:
+        """Show how much of the data is read."""
+        if total:
+            self._show("one", "data", done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+
+    def begin(self, name: str, done: int, total: int) -> None:
+        """Show that a training begins, and when all will be done, judged by those that this process did."""
+        self._count, self._begun = f"{done + 1}/{total}", time.monotonic()
+        left = ""
+        if self._trained:
+            left = f"{_clock((total - done) * (time.monotonic() - self._started) / self._trained)} left"
+        self._show("all", "all", done / total, f"{done} of {total} trainings  {left}")
+        self._show("one", name, 0.0, "")
+
+    def progress(self, share: float, text: str) -> None:
+        """Show how far that training is."""
+        if self.bar is not None and "one" in self.tasks:
+            self.bar.update(self.tasks["one"], completed=share, figures=text)
+
+    def end(self, name: str, text: str) -> None:
+        """Print how a training ended; one that was done before took no time and does not count for the time left."""
+        seconds = time.monotonic() - self._begun
+        if seconds < 0.5:
+            self._started = time.monotonic()
+        else:
+            self._trained += 1
+        self.note(f"{self._count:>7}  {name}  {text}  ({_clock(seconds)})")

@@ -58,6 +58,12 @@ def plot_loss(folder: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def title(run: Mapping[str, Any]) -> str:
+    """Return what a trained model is called, given the content of its run.yaml."""
+    kind, preset = run["model"]["model_type"], run["configuration"]["preset"]
+    return f"FANformer, preset {preset}" if kind == "fanformer" else f"{kind}, trained as preset {preset}"
+
+
 def model_card(run: Mapping[str, Any], record: Mapping[str, float], held_out: Mapping[str, Any], finished: bool) -> str:
     """Return the README.md of a model folder, with the figures of this run only.
 
@@ -91,10 +97,10 @@ def model_card(run: Mapping[str, Any], record: Mapping[str, float], held_out: Ma
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [fanformer, causal-lm]
+tags: [{run["model"]["model_type"]}, causal-lm]
 ---
 
-# FANformer, preset {configuration["preset"]}
+# {title(run)}
 
 A base language model (it continues text; it was not taught to follow instructions), trained with `fanformer train`.
 Written on {datetime.now(UTC):%Y-%m-%d}; every figure below was measured in this run.

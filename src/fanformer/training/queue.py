@@ -107,7 +107,7 @@ def read_queue(path: Path) -> Queue:
         raise ConfigError(f"{path.absolute()} is not YAML: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{path.absolute()} must hold {', '.join(_FIELDS)}, got {type(content).__name__}: see docs/evaluation.md."
+            f"{path.absolute()} must hold {', '.join(_FIELDS)}, got {type(content).__name__}: see docs/comparing.md."
         )
     for key in content:
         if key not in _FIELDS:

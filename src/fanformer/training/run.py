@@ -458,7 +458,7 @@ class Run:
                 "tokens": outcome.step * self.config.batch_size * self.config.sequence_length,
             }
             self._write_card(self.folder, self.latest, finished=outcome.reached_end)
-            title = f"FANformer {self.config.preset}, {self.model.num_parameters():,} parameters"
+            title = f"{artifacts.title(self.content)}, {self.model.num_parameters():,} parameters"
             artifacts.plot_loss(self.folder, title)
             if self.config.push_to_hub is not None and outcome.reached_end:
                 push(self.folder, self.config.push_to_hub)

@@ -1,0 +1,97 @@
+"""A page of one file: HTML with its style and its data inside, readable on a phone, in the dark and on paper."""
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: #ffffff; --text: #1c1e21; --quiet: #5b6470; --line: #d9dde2;
+  --tint: #f4f6f8; --warn: #fff4df; --link: #0b62a8 }
+@media (prefers-color-scheme: dark) { :root { --ground: #15181c; --text: #e4e7eb; --quiet: #9aa4b1; --line: #343b44;
+  --tint: #1e2329; --warn: #3a2f17; --link: #74b5ee } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1.2rem 4rem; background: var(--ground); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
+p, ul { max-width: 48rem } a { color: var(--link) } .quiet { color: var(--quiet) }
+.warn { background: var(--warn); padding: .5rem .8rem; border-radius: .4rem; max-width: none }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--quiet); font-weight: 600 } code, pre { font-size: .85rem; overflow-wrap: anywhere }
+pre { background: var(--tint); padding: .8rem; border-radius: .4rem; white-space: pre-wrap }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem }
+figure { margin: 0 } figure svg, figure img { width: 100%; height: auto; display: block }
+figure svg text { font-family: system-ui, sans-serif !important }
+figure img { background: #ffffff; border-radius: .4rem }
+figcaption { color: var(--quiet); font-size: .85rem }
+details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
+@media print { body { max-width: none; padding: 0 } figure, tr { break-inside: avoid } }
+"""
+_SAVE = """
+const record = document.getElementById("record"), link = document.getElementById("save");
+link.href = URL.createObjectURL(new Blob([record.textContent], {type: "application/json"}));
+link.hidden = false;
+"""
+
+
+def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) -> str:
+    """Return a whole HTML page, with its record inside to be read by programs and saved by people.
+
+    Args:
+        title: of the page, as plain text.
+        body: HTML of its parts.
+        record: plain values; the element `record` holds them as JSON.
+        name: of the file that the record is saved as.
+    """
+    # "<" cannot end the element early when it is written as an escape, which JSON reads back as itself
+    raw = json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{text(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            "</head>",
+            "<body>",
+            *body,
+            f'<p><a id="save" download="{text(name)}" hidden>Save the numbers as JSON</a></p>',
+            f'<script type="application/json" id="record">{raw}</script>',
+            f"<script>{_SAVE}</script>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def text(content: object) -> str:
+    """Return any value as text of a page."""
+    return html.escape(str(content))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of plain texts; it scrolls by itself where the screen is narrow."""
+    lines = [_row("th", header), *(_row("td", row) for row in rows)]
+    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Return plain texts as a list."""
+    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>"
+
+
+def picture(path: Path, caption: str) -> str:
+    """Return a PNG file as a part of the page."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img src="data:image/png;base64,{content}" alt="{text(caption)}">'
+    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"

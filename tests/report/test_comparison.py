@@ -1,0 +1,199 @@
+"""The page of a comparison: one file, every number of the record, and plain words for what is not known."""
+
+import copy
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from fanformer.report.comparison import write_comparison_page
+from tests.report.test_rules import on_plane
+
+VOID = {"meta", "img", "link", "br"}
+SPREAD = "95% t-interval over 2 seeds"
+
+
+class Reader(HTMLParser):
+    """Reads a page: balanced tags, what it refers to, its ids, its words and its record."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.links, self.ids, self.words, self.record = [], [], [], [], ""
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.links += [given[name] for name in ("src", "href", "xlink:href") if name in given]
+        self.ids += [given["id"]] if "id" in given else []
+        if tag not in VOID:
+            self.open.append((tag, given.get("id")))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if ("script", "record") in self.open:
+            self.record += data
+        elif not any(tag in ("script", "style") for tag, _ in self.open):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def figure(value, spread=None, unit="bits per byte"):
+    if spread is None:
+        return {"value": value, "unit": unit, "low": None, "high": None, "interval": None}
+    return {"value": value, "unit": unit, "low": value - spread, "high": value + spread, "interval": SPREAD}
+
+
+def training(spec, rate, seed, loss, parameters, variant=1000):
+    curve = [{"tokens": tokens, "val_loss": 2 * loss + 9 / tokens, "val_bits_per_byte": loss + 9 / tokens}
+             for tokens in (100, 500, variant)]  # fmt: skip
+    figures = {"loss": 2 * loss, "bits_per_byte": loss, "tokens_per_second": 1234.0, "parameters": 2 * parameters}
+    figures |= {"parameters_without_embeddings": parameters, "training_operations_per_token": 6 * parameters}
+    result = {"status": "finished", "message": "", "figures": figures, "curve": curve, "details": {}}
+    about = {"architecture": spec, "variant": variant, "learning_rate": rate, "seed": seed}
+    return {**about, "name": f"{spec}-{rate}-{seed}", "error": None, "result": result}
+
+
+def arm(spec, loss, rate=0.01, at_edge=False, spread=0.0625, troubles=(), variant=1000):
+    figures = {"loss": figure(2 * loss, spread), "bits_per_byte": figure(loss, spread)}
+    figures["tokens_per_second"] = figure(1234.0, spread and 10.0, "tokens/s")
+    about = {"architecture": spec, "variant": variant, "learning_rate": rate, "at_edge": at_edge}
+    swept = [[0.001, 2 * loss + 1], [rate, 2 * loss]]
+    return {**about, "swept": swept, "figures": figures, "troubles": list(troubles)}
+
+
+@pytest.fixture
+def record():
+    """Two sizes of two families, two seeds, a learning rate that diverged."""
+    losses = {"ours@40k": 2.125, "ours@80k": 2.0, "llama@40k": 2.25, "llama@80k": 2.0625}
+    trainings = [
+        training(spec, rate, seed, loss + (0.5 if rate == 0.001 else 0), 40_000 if "40k" in spec else 80_000)
+        for spec, loss in losses.items()
+        for rate, seed in ((0.001, 0), (0.01, 0), (0.01, 1))
+    ]
+    lost = training("llama@40k", 9.0, 0, 0, 1)
+    lost["result"] |= {"status": "diverged", "message": "loss <script>alert(1)</script>", "figures": {}, "curve": []}
+    difference = {"bits_per_byte_difference": figure(-0.125, 0.0625), "tokens_ratio": figure(0.75, 0.125, "ratio")}
+    pair = {"candidate": "ours@40k", "baseline": "llama@40k", "variant": 1000, "figures": difference}
+    open_pair = copy.deepcopy(pair) | {"candidate": "ours@80k", "baseline": "llama@80k"}
+    open_pair["figures"]["bits_per_byte_difference"] = figure(-0.03125, 0.0625)
+    return {
+        "name": "mine",
+        "command": "fanformer compare ours@40k",
+        "comparison": {
+            "architectures": list(losses), "data": "stdlib", "rule": None, "seeds": [0, 1],
+            "learning_rates": [0.001, 0.01, 9.0],
+        },
+        "arms": [
+            arm("ours@40k", 2.125), arm("ours@80k", 2.0, at_edge=True),
+            arm("llama@40k", 2.25, troubles=["llama@40k-9: loss <script>alert(1)</script>"]), arm("llama@80k", 2.0625),
+        ],
+        "pairs": [pair, open_pair],
+        "parameters_to_equal_loss": {"parameters": {"llama@80k": figure(0.7031, 0.0156, "ratio")},
+                                     "parameters_without_embeddings": {}},
+        "trainings": [*trainings, lost],
+    }  # fmt: skip
+
+
+def read(record, tmp_path):
+    path = tmp_path / "page.html"
+    write_comparison_page(record, path)
+    return Reader(path.read_text())
+
+
+def test_page_is_one_file_with_the_record_inside(record, tmp_path):
+    page = read(record, tmp_path)
+    assert [link for link in page.links if not link.startswith("#")] == []
+    assert len(set(page.ids)) == len(page.ids)
+    assert json.loads(page.record) == record
+    first = (tmp_path / "page.html").read_bytes()
+    assert len(first) < 1_000_000
+    read(record, tmp_path)
+    assert (tmp_path / "page.html").read_bytes() == first
+
+
+def test_every_number_stands_in_the_page_with_its_interval(record, tmp_path):
+    text = read(record, tmp_path).text
+    for shown in (
+        "2.1250 [2.0625, 2.1875]", "2.0000 [1.9375, 2.0625]", "2.2500 [2.1875, 2.3125]",
+        "-0.1250 [-0.1875, -0.0625] better",
+        "-0.0312 [-0.0938, +0.0312] undecided at these seeds", "0.750 [0.625, 0.875]", "0.703 [0.688, 0.719]", "80,000",
+        f"in brackets: {SPREAD}", "fanformer compare ours@40k",
+    ):  # fmt: skip
+        assert shown in text
+    for chart in ("Loss over tokens", "Loss over computing", "Loss over time", "Final loss over learning rate",
+                  "Final loss over parameters without embeddings"):  # fmt: skip
+        assert chart in text
+
+
+def test_page_says_what_went_wrong_and_what_is_doubtful(record, tmp_path):
+    content = read(record, tmp_path).text
+    assert "ours@80k: its best learning rate, 0.01, is the highest that was tried" in content
+    assert "llama@40k-9: loss <script>alert(1)</script>" in content  # as text
+    assert "<script>alert" not in (tmp_path / "page.html").read_text()
+    assert "Triangles at the upper edge: higher, or diverged." in content
+
+
+def test_unfinished_sweep_shows_what_there_is(record, tmp_path):
+    empty = {"learning_rate": None, "figures": {}, "swept": [], "at_edge": False, "troubles": []}
+    record["arms"][3] |= empty
+    record["trainings"] = [one for one in record["trainings"] if one["architecture"] != "llama@80k"]
+    record |= {"planned": 16, "finished": 10, "pairs": [], "parameters_to_equal_loss": {}}
+    text = read(record, tmp_path).text
+    assert "10 of 16 trainings have ended; the same command goes on with the others." in text
+    assert "llama@80k 1,000 no finished training" in text
+    assert "No two architectures have a finished training at the same seed and budget yet." in text
+
+
+def test_one_seed_decides_nothing(record, tmp_path):
+    record["comparison"]["seeds"] = [0]
+    record["trainings"] = [one for one in record["trainings"] if one["seed"] == 0]
+    record["arms"] = [arm(one["architecture"], one["figures"]["bits_per_byte"]["value"], spread=None)
+                      for one in record["arms"]]  # fmt: skip
+    record["pairs"][0]["figures"] = {"bits_per_byte_difference": figure(-0.125)}
+    text = read(record, tmp_path).text
+    assert "-0.1250 one seed: not decided" in text
+    assert "one seed has no interval" in text
+
+
+def test_several_budgets_are_drawn_over_their_tokens(record, tmp_path):
+    record["arms"].append(arm("ours@40k", 2.5, variant=500))
+    record["trainings"].append(training("ours@40k", 0.01, 0, 2.5, 40_000, variant=500))
+    assert "Final loss over the budget" in read(record, tmp_path).text
+
+
+def test_rule_comes_with_its_table_and_its_plane(tmp_path):
+    specs = {"ours@60k": (0.75, 1.0), "llama@60k": (0.25, 0.5)}
+    trainings, arms = [], []
+    for spec, (inside, outside) in specs.items():
+        result = on_plane(3, inside, outside)
+        for rate in (0.01, 0.1):
+            figures = {"loss": 0.5, "hole_accuracy": inside, "train_accuracy": outside}
+            kept = {
+                "status": "finished",
+                "message": "",
+                "figures": figures,
+                "curve": [],
+                "details": {"rule": result.to_dict()},
+            }
+            trainings.append({"architecture": spec, "variant": 3, "learning_rate": rate, "seed": 0, "result": kept})
+        arms.append(arm(spec, 0.25, variant=3))
+    figures = {"hole_accuracy_difference": figure(0.5), "train_accuracy_difference": figure(0.5)}
+    pair = {"candidate": "ours@60k", "baseline": "llama@60k", "variant": 3, "figures": figures}
+    asked = {"architectures": list(specs), "rule": "modular-addition", "seeds": [0], "learning_rates": [0.01, 0.1]}
+    page = read({"comparison": asked, "arms": arms, "pairs": [pair], "trainings": trainings}, tmp_path)
+    assert "does not count: train accuracy below 99% (llama@60k)" in page.text
+    assert "+0.5000" in page.text
+    assert page.text.count("hole 3 x 3") == 2  # one row for each, at its best learning rate only
+    assert [link[:22] for link in page.links if not link.startswith("#")] == ["data:image/png;base64,"]

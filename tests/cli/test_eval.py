@@ -49,8 +49,46 @@ def test_total_is_the_sum_over_files_however_they_are_named(command, saved_model
 def test_table_and_json_file_say_the_same(command, saved_model, texts, tmp_path):
     outcome = command("eval", saved_model, "--text", *texts, "--device", "cpu", "--json", tmp_path / "result.json")
     total = json.loads((tmp_path / "result.json").read_text())
-    assert f"{total['loss']:8.4f}" in outcome.out.splitlines()[-1]
-    assert outcome.out.splitlines()[-1].endswith("total")
+    line = next(line for line in outcome.out.splitlines() if line.endswith("total"))
+    assert f"{total['loss']:8.4f} +-{total['loss_stderr']:6.4f}" in line
+
+
+@pytest.fixture
+def records(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    rows = [("prose", "the cat sat on the mat. "), ("code", "x = 1\n"), ("prose", "a small model. ")]
+    path.write_text("".join(json.dumps({"text": text, "src": src, "id": 1}) + "\n" for src, text in rows))
+    return path
+
+
+def test_figures_by_source_are_those_of_its_documents(command, saved_model, texts, records, tmp_path):
+    result = evaluate(command, saved_model, "--text", records, texts[0])
+    assert result["by"] == "src"
+    assert list(result["sources"]) == ["code", "prose"]
+    assert [result["sources"][name]["documents"] for name in ("code", "prose")] == [1, 2]
+    alone = tmp_path / "alone.txt"
+    alone.write_text("x = 1\n")
+    code = evaluate(command, saved_model, "--text", alone)
+    assert result["sources"]["code"]["loss"] == pytest.approx(code["loss"], rel=1e-5)
+    assert result["sources"]["code"]["loss_stderr"] is None
+    assert result["sources"]["prose"]["bits_per_byte_stderr"] > 0
+    assert "sources" not in evaluate(command, saved_model, "--text", records, "--by", "none")
+    outcome = command("eval", saved_model, "--text", records, "--device", "cpu")
+    assert "src prose" in outcome.out
+    assert "no standard error (-) where there is one document only" in outcome.out
+
+
+def test_field_of_sources_that_is_not_there_is_refused(command, saved_model, texts, records):
+    outcome = command("eval", saved_model, "--text", records, "--by", "origin")
+    assert "no field `origin`; it has `text`, `src`, `id`" in outcome.err.splitlines()[-1]
+    refusal = command("eval", saved_model, "--text", texts[0], "--by", "src").refusal()
+    assert f"`--by src` applies to jsonl and parquet files, got {texts[0]}: leave it out." in refusal
+
+
+def test_model_without_tokenizer_is_refused(command, model_copy, texts):
+    for file in model_copy.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer in" in command("eval", model_copy, "--text", texts[0]).refusal()
 
 
 def test_bad_input_is_refused_and_nothing_written(command, saved_model, texts, tmp_path):
@@ -65,6 +103,7 @@ def test_bad_input_is_refused_and_nothing_written(command, saved_model, texts, t
             "`sequence_length` must be at most the model's 128 positions",
         ),
         (["--text", texts[0], "--batch-size", "0"], "`batch_size` must be at least 1, got 0."),
+        (["--text", texts[0], texts[0]], "`--text` must name every file once"),
     ):
         outcome = command("eval", saved_model, *words, "--device", "cpu", "--json", out)
         assert outcome.code == 2

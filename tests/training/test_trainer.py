@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from fanformer.errors import CheckpointError, DivergenceError
-from fanformer.evaluation.loss import summarize
+from fanformer.evaluation.loss import HeldOutLoss
 from fanformer.training.checkpoint import checkpoints, read_state
 from fanformer.training.configuration import resolve
 from fanformer.training.environment import Environment
@@ -55,7 +55,7 @@ class Observer:
         self.records, self.notes = [], []
 
     def evaluate(self, everything, between_batches):
-        return summarize(1.0, 1, 1)
+        return HeldOutLoss(loss=1.0, perplexity=2.7, bits_per_byte=1.4, tokens=1, bytes=1, documents=1)
 
     def on_step(self, step, elapsed_seconds, progress):
         pass

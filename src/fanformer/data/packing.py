@@ -42,6 +42,11 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return self._num_rows
 
     @property
+    def start_id(self) -> int:
+        """The token that opens every document."""
+        return self._stream.start_id
+
+    @property
     def num_labels(self) -> int:
         """Tokens that the rows predict: labels other than IGNORED_LABEL."""
         left_over = self._stream.tokens[self._num_rows * self.tokens_per_row + 1 :]

@@ -119,6 +119,31 @@ def read_records(path: Path, fields: Fields) -> Iterator[Record]:
         yield from _cut_texts(_decode(path, _read_chunks(path)))
 
 
+def field_names(path: Path) -> list[str]:
+    """Return the names of the fields in a jsonl file's first record, or of a parquet file's columns; [] for text.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    kind = file_kind(path)
+    if kind == "text":
+        return []
+    require_extras(path)
+    if kind == "parquet":
+        parquet = import_extra("pyarrow.parquet", f"reading {path.name}")
+        try:
+            with _seekable(path) as source:
+                return list(parquet.read_schema(source).names)
+        except (OSError, ValueError) as error:  # what pyarrow raises on a damaged file is a ValueError
+            raise DataError(f"{path}: not a complete parquet file: fetch it again") from error
+    first = next((line for line in _lines(_decode(path, _read_chunks(path))) if line.strip()), "{}")
+    try:
+        record = json.loads(first)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:1: expected a JSON object on every line, got {error}") from error
+    return list(record) if isinstance(record, dict) else []
+
+
 def _read_chunks(path: Path) -> Iterator[bytes]:
     """Yield the decompressed bytes of a file in pieces of CHUNK_BYTES."""
     try:

@@ -1,6 +1,7 @@
-"""Held-out loss, perplexity and bits per byte, every token predicted exactly once."""
+"""Held-out loss, perplexity and bits per byte with their standard errors, every token predicted exactly once."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,19 +10,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fanformer.data.packing import PackedRows, evaluation_rows
+from fanformer.data.packing import IGNORED_LABEL, PackedRows, evaluation_rows
 from fanformer.data.prepared import TokenStream
 from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
 from fanformer.errors import DataError
+from fanformer.evaluation.statistics import ratio_stderr
+
+LONGEST_DEFAULT_CONTEXT = 2048
+"""Tokens of context above which a model's own longest context is no longer the default."""
+_UNITS_PER_NAT = 1 << 24
+"""Surprise is summed in such units: whole numbers, whose float64 sums are exact, in any order, up to 2^29 nats."""
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Loss on a stream of documents.
+    """Loss on documents; standard errors take them for independent samples, and are None where fewer than two are.
 
     Attributes:
         loss: nats per predicted token.
@@ -29,6 +35,10 @@ class HeldOutLoss:
         bits_per_byte: bits to code the text, over its length in UTF-8 bytes; comparable across tokenizers.
         tokens: predicted tokens, the end of each document among them.
         bytes: UTF-8 bytes that these tokens stand for.
+        documents: documents with a predicted token.
+        loss_stderr: standard error of `loss`.
+        perplexity_stderr: standard error of `perplexity`, to first order.
+        bits_per_byte_stderr: standard error of `bits_per_byte`; None also where documents' bytes are not known.
     """
 
     loss: float
@@ -36,10 +46,43 @@ class HeldOutLoss:
     bits_per_byte: float
     tokens: int
     bytes: int
+    documents: int
+    loss_stderr: float | None = None
+    perplexity_stderr: float | None = None
+    bits_per_byte_stderr: float | None = None
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, float | int | None]:
         """Return the figures by name."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """What a model said about documents, one number for each.
+
+    Attributes:
+        nats: (N,) float64, surprise.
+        tokens: (N,) int64, predicted tokens.
+        bytes: (N,) int64, UTF-8 bytes.
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Iterable["DocumentSums"]) -> "DocumentSums":
+        """Return the documents of all parts as one."""
+        nats, tokens, num_bytes = zip(*((part.nats, part.tokens, part.bytes) for part in parts), strict=True)
+        return cls(np.concatenate(nats), np.concatenate(tokens), np.concatenate(num_bytes))
+
+    def select(self, chosen: np.ndarray) -> "DocumentSums":
+        """Return the documents where `chosen` (N,) is True."""
+        return DocumentSums(self.nats[chosen], self.tokens[chosen], self.bytes[chosen])
+
+    def figures(self) -> HeldOutLoss:
+        """Return the loss over all these documents."""
+        return summarize(self.nats, self.tokens, int(self.bytes.sum()), self.bytes)
 
 
 @dataclass(frozen=True)
@@ -57,15 +100,31 @@ class Share:
     sum: Callable[[Sequence[float]], list[float]] = list
 
 
-def summarize(total_nats: float, tokens: int, num_bytes: int) -> HeldOutLoss:
-    """Return the figures for `total_nats` of surprise over `tokens` predictions of `num_bytes` bytes."""
-    loss = total_nats / tokens
+def summarize(
+    nats: np.ndarray, tokens: np.ndarray, num_bytes: int, document_bytes: np.ndarray | None = None
+) -> HeldOutLoss:
+    """Return the figures of documents.
+
+    Args:
+        nats: (N,) surprise of each document.
+        tokens: (N,) predicted tokens of each.
+        num_bytes: UTF-8 bytes that the tokens of all stand for.
+        document_bytes: (N,) the same by document, where that is known.
+    """
+    total_nats, total_tokens = float(nats.sum()), int(tokens.sum())
+    loss = total_nats / total_tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    loss_stderr = ratio_stderr(nats, tokens)
     return HeldOutLoss(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=perplexity,
         bits_per_byte=total_nats / math.log(2) / num_bytes,
-        tokens=tokens,
+        tokens=total_tokens,
         bytes=num_bytes,
+        documents=int(np.count_nonzero(tokens)),
+        loss_stderr=loss_stderr,
+        perplexity_stderr=None if loss_stderr is None else perplexity * loss_stderr,
+        bits_per_byte_stderr=None if document_bytes is None else ratio_stderr(nats / math.log(2), document_bytes),
     )
 
 
@@ -76,42 +135,104 @@ def every_nth(count: int, wanted: int) -> list[int]:
 
 
 @torch.no_grad()
-def total_surprise(
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Return whether position ids that restart within a row hide what stands before from what follows.
+
+    For a model that is not a FANformer this is tried out on rows of 16 tokens: the logits of the second of two
+    documents must be the same after another first one, and in a row of its own.
+    """
+    if model.config.model_type == "fanformer":
+        return True
+    length = 8
+    ids = torch.arange(1, 2 * length + 1, device=model.device).remainder(model.config.vocab_size).repeat(2, 1)
+    ids[1, :length] = ids[1, :length].flip(0)
+    positions = torch.arange(length, device=model.device).repeat(2).repeat(2, 1)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    # what leaks is many times larger than the rounding of the narrowest format
+    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    alone = model(input_ids=ids[:, length:], position_ids=positions[:, length:], use_cache=False).logits.float()
+    # the same second document twice, and a third time in a row of its own
+    differences = torch.stack([logits[0, length:] - logits[1, length:], logits[0, length:] - alone[0]])
+    return bool(differences.abs().max() <= tolerance * logits.abs().max())
+
+
+def _separate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give every piece of a document in packed rows a row of its own, filled up on its right.
+
+    Args:
+        batch: `input_ids`, `position_ids`, `labels` and `documents`, each (B, T).
+    """
+    pieces: dict[str, list[Tensor]] = {name: [] for name in batch}
+    fills = {"labels": IGNORED_LABEL}
+    for row, positions in enumerate(batch["position_ids"]):
+        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
+        for start, stop in itertools.pairwise(starts):
+            if (batch["labels"][row, start:stop] != IGNORED_LABEL).any():
+                for name, values in batch.items():
+                    pieces[name].append(values[row, start:stop])
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad(items, batch_first=True, padding_value=fills.get(name, 0)) for name, items in pieces.items()}
+
+
+def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) -> tuple[Tensor, Tensor]:
+    """Return surprise and document number, each (N,), of every label of packed rows that is predicted."""
+    batch_size = len(batch["input_ids"])
+    given = dict(batch) if packed else _separate(batch)
+    found: list[Tensor] = []
+    for start in range(0, len(given["input_ids"]), batch_size):
+        part = {name: values[start : start + batch_size] for name, values in given.items()}
+        positions = {"position_ids": part["position_ids"]} if packed else {}
+        logits = model(input_ids=part["input_ids"], use_cache=False, **positions).logits  # (B, T, V)
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(), part["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        counts = part["labels"].flatten() != IGNORED_LABEL
+        found.append(torch.stack([nats[counts].double(), part["documents"].flatten()[counts].double()]).cpu())
+    values = torch.cat(found, dim=1)
+    return values[0], values[1].long()
+
+
+@torch.no_grad()
+def surprise_by_document(
     model: PreTrainedModel,
-    rows: Dataset[dict[str, Tensor]],
+    rows: PackedRows,
+    documents_before: np.ndarray,
     indices: list[int],
     batch_size: int,
+    num_documents: int,
     autocast_dtype: torch.dtype | None = None,
     share: Share = Share(),  # frozen
     between_batches: Callable[[], None] | None = None,
-) -> tuple[float, int]:
-    """Sum the surprise of the labels of the given rows.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the surprise of the labels of the given rows, document by document.
 
     Batches always have `batch_size` rows, the last one filled up with repetitions that do not count, so that the
     result does not depend on how the rows divide. Every process does as many of them.
 
     Args:
         model: a causal language model; its training mode is restored.
-        rows: items with `input_ids`, `position_ids` and `labels` (already shifted, -100 where nothing is predicted).
+        rows: rows of a stream, with labels that are shifted already, IGNORED_LABEL where nothing is predicted.
+        documents_before: for every row, how many documents start before it.
         indices: which rows.
         batch_size: rows per forward pass.
+        num_documents: N, documents of the stream.
         autocast_dtype: dtype for matrix products, or None for the weights' own.
         share: which batches this process does.
         between_batches: called before every batch; may raise to end the evaluation.
 
     Returns:
-        Nats in all, and the number of predicted tokens, of all processes together.
+        Nats (N,) and number of predicted tokens (N,) of every document, of all processes together.
     """
     was_training = model.training
     model.eval()
     device = model.device
-    total = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    sums = torch.zeros(2, num_documents, dtype=torch.float64)
     autocast = (
         torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
     )
     # The compiled blocks of a training run would be compiled once more for evaluation.
     with autocast, torch.compiler.set_stance("force_eager"):
+        packed = keeps_documents_apart(model)
         for start in range(0, len(indices), batch_size * share.count):
             if between_batches is not None:
                 between_batches()
@@ -119,18 +240,49 @@ def total_surprise(
             chosen = indices[mine : mine + batch_size]
             padded = chosen + indices[:1] * (batch_size - len(chosen))
             items = [rows[index] for index in padded]
-            batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
-            batch["labels"][len(chosen) :] = -100
-            logits = model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            ).logits  # (B, T, V)
-            labels = batch["labels"].flatten()
-            surprise = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
-            total += surprise.double().cpu()
-            tokens += int((labels != -100).sum())
+            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            before = torch.from_numpy(documents_before[padded])[:, None]
+            batch["documents"] = before + (batch["input_ids"] == rows.start_id).cumsum(1) - 1
+            batch["labels"][len(chosen) :] = IGNORED_LABEL
+            if not packed and not (batch["labels"] != IGNORED_LABEL).any():
+                continue
+            nats, documents = _surprise(model, {name: values.to(device) for name, values in batch.items()}, packed)
+            sums[0].index_add_(0, documents, torch.round(nats * _UNITS_PER_NAT))
+            sums[1].index_add_(0, documents, torch.ones_like(nats))
     model.train(was_training)
-    nats, tokens_of_all = share.sum([float(total), tokens])
-    return nats, int(tokens_of_all)
+    both = np.array(share.sum(sums.flatten().tolist())).reshape(2, num_documents)
+    return both[0] / _UNITS_PER_NAT, both[1].astype(np.int64)
+
+
+def _documents_before_rows(stream: TokenStream, rows: PackedRows) -> np.ndarray:
+    """Return for every row how many documents start before it: (rows,) int64."""
+    length = rows.tokens_per_row
+    starts = [
+        int(np.count_nonzero(np.asarray(stream.tokens[row * length : (row + 1) * length]) == stream.start_id))
+        for row in range(len(rows))
+    ]
+    return np.cumsum([0, *starts[:-1]])
+
+
+def _measure(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    share: Share = Share(),  # frozen
+    between_batches: Callable[[], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return nats and tokens of every document, and which share of the text they are; arguments as held_out_loss."""
+    rows = evaluation_rows(stream, sequence_length)
+    wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
+    indices = every_nth(len(rows), wanted)
+    before = _documents_before_rows(stream, rows)
+    nats, tokens = surprise_by_document(
+        model, rows, before, indices, batch_size, stream.num_documents, autocast_dtype, share, between_batches
+    )
+    return nats, tokens, len(indices) / len(rows)  # of the text, in equal rows but for the last
 
 
 def held_out_loss(
@@ -155,13 +307,61 @@ def held_out_loss(
         share: which batches this process does.
         between_batches: called before every batch; may raise to end the evaluation.
     """
-    rows: PackedRows = evaluation_rows(stream, sequence_length)
-    wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
-    indices = every_nth(len(rows), wanted)
-    nats, tokens = total_surprise(model, rows, indices, batch_size, autocast_dtype, share, between_batches)
-    measured = len(indices) / len(rows)  # of the text, in equal rows but for the last
-    num_bytes = stream.num_bytes if len(indices) == len(rows) else max(1, round(stream.num_bytes * measured))
+    nats, tokens, measured = _measure(
+        model, stream, sequence_length, batch_size, max_tokens, autocast_dtype, share, between_batches
+    )
+    num_bytes = stream.num_bytes if measured == 1 else max(1, round(stream.num_bytes * measured))
     return summarize(nats, tokens, num_bytes)
+
+
+def default_sequence_length(model: PreTrainedModel) -> int:
+    """Return the longest context that texts are measured with where none is given."""
+    return min(LONGEST_DEFAULT_CONTEXT, int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_CONTEXT)))
+
+
+def evaluate_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    autocast_dtype: torch.dtype | None = None,
+    between_batches: Callable[[], None] | None = None,
+) -> DocumentSums:
+    """Measure what a model makes of texts, each a document of its own.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        texts: the documents.
+        sequence_length: longest context a token is predicted from; default: `default_sequence_length`.
+        batch_size: rows per forward pass.
+        autocast_dtype: dtype for matrix products, or None for the weights' own.
+        between_batches: called before every batch; may raise to end the evaluation.
+
+    Raises:
+        DataError: if there is no text.
+    """
+    documents = list(texts)
+    num_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in documents], dtype=np.int64)
+    if num_bytes.sum() == 0:
+        raise DataError("there is no text to evaluate: got 0 bytes.")
+    start, end = start_token_id(tokenizer), end_token_id(tokenizer)
+    ids = [np.array(document, dtype=np.uint32) for document in encode_documents(tokenizer, documents)]
+    tokens = lay_out(ids, start, end, np.dtype(np.uint32), close=True)
+    stream = TokenStream(tokens, start, end, len(documents), int(num_bytes.sum()))
+    # a short text needs no row as long as the model's context, and no more rows than it fills
+    length = min(sequence_length or default_sequence_length(model), len(tokens) - 1)
+    rows = math.ceil((len(tokens) - 1) / length)
+    nats, predicted, _ = _measure(
+        model,
+        stream,
+        length,
+        min(batch_size, rows),
+        autocast_dtype=autocast_dtype,
+        between_batches=between_batches,
+    )
+    return DocumentSums(nats, predicted, num_bytes)
 
 
 def evaluate_text(
@@ -171,27 +371,6 @@ def evaluate_text(
     sequence_length: int | None = None,
     batch_size: int = 8,
     autocast_dtype: torch.dtype | None = None,
-) -> dict[str, float | int]:
-    """Measure loss, perplexity and bits per byte on texts, each a document of its own.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        texts: the documents.
-        sequence_length: longest context a token is predicted from; default the model's `max_position_embeddings`.
-        batch_size: rows per forward pass.
-        autocast_dtype: dtype for matrix products, or None for the weights' own.
-
-    Raises:
-        DataError: if there is no text.
-    """
-    documents = list(texts)
-    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in documents)
-    if num_bytes == 0:
-        raise DataError("there is no text to evaluate: got 0 bytes.")
-    start, end = start_token_id(tokenizer), end_token_id(tokenizer)
-    ids = [np.array(document, dtype=np.uint32) for document in encode_documents(tokenizer, documents)]
-    tokens = lay_out(ids, start, end, np.dtype(np.uint32), close=True)
-    stream = TokenStream(tokens, start, end, len(documents), num_bytes)
-    length = sequence_length or int(getattr(model.config, "max_position_embeddings", 1024))
-    return held_out_loss(model, stream, length, batch_size, autocast_dtype=autocast_dtype).to_dict()
+) -> dict[str, float | int | None]:
+    """Return loss, perplexity, bits per byte and their standard errors; arguments as in `evaluate_documents`."""
+    return evaluate_documents(model, tokenizer, texts, sequence_length, batch_size, autocast_dtype).figures().to_dict()

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from tests.evaluation.released_files import write_released_files
+
 
 @pytest.fixture
 def texts(tmp_path):
@@ -95,7 +97,7 @@ def test_bad_input_is_refused_and_nothing_written(command, saved_model, texts, t
     (tmp_path / "empty.txt").write_text("")
     out = tmp_path / "result.json"
     for words, message in (
-        ([], "`--text` is needed to evaluate"),
+        ([], "`--text` or `--tasks` is needed to evaluate"),
         (["--text", tmp_path / "none.txt"], f"no such file or folder: {tmp_path / 'none.txt'}"),
         (["--text", tmp_path / "empty.txt"], "holds no text"),
         (
@@ -113,3 +115,25 @@ def test_bad_input_is_refused_and_nothing_written(command, saved_model, texts, t
         "must be a file in an existing folder"
         in command("eval", saved_model, "--text", texts[0], "--json", tmp_path / "no" / "x.json").refusal()
     )
+
+
+def test_tasks_and_text_go_into_one_json(command, saved_model, texts, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval` (lm-evaluation-harness)")
+    data = write_released_files(tmp_path / "data")
+    words = ["--text", texts[0], "--tasks", "arc_easy,lambada", "--data-dir", data, "--cache-dir", tmp_path / "cache"]
+    result = evaluate(command, saved_model, *words, "--limit", "4")
+    assert result["tokens"] > 0
+    assert result["tasks"]["arc_easy"]["documents"] == result["limit"] == 4
+    assert set(result["tasks"]["lambada"]) >= {"perplexity", "perplexity_stderr", "acc", "answer_bits_per_byte"}
+    again = command("eval", saved_model, *words, "--limit", "4", "--device", "cpu")
+    assert f"{result['tasks']['arc_easy']['answer_bits_per_byte']:.4f}" in again.out
+    assert "requests in" in again.err
+
+
+def test_options_of_tasks_without_tasks_are_refused(command, saved_model, texts, tmp_path):
+    refusal = command("eval", saved_model, "--text", texts[0], "--limit", "3").refusal()
+    assert "`--limit` applies to `--tasks`, got 3 without: leave it out." in refusal
+    refusal = command("eval", saved_model, texts[0], "--tasks", "piqa").refusal()
+    assert f"`{texts[0]}` stands alone: give files to predict as `--text FILE ...`." in refusal
+    refusal = command("eval", saved_model, "--tasks", "pica", "--data-dir", tmp_path).refusal()
+    assert "no task `pica`: did you mean `piqa`?" in refusal

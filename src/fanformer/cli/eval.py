@@ -1,6 +1,10 @@
 """`fanformer eval`: how well a model predicts text."""
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +19,13 @@ if TYPE_CHECKING:
     from fanformer.inference.loading import LoadedModel
 
 _DEFAULT_FIELD = "src"
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 @click.command(
-    "eval", cls=Verb, example="fanformer eval runs/nano --text held-out.txt --text other.txt --json result.json"
+    "eval",
+    cls=Verb,
+    example="fanformer eval runs/nano --text held-out.txt --tasks arc_easy,blimp --data-dir eval --json result.json",
 )
 @click.argument("folder", metavar="DIR")
 @click.argument("more_files", nargs=-1, metavar="")
@@ -32,7 +39,21 @@ _DEFAULT_FIELD = "src"
     "[default: src, if all such files have it]",
 )
 @click.option("--sequence-length", type=int, help="Longest context.  [default: the model's longest, at most 2048]")
-@click.option("--batch-size", default=8, help="Rows that are computed together.")
+@click.option("--batch-size", default=8, help="Rows of text computed together; tasks always take 8.")
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    help="Benchmarks by upstream's definitions: arc_easy, arc_challenge, sciq, piqa, hellaswag, winogrande, "
+    "openbookqa, lambada, blimp, mmlu.",
+)
+@click.option("--data-dir", metavar="DIR", help="Local files of the tasks.  [default: the hub]")
+@click.option("--limit", type=int, help="Documents of each task.  [default: all]")
+@click.option("--num-fewshot", type=int, help="Examples in front of each question.  [default: the task's own]")
+@click.option(
+    "--cache-dir",
+    metavar="DIR",
+    help="Finished requests, to go on from after a kill.  [default: ~/.cache/fanformer/eval]",
+)
 @click.option("--json", "json_file", metavar="OUT", help="Write the figures to this file; - is standard output.")
 @device_option
 @dtype_option
@@ -43,26 +64,32 @@ def evaluate(
     by: str | None,
     sequence_length: int | None,
     batch_size: int,
+    tasks: str | None,
+    data_dir: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    cache_dir: str | None,
     json_file: str | None,
     device: str,
     dtype: str,
 ) -> None:
-    """Measure how well the model saved in DIR predicts text files, each and in total.
+    """Measure how well the model saved in DIR predicts text files, each and in total, or does benchmark tasks.
 
     loss is in nats per token; bits_per_byte is comparable between models with different tokenizers. After +- stands
     the standard error that the documents give.
     """
-    if not files:
-        raise ConfigError("`--text` is needed to evaluate: give the files to predict, as `--text FILE ...`.")
+    task_options = {"data-dir": data_dir, "limit": limit, "num-fewshot": num_fewshot, "cache-dir": cache_dir}
+    paths = [*files, *more_files]
+    _check_wanted(paths, bool(files), tasks, task_options)
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value is not None and value < 1:
             raise ConfigError(f"`{name}` must be at least 1, got {value}.")
-    paths = [*files, *more_files]
     for path in paths:
         Path(path).open("rb").close()  # a missing or unreadable file is named before torch is imported
     field = _source_field(paths, by)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
+    wanted = _Tasks.parse(tasks, data_dir, limit, num_fewshot, cache_dir) if tasks is not None else None
 
     from fanformer.inference.loading import load
 
@@ -70,7 +97,9 @@ def evaluate(
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if sequence_length is not None and longest is not None and sequence_length > longest:
         raise ConfigError(f"`sequence_length` must be at most the model's {longest} positions, got {sequence_length}.")
-    result = _predict(loaded, paths, field, sequence_length, batch_size)
+    result = _predict(loaded, paths, field, sequence_length, batch_size) if paths else {}
+    if wanted is not None:
+        result |= wanted.measure(loaded, Path(folder))
     record = json.dumps({**result, "model": folder}, indent=2)
     if json_file == "-":
         click.echo(record)
@@ -78,7 +107,124 @@ def evaluate(
     if json_file is not None:
         with writing(Path(json_file)):
             Path(json_file).write_text(record + "\n", encoding="utf-8")
-    _show_text(result)
+    if paths:
+        _show_text(result)
+    if wanted is not None:
+        _show_tasks(result["tasks"], wanted.names)
+
+
+def _check_wanted(paths: list[str], has_text: bool, tasks: str | None, task_options: dict[str, Any]) -> None:
+    """Raise ConfigError where there is nothing to measure, or an option has no effect."""
+    if not has_text and tasks is None:
+        raise ConfigError(
+            "`--text` or `--tasks` is needed to evaluate: give the files to predict, as `--text FILE ...`, or tasks."
+        )
+    if paths and not has_text:
+        raise ConfigError(f"`{paths[0]}` stands alone: give files to predict as `--text FILE ...`.")
+    for name, value in task_options.items():
+        if value is not None and tasks is None:
+            raise ConfigError(f"`--{name}` applies to `--tasks`, got {value} without: leave it out.")
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """What `--tasks` and its options ask for."""
+
+    names: list[str]
+    data_dir: Path | None
+    limit: int | None
+    num_fewshot: int | None
+    cache_dir: Path
+
+    @classmethod
+    def parse(
+        cls, words: str, data_dir: str | None, limit: int | None, num_fewshot: int | None, cache_dir: str | None
+    ) -> "_Tasks":
+        """Check the options before a model is loaded."""
+        from fanformer.evaluation.tasks import check_tasks, default_cache_folder, parse_tasks
+
+        folder = Path(data_dir).expanduser().absolute() if data_dir is not None else None
+        names = parse_tasks(words)
+        check_tasks(names, folder, limit, num_fewshot)
+        cache = Path(cache_dir).expanduser().absolute() if cache_dir is not None else default_cache_folder()
+        return cls(names, folder, limit, num_fewshot, cache)
+
+    def measure(self, loaded: "LoadedModel", folder: Path) -> dict[str, Any]:
+        """Return the tasks' figures, and what they rest on."""
+        from importlib.metadata import version
+
+        from fanformer.evaluation.tasks import evaluate_tasks
+
+        started, requests = time.monotonic(), 0
+
+        def note(name: str, done: int, total: int) -> None:
+            nonlocal requests
+            requests = total
+            show(name, done, total)
+
+        with _request_progress() as show:
+            figures = evaluate_tasks(
+                loaded.model,
+                loaded.tokenizer,
+                self.names,
+                model_folder=folder,
+                data_dir=self.data_dir,
+                cache_folder=self.cache_dir,
+                limit=self.limit,
+                num_fewshot=self.num_fewshot,
+                on_progress=note,
+            )
+        seconds = time.monotonic() - started
+        click.echo(f"{requests:,} requests in {seconds:.1f} s ({requests / seconds:,.0f}/s)", err=True)
+        return {"tasks": figures, "limit": self.limit, "lm_eval": version("lm_eval")}
+
+
+@contextmanager
+def _request_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function that shows requests done of a total: a bar on a terminal, a line every few seconds elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    started = last = time.monotonic()
+    if not console.is_terminal:
+
+        def write_line(name: str, done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _SECONDS_BETWEEN_LINES:
+                last = now
+                rate = done / max(now - started, 1e-9)
+                left = (total - done) / max(rate, 1e-9)
+                click.echo(f"{name}: {done:,} of {total:,} requests, {rate:,.0f}/s, {left:.0f} s left", err=True)
+
+        yield write_line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}/s"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        shown = bar.add_task("tasks", total=None, rate="-")
+
+        def move_bar(name: str, done: int, total: int) -> None:
+            rate = f"{done / max(time.monotonic() - started, 1e-9):,.0f}"
+            bar.update(shown, description=name, completed=done, total=total, rate=rate)
+
+        yield move_bar
+
+
+def _show_tasks(figures: dict[str, dict[str, Any]], names: list[str]) -> None:
+    """Print every metric of the tasks that were asked for; the members of groups are in the JSON."""
+    click.echo(f"{'task':<16} {'metric':<22} {'value':>12} {'stderr':>10} {'documents':>10} {'few-shot':>9}")
+    for name in names:
+        entry = figures[name]
+        for metric in (key for key in entry if f"{key}_stderr" in entry):
+            value, error = (entry[key] for key in (metric, f"{metric}_stderr"))
+            shown = "-" if value is None else f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
+            told = "-" if error is None else f"{error:.4f}" if error < 1e5 else f"{error:.4g}"
+            click.echo(
+                f"{name:<16} {metric:<22} {shown:>12} {told:>10} {entry['documents']:>10,} {entry['num_fewshot']:>9}"
+            )
+        if entry["truncated_requests"]:
+            click.echo(f"{name}: {entry['truncated_requests']:,} requests were cut on the left to the model's context")
 
 
 def _source_field(paths: list[str], by: str | None) -> str | None:

@@ -152,5 +152,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours are of another kind
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ VERBS = {
     "data": ("fanformer.cli.data:data", "Prepare training data."),
     "generate": ("fanformer.cli.generate:generate", "Continue prompts."),
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),
-    "eval": ("fanformer.cli.eval:evaluate", "Measure loss, perplexity and bits per byte on text."),
+    "eval": ("fanformer.cli.eval:evaluate", "Measure a model on text and on benchmark tasks."),
     "compare": ("fanformer.cli.compare:compare", "Train architectures on the same tokens and compare them."),
     "convert": ("fanformer.cli.convert:convert", "Turn the published implementations' weights into a model folder."),
 }

@@ -1,0 +1,107 @@
+"""Scores of continuations: those of a plain forward pass, the same bits in any company, kept over a kill."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fanformer.errors import DataError
+from fanformer.evaluation.scoring import ROWS_PER_PASS, Scorer, model_fingerprint
+
+
+@pytest.fixture(scope="module")
+def requests():
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(longest):
+        length = int(torch.randint(1, longest, (1,), generator=generator))
+        return torch.randint(0, 300, (length,), generator=generator).tolist()
+
+    made = [(ids(40), ids(6)) for _ in range(37)]
+    context = ids(20)
+    return [*made, *((context, [token]) for token in range(5)), made[0]]
+
+
+@pytest.mark.parametrize("kind", ["fanformer", "llama", "gpt2"])
+def test_scores_are_those_of_a_forward_pass(make_model, requests, kind):
+    model = make_model(kind)
+    scores = Scorer(model).score("task", requests)
+    assert scores[-1] == scores[0]
+    for (context, continuation), score in zip(requests, scores, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation]), use_cache=False).logits[0, len(context) - 1 : -1]
+        expected = logits.double().log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum()
+        assert score.log_likelihood == pytest.approx(float(expected), abs=1e-4)  # float32, padded
+        assert score.is_greedy == (logits.argmax(-1).tolist() == continuation)
+
+
+def test_scores_are_the_same_bits_in_any_order(make_model, requests):
+    model = make_model("fanformer")
+    backwards = Scorer(model).score("task", requests[::-1])
+    assert Scorer(model).score("task", requests) == backwards[::-1]
+
+
+def test_requests_of_one_context_and_one_token_share_a_row(make_model, requests):
+    scorer = Scorer(make_model("llama"))
+    scorer.score("task", [([1, 2, 3], [token]) for token in range(50)])
+    assert scorer.passes_computed == 1
+
+
+def test_killed_evaluation_goes_on_with_the_same_bits(make_model, requests, tmp_path):
+    model = make_model("fanformer")
+    whole = Scorer(model).score("task", requests)
+    done = []
+
+    class Killed(Exception):
+        pass
+
+    def kill(number):
+        done.append(number)
+        if len(done) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Scorer(model, tmp_path).score("task", requests, kill)
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as stream:
+        stream.write("[3, [[-1.5, tr")  # what a kill in the middle of a write leaves
+    again = Scorer(model, tmp_path)
+    assert again.score("task", requests) == whole
+    passes = -(-len({(*context, *continuation[:-1]) for context, continuation in requests}) // ROWS_PER_PASS)
+    assert again.passes_computed == passes - 3
+    third = Scorer(model, tmp_path)
+    assert third.score("task", requests) == whole
+    assert third.passes_computed == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    third.score("task", requests[1:-1])
+    assert len(list(tmp_path.iterdir())) == 2  # other requests, other passes
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_fingerprint_changes_with_weights_tokenizer_and_dtype(saved_model, loaded, tmp_path):
+    copy = shutil.copytree(saved_model, tmp_path / "copy")
+    model = loaded.model
+    first = model_fingerprint(saved_model, model)
+    assert model_fingerprint(copy, model) == first
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    assert model_fingerprint(copy, model) != first
+    shutil.copy(saved_model / "model.safetensors", copy)
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    assert model_fingerprint(copy, model) != first
+
+
+def test_long_context_is_cut_on_its_left_and_counted(make_model):
+    scorer = Scorer(make_model("llama"))
+    context = [index % 300 for index in range(200)]
+    long, short = scorer.score("task", [(context, [5, 6]), (context[-127:], [5, 6])])
+    assert long == short
+    assert scorer.truncated == {"task": 1}
+
+
+@pytest.mark.parametrize("length", [0, 129])
+def test_continuation_that_is_empty_or_too_long_is_refused(make_model, length):
+    with pytest.raises(DataError, match=rf"`task` asks for a continuation of {length} tokens: expected 1 to 128"):
+        Scorer(make_model("llama")).score("task", [([1], [2] * length)])

@@ -133,7 +133,8 @@ def test_every_number_stands_in_the_page_with_its_interval(record, tmp_path):
     ):  # fmt: skip
         assert shown in text
     for chart in ("Loss over tokens", "Loss over computing", "Loss over time", "Final loss over learning rate",
-                  "Final loss over parameters without embeddings"):  # fmt: skip
+                  "Final loss over parameters without embeddings", "Tokens to equal loss",
+                  "Parameters to equal loss"):  # fmt: skip
         assert chart in text
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from fanformer.errors import ConfigError
 from fanformer.evaluation.ledger import read_ledger
-from fanformer.training.queue import RECORD_FILE, main, read_queue, read_status
+from fanformer.training.queue import RECORD_FILE, LineObserver, main, read_queue, read_status, run_queue
 
 RUN = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
 
@@ -109,3 +109,16 @@ def test_an_entry_takes_over_the_defaults_and_a_rule_leaves_those_of_language(tm
     assert (second.error, second.comparison.run, second.comparison.seeds) == (None, {}, (0, 1))
     assert "`name` must be letters" in third.error
     assert (fourth.name, str(fourth.folder)) == ("entry-4", "runs/my/entry-4")
+
+
+def test_a_report_that_cannot_be_written_stops_no_training(corpus, tmp_path):
+    entry = {"name": "one", "architectures": "llama@60k", "data": str(corpus), "learning_rates": [0.01, 0.02]}
+    entry |= {"tokens": 256, "evaluations": 2, "eval_tokens": 256, "run": RUN}
+    queue = read_queue(write(tmp_path / "queue.yaml", {"output_dir": str(tmp_path / "out"), "entries": [entry]}))
+
+    def publish(record, folder):
+        raise ZeroDivisionError("no page")
+
+    (outcome,) = run_queue(queue, LineObserver(), "a command", publish=publish)
+    assert (outcome.finished, outcome.error) == (2, "the report could not be written, ZeroDivisionError: no page")
+    assert json.loads((tmp_path / "out" / "one" / RECORD_FILE).read_text())["finished"] == 2

@@ -53,6 +53,7 @@ def chart(
     logarithmic: bool = True,
     top: float | None = None,
     markers: bool = False,
+    level: float | None = None,
 ) -> str:
     """Return a chart as a figure of a page.
 
@@ -65,6 +66,7 @@ def chart(
         logarithmic: whether the horizontal axis is.
         top: values above it are marked at the upper edge; None shows all.
         markers: whether every point gets one.
+        level: a value that a horizontal line shows.
     """
     values = [value for line in lines for value in line.y if math.isfinite(value)]
     beyond = any(value > top for line in lines for value in line.y) if top is not None else False
@@ -74,6 +76,9 @@ def chart(
             _set_logarithmic(axes)
         limit = top if top is not None else max(values, default=1.0)
         floor = min(values, default=0.0)
+        if level is not None:
+            limit, floor = max(limit, level), min(floor, level)
+            axes.axhline(level, color=_NEUTRAL, linewidth=0.8)
         margin = 0.06 * max(limit - floor, 1e-6)
         axes.set_ylim(floor - margin, limit + margin)
         for line in lines:

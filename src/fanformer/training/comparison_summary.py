@@ -162,11 +162,11 @@ def tokens_ratio(candidate: Sequence[dict[str, Any]], baseline: Sequence[dict[st
     if min(len(candidate), len(baseline)) < 2:
         return None
     if candidate[-1]["val_loss"] <= baseline[-1]["val_loss"]:
-        return _tokens_at(candidate, baseline[-1]["val_loss"]) / baseline[-1]["tokens"]
-    return candidate[-1]["tokens"] / _tokens_at(baseline, candidate[-1]["val_loss"])
+        return tokens_at(candidate, baseline[-1]["val_loss"]) / baseline[-1]["tokens"]
+    return candidate[-1]["tokens"] / tokens_at(baseline, candidate[-1]["val_loss"])
 
 
-def _tokens_at(curve: Sequence[dict[str, Any]], loss: float) -> float:
+def tokens_at(curve: Sequence[dict[str, Any]], loss: float) -> float:
     """Return the tokens at which a curve first falls to `loss`, which it does."""
     before = curve[0]
     for point in curve:

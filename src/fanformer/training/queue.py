@@ -296,6 +296,7 @@ class _Running:
         self.outcomes: list[Outcome] = []
         self.data: PreparedData | None = None
         self._published = time.monotonic()
+        self.unpublished: str | None = None
 
     def run(self, deadline: float | None) -> EntryOutcome:
         """Train what is left of the entry, and return how it ended.
@@ -312,10 +313,11 @@ class _Running:
         except (FANformerError, OSError) as raised:
             error, state = " ".join(str(raised).split()), "cannot be done"
         finally:
+            self._finish()
+            error = error or self.unpublished
             outcome = EntryOutcome(self.entry.name, len(self.outcomes), error)
             self.status.entry_ended(outcome, state)
-            self._finish()
-        if error is not None:
+        if error is not None and error != self.unpublished:
             self.status.note(f"{self.entry.name}: {error}")
         return outcome
 
@@ -349,8 +351,13 @@ class _Running:
         record = {**about, **to_record(self.comparison, self.outcomes)}
         replace_json(self.entry.folder / RECORD_FILE, record)
         if publish and self.publish is not None:
-            self.publish(record, self.entry.folder)
             self._published = time.monotonic()
+            try:
+                self.publish(record, self.entry.folder)
+                self.unpublished = None
+            except Exception as error:  # a page is no reason to lose a night of trainings; the numbers are safe
+                self.unpublished = f"the report could not be written, {type(error).__name__}: {error}"
+                self.status.note(f"{self.entry.name}: {self.unpublished}")
 
     def _lacking(self) -> str | None:
         """Return what an entry that ran to its end has no result of, in one line."""

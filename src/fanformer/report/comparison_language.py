@@ -1,0 +1,293 @@
+"""The parts of a comparison's page that are about language."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fanformer.report.charts import Line, chart
+from fanformer.report.comparison_figures import figure_text, interval_of, swept
+from fanformer.report.page import table, text
+from fanformer.training.comparison_summary import family_and_size, tokens_at
+
+_RISE = 0.5
+"""How far above the best final loss, as a share of it, a sweep or a curve's beginning is still drawn to scale."""
+
+
+_RATIOS = ("tokens_ratio", "size_ratio", "size_ratio_without_embeddings", "training_operations_ratio",
+           "train_tokens_per_second_ratio")  # fmt: skip
+_CURVES = (
+    ("tokens", "tokens", "tokens trained on", "tokens"),
+    ("operations", "computing", "training operations (FLOPs)", "operations"),
+    ("seconds", "time", "training time at the median rate (s)", "seconds"),
+)
+_READ = """<ul>
+<li>All trainings read the same rows in the same order, with the same tokenizer, optimizer and schedule; each
+architecture is shown at the learning rate with the lowest held-out loss at the first seed. Lines are means over the
+seeds, bands their lowest and highest.</li>
+<li>Bits per byte do not depend on the tokenizer; lower is better. Operations per token count every matrix product,
+forward and backward, the output head included.</li>
+<li>Tokens to equal loss: the tokens that the candidate needs for the worse one's final loss, over those that the
+baseline needs, read off the curves. A curve before its learning rate has decayed lies above what a training of that
+length would reach, so a ratio below 1 is an upper bound, and one above 1 a lower bound.</li>
+<li>Time is the tokens over the median rate of the training steps: start-up, compilation and evaluations do not
+count.</li>
+</ul>"""
+
+
+class LanguageParts:
+    """The parts of a page about language."""
+
+    def __init__(self, record: Mapping[str, Any]):
+        self.record, self.asked = record, record["comparison"]
+        self.longest = max(arm["variant"] for arm in record["arms"])
+        specs = self.asked["architectures"]
+        self.families = list(dict.fromkeys(family_and_size(spec)[0] for spec in specs))
+        self.styles = {
+            spec: [other for other in specs if family_and_size(other)[0] == family_and_size(spec)[0]].index(spec)
+            for spec in specs
+        }
+
+    def parts(self) -> list[str]:
+        """Return them."""
+        return [
+            *self._verdicts(),
+            *self._charts(),
+            "<h2>Every architecture at its best learning rate</h2>",
+            self._arms(),
+            *self._equal_loss(),
+            "<h2>Every training</h2>",
+            f"<details><summary>{len(self.record['trainings'])} trainings</summary>{self._trainings()}</details>",
+            "<h2>How to read this</h2>",
+            _READ,
+        ]
+
+    def _verdicts(self) -> list[str]:
+        pairs = [pair for pair in self.record["pairs"] if pair["variant"] == self.longest]
+        if not pairs:
+            return ["<p>No two architectures have a finished training at the same seed and budget yet.</p>"]
+        header = ["candidate", "baseline", "bits per byte, less the baseline's", "verdict", "tokens to equal loss",
+                  "parameters", "without embeddings", "operations per token", "training tokens/s"]  # fmt: skip
+        rows = []
+        for pair in pairs:
+            figures = pair["figures"]
+            ratios = [figure_text(figures.get(name), 3) for name in _RATIOS]
+            difference = figures["bits_per_byte_difference"]
+            rows.append(
+                [
+                    pair["candidate"],
+                    pair["baseline"],
+                    figure_text(difference, signed=True),
+                    _verdict(difference),
+                    *ratios,
+                ]
+            )
+        used = [pair["figures"].get(name) for pair in pairs for name in ("bits_per_byte_difference", "tokens_ratio")]
+        note = f"At {self.longest:,} tokens. Ratios are times the baseline's; {interval_of(used)}."
+        return ["<h2>Candidate against baselines</h2>", table(header, rows), f'<p class="quiet">{text(note)}</p>']
+
+    def _best(self, arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return the finished trainings of an arm at its best learning rate, by seed."""
+        return [
+            training
+            for training in self.record["trainings"]
+            if (training["architecture"], training["variant"], training["learning_rate"])
+            == (arm["architecture"], arm["variant"], arm["learning_rate"])
+            and training["result"] is not None
+            and training["result"]["figures"]
+        ]
+
+    def _charts(self) -> list[str]:
+        arms = [arm for arm in self.record["arms"] if arm["variant"] == self.longest and self._best(arm)]
+        if not arms:
+            return []
+        finals = [arm["figures"]["bits_per_byte"]["value"] for arm in arms]
+        top = (1 + _RISE) * min(finals) if max(finals) < (1 + _RISE) * min(finals) else max(finals)
+        unit = "held-out bits per byte"
+        found = []
+        for name, title, x_label, scale in _CURVES:
+            lines = [self._curve(arm, scale) for arm in arms]
+            highest = max((value for line in lines for value in line.y), default=top)
+            found.append(chart(lines, f"Loss over {title}", x_label, unit, name, top=min(top, highest)))
+        found += self._equal_loss_charts(arms)
+        if len(self.asked["learning_rates"]) > 1:
+            lines = [self._sweep(arm) for arm in arms]
+            found.append(chart(lines, "Final loss over learning rate", "peak learning rate", "held-out nats per token",
+                               "sweep", top=_top(lines), markers=True))  # fmt: skip
+        sizes = {
+            family: [arm for arm in arms if family_and_size(arm["architecture"])[0] == family]
+            for family in self.families
+        }
+        if any(len(several) > 1 for several in sizes.values()):
+            for key, words in (
+                ("parameters_without_embeddings", "parameters without embeddings"),
+                ("parameters", "parameters"),
+            ):
+                lines = [self._sizes(family, several, key) for family, several in sizes.items() if several]
+                found.append(chart(lines, f"Final loss over {words}", words, unit, key, markers=True))
+        if len({arm["variant"] for arm in self.record["arms"]}) > 1:
+            lines = [line for spec in self.asked["architectures"] for line in self._budgets(spec)]
+            found.append(chart(lines, "Final loss over the budget", "tokens trained on", unit, "budget", markers=True))
+        return ["<h2>Charts</h2>", '<div class="charts">', *found, "</div>"]
+
+    def _equal_loss_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the charts of tokens and of parameters to equal loss, as far as there is something to draw."""
+        found = []
+        by_spec = {arm["architecture"]: arm for arm in arms}
+        several = [
+            self._token_ratios(by_spec[pair["candidate"]], by_spec[pair["baseline"]])
+            for pair in self.record["pairs"]
+            if pair["variant"] == self.longest and {pair["candidate"], pair["baseline"]} <= set(by_spec)
+        ]
+        lines = [line for line in several if len(line.x) > 1]
+        if lines:
+            found.append(chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
+                               "candidate's tokens, times the baseline's", "equal-tokens", level=1.0))  # fmt: skip
+        ratios = self.record["parameters_to_equal_loss"]
+        lines = [
+            Line(
+                key.replace("_", " "),
+                index,
+                0,
+                [self._best(by_spec[name])[0]["result"]["figures"][key] for name in named],
+                [named[name]["value"] for name in named],
+            )
+            for index, (key, named) in enumerate(ratios.items())
+            if named
+        ]
+        if lines:
+            found.append(chart(lines, "Parameters to equal loss", "the baseline's parameters",
+                               "candidate's parameters, times the baseline's", "equal-parameters", level=1.0,
+                               markers=True))  # fmt: skip
+        return found
+
+    def _token_ratios(self, candidate: Mapping[str, Any], baseline: Mapping[str, Any]) -> Line:
+        """Return, over a baseline's tokens, the share of them that the candidate needs to come as low."""
+        curves = []
+        for arm in (candidate, baseline):
+            line = self._curve(arm, "tokens")
+            curves.append([{"tokens": x, "val_loss": y} for x, y in zip(line.x, line.y, strict=True)])
+        mine, theirs = curves
+        reached = [point for point in theirs if mine[-1]["val_loss"] <= point["val_loss"] <= mine[0]["val_loss"]]
+        return Line(
+            f"{candidate['architecture']} against {baseline['architecture']}",
+            self._family(baseline["architecture"]),
+            self.styles[baseline["architecture"]],
+            [point["tokens"] for point in reached],
+            [tokens_at(mine, point["val_loss"]) / point["tokens"] for point in reached],
+        )
+
+    def _curve(self, arm: Mapping[str, Any], scale: str) -> Line:
+        """Return an arm's held-out loss, the mean over its seeds with their range."""
+        trainings = self._best(arm)
+        curves = [training["result"]["curve"] for training in trainings]
+        shortest = min(len(curve) for curve in curves)
+        factor = 1.0
+        if scale == "operations":
+            factor = trainings[0]["result"]["figures"]["training_operations_per_token"]
+        elif scale == "seconds":
+            rates = [training["result"]["figures"]["tokens_per_second"] for training in trainings]
+            factor = 1 / (sum(rates) / len(rates))
+        points = list(zip(*(curve[:shortest] for curve in curves), strict=True))
+        values = [[point["val_bits_per_byte"] for point in several] for several in points]
+        several = len(curves) > 1
+        return Line(
+            arm["architecture"],
+            self._family(arm["architecture"]),
+            self.styles[arm["architecture"]],
+            [point[0]["tokens"] * factor for point in points],
+            [sum(seeds) / len(seeds) for seeds in values],
+            [min(seeds) for seeds in values] if several else None,
+            [max(seeds) for seeds in values] if several else None,
+        )
+
+    def _family(self, spec: str) -> int:
+        return self.families.index(family_and_size(spec)[0])
+
+    def _sweep(self, arm: Mapping[str, Any]) -> Line:
+        spec = arm["architecture"]
+        return swept(self.record, arm, spec, self._family(spec), self.styles[spec])
+
+    def _sizes(self, family: str, arms: Sequence[Mapping[str, Any]], key: str) -> Line:
+        points = sorted(
+            (self._best(arm)[0]["result"]["figures"][key], arm["figures"]["bits_per_byte"]["value"]) for arm in arms
+        )
+        return Line(family, self.families.index(family), 0, [x for x, _ in points], [y for _, y in points])
+
+    def _budgets(self, spec: str) -> list[Line]:
+        arms = [arm for arm in self.record["arms"] if arm["architecture"] == spec and "bits_per_byte" in arm["figures"]]
+        values = [arm["figures"]["bits_per_byte"]["value"] for arm in arms]
+        return (
+            [Line(spec, self._family(spec), self.styles[spec], [arm["variant"] for arm in arms], values)]
+            if arms
+            else []
+        )
+
+    def _arms(self) -> str:
+        header = ["architecture", "tokens", "parameters", "without embeddings", "learning rate", "seeds",
+                  "nats per token", "bits per byte", "training tokens/s", "operations per token"]  # fmt: skip
+        rows = []
+        for arm in self.record["arms"]:
+            best, figures = self._best(arm), arm["figures"]
+            if not best:
+                rows.append([arm["architecture"], f"{arm['variant']:,}", *["no finished training"] + [""] * 7])
+                continue
+            first = best[0]["result"]["figures"]
+            rows.append(
+                [
+                    arm["architecture"],
+                    f"{arm['variant']:,}",
+                    f"{first['parameters']:,}",
+                    f"{first['parameters_without_embeddings']:,}",
+                    f"{arm['learning_rate']:g}",
+                    ", ".join(str(training["seed"]) for training in best),
+                    figure_text(figures.get("loss")),
+                    figure_text(figures.get("bits_per_byte")),
+                    figure_text(figures.get("tokens_per_second"), 0),
+                    f"{first['training_operations_per_token']:.4g}",
+                ]
+            )
+        return table(header, rows)
+
+    def _equal_loss(self) -> list[str]:
+        found = self.record["parameters_to_equal_loss"]
+        names = dict.fromkeys(name for several in found.values() for name in several)
+        if not names:
+            return []
+        rows = [[name, *(figure_text(several.get(name), 3) for several in found.values())] for name in names]
+        header = ["baseline", *(key.replace("_", " ") for key in found)]
+        note = "The candidate's parameters at each baseline's loss, as a share of the baseline's."
+        return ["<h2>Parameters to equal loss</h2>", f"<p>{note}</p>", table(header, rows)]
+
+    def _trainings(self) -> str:
+        rows = []
+        for training in self.record["trainings"]:
+            result = training["result"]
+            loss = result["figures"].get("bits_per_byte") if result is not None else None
+            ended = training["error"] or (f"{result['status']} {result['message']}".strip() if result else "")
+            rows.append(
+                [
+                    training["architecture"],
+                    f"{training['variant']:,}",
+                    f"{training['learning_rate']:g}",
+                    str(training["seed"]),
+                    "" if loss is None else f"{loss:.4f}",
+                    ended,
+                ]
+            )
+        return table(["architecture", "tokens", "learning rate", "seed", "bits per byte", "ended"], rows)
+
+
+def _top(lines: Sequence[Line]) -> float | None:
+    """Return where a sweep's chart ends: some way above the best, so that what diverged does not flatten the rest."""
+    values = [value for line in lines for value in line.y if math.isfinite(value)]
+    if not values or max(values) < (1 + _RISE) * min(values):
+        return None
+    return max(value for value in values if value < (1 + _RISE) * min(values))
+
+
+def _verdict(difference: Mapping[str, Any]) -> str:
+    if difference["low"] is None:
+        return "one seed: not decided"
+    if difference["high"] < 0:
+        return "better"
+    return "worse" if difference["low"] > 0 else "undecided at these seeds"

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.training.architectures import SMOLLM2_135M
 
 FLOPS_FORMULA = (
     "forward, per token: 2 * weights of matrix products (LM head included, embedding lookup not) + 4 * H * K * T / 2 "
@@ -48,19 +49,7 @@ class Workload:
 
 FULL = Workload(
     ours={"dropout": 0.0},
-    theirs={
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        "tie_word_embeddings": True,
-    },
+    theirs=SMOLLM2_135M,
     batch=16,
     length=1024,
     blocks=10,

@@ -16,18 +16,10 @@ from transformers import LlamaConfig
 from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
 from fanformer.inference.footprint import Footprint, footprint
 from fanformer.model import FANformerConfig
+from fanformer.training.architectures import SMOLLM2_135M
 from fanformer.training.configuration import load_preset
 
 RESULTS = Path(__file__).parent / "results"
-SMOLLM2_135M = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 
 
 def without_embeddings(counted: Footprint) -> int:

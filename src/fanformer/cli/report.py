@@ -3,18 +3,19 @@
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 
-class TerminalReporter:
-    """Draws a run on stderr; stdout stays free for its result."""
+class _Terminal:
+    """Draws on stderr; stdout stays free for the result."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -25,7 +26,7 @@ class TerminalReporter:
                 transient=True,
             )
 
-    def __enter__(self) -> "TerminalReporter":
+    def __enter__(self) -> Self:
         if self.bar is not None:
             self.bar.start()
         return self
@@ -36,12 +37,13 @@ class TerminalReporter:
         if self.bar is not None:
             self.bar.stop()
 
-    def _show(self, description: str, progress: float, figures: str) -> None:
+    def _show(self, bar: str, description: str, share: float, figures: str) -> None:
+        """Move one of the bars, which begins with this."""
         if self.bar is None:
             return
-        if self.task is None:
-            self.task = self.bar.add_task(description, total=1.0, figures=figures)
-        self.bar.update(self.task, description=description, completed=progress, figures=figures)
+        if bar not in self.tasks:
+            self.tasks[bar] = self.bar.add_task(description, total=1.0, figures=figures)
+        self.bar.update(self.tasks[bar], description=description, completed=share, figures=figures)
 
     def note(self, text: str) -> None:
         """Print one line."""
@@ -50,13 +52,17 @@ class TerminalReporter:
     def data_progress(self, done: int, total: int | None) -> None:
         """Show how much of the data is read."""
         if total:
-            self._show("data", done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+            self._show("one", "data", done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+
+
+class TerminalReporter(_Terminal):
+    """Draws a run."""
 
     def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
         """Show rate and time left."""
         left = elapsed_seconds * (1 - progress) / max(progress, 1e-9)
         rate = tokens / max(elapsed_seconds, 1e-9)
-        self._show("train", progress, f"step {step:,}  {rate:,.0f} tokens/s  {_clock(left)} left")
+        self._show("one", "train", progress, f"step {step:,}  {rate:,.0f} tokens/s  {_clock(left)} left")
 
     def record(self, record: Mapping[str, float], progress: float) -> None:
         """Print one step's figures."""
@@ -82,57 +88,19 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class SweepReporter:
-    """Draws a list of trainings on stderr: a bar for all of them and one for the training under way."""
+class SweepReporter(_Terminal):
+    """Draws a list of trainings: a bar for all of them and one for the training under way."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar: Progress | None = None
-        self.tasks: dict[str, TaskID] = {}
+        super().__init__()
         self._started = self._begun = time.monotonic()
         self._trained, self._count = 0, ""
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[figures]}"),
-                console=self.console,
-                transient=True,
-            )
-
-    def __enter__(self) -> "SweepReporter":
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _show(self, bar: str, description: str, share: float, figures: str) -> None:
-        if self.bar is None:
-            return
-        if bar not in self.tasks:
-            self.tasks[bar] = self.bar.add_task(description, total=1.0, figures=figures)
-        self.bar.update(self.tasks[bar], description=description, completed=share, figures=figures)
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, markup=False)
 
     def entry(self, name: str, number: int, total: int) -> None:
         """Print which comparison begins."""
         self._started, self._trained = time.monotonic(), 0
         if total > 1:
             self.note(f"{name} ({number} of {total})")
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Show how much of the data is read."""
-        if total:
-            self._show("one", "data", done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
 
     def begin(self, name: str, done: int, total: int) -> None:
         """Show that a training begins, and when all will be done, judged by those that this process did."""

@@ -41,7 +41,7 @@ _PLAIN = {
     "qkv_norm": "none",
     "gated_residual": False,
 }
-_SMOLLM2 = {
+SMOLLM2_135M = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -54,6 +54,7 @@ _SMOLLM2 = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
+"""Fields of LlamaConfig of HuggingFaceTB/SmolLM2-135M, the model that ours is measured against."""
 _WIDTH_STEP = 32
 _FFN_STEPS = (8, 2)
 """Multiples of intermediate_size: the second where the first is too coarse to meet a small size."""
@@ -88,7 +89,7 @@ class Family:
 
 
 def _like_smollm2(summary: str, config_type: type[PreTrainedConfig], fields: Mapping[str, Any]) -> Family:
-    return Family(summary, config_type, fields, _SMOLLM2, ffn_ratio=8 / 3, key_value_share=3)
+    return Family(summary, config_type, fields, SMOLLM2_135M, ffn_ratio=8 / 3, key_value_share=3)
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,6 +1,7 @@
 """A queue does what can be done, says what cannot, keeps everything, and goes on after its time was over."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -61,7 +62,11 @@ def test_bad_entries_cost_a_line_each_and_stop_no_other(queue_file, tmp_path, ca
     assert together.data["fingerprint"] == record["data"]["fingerprint"]
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/*")}
+    shutil.rmtree(tmp_path / "out" / "language" / "trials")  # what the ledger knows is not trained again
     assert main([str(queue_file)]) == 2
+    assert not (tmp_path / "out" / "language" / "trials").exists()
+    again = json.loads((tmp_path / "out" / "language" / RECORD_FILE).read_text())
+    assert (again["arms"], again["pairs"]) == (record["arms"], record["pairs"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/*")} == before
 
 

@@ -29,7 +29,7 @@ from fanformer.training.corpus import identity
 from fanformer.training.environment import decide
 from fanformer.training.rule_learning import RuleSettings, rule_settings
 from fanformer.training.sweep import SweepObserver, TrialFailedError, run_trial_in_process
-from fanformer.training.trial import Result, Trial
+from fanformer.training.trial import Result, Trial, read_result
 
 DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
 OF_LANGUAGE = ("data", "tokens", "preset", "evaluations", "eval_tokens")
@@ -220,6 +220,7 @@ def run_comparison(
     on_outcome: OnOutcome | None = None,
     deadline: float | None = None,
     data_root: Path | None = None,
+    known: Callable[[Trial], Result | None] = lambda trial: None,
 ) -> list[Outcome]:
     """Train everything that is not trained yet and return all outcomes.
 
@@ -230,6 +231,7 @@ def run_comparison(
         on_outcome: called with every training's outcome, old ones too.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
         data_root: where to prepare data, in a folder for each way to; default: `folder`.
+        known: returns what is known of a training from elsewhere, which is then not done again.
 
     Raises:
         ConfigError, DataError: on bad input, before the first training.
@@ -237,7 +239,7 @@ def run_comparison(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = _open_data(comparison, data_root or folder, observer) if comparison.rule is None else None
-    return _Sweep(comparison, folder, data, observer, on_outcome, deadline).run()
+    return _Sweep(comparison, folder, data, observer, on_outcome, deadline, known).run()
 
 
 def _data_folder(config: RunConfig, vocab_size: int) -> str:
@@ -294,9 +296,10 @@ class _Sweep:
         observer: SweepObserver,
         on_outcome: OnOutcome | None,
         deadline: float | None,
+        known: Callable[[Trial], Result | None],
     ):
         self.comparison, self.folder, self.data, self.observer = comparison, folder, data, observer
-        self.on_outcome, self.deadline = on_outcome, deadline
+        self.on_outcome, self.deadline, self.known = on_outcome, deadline, known
         self.machine = self._decide() if comparison.rule is None else {}
         self.outcomes: dict[str, Outcome] = {}
         self.planned = 0
@@ -363,7 +366,9 @@ class _Sweep:
         folder = self.folder / TRIALS_FOLDER / trial.name
         self.observer.begin(trial.name, len(self.outcomes), self.planned)
         try:
-            result = run_trial_in_process(trial, folder, self.observer, self.deadline)
+            result = self.known(trial) if read_result(folder) is None else None
+            if result is None:
+                result = run_trial_in_process(trial, folder, self.observer, self.deadline)
             outcome = Outcome(trial, variant, result)
             text = _in_words(result)
         except TrialFailedError as error:

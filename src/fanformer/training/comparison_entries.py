@@ -20,7 +20,7 @@ from fanformer.training.comparison_summary import (
     pairs,
     parameters_ratio,
 )
-from fanformer.training.trial import Trial
+from fanformer.training.trial import Result, Trial
 
 _COUNTED = {
     "parameters": "parameters",
@@ -78,6 +78,19 @@ def write_training(folder: Path, origin: Provenance, outcome: Outcome, data: Pre
         details={"part_of": origin.name, "status": result.status, "message": result.message},
     )
     _write(folder, content)
+
+
+def read_training(folder: Path, origin: Provenance, trial: Trial) -> Result | None:
+    """Return what the ledger says of a training, None where it does not know it.
+
+    That of a rule is never returned: the ledger has its figures, not the answers that a picture needs.
+    """
+    path = folder / f"{origin.name}-{trial.name}.json"
+    if trial.rule is not None or not path.is_file():
+        return None
+    entry = read_entry(path)
+    figures = {name: figure.value for name, figure in entry.result.items() if name != "diverged"}
+    return Result(entry.details["status"], entry.details["message"], figures, entry.curve, {"versions": entry.versions})
 
 
 def write_comparison(

@@ -27,9 +27,10 @@ from fanformer.data.prepared import PreparedData
 from fanformer.errors import ConfigError, FANformerError, did_you_mean
 from fanformer.evaluation.ledger import command_line, hardware, versions
 from fanformer.training.comparison import OF_LANGUAGE, Comparison, Outcome, run_comparison
-from fanformer.training.comparison_entries import Provenance, write_comparison, write_training
+from fanformer.training.comparison_entries import Provenance, read_training, write_comparison, write_training
 from fanformer.training.comparison_summary import arms, to_record
 from fanformer.training.sweep import OutOfTimeError, SweepObserver
+from fanformer.training.trial import Result, Trial
 
 RECORD_FILE, STATUS_FILE, LOCK_FILE = "comparison.json", "queue-status.json", ".queue.lock"
 _FIELDS = ("output_dir", "record_dir", "defaults", "entries")
@@ -307,7 +308,7 @@ class _Running:
         error, state = None, "stopped"
         try:
             folder, root = self.entry.folder, self.queue.output_dir
-            run_comparison(self.comparison, folder, self.status, self._on_outcome, deadline, data_root=root)
+            run_comparison(self.comparison, folder, self.status, self._on_outcome, deadline, root, self._known)
             error = self._lacking()
             state = "done" if error is None else "done in part"
         except (FANformerError, OSError) as raised:
@@ -320,6 +321,11 @@ class _Running:
         if error is not None and error != self.unpublished:
             self.status.note(f"{self.entry.name}: {error}")
         return outcome
+
+    def _known(self, trial: Trial) -> Result | None:
+        """Return what the ledger says of a training, so that a queue goes on where its folder is lost."""
+        record_dir = self.queue.record_dir
+        return None if record_dir is None else read_training(record_dir, self.origin, trial)
 
     def _on_outcome(self, outcome: Outcome, data: PreparedData | None) -> None:
         """Keep the outcome of a training."""

@@ -164,7 +164,7 @@ def queue(context: Context) -> dict[str, Any]:
     paths = os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     minutes = max(0.1, (context.seconds_left - QUEUE_ENDS_IN) / 60)
     command = [sys.executable, "-m", "fanformer.training.queue", str(context.queue), "--minutes", f"{minutes:.2f}"]
-    command += ["--output-dir", str(output_dir), "--record-dir", str(context.output / "queue")]
+    command += ["--output-dir", str(output_dir), "--record-dir", str(context.output)]
     finished = subprocess.run(
         command,
         cwd=REPOSITORY,

@@ -79,8 +79,7 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
     faster = max(parts[name]["fanformer"]["iterations_per_second"] for name in ("training_regional", "training_whole"))
     assert entry.result["train_iterations_per_second"].value == pytest.approx(faster)
     assert parts["queue"]["entries"]["dry-run"] | {"text": ""} == {"state": "done", "done": 2, "planned": 2, "text": ""}
-    kinds = [trained.kind for trained in read_ledger(tmp_path / "queue")]
-    assert sorted(kinds) == ["comparison", "training", "training"]
+    assert sorted(found.kind for found in read_ledger(tmp_path)) == ["benchmark", "comparison", "training", "training"]
 
     table = "\n".join(accelerator.table(results))
     assert table in finished.stdout

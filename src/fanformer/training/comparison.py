@@ -219,18 +219,18 @@ def run_comparison(
     observer: SweepObserver,
     on_outcome: OnOutcome | None = None,
     deadline: float | None = None,
-    data_root: Path | None = None,
+    shared: Path | None = None,
     known: Callable[[Trial], Result | None] = lambda trial: None,
 ) -> list[Outcome]:
     """Train everything that is not trained yet and return all outcomes.
 
     Args:
         comparison: what to compare.
-        folder: for data and trainings; the same call goes on there.
+        folder: for what belongs to this comparison alone; the same call goes on there.
         observer: hears what happens.
         on_outcome: called with every training's outcome, old ones too.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
-        data_root: where to prepare data, in a folder for each way to; default: `folder`.
+        shared: for data and trainings, which other comparisons may have in common; default: `folder`.
         known: returns what is known of a training from elsewhere, which is then not done again.
 
     Raises:
@@ -238,8 +238,9 @@ def run_comparison(
         OutOfTimeError: at the deadline.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = _open_data(comparison, data_root or folder, observer) if comparison.rule is None else None
-    return _Sweep(comparison, folder, data, observer, on_outcome, deadline, known).run()
+    shared = shared or folder
+    data = _open_data(comparison, shared, observer) if comparison.rule is None else None
+    return _Sweep(comparison, folder, shared / TRIALS_FOLDER, data, observer, on_outcome, deadline, known).run()
 
 
 def _data_folder(config: RunConfig, vocab_size: int) -> str:
@@ -292,13 +293,15 @@ class _Sweep:
         self,
         comparison: Comparison,
         folder: Path,
+        trials: Path,
         data: PreparedData | None,
         observer: SweepObserver,
         on_outcome: OnOutcome | None,
         deadline: float | None,
         known: Callable[[Trial], Result | None],
     ):
-        self.comparison, self.folder, self.data, self.observer = comparison, folder, data, observer
+        self.comparison, self.folder, self.trials = comparison, folder, trials
+        self.data, self.observer = data, observer
         self.on_outcome, self.deadline, self.known = on_outcome, deadline, known
         self.machine = self._decide() if comparison.rule is None else {}
         self.outcomes: dict[str, Outcome] = {}
@@ -363,7 +366,7 @@ class _Sweep:
         else:
             settings = {**self.comparison.shared_settings(variant), **self.machine}
             trial = Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint)
-        folder = self.folder / TRIALS_FOLDER / trial.name
+        folder = self.trials / trial.name
         self.observer.begin(trial.name, len(self.outcomes), self.planned)
         try:
             result = self.known(trial) if read_result(folder) is None else None

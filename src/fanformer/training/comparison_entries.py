@@ -22,6 +22,8 @@ from fanformer.training.comparison_summary import (
 )
 from fanformer.training.trial import Result, Trial
 
+TRAININGS_FOLDER = "trainings"
+"""Of a ledger's folder, for the entries of single trainings."""
 _COUNTED = {
     "parameters": "parameters",
     "parameters_without_embeddings": "parameters",
@@ -44,12 +46,14 @@ class Provenance:
     command: str
 
 
-def write_training(folder: Path, origin: Provenance, outcome: Outcome, data: PreparedData | None, spec: str) -> None:
+def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedData | None, spec: str) -> None:
     """Write the entry of one training, unless the ledger holds it already; one that could not be done has none.
+
+    It is named after what was trained, not after a comparison: several may have it in common.
 
     Args:
         folder: of the ledger.
-        origin: of the comparison.
+        command: that trains it again.
         outcome: of the training.
         data: that it read, None for a rule.
         spec: of these data, as it was asked for.
@@ -66,8 +70,8 @@ def write_training(folder: Path, origin: Provenance, outcome: Outcome, data: Pre
     if result.status != "finished":
         figures = {"diverged": Figure(1, "trainings", interval=EXACT)}
     content = _entry(
-        origin,
-        name=f"{origin.name}-{trial.name}",
+        command,
+        name=trial.name,
         what=f"{trial.architecture} at learning rate {trial.learning_rate:g}, {_trained_on(trial, outcome.variant)}",
         kind="training",
         seeds=[trial.seed],
@@ -75,17 +79,17 @@ def write_training(folder: Path, origin: Provenance, outcome: Outcome, data: Pre
         data=None if data is None else {"source": spec, "fingerprint": data.fingerprint},
         result=figures,
         curve=result.curve,
-        details={"part_of": origin.name, "status": result.status, "message": result.message},
+        details={"part_of": "comparisons", "status": result.status, "message": result.message},
     )
-    _write(folder, content)
+    _write(folder / TRAININGS_FOLDER, content)
 
 
-def read_training(folder: Path, origin: Provenance, trial: Trial) -> Result | None:
+def read_training(folder: Path, trial: Trial) -> Result | None:
     """Return what the ledger says of a training, None where it does not know it.
 
     That of a rule is never returned: the ledger has its figures, not the answers that a picture needs.
     """
-    path = folder / f"{origin.name}-{trial.name}.json"
+    path = folder / TRAININGS_FOLDER / f"{trial.name}.json"
     if trial.rule is not None or not path.is_file():
         return None
     entry = read_entry(path)
@@ -146,7 +150,7 @@ def _candidate_entry(
     several = len(comparison.variants) > 1 or sum(_is_candidate(comparison, one) for one in found) > 1
     suffix = f"-{_slug(arm.architecture)}-{arm.variant}" if several else ""
     return _entry(
-        origin,
+        origin.command,
         name=f"{origin.name}{suffix}",
         what=f"{arm.architecture} beside {', '.join(one.architecture for one in shown[1:])} at {arm.variant:,} tokens",
         kind="comparison",
@@ -174,7 +178,7 @@ def _ladder_entries(
     longest = {arm.architecture: arm for arm in found if arm.variant == comparison.variants[-1]}
     return [
         _entry(
-            origin,
+            origin.command,
             name=f"{origin.name}-parameters-{_slug(name)}",
             what=f"parameters of {family_and_size(comparison.architectures[0])[0]} at the loss of {name}",
             kind="comparison",
@@ -196,7 +200,7 @@ def _rule_entry(origin: Provenance, comparison: Comparison, arm: Arm) -> Entry:
     hole = f"-hole{arm.variant}" if arm.variant else ""
     name = "" if task.name in origin.name else f"-{task.name}"
     return _entry(
-        origin,
+        origin.command,
         name=f"{origin.name}{name}{hole}-{_slug(arm.architecture)}",
         what=f"the rule {task.name} learned by {arm.architecture}",
         kind="rule",
@@ -208,9 +212,9 @@ def _rule_entry(origin: Provenance, comparison: Comparison, arm: Arm) -> Entry:
     )
 
 
-def _entry(origin: Provenance, **fields: Any) -> Entry:
+def _entry(command: str, **fields: Any) -> Entry:
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return Entry(command=origin.command, date=date, hardware=hardware(), versions=versions(), **fields)
+    return Entry(command=command, date=date, hardware=hardware(), versions=versions(), **fields)
 
 
 def _write(folder: Path, entry: Entry) -> None:

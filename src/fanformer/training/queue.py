@@ -325,14 +325,14 @@ class _Running:
     def _known(self, trial: Trial) -> Result | None:
         """Return what the ledger says of a training, so that a queue goes on where its folder is lost."""
         record_dir = self.queue.record_dir
-        return None if record_dir is None else read_training(record_dir, self.origin, trial)
+        return None if record_dir is None else read_training(record_dir, trial)
 
     def _on_outcome(self, outcome: Outcome, data: PreparedData | None) -> None:
         """Keep the outcome of a training."""
         self.outcomes.append(outcome)
         self.data = data
         if self.queue.record_dir is not None:
-            write_training(self.queue.record_dir, self.origin, outcome, data, self.comparison.data)
+            write_training(self.queue.record_dir, self.origin.command, outcome, data, self.comparison.data)
         self._write(publish=time.monotonic() - self._published > _SECONDS_BETWEEN_PAGES)
 
     def _finish(self) -> None:

@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/python benchmarks/demo.py --output-dir runs/demo
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not ci and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ci and not gpu"
 
 # What needs environments of its own, several processes, or minutes.
 test-ci: setup-dev

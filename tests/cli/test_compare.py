@@ -42,7 +42,7 @@ def test_two_architectures_end_in_a_report_and_numbers(command, text, tmp_path):
     assert "fanformer@60k less llama@60k: " in done.out
     assert "2/2" in done.err
     entries = read_ledger(tmp_path / "ledger")
-    assert [entry.kind for entry in entries] == ["comparison", "training", "training"]
+    assert sorted(entry.kind for entry in entries) == ["comparison", "training", "training"]
     assert all(entry.command.startswith("fanformer compare fanformer@60k llama@60k") for entry in entries)
     status = command("compare", "--status", f"--output-dir={tmp_path / 'out'}")
     assert "out: done  2 of 2 trainings" in status.out

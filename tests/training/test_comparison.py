@@ -130,7 +130,7 @@ def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)} == dates
 
 
-def test_architectures_see_the_same_rows(corpus, tmp_path):
+def test_architectures_see_the_same_rows_and_a_baseline_does_not_call_itself_a_fanformer(corpus, tmp_path):
     run_comparison(small(corpus), tmp_path / "out", Watcher())
     rows = [
         [json.loads(line)["rows"] for line in path.read_text().splitlines() if "rows" in line]
@@ -138,8 +138,12 @@ def test_architectures_see_the_same_rows(corpus, tmp_path):
     ]
     assert len(rows) == 2
     assert rows[0] == rows[1] != []
+    cards = [path.read_text() for path in (tmp_path / "out").rglob("run/README.md")]
+    titles = {line for card in cards for line in card.splitlines() if line.startswith("# ")}
+    assert titles == {"# FANformer, preset nano", "# llama, trained as preset nano"}
 
 
+@pytest.mark.slow
 def test_a_training_that_cannot_be_done_does_not_stop_the_others(corpus, tmp_path):
     # a dropout of 2 is accepted by Llama's configuration and refused by the first forward pass
     comparison = small(corpus, architectures=["fanformer@60k", "llama@60k:attention_dropout=2.0"])
@@ -170,6 +174,7 @@ def trial_processes(folder):
     return [line for line in lines if "fanformer.training.trial" in line and str(folder) in line]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, tmp_path):
     out = tmp_path / "out"
     code = (
@@ -194,6 +199,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, t
     assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
 
 
+@pytest.mark.slow
 def test_a_rule_is_compared_like_a_language(tmp_path):
     fields = {"rule": "modular-addition", "hole_sides": [5, 21], "learning_rates": [0.01], "run": {"max_steps": 3}}
     comparison = Comparison.from_fields({"architectures": ["fanformer@60k", "llama@60k"], **fields})
@@ -208,10 +214,3 @@ def test_tokens_ratio_reads_the_worse_curves_final_loss():
     assert tokens_ratio(fast, slow) == pytest.approx(0.5)
     assert tokens_ratio(slow, fast) == pytest.approx(2.0)
     assert tokens_ratio(slow, slow) == pytest.approx(1.0)
-
-
-def test_a_trained_baseline_does_not_call_itself_a_fanformer(corpus, tmp_path):
-    run_comparison(small(corpus, architectures=["llama@60k"]), tmp_path / "out", Watcher())
-    (card,) = (tmp_path / "out").rglob("README.md")
-    assert "# llama, trained as preset nano" in card.read_text()
-    assert "FANformer" not in card.read_text().replace("fanformer train", "")

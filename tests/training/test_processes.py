@@ -18,7 +18,6 @@ from fanformer.training.records import read_records
 from fanformer.training.run import train
 from tests.training.conftest import TINY_MODEL, Notebook
 
-pytestmark = pytest.mark.xdist_group("processes")  # the fixture that starts them must run in one worker only
 
 STEPS, BATCH = 8, 8
 
@@ -104,6 +103,7 @@ PAIRS = [
 PAIRS += [("one-adamw", "ddp2-adamw"), ("one-adamw", "fsdp2-adamw")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alone", "shared"), PAIRS, ids=[pair[1] for pair in PAIRS])
 def test_every_step_has_the_rows_and_the_loss_of_one_process(runs, alone, shared):
     one, several = read_records(runs / alone), read_records(runs / shared)
@@ -117,6 +117,7 @@ def test_every_step_has_the_rows_and_the_loss_of_one_process(runs, alone, shared
     assert [record["grad_norm"] for record in several] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["ddp4", "fsdp2", "fsdp4"])
 def test_a_checkpoint_does_not_tell_how_many_processes_wrote_it(runs, shared):
     for name in ("model.safetensors", OPTIMIZER_FILE):

@@ -73,17 +73,20 @@ def test_bad_entries_cost_a_line_each_and_stop_no_other(queue_file, tmp_path, ca
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/**/*.json")} == before
 
 
+@pytest.mark.slow
 def test_a_queue_stops_when_its_time_is_over_and_goes_on(corpus, tmp_path):
     entry = {"name": "one", "architectures": "llama@60k", "data": str(corpus), "learning_rates": 0.01, "run": RUN}
-    long = {**entry, "tokens": "1M", "evaluations": 2, "eval_tokens": 256}
+    long = {**entry, "tokens": "100M", "evaluations": 2, "eval_tokens": 256}
     path = write(tmp_path / "queue.yaml", {"output_dir": str(tmp_path / "out"), "entries": [long]})
-    start = time.monotonic()
-    assert main([str(path), "--minutes", "0.1"]) == 75
-    assert time.monotonic() - start < 60
-    status, _ = read_status(tmp_path / "out")
-    assert status["entries"]["one"]["state"] == "stopped"
-    checkpoints = [found.name for found in (tmp_path / "out").rglob("checkpoint-*")]
-    assert len(checkpoints) == 1  # it saved before it ended
+    for minutes in (0.1, 0.2, 0.4, 0.8):  # on a busy machine the first may end before the first step
+        start = time.monotonic()
+        assert main([str(path), "--minutes", str(minutes)]) == 75
+        assert time.monotonic() - start < 60 * minutes + 60
+        status, _ = read_status(tmp_path / "out")
+        assert status["entries"]["one"]["state"] == "stopped"
+        if list((tmp_path / "out").rglob("checkpoint-*")):
+            break
+    assert len(list((tmp_path / "out").rglob("checkpoint-*"))) == 1  # it saved before it ended
 
 
 @pytest.mark.parametrize(

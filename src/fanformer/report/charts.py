@@ -86,8 +86,9 @@ def chart(
         if len(lines) <= 12:
             axes.legend(frameon=False, fontsize=8, labelcolor=_NEUTRAL)
         svg = done()
-    note = "<figcaption>Triangles at the upper edge: higher, or diverged.</figcaption>" if beyond else ""
-    return f'<figure role="img" aria-label="{text(title)}">{svg}{note}</figure>'
+    note = "Triangles at the upper edge: higher, or diverged." if markers else "What lies higher is cut off."
+    caption = f"<figcaption>{note}</figcaption>" if beyond else ""
+    return f'<figure role="img" aria-label="{text(title)}">{svg}{caption}</figure>'
 
 
 def _set_logarithmic(axes: "Axes") -> None:

@@ -18,7 +18,6 @@ from fanformer.training.records import read_records
 from fanformer.training.run import train
 from tests.training.conftest import TINY_MODEL, Notebook
 
-
 STEPS, BATCH = 8, 8
 
 

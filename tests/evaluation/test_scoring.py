@@ -122,7 +122,22 @@ def test_long_context_is_cut_on_its_left_and_counted(make_model):
     assert scorer.truncated == {"task": 1}
 
 
-@pytest.mark.parametrize("length", [0, 129])
-def test_continuation_that_is_empty_or_too_long_is_refused(make_model, length):
-    with pytest.raises(DataError, match=rf"`task` asks for a continuation of {length} tokens: expected 1 to 128"):
-        Scorer(make_model("llama")).score("task", [([1], [2] * length)])
+def test_continuation_longer_than_the_context_is_predicted_in_pieces(make_model):
+    model = make_model("llama")
+    scorer = Scorer(model)
+    tokens = [(index * 7) % 300 for index in range(203)]
+    (score,) = scorer.score("task", [(tokens[:3], tokens[3:])])
+    expected = 0.0
+    for start in range(3, 203, 64):  # 128 positions: halves of them, each with all the context that fits
+        stop = min(start + 64, 203)
+        before = max(0, stop - 129)
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[before : stop - 1]]), use_cache=False).logits[0, start - stop :]
+        expected += float(logits.double().log_softmax(-1).gather(1, torch.tensor(tokens[start:stop])[:, None]).sum())
+    assert score.log_likelihood == pytest.approx(expected, rel=1e-6)  # float32 in rows of other widths
+    assert scorer.truncated == {"task": 1}
+
+
+def test_empty_continuation_is_refused(make_model):
+    with pytest.raises(DataError, match="`task` asks for a continuation of 0 tokens: expected 1 or more"):
+        Scorer(make_model("llama")).score("task", [([1], [])])

@@ -7,6 +7,7 @@ nothing depends on a batch size, on where a killed evaluation stopped, or on whi
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,10 @@ TOKENS_PER_PASS = 1024
 WIDTH = 16
 _FORMAT = 2
 """Raised when the numbers in the files of finished passes come to mean something else."""
+
+
+_Asked = tuple[tuple[int, ...], tuple[int, ...]]
+"""Input ids, and the ids of a continuation that ends where they end, one token later."""
 
 
 class Score(NamedTuple):
@@ -105,7 +110,7 @@ class Scorer:
         self.model, self.cache_folder = model, cache_folder
         self.longest = int(getattr(model.config, "max_position_embeddings", 2048))
         self.truncated: dict[str, int] = {}
-        """Requests of each task whose context was cut on its left, as upstream does, to fit the model."""
+        """Requests of each task that were cut, on the left as upstream does, to fit the model."""
         self.passes_computed = 0
         self._keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -120,23 +125,24 @@ class Scorer:
         Args:
             task: its name.
             requests: token ids of contexts and of their continuations.
-            on_progress: called after every pass with how many different requests are done.
+            on_progress: called after every pass with how many requests are done, in proportion.
 
         Returns:
             A score for each, in their order.
 
         Raises:
-            DataError: if a continuation is empty or longer than the model's context.
+            DataError: if a continuation is empty.
         """
-        keys = [self._key(task, context, continuation) for context, continuation in requests]
+        asked = [self._asked(task, context, continuation) for context, continuation in requests]
         together: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-        for inputs, continuation in keys:
+        for inputs, continuation in itertools.chain(*asked):
             together.setdefault(inputs, set()).add(continuation)
         # the longest first: what does not fit into memory shows at once, and the time left is not underestimated
         rows = [_Row(inputs, tuple(sorted(found))) for inputs, found in together.items()]
         rows.sort(key=lambda row: (-len(row.inputs), row))
         finished = self._finished(task, rows)
-        known: dict[tuple[tuple[int, ...], tuple[int, ...]], Score] = {}
+        known: dict[_Asked, Score] = {}
+        number_of_scores = sum(len(row.continuations) for row in rows)
         for number, (members, number_of_rows, width) in enumerate(self._passes(rows)):
             scores = finished.scores.get(number) if finished else None
             if scores is None:
@@ -144,25 +150,34 @@ class Scorer:
                 self.passes_computed += 1
                 if finished is not None:
                     finished.add(number, scores)
-            asked = [(row.inputs, continuation) for row in members for continuation in row.continuations]
-            known.update(zip(asked, scores, strict=True))
+            pairs = [(row.inputs, continuation) for row in members for continuation in row.continuations]
+            known.update(zip(pairs, scores, strict=True))
             if on_progress is not None:
-                on_progress(len(known))
+                on_progress(len(known) * len(requests) // number_of_scores)
         if finished is not None:
             finished.close()
-        return [known[key] for key in keys]
+        return [
+            Score(sum(known[piece].log_likelihood for piece in pieces), all(known[piece].is_greedy for piece in pieces))
+            for pieces in asked
+        ]
 
-    def _key(self, task: str, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return input ids and continuation of a request, cut on the left to what the model takes."""
-        if not continuation or len(continuation) > self.longest:
-            raise DataError(
-                f"`{task}` asks for a continuation of {len(continuation)} tokens: expected 1 to {self.longest}, "
-                "the model's longest context."
-            )
+    def _asked(self, task: str, context: list[int], continuation: list[int]) -> list[_Asked]:
+        """Return what a request comes down to, each cut on its left to what the model takes.
+
+        That is one row, but for a continuation that is longer than the model's context: its pieces of half a context,
+        each after what stands before it.
+        """
+        if not continuation:
+            raise DataError(f"`{task}` asks for a continuation of 0 tokens: expected 1 or more.")
         tokens = tuple(context + continuation)
-        if len(tokens) > self.longest + 1:
-            self.truncated[task] = self.truncated.get(task, 0) + 1
-        return tokens[-(self.longest + 1) :][:-1], tuple(continuation)
+        self.truncated[task] = self.truncated.get(task, 0) + (len(tokens) > self.longest + 1)
+        size = len(continuation) if len(continuation) <= self.longest else max(1, self.longest // 2)
+        stops = [*range(len(context) + size, len(tokens), size), len(tokens)]
+        starts = [len(context), *stops[:-1]]
+        return [
+            (tokens[max(0, stop - self.longest - 1) : stop - 1], tokens[start:stop])
+            for start, stop in zip(starts, stops, strict=True)
+        ]
 
     def _finished(self, task: str, rows: list[_Row]) -> FinishedPasses | None:
         if self.cache_folder is None:

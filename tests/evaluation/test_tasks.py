@@ -85,6 +85,20 @@ def test_figures_equal_those_of_upstream(harness, make_model, tiny_tokenizer, re
     assert compared >= 2 * len(ONE_FILE)
 
 
+def test_figures_equal_those_of_upstream_where_the_tokenizer_adds_a_start(
+    harness, make_model, tiny_tokenizer, released, tmp_path
+):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, start = copy.deepcopy(tiny_tokenizer), tiny_tokenizer.convert_ids_to_tokens(0)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{start} $A", special_tokens=[(start, 0)])
+    assert tokenizer.encode("a")[0] == 0
+    names = ["piqa", "lambada", "winogrande"]
+    assert assert_same_as_upstream(harness, make_model("llama"), tokenizer, names, released, None, 4, tmp_path) >= 8
+
+
 def test_accuracies_equal_a_count_of_our_own(harness, make_model, tiny_tokenizer, released):
     model = make_model("fanformer")
     hits = normed = 0

@@ -55,6 +55,7 @@ def test_a_run_leaves_a_complete_folder_with_its_own_figures(run):
     assert [record["step"] for record in records if "val_loss" in record] == [3, 6]
     assert records[-1]["tokens"] == 6 * 4 * 32
     assert records[-1]["val_loss"] == pytest.approx(result.held_out.loss, rel=1e-5)
+    assert "val_loss_stderr" not in records[-1]  # one held-out document gives none
     card = (folder / "README.md").read_text()
     assert f"{result.held_out.bits_per_byte:.4f}" in card
     assert "6 (finished)" in card
@@ -146,6 +147,14 @@ def test_held_out_data_can_be_another_file(run, tmp_path):
     result, _ = run(max_steps=2, eval_data=str(other))
     assert result.held_out.bytes == other.stat().st_size
     assert result.gzip_bits_per_byte is None
+
+
+def test_held_out_documents_give_the_loss_a_standard_error(run, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": "zebra " * number}) + "\n" for number in range(1, 9)))
+    result, _ = run(max_steps=2, eval_data=str(other))
+    assert result.held_out.documents == 8
+    assert read_records(result.folder)[-1]["val_loss_stderr"] == result.held_out.loss_stderr > 0
 
 
 def test_prepared_data_is_used_as_it_is(run, corpus, tmp_path):

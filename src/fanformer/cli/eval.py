@@ -39,7 +39,7 @@ _SECONDS_BETWEEN_LINES = 10.0
     "[default: src, if all such files have it]",
 )
 @click.option("--sequence-length", type=int, help="Longest context.  [default: the model's longest, at most 2048]")
-@click.option("--batch-size", default=8, help="Rows of text computed together; tasks always take 8.")
+@click.option("--batch-size", default=8, help="Rows of text computed together; tasks divide by themselves.")
 @click.option(
     "--tasks",
     metavar="NAME,...",
@@ -99,7 +99,7 @@ def evaluate(
         raise ConfigError(f"`sequence_length` must be at most the model's {longest} positions, got {sequence_length}.")
     result = _predict(loaded, paths, field, sequence_length, batch_size) if paths else {}
     if wanted is not None:
-        result |= wanted.measure(loaded, Path(folder))
+        result |= wanted.measure(loaded)
     record = json.dumps({**result, "model": folder}, indent=2)
     if json_file == "-":
         click.echo(record)
@@ -149,7 +149,7 @@ class _Tasks:
         cache = Path(cache_dir).expanduser().absolute() if cache_dir is not None else default_cache_folder()
         return cls(names, folder, limit, num_fewshot, cache)
 
-    def measure(self, loaded: "LoadedModel", folder: Path) -> dict[str, Any]:
+    def measure(self, loaded: "LoadedModel") -> dict[str, Any]:
         """Return the tasks' figures, and what they rest on."""
         from importlib.metadata import version
 
@@ -167,7 +167,6 @@ class _Tasks:
                 loaded.model,
                 loaded.tokenizer,
                 self.names,
-                model_folder=folder,
                 data_dir=self.data_dir,
                 cache_folder=self.cache_dir,
                 limit=self.limit,
@@ -186,16 +185,18 @@ def _request_progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, highlight=False)
-    started = last = time.monotonic()
     if not console.is_terminal:
+        last: tuple[float, int] | None = None
 
         def write_line(name: str, done: int, total: int) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last >= _SECONDS_BETWEEN_LINES:
-                last = now
-                rate = done / max(now - started, 1e-9)
-                left = (total - done) / max(rate, 1e-9)
+            if last is None:  # setting up is no part of the rate
+                last = now, done
+            elif now - last[0] >= _SECONDS_BETWEEN_LINES:
+                rate = max(done - last[1], 1) / (now - last[0])
+                last = now, done
+                left = (total - done) / rate
                 click.echo(f"{name}: {done:,} of {total:,} requests, {rate:,.0f}/s, {left:.0f} s left", err=True)
 
         yield write_line
@@ -205,8 +206,7 @@ def _request_progress() -> Iterator[Callable[[str, int, int], None]]:
         shown = bar.add_task("tasks", total=None, rate="-")
 
         def move_bar(name: str, done: int, total: int) -> None:
-            rate = f"{done / max(time.monotonic() - started, 1e-9):,.0f}"
-            bar.update(shown, description=name, completed=done, total=total, rate=rate)
+            bar.update(shown, description=name, completed=done, total=total, rate=f"{bar.tasks[0].speed or 0:,.0f}")
 
         yield move_bar
 

@@ -21,10 +21,10 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from fanformer.data.tokenizer import end_token_id, start_token_id
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, DataError
 from fanformer.evaluation.scoring import Scorer
 from fanformer.evaluation.statistics import ratio
-from fanformer.evaluation.task_files import LOCAL_TASKS, write_local_tasks
+from fanformer.evaluation.task_files import GROUP_FOLDERS, LOCAL_TASKS, write_local_tasks
 
 
 class CausalAdapter(TemplateLM):
@@ -117,6 +117,21 @@ class _KeepingManager(TaskManager):
         return self.loaded
 
 
+class _HubManager(_KeepingManager):
+    """A task manager whose tasks read the hub."""
+
+    def load(self, task_list: Any) -> Any:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return super().load(task_list)
+        except (DatasetsError, OSError) as error:  # what the hub's client raises is one of these
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"task data cannot be had from the hub ({reason}): try again, or give local files as `--data-dir DIR`."
+            ) from error
+
+
 def definitions_folder() -> Path:
     """Return upstream's folder of tasks."""
     return Path(lm_eval.tasks.__file__).parent
@@ -159,11 +174,11 @@ def run_tasks(
             manager = local_task_manager(names, data_dir, Path(folder), bool(num_fewshot))
         else:
             homes = {
-                name: LOCAL_TASKS[name].definition.split("/")[0] if name in LOCAL_TASKS else name for name in names
+                name: LOCAL_TASKS[name].definition.split("/")[0] if name in LOCAL_TASKS else GROUP_FOLDERS[name]
+                for name in names
             }
-            homes |= {name: "mmlu/default" for name in names if name == "mmlu"}
             paths = [str(definitions_folder() / home) for home in sorted(set(homes.values()))]
-            manager = _KeepingManager(include_path=paths, include_defaults=False)
+            manager = _HubManager(include_path=paths, include_defaults=False)
         results = simple_evaluate(
             adapter,
             tasks=list(names),

@@ -165,12 +165,15 @@ LOCAL_TASKS = {
         ),
     )
 }
-"""Tasks of one file by upstream's name; the groups blimp and mmlu are read from upstream's YAML."""
+"""Tasks of one file by upstream's name; the groups are read from upstream's YAML."""
+
+GROUP_FOLDERS = {"blimp": "blimp", "mmlu": "mmlu/default"}
+"""Groups by upstream's name -> the folder of their YAML."""
 
 
 def _group_tasks(name: str, definitions: Path) -> list[LocalTask]:
     """Return the tasks of upstream's group `blimp` or `mmlu`."""
-    folder = {"blimp": "blimp", "mmlu": "mmlu/default"}[name]
+    folder = GROUP_FOLDERS[name]
     tasks = []
     for path in sorted((definitions / folder).glob("*.yaml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -208,7 +211,7 @@ def write_local_tasks(
         for task in _group_tasks(name, definitions):
             # the examples of mmlu have a split of their own, which upstream opens in any case
             _write_task(task, data_dir, definitions, folder, with_examples or name == "mmlu")
-        for path in (definitions / {"blimp": "blimp", "mmlu": "mmlu/default"}[name]).glob("_*.yaml"):
+        for path in (definitions / GROUP_FOLDERS[name]).glob("_*.yaml"):
             (folder / path.name).write_text(yaml.safe_dump({"include": str(path)}), encoding="utf-8")
 
 

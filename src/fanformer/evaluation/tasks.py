@@ -84,7 +84,6 @@ def evaluate_tasks(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     *,
-    model_folder: Path | None = None,
     data_dir: Path | None = None,
     cache_folder: Path | None = None,
     limit: int | None = None,
@@ -97,9 +96,9 @@ def evaluate_tasks(
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
         names: of TASKS.
-        model_folder: where the model was loaded from; with `cache_folder`, to keep finished requests under its hash.
         data_dir: local files; None reads the hub.
-        cache_folder: where finished requests are kept, so that a killed evaluation goes on; None keeps none.
+        cache_folder: where finished requests are kept, by a hash of the model, so that a killed evaluation goes on;
+            None keeps none.
         limit: documents of each task; None is all.
         num_fewshot: examples in front of each question; None is upstream's default.
         on_progress: called with a task, and how many of how many requests of all tasks are done.
@@ -118,9 +117,7 @@ def evaluate_tasks(
     from fanformer.evaluation.harness import CausalAdapter, run_tasks
     from fanformer.evaluation.scoring import Scorer, model_fingerprint
 
-    kept = None
-    if cache_folder is not None and model_folder is not None:
-        kept = cache_folder / model_fingerprint(model_folder, model)[:16]
+    kept = None if cache_folder is None else cache_folder / model_fingerprint(model)[:16]
     adapter = CausalAdapter(Scorer(model, kept), tokenizer, on_progress)
     upstream = [TASKS[name] for name in names]
     figures = run_tasks(adapter, upstream, data_dir, limit, num_fewshot)

@@ -11,7 +11,7 @@ from pathlib import Path
 from fanformer.data.durable import replace_text
 
 METRICS_FILE = "metrics.jsonl"
-EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_bits_per_byte"})
+EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_stderr", "val_bits_per_byte"})
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
 
 

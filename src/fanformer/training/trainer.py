@@ -425,10 +425,13 @@ class Trainer:
         self.last_log = (step, log_seconds + seconds)  # the rate counts training only
         if self.best is None or figures.loss < self.best[0]:
             self.best = (figures.loss, self.state.step)
+        # one document gives no standard error
+        error = {} if figures.loss_stderr is None else {"val_loss_stderr": figures.loss_stderr}
         return {
             "step": self.state.step,
             "tokens": self.state.step * self.tokens_per_step,
             "val_loss": figures.loss,
+            **error,
             "val_bits_per_byte": figures.bits_per_byte,
         }
 

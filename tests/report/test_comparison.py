@@ -132,6 +132,8 @@ def test_every_number_stands_in_the_page_with_its_interval(record, tmp_path):
         "2.1250 [2.0625, 2.1875]", "2.0000 [1.9375, 2.0625]", "2.2500 [2.1875, 2.3125]",
         "-0.1250 [-0.1875, -0.0625] better",
         "-0.0312 [-0.0938, +0.0312] undecided at these seeds", "0.750 [0.625, 0.875]", "0.703 [0.688, 0.719]", "80,000",
+        "ours@40k is better than llama@40k: -0.1250 [-0.1875, -0.0625] bits per byte.",
+        "ours@80k against llama@80k: undecided at these seeds, -0.0312 [-0.0938, +0.0312] bits per byte.",
         f"in brackets: {SPREAD}", "fanformer compare ours@40k",
     ):  # fmt: skip
         assert shown in text
@@ -169,6 +171,7 @@ def test_one_seed_decides_nothing(record, tmp_path):
     record["pairs"][0]["figures"] = {"bits_per_byte_difference": figure(-0.125)}
     text = read(record, tmp_path).text
     assert "-0.1250 one seed: not decided" in text
+    assert "ours@40k against llama@40k: one seed, no interval, -0.1250 bits per byte." in text
     assert "one seed has no interval" in text
 
 

@@ -13,7 +13,7 @@ from fanformer.report.comparison_figures import (
     trainings_table,
     verdict,
 )
-from fanformer.report.page import table, text
+from fanformer.report.page import bullets, table, text
 from fanformer.training.comparison_summary import family_and_size, tokens_at
 
 _RATIOS = ("tokens_ratio", "size_ratio", "size_ratio_without_embeddings", "training_operations_ratio",
@@ -87,7 +87,12 @@ class LanguageParts:
             )
         used = [pair["figures"].get(name) for pair in pairs for name in ("bits_per_byte_difference", "tokens_ratio")]
         note = f"At {self.longest:,} tokens. Ratios are times the baseline's; {interval_of(used)}."
-        return ["<h2>Candidate against baselines</h2>", table(header, rows), f'<p class="quiet">{text(note)}</p>']
+        return [
+            "<h2>Candidate against baselines</h2>",
+            bullets(_in_words(pair) for pair in pairs),
+            table(header, rows),
+            f'<p class="quiet">{text(note)}</p>',
+        ]
 
     def _best(self, arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return best_trainings(self.record, arm)
@@ -262,6 +267,17 @@ class LanguageParts:
         header = ["baseline", *(key.replace("_", " ") for key in found)]
         note = "The candidate's parameters at each baseline's loss, as a share of the baseline's."
         return ["<h2>Parameters to equal loss</h2>", f"<p>{note}</p>", table(header, rows)]
+
+
+def _in_words(pair: Mapping[str, Any]) -> str:
+    """Return what a pair says in a sentence, to be seen where the table is too wide."""
+    candidate, baseline, difference = pair["candidate"], pair["baseline"], pair["figures"]["bits_per_byte_difference"]
+    shown = f"{figure_text(difference, signed=True)} bits per byte"
+    decided = verdict(difference, ("better", "worse"))
+    if decided in ("better", "worse"):
+        return f"{candidate} is {decided} than {baseline}: {shown}."
+    doubt = "one seed, no interval" if difference["low"] is None else decided
+    return f"{candidate} against {baseline}: {doubt}, {shown}."
 
 
 def _points(lines: Sequence[Line], title: str, x_label: str, name: str) -> str:

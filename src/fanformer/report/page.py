@@ -29,8 +29,9 @@ figure svg text { font-family: system-ui, sans-serif !important }
 figure img { background: #ffffff; border-radius: .4rem }
 figcaption { color: var(--quiet); font-size: .85rem }
 details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
-@media print { body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible }
-  figure, tr { break-inside: avoid } h2 { break-after: avoid } .charts { display: block }
+@media (max-width: 40rem) { body { padding: 1rem .8rem 3rem } table { font-size: .8rem } ul { padding-left: 1.2rem } }
+@media print { :root { font-size: 9px } body { max-width: none; padding: 0; font-size: 1rem }
+  .wide { overflow: visible } .charts { display: block } figure, tr { break-inside: avoid } h2 { break-after: avoid }
   .charts figure { display: inline-block; width: 49% } #save { display: none } }
 """
 _STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')

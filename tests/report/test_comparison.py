@@ -2,12 +2,15 @@
 
 import copy
 import json
+import math
+import re
 from html.parser import HTMLParser
 
 import pytest
 
+from fanformer.report.charts import Line, chart, clip_above
 from fanformer.report.comparison import write_comparison_page
-from tests.report.test_rules import on_plane
+from tests.report.test_rules import on_plane, over_periods
 
 VOID = {"meta", "img", "link", "br"}
 SPREAD = "95% t-interval over 2 seeds"
@@ -129,13 +132,15 @@ def test_every_number_stands_in_the_page_with_its_interval(record, tmp_path):
         "2.1250 [2.0625, 2.1875]", "2.0000 [1.9375, 2.0625]", "2.2500 [2.1875, 2.3125]",
         "-0.1250 [-0.1875, -0.0625] better",
         "-0.0312 [-0.0938, +0.0312] undecided at these seeds", "0.750 [0.625, 0.875]", "0.703 [0.688, 0.719]", "80,000",
+        "ours@40k is better than llama@40k: -0.1250 [-0.1875, -0.0625] bits per byte.",
+        "ours@80k against llama@80k: undecided at these seeds, -0.0312 [-0.0938, +0.0312] bits per byte.",
         f"in brackets: {SPREAD}", "fanformer compare ours@40k",
     ):  # fmt: skip
         assert shown in text
-    for chart in ("Loss over tokens", "Loss over computing", "Loss over time", "Final loss over learning rate",
+    for title in ("Loss over tokens", "Loss over computing", "Loss over time", "Final loss over learning rate",
                   "Final loss over parameters without embeddings", "Tokens to equal loss",
                   "Parameters to equal loss"):  # fmt: skip
-        assert chart in text
+        assert title in text
 
 
 def test_page_says_what_went_wrong_and_what_is_doubtful(record, tmp_path):
@@ -143,6 +148,7 @@ def test_page_says_what_went_wrong_and_what_is_doubtful(record, tmp_path):
     assert "ours@80k: its best learning rate, 0.01, is the highest that was tried" in content
     assert "llama@40k-9: loss <script>alert(1)</script>" in content  # as text
     assert "<script>alert" not in (tmp_path / "page.html").read_text()
+    assert "1 of 4 results have their best learning rate at an end of the sweep" in content
     assert "Triangles at the upper edge: higher, or diverged." in content
 
 
@@ -165,6 +171,7 @@ def test_one_seed_decides_nothing(record, tmp_path):
     record["pairs"][0]["figures"] = {"bits_per_byte_difference": figure(-0.125)}
     text = read(record, tmp_path).text
     assert "-0.1250 one seed: not decided" in text
+    assert "ours@40k against llama@40k: one seed, no interval, -0.1250 bits per byte." in text
     assert "one seed has no interval" in text
 
 
@@ -174,27 +181,124 @@ def test_several_budgets_are_drawn_over_their_tokens(record, tmp_path):
     assert "Final loss over the budget" in read(record, tmp_path).text
 
 
-def test_rule_comes_with_its_table_and_its_plane(tmp_path):
-    specs = {"ours@60k": (0.75, 1.0), "llama@60k": (0.25, 0.5)}
-    trainings, arms = [], []
-    for spec, (inside, outside) in specs.items():
-        result = on_plane(3, inside, outside)
-        for rate in (0.01, 0.1):
-            figures = {"loss": 0.5, "hole_accuracy": inside, "train_accuracy": outside}
-            kept = {
-                "status": "finished",
-                "message": "",
-                "figures": figures,
-                "curve": [],
-                "details": {"rule": result.to_dict()},
-            }
-            trainings.append({"architecture": spec, "variant": 3, "learning_rate": rate, "seed": 0, "result": kept})
-        arms.append(arm(spec, 0.25, variant=3))
-    figures = {"hole_accuracy_difference": figure(0.5), "train_accuracy_difference": figure(0.5)}
-    pair = {"candidate": "ours@60k", "baseline": "llama@60k", "variant": 3, "figures": figures}
+def test_infinite_perplexity_is_json_that_every_reader_takes(record, tmp_path):
+    record["trainings"][0]["result"]["figures"]["perplexity"] = math.inf
+    record["trainings"][1]["result"]["figures"]["perplexity"] = -math.inf
+    record["trainings"][2]["result"]["message"] = 'Infinity, "NaN" and \\ are words here'
+    page = read(record, tmp_path)
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(page.record, parse_constant=refuse) == record
+    record["trainings"][0]["result"]["figures"]["perplexity"] = math.nan
+    found = json.loads(read(record, tmp_path).record, parse_constant=refuse)
+    assert found["trainings"][0]["result"]["figures"]["perplexity"] is None
+
+
+def test_an_arm_far_above_the_others_does_not_flatten_their_curves(record, tmp_path):
+    for one in record["trainings"]:
+        if one["architecture"] == "llama@80k":
+            one["result"]["figures"]["bits_per_byte"] = 99.0
+            one["result"]["curve"] = [point | {"val_bits_per_byte": 99.0} for point in one["result"]["curve"]]
+    record["arms"][3]["figures"]["bits_per_byte"] = figure(99.0)
+    page = read(record, tmp_path)
+    assert "What lies higher is cut off." in page.text
+    numbers = [float(word) for word in page.words if re.fullmatch(r"[0-9]+[.][0-9]+", word.strip())]
+    assert max(number for number in numbers if number != 99.0) < 5  # ticks; the table alone says 99.0000
+
+
+def test_values_up_to_half_again_the_lowest_are_drawn_to_scale():
+    assert clip_above([2.0, 3.0, 3.25, math.inf]) == 3.0
+    assert clip_above([2.0, 2.5]) is None
+    assert clip_above([math.inf]) is None
+
+
+def test_every_line_of_a_chart_has_its_name_and_every_diverged_training_its_triangle():
+    names = [f"{'_' if number % 2 else '$a$'}line {number}" for number in range(14)]
+    lines = [Line(name, number, 0, [1.0, 10.0], [number + 1.0, math.inf]) for number, name in enumerate(names)]
+    drawn = chart(lines, "title", "x", "y", "name", markers=True)
+    for name in names:
+        assert f">{name}</text>" in drawn
+    styles = [style for style in re.findall(r'style="([^"]*)"', drawn) if "stroke-width: 1.6" in style]
+    assert len(set(styles)) == len(lines)  # where the colours begin again, the dashes differ
+    places = re.findall(r'<use [^>]*?x="([0-9.]+)" y="([0-9.]+)" style="fill: #', drawn)
+    edge = min((y for _, y in places), key=float)
+    at_edge = sorted(float(x) for x, y in places if y == edge)
+    assert len(set(at_edge)) == 1 + len(lines)  # the highest loss on the left, and on the right all triangles, apart
+
+
+def test_machine_and_data_stand_in_the_page(record, tmp_path):
+    record |= {
+        "hardware": {"cpu": "A & B", "cores": 2, "gpus": []},
+        "versions": {"torch": "2.11"},
+        "date": "2026-01-31",
+    }
+    record |= {"data": {"source": "stdlib", "fingerprint": "abc123"}}
+    text = read(record, tmp_path).text
+    for shown in ("hardware, cpu A & B", "hardware, cores 2", "versions, torch 2.11", "data, fingerprint abc123"):
+        assert shown in text
+    assert "2 seeds, 3 learning rates each, 2026-01-31" in text
+
+
+def rule_training(spec, result, rate, side):
+    score = result.score
+    figures = {"loss": 0.5, "hole_accuracy": score.test.greedy, "train_accuracy": score.train.greedy, "seconds": 2.0}
+    about = {"architecture": spec, "variant": side, "learning_rate": rate, "seed": result.settings["seed"]}
+    kept = {"status": "finished", "message": "", "figures": figures, "curve": [], "details": {"rule": result.to_dict()}}
+    return {**about, "name": f"{spec}-{rate}", "error": None, "result": kept}
+
+
+def rule_record(inside_and_outside, sides=(3,)):
+    specs = inside_and_outside
+    trainings = [
+        rule_training(spec, on_plane(side, *shares), rate, side)
+        for spec, shares in specs.items() for side in sides for rate in (0.01, 0.1)
+    ]  # fmt: skip
+    figures = {"hole_accuracy_difference": figure(0.5, 0.25), "train_accuracy_difference": figure(0.25)}
+    pairs = [{"candidate": "ours@60k", "baseline": "llama@60k", "variant": side, "figures": figures} for side in sides]
     asked = {"architectures": list(specs), "rule": "modular-addition", "seeds": [0], "learning_rates": [0.01, 0.1]}
-    page = read({"comparison": asked, "arms": arms, "pairs": [pair], "trainings": trainings}, tmp_path)
+    arms = [arm(spec, 0.25, variant=side) for side in sides for spec in specs]
+    return {"comparison": asked, "arms": arms, "pairs": pairs, "trainings": trainings}
+
+
+def test_rule_comes_with_its_table_and_its_plane(tmp_path):
+    page = read(rule_record({"ours@60k": (0.75, 1.0), "llama@60k": (0.25, 0.5)}), tmp_path)
     assert "does not count: train accuracy below 99% (llama@60k)" in page.text
-    assert "+0.5000" in page.text
+    assert "+0.2500 +0.5000 [+0.2500, +0.7500] does not count" in page.text
     assert page.text.count("hole 3 x 3") == 2  # one row for each, at its best learning rate only
+    assert "ours@60k 3 0.1 0 0.5000 1.0000 0.7500 2.0 finished" in page.text
     assert [link[:22] for link in page.links if not link.startswith("#")] == ["data:image/png;base64,"]
+
+
+def test_rule_is_drawn_for_every_hole_and_names_what_has_no_result(tmp_path):
+    record = rule_record({"ours@60k": (0.75, 1.0), "llama@60k": (0.25, 1.0)}, sides=(3, 5))
+    record["trainings"] = [
+        one for one in record["trainings"] if one["architecture"] == "ours@60k" or one["variant"] == 5
+    ]
+    record["arms"][1] |= {"learning_rate": None, "figures": {}, "swept": []}
+    page = read(record, tmp_path)
+    assert "llama@60k (hole 3): no finished training" in page.text
+    assert "+0.5000 [+0.2500, +0.7500] better" in page.text
+    for chart_of in ("Accuracy over steps, hole 3 x 3", "Accuracy over steps, hole 5 x 5", "llama@60k, left out"):
+        assert chart_of in page.text
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_rule_without_any_result_says_so(tmp_path):
+    record = rule_record({"ours@60k": (0.75, 1.0), "llama@60k": (0.25, 1.0)})
+    record |= {"trainings": [], "pairs": [], "planned": 4, "finished": 0}
+    record["arms"] = [one | {"learning_rate": None, "figures": {}, "swept": []} for one in record["arms"]]
+    text = read(record, tmp_path).text
+    assert "No training has finished yet." in text
+    assert "0 of 4 trainings have ended" in text
+
+
+def test_periods_are_drawn_over_their_length(tmp_path):
+    record = rule_record({"ours@60k": (1.0, 1.0)})
+    record["comparison"]["rule"], record["pairs"] = "periodic", []
+    record["arms"] = [arm("ours@60k", 0.25, variant=0)]
+    record["trainings"] = [rule_training("ours@60k", over_periods(0.75), rate, 0) for rate in (0.01, 0.1)]
+    page = read(record, tmp_path)
+    assert "Accuracy over the period of the pattern." in page.text
+    assert "periods 6 to 8" in page.text

@@ -3,10 +3,10 @@
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fanformer.report.page import text
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vP"
+_RISE = 0.5
+"""How far above the lowest value, as a share of it, values are still drawn to scale where the highest are clipped."""
+_WIDE_LABEL = 30  # characters; longer ones leave no place for a second column
 _NEUTRAL = "#010203"  # stands for the page's own text colour, which is put in afterwards
 
 
@@ -26,7 +29,7 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        label: for the legend.
+        label: for the legend; "" for a line that shares another one's colour and dash, and needs no entry.
         family: lines of one family have one colour.
         style: which dash and marker, from 0.
         x: positions.
@@ -71,7 +74,8 @@ def chart(
     values = [value for line in lines for value in line.y if math.isfinite(value)]
     beyond = any(value > top for line in lines for value in line.y) if top is not None else False
     beyond = beyond or any(not math.isfinite(value) for line in lines for value in line.y)
-    with _axes(name, title, x_label, y_label) as (axes, done):
+    rows = math.ceil(len([line for line in lines if line.label]) / _columns(lines))
+    with _axes(name, title, x_label, y_label, rows) as (axes, done):
         if logarithmic:
             _set_logarithmic(axes)
         limit = top if top is not None else max(values, default=1.0)
@@ -81,14 +85,28 @@ def chart(
             axes.axhline(level, color=_NEUTRAL, linewidth=0.8)
         margin = 0.06 * max(limit - floor, 1e-6)
         axes.set_ylim(floor - margin, limit + margin)
-        for line in lines:
-            _draw(axes, line, limit, markers)
-        if len(lines) <= 12:
-            axes.legend(frameon=False, fontsize=8, labelcolor=_NEUTRAL)
+        width = min(6, 60 / max(1, len(lines)))  # points from one line's triangles to the next one's
+        places = [width * (index - (len(lines) - 1) / 2) for index in range(len(lines))]
+        drawn = [_draw(axes, line, limit, markers, aside) for line, aside in zip(lines, places, strict=True)]
+        _add_legend(axes, drawn, lines)
         svg = done()
     note = "Triangles at the upper edge: higher, or diverged." if markers else "What lies higher is cut off."
     caption = f"<figcaption>{note}</figcaption>" if beyond else ""
     return f'<figure role="img" aria-label="{text(title)}">{svg}{caption}</figure>'
+
+
+def clip_above(values: Iterable[float]) -> float | None:
+    """Return the highest value that is still drawn to scale, so that what diverged does not flatten the rest.
+
+    Args:
+        values: of a chart; those that are not finite do not count.
+
+    Returns:
+        The highest value that is at most half again as high as the lowest, or None where all are.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    drawn = [value for value in finite if value <= (1 + _RISE) * min(finite)]
+    return max(drawn) if len(drawn) < len(finite) else None
 
 
 def _set_logarithmic(axes: "Axes") -> None:
@@ -105,26 +123,57 @@ def _short(value: float) -> str:
     """Return a number in few characters: 200k, 2M, 5e+15."""
     for size, suffix in ((1e15, None), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value:.3g}" if suffix is None else f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
+            return f"{value:.4g}" if suffix is None else f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
 
 
-def _draw(axes: "Axes", line: Line, limit: float, markers: bool) -> None:
-    color, dash = COLORS[line.family % len(COLORS)], _DASHES[line.style % len(_DASHES)]
-    marker = _MARKERS[line.style % len(_MARKERS)] if markers else None
-    inside = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y <= limit]
+def _draw(axes: "Axes", line: Line, limit: float, markers: bool, aside: float) -> Any:
+    """Draw a line, its triangles so many points beside their place, and return it for the legend."""
+    from matplotlib.transforms import ScaledTranslation
+
+    color = COLORS[line.family % len(COLORS)]
+    style = line.style + line.family // len(COLORS)  # where the colours begin again, dashes differ
+    dash, marker = _DASHES[style % len(_DASHES)], _MARKERS[style % len(_MARKERS)] if markers else None
+    # A curve enters the chart from above; a marker has its place or its triangle.
+    shown = [(x, y) for x, y in zip(line.x, line.y, strict=True) if (y <= limit if markers else math.isfinite(y))]
     outside = [x for x, y in zip(line.x, line.y, strict=True) if not y <= limit]
-    drawn_x, drawn_y = [x for x, _ in inside], [y for _, y in inside]
-    axes.plot(drawn_x, drawn_y, dash, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=line.label)
+    drawn_x, drawn_y = [x for x, _ in shown], [y for _, y in shown]
+    (drawn,) = axes.plot(drawn_x, drawn_y, dash, color=color, marker=marker, markersize=4.5, linewidth=1.6)
     if line.low is not None and line.high is not None:
         axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
     if markers and outside:
-        axes.plot(outside, [limit] * len(outside), "^", color=color, markersize=6)
+        beside = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+        axes.plot(outside, [limit] * len(outside), "^", color=color, markersize=6, transform=beside)
+        axes.update_datalim([(x, limit) for x in outside])  # the axis does not see what is set beside its place
+        axes.autoscale_view(scaley=False)
+    return drawn
+
+
+def _columns(lines: Sequence[Line]) -> int:
+    return 2 if max((len(line.label) for line in lines), default=0) <= _WIDE_LABEL else 1
+
+
+def _add_legend(axes: "Axes", drawn: Sequence[Any], lines: Sequence[Line]) -> None:
+    """Name the lines below the chart, where they hide nothing of it."""
+    named = [(handle, line.label) for handle, line in zip(drawn, lines, strict=True) if line.label]
+    if not named:
+        return
+    legend = axes.figure.legend(
+        [handle for handle, _ in named],
+        [str(number) for number in range(len(named))],
+        loc="outside lower center",
+        ncols=_columns(lines),
+        frameon=False,
+        fontsize=8,
+        labelcolor=_NEUTRAL,
+    )
+    for entry, (_, label) in zip(legend.get_texts(), named, strict=True):
+        entry.set_text(label)  # given at once, a label that begins with "_" would be left out
 
 
 @contextmanager
-def _axes(name: str, title: str, x_label: str, y_label: str) -> Iterator[tuple["Axes", "_Done"]]:
-    """Give axes in the page's colours, and what turns them into SVG."""
+def _axes(name: str, title: str, x_label: str, y_label: str, rows: int) -> Iterator[tuple["Axes", "_Done"]]:
+    """Give axes in the page's colours, with a legend of so many rows, and what turns them into SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,11 +183,12 @@ def _axes(name: str, title: str, x_label: str, y_label: str) -> Iterator[tuple["
         **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _NEUTRAL),
         "svg.fonttype": "none",
         "svg.hashsalt": name,
+        "text.parse_math": False,  # a path may hold "$"
         "font.size": 9,
         "axes.titlesize": 10,
     }
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(6.2, 3.9), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(5.4, 3.3 + 0.18 * rows), layout="constrained")
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

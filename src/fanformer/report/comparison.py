@@ -9,7 +9,7 @@ from fanformer.data.durable import replace_text
 from fanformer.report.comparison_figures import of_variant, tried
 from fanformer.report.comparison_language import LanguageParts
 from fanformer.report.comparison_rule import RuleParts
-from fanformer.report.page import bullets, page, text
+from fanformer.report.page import bullets, page, table, text
 
 
 def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
@@ -26,6 +26,7 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
         f"<h1>{text(title)}</h1>",
         f'<p class="quiet">{text(_summary(record))}</p>',
         *_unfinished(record),
+        *_edge(record),
         *content.parts(),
         *_troubles(record),
         *_configuration(record),
@@ -50,6 +51,16 @@ def _unfinished(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _edge(record: Mapping[str, Any]) -> list[str]:
+    edges, arms = sum(arm["at_edge"] for arm in record["arms"]), len(record["arms"])
+    if not edges:
+        return []
+    return [
+        f'<p class="warn">{edges} of {arms} results have their best learning rate at an end of the sweep, so that a '
+        "better one may lie beyond: named below.</p>"
+    ]
+
+
 def _troubles(record: Mapping[str, Any]) -> list[str]:
     lines = [line for arm in record["arms"] for line in arm["troubles"]]
     edges = [
@@ -68,11 +79,21 @@ def _troubles(record: Mapping[str, Any]) -> list[str]:
 
 
 def _configuration(record: Mapping[str, Any]) -> list[str]:
-    about = {name: record[name] for name in ("data", "hardware", "versions") if record.get(name)}
     command = [f"<p>Measured by <code>{text(record['command'])}</code></p>"] if record.get("command") else []
-    shown = json.dumps({"comparison": record["comparison"], **about}, indent=2)
+    rows = [
+        [f"{about}, {name.replace('_', ' ')}", value if isinstance(value, str) else json.dumps(value)]
+        for about in ("data", "hardware", "versions")
+        for name, value in (record.get(about) or {}).items()
+        if value not in (None, [])
+    ]
+    shown = json.dumps(record["comparison"], indent=2)
     return [
         "<h2>Configuration</h2>",
         *command,
         f"<details><summary>All settings</summary><pre>{text(shown)}</pre></details>",
+        *(
+            [f"<details><summary>Data, hardware and versions</summary>{table(['what', 'value'], rows)}</details>"]
+            if rows
+            else []
+        ),
     ]

@@ -1,17 +1,20 @@
 """The parts of a comparison's page that are about language."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fanformer.report.charts import Line, chart
-from fanformer.report.comparison_figures import figure_text, interval_of, swept
-from fanformer.report.page import table, text
+from fanformer.report.charts import Line, chart, clip_above
+from fanformer.report.comparison_figures import (
+    NOT_FINISHED,
+    best_trainings,
+    figure_text,
+    interval_of,
+    swept,
+    trainings_table,
+    verdict,
+)
+from fanformer.report.page import bullets, table, text
 from fanformer.training.comparison_summary import family_and_size, tokens_at
-
-_RISE = 0.5
-"""How far above the best final loss, as a share of it, a sweep or a curve's beginning is still drawn to scale."""
-
 
 _RATIOS = ("tokens_ratio", "size_ratio", "size_ratio_without_embeddings", "training_operations_ratio",
            "train_tokens_per_second_ratio")  # fmt: skip
@@ -20,6 +23,7 @@ _CURVES = (
     ("operations", "computing", "training operations (FLOPs)", "operations"),
     ("seconds", "time", "training time at the median rate (s)", "seconds"),
 )
+_UNIT = "held-out bits per byte"
 _READ = """<ul>
 <li>All trainings read the same rows in the same order, with the same tokenizer, optimizer and schedule; each
 architecture is shown at the learning rate with the lowest held-out loss at the first seed. Lines are means over the
@@ -56,7 +60,7 @@ class LanguageParts:
             self._arms(),
             *self._equal_loss(),
             "<h2>Every training</h2>",
-            f"<details><summary>{len(self.record['trainings'])} trainings</summary>{self._trainings()}</details>",
+            trainings_table(self.record, "tokens", ("bits_per_byte", "tokens_per_second", "seconds")),
             "<h2>How to read this</h2>",
             _READ,
         ]
@@ -77,57 +81,63 @@ class LanguageParts:
                     pair["candidate"],
                     pair["baseline"],
                     figure_text(difference, signed=True),
-                    _verdict(difference),
+                    verdict(difference, ("better", "worse")),
                     *ratios,
                 ]
             )
         used = [pair["figures"].get(name) for pair in pairs for name in ("bits_per_byte_difference", "tokens_ratio")]
         note = f"At {self.longest:,} tokens. Ratios are times the baseline's; {interval_of(used)}."
-        return ["<h2>Candidate against baselines</h2>", table(header, rows), f'<p class="quiet">{text(note)}</p>']
+        return [
+            "<h2>Candidate against baselines</h2>",
+            bullets(_in_words(pair) for pair in pairs),
+            table(header, rows),
+            f'<p class="quiet">{text(note)}</p>',
+        ]
 
     def _best(self, arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Return the finished trainings of an arm at its best learning rate, by seed."""
-        return [
-            training
-            for training in self.record["trainings"]
-            if (training["architecture"], training["variant"], training["learning_rate"])
-            == (arm["architecture"], arm["variant"], arm["learning_rate"])
-            and training["result"] is not None
-            and training["result"]["figures"]
-        ]
+        return best_trainings(self.record, arm)
 
     def _charts(self) -> list[str]:
         arms = [arm for arm in self.record["arms"] if arm["variant"] == self.longest and self._best(arm)]
         if not arms:
             return []
-        finals = [arm["figures"]["bits_per_byte"]["value"] for arm in arms]
-        top = (1 + _RISE) * min(finals) if max(finals) < (1 + _RISE) * min(finals) else max(finals)
-        unit = "held-out bits per byte"
         found = []
         for name, title, x_label, scale in _CURVES:
             lines = [self._curve(arm, scale) for arm in arms]
-            highest = max((value for line in lines for value in line.y), default=top)
-            found.append(chart(lines, f"Loss over {title}", x_label, unit, name, top=min(top, highest)))
-        found += self._equal_loss_charts(arms)
-        if len(self.asked["learning_rates"]) > 1:
-            lines = [self._sweep(arm) for arm in arms]
-            found.append(chart(lines, "Final loss over learning rate", "peak learning rate", "held-out nats per token",
-                               "sweep", top=_top(lines), markers=True))  # fmt: skip
+            top = clip_above(value for line in lines for value in line.y)
+            found.append(chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=top))
+        found += [*self._equal_loss_charts(arms), *self._sweeps(), *self._size_charts(arms)]
+        if len({arm["variant"] for arm in self.record["arms"]}) > 1:
+            lines = [line for spec in self.asked["architectures"] for line in self._budgets(spec)]
+            found.append(_points(lines, "Final loss over the budget", "tokens trained on", "budget"))
+        return ["<h2>Charts</h2>", '<div class="charts">', *found, "</div>"]
+
+    def _sweeps(self) -> list[str]:
+        """Return, for each budget, the chart of the final loss over the learning rates."""
+        variants = dict.fromkeys(arm["variant"] for arm in self.record["arms"])
+        found = []
+        for variant in variants:
+            lines = [self._sweep(arm) for arm in self.record["arms"] if arm["variant"] == variant]
+            if max(len(line.x) for line in lines) > 1:
+                budget = f", {variant:,} tokens" if len(variants) > 1 else ""
+                title = f"Final loss over learning rate{budget}"
+                found.append(_points(lines, title, "peak learning rate", f"sweep-{variant}"))
+        return found
+
+    def _size_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the charts of the final loss over parameters where a family has several sizes."""
         sizes = {
             family: [arm for arm in arms if family_and_size(arm["architecture"])[0] == family]
             for family in self.families
         }
-        if any(len(several) > 1 for several in sizes.values()):
-            for key, words in (
-                ("parameters_without_embeddings", "parameters without embeddings"),
-                ("parameters", "parameters"),
-            ):
-                lines = [self._sizes(family, several, key) for family, several in sizes.items() if several]
-                found.append(chart(lines, f"Final loss over {words}", words, unit, key, markers=True))
-        if len({arm["variant"] for arm in self.record["arms"]}) > 1:
-            lines = [line for spec in self.asked["architectures"] for line in self._budgets(spec)]
-            found.append(chart(lines, "Final loss over the budget", "tokens trained on", unit, "budget", markers=True))
-        return ["<h2>Charts</h2>", '<div class="charts">', *found, "</div>"]
+        if all(len(several) < 2 for several in sizes.values()):
+            return []
+        found = []
+        for key in ("parameters_without_embeddings", "parameters"):
+            words = key.replace("_", " ")
+            lines = [self._sizes(family, several, key) for family, several in sizes.items() if several]
+            found.append(_points(lines, f"Final loss over {words}", words, key))
+        return found
 
     def _equal_loss_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return the charts of tokens and of parameters to equal loss, as far as there is something to draw."""
@@ -141,7 +151,7 @@ class LanguageParts:
         lines = [line for line in several if len(line.x) > 1]
         if lines:
             found.append(chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
-                               "candidate's tokens, times the baseline's", "equal-tokens", level=1.0))  # fmt: skip
+                               "candidate's tokens over the baseline's", "equal-tokens", level=1.0))  # fmt: skip
         ratios = self.record["parameters_to_equal_loss"]
         lines = [
             Line(
@@ -205,7 +215,7 @@ class LanguageParts:
 
     def _sweep(self, arm: Mapping[str, Any]) -> Line:
         spec = arm["architecture"]
-        return swept(self.record, arm, spec, self._family(spec), self.styles[spec])
+        return swept(self.record, arm, "bits_per_byte", Line(spec, self._family(spec), self.styles[spec], [], []))
 
     def _sizes(self, family: str, arms: Sequence[Mapping[str, Any]], key: str) -> Line:
         points = sorted(
@@ -229,7 +239,7 @@ class LanguageParts:
         for arm in self.record["arms"]:
             best, figures = self._best(arm), arm["figures"]
             if not best:
-                rows.append([arm["architecture"], f"{arm['variant']:,}", *["no finished training"] + [""] * 7])
+                rows.append([arm["architecture"], f"{arm['variant']:,}", NOT_FINISHED, *[""] * 7])
                 continue
             first = best[0]["result"]["figures"]
             rows.append(
@@ -258,36 +268,19 @@ class LanguageParts:
         note = "The candidate's parameters at each baseline's loss, as a share of the baseline's."
         return ["<h2>Parameters to equal loss</h2>", f"<p>{note}</p>", table(header, rows)]
 
-    def _trainings(self) -> str:
-        rows = []
-        for training in self.record["trainings"]:
-            result = training["result"]
-            loss = result["figures"].get("bits_per_byte") if result is not None else None
-            ended = training["error"] or (f"{result['status']} {result['message']}".strip() if result else "")
-            rows.append(
-                [
-                    training["architecture"],
-                    f"{training['variant']:,}",
-                    f"{training['learning_rate']:g}",
-                    str(training["seed"]),
-                    "" if loss is None else f"{loss:.4f}",
-                    ended,
-                ]
-            )
-        return table(["architecture", "tokens", "learning rate", "seed", "bits per byte", "ended"], rows)
+
+def _in_words(pair: Mapping[str, Any]) -> str:
+    """Return what a pair says in a sentence, to be seen where the table is too wide."""
+    candidate, baseline, difference = pair["candidate"], pair["baseline"], pair["figures"]["bits_per_byte_difference"]
+    shown = f"{figure_text(difference, signed=True)} bits per byte"
+    decided = verdict(difference, ("better", "worse"))
+    if decided in ("better", "worse"):
+        return f"{candidate} is {decided} than {baseline}: {shown}."
+    doubt = "one seed, no interval" if difference["low"] is None else decided
+    return f"{candidate} against {baseline}: {doubt}, {shown}."
 
 
-def _top(lines: Sequence[Line]) -> float | None:
-    """Return where a sweep's chart ends: some way above the best, so that what diverged does not flatten the rest."""
-    values = [value for line in lines for value in line.y if math.isfinite(value)]
-    if not values or max(values) < (1 + _RISE) * min(values):
-        return None
-    return max(value for value in values if value < (1 + _RISE) * min(values))
-
-
-def _verdict(difference: Mapping[str, Any]) -> str:
-    if difference["low"] is None:
-        return "one seed: not decided"
-    if difference["high"] < 0:
-        return "better"
-    return "worse" if difference["low"] > 0 else "undecided at these seeds"
+def _points(lines: Sequence[Line], title: str, x_label: str, name: str) -> str:
+    """Return a chart of final losses, with those far above the others at its upper edge."""
+    top = clip_above(value for line in lines for value in line.y)
+    return chart(lines, title, x_label, _UNIT, name, top=top, markers=True)

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 th { color: var(--quiet); font-weight: 600 } code, pre { font-size: .85rem; overflow-wrap: anywhere }
 pre { background: var(--tint); padding: .8rem; border-radius: .4rem; white-space: pre-wrap }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem }
-figure { margin: 0 } figure svg, figure img { width: 100%; height: auto; display: block }
+figure { margin: 0 0 1rem } figure svg, figure img { width: 100%; height: auto; display: block }
 figure svg text { font-family: system-ui, sans-serif !important }
 figure img { background: #ffffff; border-radius: .4rem }
 figcaption { color: var(--quiet); font-size: .85rem }
 details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
-@media print { body { max-width: none; padding: 0 } figure, tr { break-inside: avoid } }
+@media (max-width: 40rem) { body { padding: 1rem .8rem 3rem } table { font-size: .8rem } ul { padding-left: 1.2rem } }
+@media print { :root { font-size: 9px } body { max-width: none; padding: 0; font-size: 1rem }
+  .wide { overflow: visible } .charts { display: block } figure, tr { break-inside: avoid } h2 { break-after: avoid }
+  .charts figure { display: inline-block; width: 49% } #save { display: none } }
 """
+_STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
 _SAVE = """
 const record = document.getElementById("record"), link = document.getElementById("save");
 link.href = URL.createObjectURL(new Blob([record.textContent], {type: "application/json"}));
@@ -44,10 +49,10 @@ def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) 
         title: of the page, as plain text.
         body: HTML of its parts.
         record: plain values; the element `record` holds them as JSON.
-        name: of the file that the record is saved as.
+        name: of the file that the record is saved as, which needs scripts.
     """
     # "<" cannot end the element early when it is written as an escape, which JSON reads back as itself
-    raw = json.dumps(record, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    raw = _json(record).replace("<", "\\u003c")
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -61,6 +66,7 @@ def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) 
             "<body>",
             *body,
             f'<p><a id="save" download="{text(name)}" hidden>Save the numbers as JSON</a></p>',
+            "<noscript><p>The numbers are in this file: the JSON in its element <code>record</code>.</p></noscript>",
             f'<script type="application/json" id="record">{raw}</script>',
             f"<script>{_SAVE}</script>",
             "</body>",
@@ -68,6 +74,16 @@ def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) 
             "",
         ]
     )
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    """Return a record as JSON in which infinity is 1e999, which every reader rounds to it; what is no number is null.
+
+    The perplexity of a training that all but diverged is infinite, for which JSON has no word.
+    """
+    raw = json.dumps(record, separators=(",", ":"))
+    words = {"Infinity": "1e999", "-Infinity": "-1e999", "NaN": "null"}
+    return _STRING_OR_WORD.sub(lambda found: words.get(found[0], found[0]), raw)
 
 
 def text(content: object) -> str:

@@ -156,23 +156,30 @@ def tests(context: Context) -> dict[str, Any]:
 
 
 def queue(context: Context) -> dict[str, Any]:
-    """Train what a queue asks for, for as long as there is time; results go to its ledger as they come."""
-    from fanformer.training.queue import read_queue, read_status
+    """Train what a queue asks for, for as long as there is time; results go to the ledger as they come."""
+    from fanformer.training.queue import read_queue
 
-    scratch = context.output / "trainings"  # a dry run trains anew
-    output_dir = scratch if context.dry_run else read_queue(context.queue).output_dir
+    if not context.dry_run:
+        return train_queue(context, REPOSITORY / read_queue(context.queue).output_dir)
+    with tempfile.TemporaryDirectory() as scratch:  # a dry run trains anew
+        return train_queue(context, Path(scratch))
+
+
+def train_queue(context: Context, output_dir: Path) -> dict[str, Any]:
+    """Run the queue in a process of its own, and return how far it came."""
+    from fanformer.training.queue import read_status
+
     paths = os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     minutes = max(0.1, (context.seconds_left - QUEUE_ENDS_IN) / 60)
     command = [sys.executable, "-m", "fanformer.training.queue", str(context.queue), "--minutes", f"{minutes:.2f}"]
-    command += ["--output-dir", str(output_dir), "--record-dir", str(context.output)]
     finished = subprocess.run(
-        command,
+        [*command, "--output-dir", str(output_dir), "--record-dir", str(context.output)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
-    status, _ = read_status(REPOSITORY / output_dir)
+    status, _ = read_status(output_dir)
     figures: dict[str, Any] = {"minutes": minutes, "entries": status["entries"], "said": finished.stdout.splitlines()}
     if finished.returncode not in (0, os.EX_TEMPFAIL):
         figures["error"] = (finished.stderr.strip() or f"ended with status {finished.returncode}").splitlines()[-1]

@@ -56,7 +56,8 @@ class Trial:
         content = {key: value for key, value in asdict(self).items() if key != "data_folder"}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         words = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in self.architecture)
-        return f"{words[-40:].strip('-')}-lr{self.learning_rate:g}-seed{self.seed}-{digest}"
+        told = words[-48:] if os.sep in self.architecture else words[:48]  # of a path the end tells more
+        return f"{told.strip('-')}-lr{self.learning_rate:g}-seed{self.seed}-{digest}"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,20 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
             "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 12 and 5: "
             "each key-value head serves the same number of query heads.",
         ),
+        (
+            {"fan_layout": "interleaved", "fan_placement": "layer"},
+            "`fan_layout` must be 'contiguous' with fan_placement 'layer', got 'interleaved': "
+            "only fan_placement 'projection' has cos and sin in heads.",
+        ),
+        (
+            {"fan_layout": "interleaved", "fan_placement": "none"},
+            "`fan_layout` must be 'contiguous' with fan_placement 'none', got 'interleaved'",
+        ),
+        (
+            {"fan_layout": "interleaved", "fan_ratio": 0.05, "head_dim": 16},
+            "`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got 'interleaved' with 0.05 and "
+            "16: raise `fan_ratio` to give every head a cos and a sin.",
+        ),
         ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
         ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
         ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
@@ -70,6 +84,7 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"cola_rank": True}, "Field 'cola_rank' expected int, got bool"),
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
         ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
+        ({"fan_layout": "heads"}, "Field 'fan_layout' expected one of ('contiguous', 'interleaved'), got heads"),
         ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
         ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
         ({"qkv_norm": True}, "Field 'qkv_norm' expected one of ('qkv', 'qk', 'none'), got True"),
@@ -88,7 +103,9 @@ def test_assigning_the_wrong_type_is_refused():
         config.hidden_size = "64"
 
 
-def test_every_field_survives_config_json(tmp_path):
+# Fields that have an effect only beside others that the long list below has at another value.
+@pytest.mark.parametrize("others", [{}, {"fan_placement": "projection", "fan_layout": "interleaved"}], ids=str)
+def test_every_field_survives_config_json(tmp_path, others):
     fields = {
         "vocab_size": 300,
         "hidden_size": 48,
@@ -104,6 +121,7 @@ def test_every_field_survives_config_json(tmp_path):
         "attention_dropout": 0.3,
         "hidden_act": "gelu",
         "fan_placement": "layer",
+        "fan_layout": "contiguous",
         "fan_ratio": 0.25,
         "cola_rank_ratio": None,
         "cola_rank": 7,
@@ -120,6 +138,7 @@ def test_every_field_survives_config_json(tmp_path):
         "bos_token_id": 2,
         "eos_token_id": [3, 4],
     }
+    fields |= others
     assert set(fields) == set(FANformerConfig.__annotations__)  # none forgotten here
     FANformerConfig(**fields).save_pretrained(tmp_path)
     for loaded in (FANformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

@@ -19,6 +19,7 @@ VARIANTS = [
     {},
     {"tie_word_embeddings": True},
     {"fan_placement": "layer", "cola_rank_ratio": None},
+    {"fan_layout": "interleaved"},
     {
         "rope_parameters": {
             "rope_type": "yarn",

@@ -51,6 +51,15 @@ def fan(p: Tensor, g: Tensor) -> Tensor:
     return torch.cat([torch.cos(p), torch.sin(p), g], dim=-1)
 
 
+def fan_in_heads(p: Tensor, g: Tensor, heads: int) -> Tensor:
+    """[cos(p_h) || first half of g_h || sin(p_h) || second half of g_h], one head h after the other."""
+    result = []
+    for p_h, g_h in zip(p.tensor_split(heads, dim=-1), g.tensor_split(heads, dim=-1), strict=True):
+        half = g_h.shape[-1] // 2
+        result += [torch.cos(p_h), g_h[..., :half], torch.sin(p_h), g_h[..., half:]]
+    return torch.cat(result, dim=-1)
+
+
 def fan_layer(x: Tensor, weight: Tensor, bias: Tensor, fan_ratio: float) -> Tensor:
     """FANLayer': [cos(W_p x + B_p) || sin(W_p x + B_p) || W_g x + B_g], W_p of int(p * D) rows."""
     periodic = int(fan_ratio * x.shape[-1])
@@ -112,11 +121,12 @@ def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor
     fused = layer.get("qkv_input.factor.weight")
     factors = [None] * count if fused is None else list(fused.chunk(count))
     result = []
-    for name in ("q_proj", "k_proj", "v_proj"):
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    for name, own_heads in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True):
         if config.fan_placement == "projection":
             p = cola(x, factors.pop(0), layer[f"{name}.periodic.weight"], None, act)
             g = cola(x, factors.pop(0), layer[f"{name}.linear.weight"], layer.get(f"{name}.linear.bias"), act)
-            result.append(fan(p, g))
+            result.append(fan(p, g) if config.fan_layout == "contiguous" else fan_in_heads(p, g, own_heads))
         else:
             result.append(cola(x, factors.pop(0), layer[f"{name}.weight"], layer.get(f"{name}.bias"), act))
     return tuple(result)

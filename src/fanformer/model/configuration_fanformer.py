@@ -80,6 +80,10 @@ class FANformerConfig(PreTrainedConfig):
     "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none" leaves them out."""
     fan_ratio: float | int = 0.15
     """Share of a projection's outputs given to cos, and again to sin: P = int(fan_ratio * outputs). In [0, 0.5]."""
+    fan_layout: Literal["contiguous", "interleaved"] = "contiguous"
+    """Where cos and sin go in a FAN projection: "contiguous" puts them in front of the whole of Q, K or V, so that the
+    first heads are periodic all through; "interleaved" gives every head P = int(fan_ratio * head_dim) of each, with
+    cos(p_i) and sin(p_i) a pair of RoPE. Both are ours. Refused with another `fan_placement`, which has no layouts."""
     cola_rank_ratio: float | int | None = 0.25
     """R = int(cola_rank_ratio * inputs) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
     cola_rank: int | None = None
@@ -174,6 +178,20 @@ class FANformerConfig(PreTrainedConfig):
                 f"`rope_parameters['partial_rotary_factor']` must be 1.0, got {rope['partial_rotary_factor']}: "
                 "all channels of a head are turned."
             )
+
+    def validate_switches(self) -> None:
+        """Refuse a switch that would have no effect beside the others."""
+        if self.fan_layout != "contiguous":
+            if self.fan_placement != "projection":
+                raise ValueError(
+                    f"`fan_layout` must be 'contiguous' with fan_placement {self.fan_placement!r}, "
+                    f"got {self.fan_layout!r}: only fan_placement 'projection' has cos and sin in heads."
+                )
+            if not int(self.fan_ratio * self.head_dim):
+                raise ValueError(
+                    f"`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got {self.fan_layout!r} "
+                    f"with {self.fan_ratio} and {self.head_dim}: raise `fan_ratio` to give every head a cos and a sin."
+                )
 
     def cola_rank_for(self, in_features: int) -> int | None:
         """Return the rank R of a CoLA linear with `in_features` inputs, or None at full rank."""

@@ -156,9 +156,11 @@ class FANProjection(nn.Module):
     Source: FAN, arXiv:2502.21309, eq. 1, the linear maps low-rank as in CoLA.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float, heads: int = 1
+    ) -> None:
         super().__init__()
-        periodic = int(fan_ratio * out_features)
+        periodic = heads * int(fan_ratio * (out_features // heads))
         self.periodic = scaled_linear(in_features, periodic, False, gain)
         self.linear = scaled_linear(in_features, out_features - 2 * periodic, bias, gain)
 
@@ -166,6 +168,26 @@ class FANProjection(nn.Module):
         """Return (..., out_features) for `u` and `v` (..., in_features): P cosines, P sines, then the linear part."""
         p = self.periodic(u)
         return torch.cat((p.cos(), p.sin(), self.linear(v)), dim=-1)
+
+
+class InterleavedFANProjection(FANProjection):
+    """A FAN projection in every head, [cos(p), g_1, sin(p), g_2] with P = int(fan_ratio * K), g_1 and g_2 halves of g.
+
+    cos(p_i) and sin(p_i) stand at channels i and i + K/2: RoPE turns them as a pair, i.e. adds its angle to p_i.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float, heads: int
+    ) -> None:
+        super().__init__(in_features, out_features, fan_ratio, bias, gain, heads)
+        self.periodic_shape = (heads, self.periodic.out_features // heads)
+        self.linear_shape = (heads, self.linear.out_features // heads)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Return (..., heads * K) for `u` and `v` (..., in_features), one head after the other."""
+        p = self.periodic(u).unflatten(-1, self.periodic_shape)  # (..., heads, P)
+        first, second = self.linear(v).unflatten(-1, self.linear_shape).chunk(2, dim=-1)  # (..., heads, K/2 - P)
+        return torch.cat((p.cos(), first, p.sin(), second), dim=-1).flatten(-2)
 
 
 class FANLayer(nn.Module):
@@ -227,8 +249,6 @@ class FANformerAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        query_width = config.num_attention_heads * config.head_dim
-        key_value_width = config.num_key_value_heads * config.head_dim
 
         self.fan_layer = None
         if config.fan_placement == "layer":
@@ -238,15 +258,18 @@ class FANformerAttention(nn.Module):
         self.qkv_input = CoLAInput(config.hidden_size, rank, 3 * self.readers, config.cola_activation)
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
 
-        def projection(out_features: int) -> nn.Module:
-            if config.fan_placement == "projection":
-                return FANProjection(width, out_features, config.fan_ratio, config.projection_bias, gain)
-            return scaled_linear(width, out_features, config.projection_bias, gain)
+        def projection(heads: int) -> nn.Module:
+            outputs, bias = heads * config.head_dim, config.projection_bias
+            if config.fan_placement != "projection":
+                return scaled_linear(width, outputs, bias, gain)
+            if config.fan_layout == "interleaved":
+                return InterleavedFANProjection(width, outputs, config.fan_ratio, bias, gain, heads)
+            return FANProjection(width, outputs, config.fan_ratio, bias, gain)
 
-        self.q_proj = projection(query_width)
-        self.k_proj = projection(key_value_width)
-        self.v_proj = projection(key_value_width)
-        self.o_proj = branch_output(config, query_width)
+        self.q_proj = projection(config.num_attention_heads)
+        self.k_proj = projection(config.num_key_value_heads)
+        self.v_proj = projection(config.num_key_value_heads)
+        self.o_proj = branch_output(config, config.num_attention_heads * config.head_dim)
 
         def norm(switched_on: bool) -> nn.Module:
             return FANformerRMSNorm(config.head_dim, config.rms_norm_eps) if switched_on else nn.Identity()

@@ -12,6 +12,8 @@ VARIANTS = [
     {},
     {"fan_placement": "layer", "cola_rank_ratio": None},
     {"fan_layout": "interleaved"},
+    {"cola_layers": "attention"},
+    {"cola_layers": "ffn", "tie_word_embeddings": True},
 ]
 
 
@@ -107,6 +109,15 @@ def test_words_say_how_the_periodic_channels_are_spread():
     words = fanformer_words(FANformerConfig(fan_layout="interleaved"))
     assert "P = 228 numbers p give 228 cos(p) and 228 sin(p), 19 of each in every head, the other 1080" in words["q"]
     assert "P = 114 numbers p give 114 cos(p) and 114 sin(p), 19 of each in every head, the other 540" in words["k"]
+
+
+def test_words_say_which_layers_are_low_rank():
+    words = fanformer_words(FANformerConfig(cola_layers="ffn"))
+    assert "CoLA" not in words["q"] + words["k"] + words["v"] + words["o"]
+    assert all("CoLA, rank" in words[part] for part in ("gate", "up", "down"))
+    words = fanformer_words(FANformerConfig(cola_layers="attention"))
+    assert all("CoLA" in words[part] for part in ("q", "k", "v", "o"))
+    assert "CoLA" not in words["gate"] + words["up"] + words["down"]
 
 
 def test_model_of_another_kind_is_counted_too(command, tmp_path):

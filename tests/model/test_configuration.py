@@ -48,6 +48,11 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
             "16: raise `fan_ratio` to give every head a cos and a sin.",
         ),
         ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
+        (
+            {"cola_layers": "ffn", "cola_rank_ratio": None},
+            "`cola_layers` must be 'all' at full rank, got 'ffn': "
+            "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses.",
+        ),
         ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
         ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
         ({"cola_rank_ratio": 1.5}, "`cola_rank_ratio` must be in (0, 1] or None, got 1.5"),
@@ -85,6 +90,7 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
         ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
         ({"fan_layout": "heads"}, "Field 'fan_layout' expected one of ('contiguous', 'interleaved'), got heads"),
+        ({"cola_layers": "mlp"}, "Field 'cola_layers' expected one of ('all', 'attention', 'ffn'), got mlp"),
         ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
         ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
         ({"qkv_norm": True}, "Field 'qkv_norm' expected one of ('qkv', 'qk', 'none'), got True"),
@@ -125,6 +131,7 @@ def test_every_field_survives_config_json(tmp_path, others):
         "fan_ratio": 0.25,
         "cola_rank_ratio": None,
         "cola_rank": 7,
+        "cola_layers": "ffn",
         "cola_activation": "linear",
         "projection_bias": False,
         "norm_placement": "pre",

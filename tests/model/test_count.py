@@ -70,6 +70,23 @@ def test_interleaved_layout_counts_p_in_each_head():
     assert sum(layer.values()) == 3_489_256 + (2 + 1 + 1) * (2 * (128 + 1) - 128) == 3_489_776
 
 
+def test_cola_layers_leaves_the_other_branch_at_full_rank():
+    attention = {"all": 299_316 + 2 * 215_194 + 786_944}
+    attention["attention"] = attention["all"]
+    # 230 numbers p without bias and 1536 - 2 * 230 linear outputs with bias, from all 512 inputs; K and V have half.
+    q, k = 512 * 230 + (512 + 1) * 1076, 512 * 115 + (512 + 1) * 538
+    attention["ffn"] = q + 2 * k + 512 * 1536 + 512
+    ffn = {"all": 2 * 329_728 + 1_311_232}
+    ffn["ffn"] = ffn["all"]
+    ffn["attention"] = 2 * (2048 * 512 + 2048) + 512 * 2048 + 512
+    for chosen in ("all", "attention", "ffn"):
+        counts = parameters_of(FANformerConfig(cola_layers=chosen))
+        layer = {name: count for name, count in counts.items() if "layers.1." in name}
+        assert total(layer, "qkv_input", "q_proj", "k_proj", "v_proj", "o_proj") == attention[chosen]
+        assert total(layer, "mlp.") == ffn[chosen]
+        assert sum(counts.values()) == 92_203_744 + 12 * (attention[chosen] + ffn[chosen] - 3_487_336)
+
+
 def test_default_model_has_31_percent_fewer_parameters_than_smollm2():
     fewer = 1 - 92_203_744 / 134_515_008
     assert fewer == pytest.approx(0.315, abs=0.001)

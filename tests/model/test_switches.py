@@ -131,6 +131,23 @@ def test_full_rank_has_no_factors(tiny_model):
     assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, 64)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "low_rank"),
+    [("all", {"self_attn", "mlp"}), ("attention", {"self_attn"}), ("ffn", {"mlp"})],
+    ids=str,
+)
+def test_cola_layers_says_which_branch_has_factors(tiny_model, chosen, low_rank):
+    model = tiny_model(cola_layers=chosen)
+    assert {name.split(".")[3] for name in names(model) if "factor" in name} == low_rank
+    layer = model.model.layers[0]
+    attention_width, ffn_width = (64 // 4 if part in low_rank else 64 for part in ("self_attn", "mlp"))
+    assert layer.self_attn.q_proj.periodic.weight.shape == (9, attention_width)
+    assert layer.self_attn.v_proj.linear.weight.shape == (32 - 2 * 4, attention_width)
+    assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (96, ffn_width)
+    for output, part in ((layer.self_attn.o_proj, "self_attn"), (layer.mlp.down_proj, "mlp")):
+        assert (type(output) is torch.nn.Linear) == (part not in low_rank)
+
+
 def test_cola_activation_stands_between_the_factors(tiny_model):
     x = torch.randn(3, 96)
     for activation, function in (

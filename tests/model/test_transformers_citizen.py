@@ -19,7 +19,7 @@ VARIANTS = [
     {},
     {"tie_word_embeddings": True},
     {"fan_placement": "layer", "cola_rank_ratio": None},
-    {"fan_layout": "interleaved"},
+    {"fan_layout": "interleaved", "cola_layers": "ffn"},
     {
         "rope_parameters": {
             "rope_type": "yarn",

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -148,8 +148,8 @@ def fanformer_words(config: Any) -> dict[str, str]:
     """
     width, head_dim = config.hidden_size, config.head_dim
 
-    def linear(inputs: int, outputs: int) -> str:
-        rank = config.cola_rank_for(inputs)
+    def linear(inputs: int, outputs: int, branch: Literal["attention", "ffn"]) -> str:
+        rank = config.cola_rank_for(inputs, branch)
         if rank is None:
             return f"{inputs} -> {outputs}"
         return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {config.cola_activation} between the factors"
@@ -157,12 +157,12 @@ def fanformer_words(config: Any) -> dict[str, str]:
     def projection(heads: int) -> str:
         outputs = heads * head_dim
         if config.fan_placement != "projection":
-            return linear(width, outputs)
+            return linear(width, outputs, "attention")
         interleaved = config.fan_layout == "interleaved"
         shares = heads if interleaved else 1
         periodic = shares * int(config.fan_ratio * (outputs // shares))
         spread = f", {periodic // heads} of each in every head" if interleaved else ""
-        rank = config.cola_rank_for(width)
+        rank = config.cola_rank_for(width, "attention")
         low_rank = "" if rank is None else f"; both from CoLA factors of rank {rank}"
         return (
             f"{width} -> {outputs}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p)"
@@ -184,10 +184,10 @@ def fanformer_words(config: Any) -> dict[str, str]:
         "q": f"{projection(config.num_attention_heads)}; {config.num_attention_heads} heads of {head_dim}",
         "k": f"{projection(config.num_key_value_heads)}; {config.num_key_value_heads} heads{sharing}",
         "v": f"{projection(config.num_key_value_heads)}; as the keys",
-        "o": f"{linear(config.num_attention_heads * head_dim, width)}; back from the heads",
-        "gate": f"{linear(width, config.intermediate_size)}; SwiGLU's gate, {config.hidden_act}",
-        "up": f"{linear(width, config.intermediate_size)}; what the gate multiplies",
-        "down": f"{linear(config.intermediate_size, width)}; back to the width",
+        "o": f"{linear(config.num_attention_heads * head_dim, width, 'attention')}; back from the heads",
+        "gate": f"{linear(width, config.intermediate_size, 'ffn')}; SwiGLU's gate, {config.hidden_act}",
+        "up": f"{linear(width, config.intermediate_size, 'ffn')}; what the gate multiplies",
+        "down": f"{linear(config.intermediate_size, width, 'ffn')}; back to the width",
         "fan_layer": f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, "
         f"{width - 2 * periodic} linear",
         "norms": f"RMSNorm on {per_head}{placed}",

@@ -88,6 +88,9 @@ class FANformerConfig(PreTrainedConfig):
     """R = int(cola_rank_ratio * inputs) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
     cola_rank: int | None = None
     """Absolute rank R of every CoLA linear; overrides `cola_rank_ratio`."""
+    cola_layers: Literal["all", "attention", "ffn"] = "all"
+    """Which linear layers the rank is for: those of attention (Q, K, V, O), those of the FFN (gate, up, down), or both,
+    as in CoLA; the others are full rank. Choosing is ours. Refused where no rank is set."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
     """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
     projection_bias: bool = True
@@ -192,9 +195,16 @@ class FANformerConfig(PreTrainedConfig):
                     f"`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got {self.fan_layout!r} "
                     f"with {self.fan_ratio} and {self.head_dim}: raise `fan_ratio` to give every head a cos and a sin."
                 )
+        if self.cola_layers != "all" and self.cola_rank is None and self.cola_rank_ratio is None:
+            raise ValueError(
+                f"`cola_layers` must be 'all' at full rank, got {self.cola_layers!r}: "
+                "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
+            )
 
-    def cola_rank_for(self, in_features: int) -> int | None:
-        """Return the rank R of a CoLA linear with `in_features` inputs, or None at full rank."""
+    def cola_rank_for(self, in_features: int, branch: Literal["attention", "ffn"]) -> int | None:
+        """Return the rank R of a linear layer of `branch` with `in_features` inputs, or None at full rank."""
+        if self.cola_layers not in ("all", branch):
+            return None
         if self.cola_rank is not None:
             return self.cola_rank
         return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * in_features))

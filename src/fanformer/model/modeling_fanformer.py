@@ -16,7 +16,7 @@ What differs from Llama, each a field of the configuration:
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -141,9 +141,9 @@ class CoLALinear(nn.Module):
         return self.output(*self.input(x))
 
 
-def branch_output(config: FANformerConfig, in_features: int) -> nn.Module:
+def branch_output(config: FANformerConfig, in_features: int, branch: Literal["attention", "ffn"]) -> nn.Module:
     """Return the layer that ends a residual branch: a CoLA linear to width D, or at full rank a plain one."""
-    rank = config.cola_rank_for(in_features)
+    rank = config.cola_rank_for(in_features, branch)
     gain = (2 * config.num_hidden_layers) ** -0.5
     if rank is None:
         return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain)
@@ -253,7 +253,7 @@ class FANformerAttention(nn.Module):
         self.fan_layer = None
         if config.fan_placement == "layer":
             self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
-        rank = config.cola_rank_for(config.hidden_size)
+        rank = config.cola_rank_for(config.hidden_size, "attention")
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
         self.qkv_input = CoLAInput(config.hidden_size, rank, 3 * self.readers, config.cola_activation)
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
@@ -269,7 +269,7 @@ class FANformerAttention(nn.Module):
         self.q_proj = projection(config.num_attention_heads)
         self.k_proj = projection(config.num_key_value_heads)
         self.v_proj = projection(config.num_key_value_heads)
-        self.o_proj = branch_output(config, config.num_attention_heads * config.head_dim)
+        self.o_proj = branch_output(config, config.num_attention_heads * config.head_dim, "attention")
 
         def norm(switched_on: bool) -> nn.Module:
             return FANformerRMSNorm(config.head_dim, config.rms_norm_eps) if switched_on else nn.Identity()
@@ -325,12 +325,12 @@ class FANformerMLP(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        rank = config.cola_rank_for(config.hidden_size)
+        rank = config.cola_rank_for(config.hidden_size, "ffn")
         self.gate_up_input = CoLAInput(config.hidden_size, rank, 2, config.cola_activation)
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
         self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
-        self.down_proj = branch_output(config, config.intermediate_size)
+        self.down_proj = branch_output(config, config.intermediate_size, "ffn")
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, z: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ VARIANTS = [
     {},
     {"fan_placement": "layer", "cola_rank_ratio": None},
     {"fan_layout": "interleaved"},
-    {"cola_layers": "attention"},
+    {"cola_layers": "attention", "gate_initial": -2.0},
     {"cola_layers": "ffn", "tie_word_embeddings": True},
 ]
 
@@ -97,6 +97,7 @@ def test_words_say_what_p_and_the_rank_are(command):
         "P = 230 numbers p give 230 cos(p) and 230 sin(p)",
         "CoLA factors of rank 128",
         "6 heads, each for 2 query heads (GQA)",
+        "start at g = 0.0",
         "351.7 MiB / 175.9 MiB",
     ):
         assert words in text, words

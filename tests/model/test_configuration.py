@@ -61,6 +61,15 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
         ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0."),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0."),
         ({"hidden_size": -4}, "`hidden_size` must be at least 1, got -4."),
+        (
+            {"gate_initial": -2.0, "gated_residual": False},
+            "`gate_initial` must be 0.0 without gates, got -2.0: set `gated_residual` to true.",
+        ),
+        (
+            {"gate_initial": -16.5},
+            "`gate_initial` must be in [-16, 16], got -16.5: further out sigmoid(g) has no slope.",
+        ),
+        ({"gate_initial": float("nan")}, "`gate_initial` must be in [-16, 16], got nan"),
         ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must be above 0, got 0.0: it keeps RMSNorm finite at 0."),
         ({"initializer_range": -1.0}, "`initializer_range` must be at least 0, got -1.0: it is a standard deviation."),
         ({"pad_token_id": 49152}, "`pad_token_id` must be in [0, vocab_size), got 49152 of 49152"),
@@ -88,6 +97,7 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"hidden_size": 1.5}, "Field 'hidden_size' expected int, got float"),
         ({"cola_rank": True}, "Field 'cola_rank' expected int, got bool"),
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
+        ({"gate_initial": "open"}, "Field 'gate_initial' with value 'open' doesn't match any type in"),
         ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
         ({"fan_layout": "heads"}, "Field 'fan_layout' expected one of ('contiguous', 'interleaved'), got heads"),
         ({"cola_layers": "mlp"}, "Field 'cola_layers' expected one of ('all', 'attention', 'ffn'), got mlp"),
@@ -110,7 +120,15 @@ def test_assigning_the_wrong_type_is_refused():
 
 
 # Fields that have an effect only beside others that the long list below has at another value.
-@pytest.mark.parametrize("others", [{}, {"fan_placement": "projection", "fan_layout": "interleaved"}], ids=str)
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"fan_placement": "projection", "fan_layout": "interleaved"},
+        {"gated_residual": True, "gate_initial": -1.5},
+    ],
+    ids=str,
+)
 def test_every_field_survives_config_json(tmp_path, others):
     fields = {
         "vocab_size": 300,
@@ -137,6 +155,7 @@ def test_every_field_survives_config_json(tmp_path, others):
         "norm_placement": "pre",
         "qkv_norm": "qk",
         "gated_residual": False,
+        "gate_initial": 0.0,
         "tie_word_embeddings": True,
         "initializer_range": 0.03,
         "embedding_initializer_range": 0.7,

@@ -87,6 +87,10 @@ def test_cola_layers_leaves_the_other_branch_at_full_rank():
         assert sum(counts.values()) == 92_203_744 + 12 * (attention[chosen] + ffn[chosen] - 3_487_336)
 
 
+def test_gate_initial_moves_no_count():
+    assert parameters_of(FANformerConfig(gate_initial=-4.0)) == parameters_of(FANformerConfig())
+
+
 def test_default_model_has_31_percent_fewer_parameters_than_smollm2():
     fewer = 1 - 92_203_744 / 134_515_008
     assert fewer == pytest.approx(0.315, abs=0.001)

@@ -50,6 +50,7 @@ SWITCHES = [
     {"qkv_norm": "qk"},
     {"qkv_norm": "none"},
     {"gated_residual": False},
+    {"gate_initial": -2.0},
     {"tie_word_embeddings": True},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     {"num_key_value_heads": 1},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fanformer.model import FANformerForCausalLM
 from fanformer.model.modeling_fanformer import apply_rotary
 
 
@@ -230,6 +231,18 @@ def test_gated_residual_scales_each_branch_by_a_sigmoid(tiny_model):
     torch.testing.assert_close(residual(x, branch), x + 0.5 * branch)
     torch.nn.init.constant_(residual.gate, -100.0)
     torch.testing.assert_close(residual(x, branch), x)
+
+
+@pytest.mark.parametrize("start", [0.0, -2.0, 3, 16.0])
+def test_gate_initial_is_the_strength_that_each_branch_starts_with(tiny_config, start):
+    model = FANformerForCausalLM(tiny_config(gate_initial=start))
+    gates = {name: gate for name, gate in model.named_parameters() if name.endswith("residual.gate")}
+    assert len(gates) == 2 * 2
+    for gate in gates.values():
+        torch.testing.assert_close(gate.detach(), torch.full((64,), float(start)), atol=0, rtol=0)
+    x, branch = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    residual = model.model.layers[1].mlp_residual
+    torch.testing.assert_close(residual(x, branch), x + torch.sigmoid(torch.tensor(float(start))) * branch)
 
 
 def test_ungated_residual_adds_the_branch(tiny_model):

@@ -18,7 +18,9 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
     """Return mean and standard deviation of the parameter `name` before training."""
     if "norm" in name:
         return 1.0, 0.0
-    if len(shape) == 1:  # biases and gates
+    if name.endswith("residual.gate"):
+        return config.gate_initial, 0.0
+    if len(shape) == 1:  # biases
         return 0.0, 0.0
     if name == "lm_head.weight":
         return 0.0, config.initializer_range

@@ -191,7 +191,8 @@ def fanformer_words(config: Any) -> dict[str, str]:
         "fan_layer": f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, "
         f"{width - 2 * periodic} linear",
         "norms": f"RMSNorm on {per_head}{placed}",
-        "gates": f"sigmoid(g) on each residual branch, two learnable vectors of {width} a layer",
+        "gates": f"sigmoid(g) on each residual branch, two learnable vectors of {width} a layer that start "
+        f"at g = {config.gate_initial}",
         "final_norm": f"RMSNorm over {width} before the output layer",
         "head": f"{width} -> {config.vocab_size}: a score for each token, full rank",
     }

@@ -101,7 +101,10 @@ class FANformerConfig(PreTrainedConfig):
     qkv_norm: Literal["qkv", "qk", "none"] = "qkv"
     """Which of Q, K and V get an RMSNorm per head before RoPE (HybridNorm, eq. 5)."""
     gated_residual: bool = True
-    """Whether each residual branch is multiplied by sigmoid(g), g a learnable vector of width D that starts at 0."""
+    """Whether each residual branch is multiplied by sigmoid(g), g a learnable vector of width D."""
+    gate_initial: float | int = 0.0
+    """What every g starts at, in [-16, 16]: 0 starts each branch at half its strength, -4 at 0.018 of it, 4 at 0.982.
+    Ours. Refused where `gated_residual` is off."""
 
     tie_word_embeddings: bool = False
     """Whether the LM head shares the embedding's weight."""
@@ -183,7 +186,7 @@ class FANformerConfig(PreTrainedConfig):
             )
 
     def validate_switches(self) -> None:
-        """Refuse a switch that would have no effect beside the others."""
+        """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
         if self.fan_layout != "contiguous":
             if self.fan_placement != "projection":
                 raise ValueError(
@@ -199,6 +202,14 @@ class FANformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`cola_layers` must be 'all' at full rank, got {self.cola_layers!r}: "
                 "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
+            )
+        if not -16 <= self.gate_initial <= 16:
+            raise ValueError(
+                f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."
+            )
+        if self.gate_initial != 0 and not self.gated_residual:
+            raise ValueError(
+                f"`gate_initial` must be 0.0 without gates, got {self.gate_initial}: set `gated_residual` to true."
             )
 
     def cola_rank_for(self, in_features: int, branch: Literal["attention", "ffn"]) -> int | None:

@@ -344,7 +344,8 @@ class FANformerResidual(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(config.hidden_size)) if config.gated_residual else None
+        start = torch.full((config.hidden_size,), float(config.gate_initial))
+        self.gate = nn.Parameter(start) if config.gated_residual else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -403,7 +404,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
     | W_a, and full-rank layers       | 1 / sqrt(inputs)                                            |
     | W_b                             | gain / sqrt(R), gain = 1 / sqrt(E[act(x)^2]), x ~ N(0, 1)   |
     | the last factor of o and down   | the above / sqrt(2L) (Megatron; HybridNorm, arXiv:2503.04598, table 5) |
-    | biases, gates; norms            | all 0; all 1                                                |
+    | biases; gates; norms            | all 0; all `gate_initial`; all 1                            |
     """
 
     config: FANformerConfig
@@ -427,7 +428,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
         elif isinstance(module, FANformerResidual) and module.gate is not None:
-            init.zeros_(module.gate)
+            init.constant_(module.gate, self.config.gate_initial)
         else:
             super()._init_weights(module)
 

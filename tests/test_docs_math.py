@@ -82,7 +82,7 @@ def test_counts_are_the_models(page):
 
 def test_numbers_in_the_text_are_the_codes(page):
     text, config = page.read_text(encoding="utf-8"), FANformerConfig()
-    for name in ("initializer_range", "embedding_initializer_range"):
+    for name in ("initializer_range", "embedding_initializer_range", "gate_initial"):
         assert f"`{name}` = {getattr(config, name)} |" in text
     gains = f"{_ACTIVATION_GAIN['silu']:.4f} for SiLU, {_ACTIVATION_GAIN['gelu']:.4f} for GELU"
     assert f"{gains}, {_ACTIVATION_GAIN['linear']:.0f} for none" in text

@@ -4,7 +4,17 @@ import json
 
 import pytest
 
+from fanformer.cli.info import fanformer_words
 from fanformer.inference.footprint import footprint
+from fanformer.model import FANformerConfig
+
+VARIANTS = [
+    {},
+    {"fan_placement": "layer", "cola_rank_ratio": None},
+    {"fan_layout": "interleaved"},
+    {"cola_layers": "attention", "gate_initial": -2.0},
+    {"cola_layers": "ffn", "tie_word_embeddings": True},
+]
 
 
 def record(command, *words):
@@ -41,13 +51,23 @@ def test_parts_of_every_preset_add_up_to_its_total(command, preset):
     assert sum(parameters["parts"].values()) == parameters["total"] == parameters["trainable"]
 
 
-def test_operations_are_those_that_a_forward_pass_does(tiny_config):
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_parts_of_every_variant_add_up_to_the_models_parameters(tiny_config, fields):
+    from fanformer.model import FANformerForCausalLM
+
+    config = tiny_config(**fields)
+    counted = footprint(config)
+    assert sum(counted.parts.values()) == counted.total == FANformerForCausalLM(config).num_parameters()
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_operations_are_those_that_a_forward_pass_does(tiny_config, fields):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from fanformer.model import FANformerForCausalLM
 
-    config = tiny_config()
+    config = tiny_config(**fields)
     model = FANformerForCausalLM(config).eval()
     length = config.max_position_embeddings
     model.set_attn_implementation("eager")  # its two products over all T x T pairs are what the counter sees
@@ -77,12 +97,28 @@ def test_words_say_what_p_and_the_rank_are(command):
         "P = 230 numbers p give 230 cos(p) and 230 sin(p)",
         "CoLA factors of rank 128",
         "6 heads, each for 2 query heads (GQA)",
+        "start at g = 0.0",
         "351.7 MiB / 175.9 MiB",
     ):
         assert words in text, words
     text = " ".join(command("info", "1b").out.split())
     assert "2048 -> 2048 before Q, K and V: 512 cos, 512 sin, 1024 linear" in text
     assert "CoLA" not in text
+
+
+def test_words_say_how_the_periodic_channels_are_spread():
+    words = fanformer_words(FANformerConfig(fan_layout="interleaved"))
+    assert "P = 228 numbers p give 228 cos(p) and 228 sin(p), 19 of each in every head, the other 1080" in words["q"]
+    assert "P = 114 numbers p give 114 cos(p) and 114 sin(p), 19 of each in every head, the other 540" in words["k"]
+
+
+def test_words_say_which_layers_are_low_rank():
+    words = fanformer_words(FANformerConfig(cola_layers="ffn"))
+    assert "CoLA" not in words["q"] + words["k"] + words["v"] + words["o"]
+    assert all("CoLA, rank" in words[part] for part in ("gate", "up", "down"))
+    words = fanformer_words(FANformerConfig(cola_layers="attention"))
+    assert all("CoLA" in words[part] for part in ("q", "k", "v", "o"))
+    assert "CoLA" not in words["gate"] + words["up"] + words["down"]
 
 
 def test_model_of_another_kind_is_counted_too(command, tmp_path):

@@ -33,7 +33,26 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
             "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 12 and 5: "
             "each key-value head serves the same number of query heads.",
         ),
+        (
+            {"fan_layout": "interleaved", "fan_placement": "layer"},
+            "`fan_layout` must be 'contiguous' with fan_placement 'layer', got 'interleaved': "
+            "only fan_placement 'projection' has cos and sin in heads.",
+        ),
+        (
+            {"fan_layout": "interleaved", "fan_placement": "none"},
+            "`fan_layout` must be 'contiguous' with fan_placement 'none', got 'interleaved'",
+        ),
+        (
+            {"fan_layout": "interleaved", "fan_ratio": 0.05, "head_dim": 16},
+            "`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got 'interleaved' with 0.05 and "
+            "16: raise `fan_ratio` to give every head a cos and a sin.",
+        ),
         ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
+        (
+            {"cola_layers": "ffn", "cola_rank_ratio": None},
+            "`cola_layers` must be 'all' at full rank, got 'ffn': "
+            "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses.",
+        ),
         ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
         ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
         ({"cola_rank_ratio": 1.5}, "`cola_rank_ratio` must be in (0, 1] or None, got 1.5"),
@@ -42,6 +61,15 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
         ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0."),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0."),
         ({"hidden_size": -4}, "`hidden_size` must be at least 1, got -4."),
+        (
+            {"gate_initial": -2.0, "gated_residual": False},
+            "`gate_initial` must be 0.0 without gates, got -2.0: set `gated_residual` to true.",
+        ),
+        (
+            {"gate_initial": -16.5},
+            "`gate_initial` must be in [-16, 16], got -16.5: further out sigmoid(g) has no slope.",
+        ),
+        ({"gate_initial": float("nan")}, "`gate_initial` must be in [-16, 16], got nan"),
         ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must be above 0, got 0.0: it keeps RMSNorm finite at 0."),
         ({"initializer_range": -1.0}, "`initializer_range` must be at least 0, got -1.0: it is a standard deviation."),
         ({"pad_token_id": 49152}, "`pad_token_id` must be in [0, vocab_size), got 49152 of 49152"),
@@ -69,7 +97,10 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"hidden_size": 1.5}, "Field 'hidden_size' expected int, got float"),
         ({"cola_rank": True}, "Field 'cola_rank' expected int, got bool"),
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
+        ({"gate_initial": "open"}, "Field 'gate_initial' with value 'open' doesn't match any type in"),
         ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
+        ({"fan_layout": "heads"}, "Field 'fan_layout' expected one of ('contiguous', 'interleaved'), got heads"),
+        ({"cola_layers": "mlp"}, "Field 'cola_layers' expected one of ('all', 'attention', 'ffn'), got mlp"),
         ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
         ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
         ({"qkv_norm": True}, "Field 'qkv_norm' expected one of ('qkv', 'qk', 'none'), got True"),
@@ -88,7 +119,17 @@ def test_assigning_the_wrong_type_is_refused():
         config.hidden_size = "64"
 
 
-def test_every_field_survives_config_json(tmp_path):
+# Fields that have an effect only beside others that the long list below has at another value.
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"fan_placement": "projection", "fan_layout": "interleaved"},
+        {"gated_residual": True, "gate_initial": -1.5},
+    ],
+    ids=str,
+)
+def test_every_field_survives_config_json(tmp_path, others):
     fields = {
         "vocab_size": 300,
         "hidden_size": 48,
@@ -104,14 +145,17 @@ def test_every_field_survives_config_json(tmp_path):
         "attention_dropout": 0.3,
         "hidden_act": "gelu",
         "fan_placement": "layer",
+        "fan_layout": "contiguous",
         "fan_ratio": 0.25,
         "cola_rank_ratio": None,
         "cola_rank": 7,
+        "cola_layers": "ffn",
         "cola_activation": "linear",
         "projection_bias": False,
         "norm_placement": "pre",
         "qkv_norm": "qk",
         "gated_residual": False,
+        "gate_initial": 0.0,
         "tie_word_embeddings": True,
         "initializer_range": 0.03,
         "embedding_initializer_range": 0.7,
@@ -120,6 +164,7 @@ def test_every_field_survives_config_json(tmp_path):
         "bos_token_id": 2,
         "eos_token_id": [3, 4],
     }
+    fields |= others
     assert set(fields) == set(FANformerConfig.__annotations__)  # none forgotten here
     FANformerConfig(**fields).save_pretrained(tmp_path)
     for loaded in (FANformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

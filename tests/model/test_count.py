@@ -58,6 +58,39 @@ def test_default_model_has_92203744_parameters_part_by_part():
     assert sum(counts.values()) == 25_165_824 + 25_165_824 + 12 * 3_489_256 + 512 + 512 == 92_203_744
 
 
+def test_interleaved_layout_counts_p_in_each_head():
+    layer = {n: count for n, count in parameters_of(FANformerConfig(fan_layout="interleaved")).items() if "rs.1." in n}
+    # int(0.15 * 128) = 19 numbers p in each of 12 query heads: 228, not the 230 of int(0.15 * 1536).
+    assert total(layer, "q_proj.periodic") == 12 * 19 * 128
+    assert total(layer, "q_proj.linear") == 12 * (128 - 2 * 19) * (128 + 1)
+    for part in ("k_proj", "v_proj"):
+        assert total(layer, part + ".periodic") == 6 * 19 * 128
+        assert total(layer, part + ".linear") == 6 * (128 - 2 * 19) * (128 + 1)
+    # A number p fewer is two linear outputs more, with their biases: 2 in Q, 1 in K and 1 in V.
+    assert sum(layer.values()) == 3_489_256 + (2 + 1 + 1) * (2 * (128 + 1) - 128) == 3_489_776
+
+
+def test_cola_layers_leaves_the_other_branch_at_full_rank():
+    attention = {"all": 299_316 + 2 * 215_194 + 786_944}
+    attention["attention"] = attention["all"]
+    # 230 numbers p without bias and 1536 - 2 * 230 linear outputs with bias, from all 512 inputs; K and V have half.
+    q, k = 512 * 230 + (512 + 1) * 1076, 512 * 115 + (512 + 1) * 538
+    attention["ffn"] = q + 2 * k + 512 * 1536 + 512
+    ffn = {"all": 2 * 329_728 + 1_311_232}
+    ffn["ffn"] = ffn["all"]
+    ffn["attention"] = 2 * (2048 * 512 + 2048) + 512 * 2048 + 512
+    for chosen in ("all", "attention", "ffn"):
+        counts = parameters_of(FANformerConfig(cola_layers=chosen))
+        layer = {name: count for name, count in counts.items() if "layers.1." in name}
+        assert total(layer, "qkv_input", "q_proj", "k_proj", "v_proj", "o_proj") == attention[chosen]
+        assert total(layer, "mlp.") == ffn[chosen]
+        assert sum(counts.values()) == 92_203_744 + 12 * (attention[chosen] + ffn[chosen] - 3_487_336)
+
+
+def test_gate_initial_moves_no_count():
+    assert parameters_of(FANformerConfig(gate_initial=-4.0)) == parameters_of(FANformerConfig())
+
+
 def test_default_model_has_31_percent_fewer_parameters_than_smollm2():
     fewer = 1 - 92_203_744 / 134_515_008
     assert fewer == pytest.approx(0.315, abs=0.001)

@@ -32,10 +32,14 @@ def masks(input_ids):
     return {"no mask": None, "ones": torch.ones_like(input_ids)}
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+VARIANTS = [({}, "sdpa"), ({}, "eager"), ({"fan_layout": "interleaved", "cola_layers": "attention"}, "sdpa")]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
 def model(request, tiny_model):
-    model = tiny_model()
-    model.set_attn_implementation(request.param)
+    fields, attention = request.param
+    model = tiny_model(**fields)
+    model.set_attn_implementation(attention)
     return model
 
 

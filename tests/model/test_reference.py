@@ -11,6 +11,7 @@ from fanformer.model.modeling_fanformer import (
     FANformerRMSNorm,
     FANLayer,
     FANProjection,
+    InterleavedFANProjection,
     apply_rotary,
     default_rope_frequencies,
     eager_attention_forward,
@@ -27,9 +28,15 @@ SWITCHES = [
     {"fan_placement": "none"},
     {"fan_ratio": 0.0},
     {"fan_ratio": 0.5},
+    {"fan_layout": "interleaved"},
+    {"fan_layout": "interleaved", "fan_ratio": 0.5},
+    {"fan_layout": "interleaved", "cola_rank_ratio": None, "num_key_value_heads": 1},
     {"cola_rank_ratio": None},
     {"cola_rank_ratio": 0.25},
     {"cola_rank": 5},
+    {"cola_layers": "attention"},
+    {"cola_layers": "ffn"},
+    {"cola_layers": "ffn", "fan_placement": "none", "cola_rank": 5},
     {"cola_activation": "silu"},
     {"cola_activation": "gelu"},
     {"cola_activation": "linear"},
@@ -43,6 +50,7 @@ SWITCHES = [
     {"qkv_norm": "qk"},
     {"qkv_norm": "none"},
     {"gated_residual": False},
+    {"gate_initial": -2.0},
     {"tie_word_embeddings": True},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     {"num_key_value_heads": 1},
@@ -161,6 +169,16 @@ def test_fan_projection_equals_its_equation():
     g = reference.affine(v, projection.linear.weight, projection.linear.bias)
     assert p.shape[-1] == 2  # int(0.25 * 10)
     torch.testing.assert_close(projection(u, v), reference.fan(p, g), **TOLERANCE)
+    gradcheck(projection, u, v)
+
+
+def test_interleaved_fan_projection_equals_its_equation():
+    projection = randomised(InterleavedFANProjection(3, 24, fan_ratio=0.3, bias=True, gain=1.0, heads=3))
+    u, v = randn(2, 3), randn(2, 3)
+    p = reference.affine(u, projection.periodic.weight)
+    g = reference.affine(v, projection.linear.weight, projection.linear.bias)
+    assert p.shape[-1] == 3 * 2  # int(0.3 * 24 / 3) in each head
+    torch.testing.assert_close(projection(u, v), reference.fan_in_heads(p, g, 3), **TOLERANCE)
     gradcheck(projection, u, v)
 
 

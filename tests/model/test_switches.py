@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from fanformer.model import FANformerForCausalLM
+from fanformer.model.modeling_fanformer import apply_rotary
+
 
 def names(model):
     return {name for name, _ in model.named_parameters()}
@@ -40,6 +43,40 @@ def test_fan_projection_gives_unit_circles_then_the_linear_part(tiny_model):
     cos, sin, linear = attention.q_proj(u, v).split((periodic, periodic, 64 - 2 * periodic), dim=-1)
     torch.testing.assert_close(cos**2 + sin**2, torch.ones(5, periodic))
     torch.testing.assert_close(linear, attention.q_proj.linear(v))
+
+
+def test_interleaved_layout_gives_every_head_its_circles(tiny_model):
+    attention = attention_of(tiny_model(fan_layout="interleaved", fan_ratio=0.2))
+    periodic = int(0.2 * 16)
+    for projection, heads in ((attention.q_proj, 4), (attention.k_proj, 2), (attention.v_proj, 2)):
+        assert projection.periodic.weight.shape == (heads * periodic, 16)
+        assert projection.linear.weight.shape == (heads * (16 - 2 * periodic), 16)
+        u, v = torch.randn(5, 16), torch.randn(5, 16)
+        first, second = projection(u, v).view(5, heads, 16).chunk(2, dim=-1)
+        cos, sin = first[..., :periodic], second[..., :periodic]
+        torch.testing.assert_close(torch.atan2(sin, cos).sin().flatten(1), projection.periodic(u).sin())
+        torch.testing.assert_close(cos**2 + sin**2, torch.ones(5, heads, periodic))
+        linear = torch.cat((first[..., periodic:], second[..., periodic:]), dim=-1)
+        torch.testing.assert_close(linear.flatten(1), projection.linear(v))
+
+
+def test_rope_adds_its_angle_to_the_phases_of_an_interleaved_head(tiny_model):
+    projection = attention_of(tiny_model(fan_layout="interleaved", fan_ratio=0.2)).q_proj
+    u, v, angle = torch.randn(5, 16), torch.randn(5, 16), torch.randn(5, 1, 8)
+    turned = apply_rotary(projection(u, v).view(5, 4, 16), angle.cos(), angle.sin())
+    p = projection.periodic(u).view(5, 4, 3) + angle[..., :3]
+    # cos(a) cos(b) - sin(a) sin(b) is rounded three times where cos(a + b) is rounded once, at angles of at most 10.
+    torch.testing.assert_close(turned[..., :3], p.cos(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(turned[..., 8:11], p.sin(), atol=1e-5, rtol=0)
+
+
+def test_layouts_differ_in_the_order_of_channels_only(tiny_model):
+    # 0.25 of a head is a whole number, so both layouts have the same parameters.
+    models = [tiny_model(fan_layout=layout, fan_ratio=0.25) for layout in ("contiguous", "interleaved")]
+    u, v = torch.randn(5, 16), torch.randn(5, 16)
+    outputs = [attention_of(model).q_proj(u, v) for model in models]
+    assert not torch.equal(*outputs)
+    assert torch.equal(*(output.sort().values for output in outputs))
 
 
 def test_fan_layer_is_shared_by_q_k_and_v(tiny_model, token_ids):
@@ -93,6 +130,23 @@ def test_full_rank_has_no_factors(tiny_model):
     layer = model.model.layers[0]
     assert layer.mlp.down_proj.weight.shape == (64, 96)
     assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, 64)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "low_rank"),
+    [("all", {"self_attn", "mlp"}), ("attention", {"self_attn"}), ("ffn", {"mlp"})],
+    ids=str,
+)
+def test_cola_layers_says_which_branch_has_factors(tiny_model, chosen, low_rank):
+    model = tiny_model(cola_layers=chosen)
+    assert {name.split(".")[3] for name in names(model) if "factor" in name} == low_rank
+    layer = model.model.layers[0]
+    attention_width, ffn_width = (64 // 4 if part in low_rank else 64 for part in ("self_attn", "mlp"))
+    assert layer.self_attn.q_proj.periodic.weight.shape == (9, attention_width)
+    assert layer.self_attn.v_proj.linear.weight.shape == (32 - 2 * 4, attention_width)
+    assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (96, ffn_width)
+    for output, part in ((layer.self_attn.o_proj, "self_attn"), (layer.mlp.down_proj, "mlp")):
+        assert (type(output) is torch.nn.Linear) == (part not in low_rank)
 
 
 def test_cola_activation_stands_between_the_factors(tiny_model):
@@ -177,6 +231,18 @@ def test_gated_residual_scales_each_branch_by_a_sigmoid(tiny_model):
     torch.testing.assert_close(residual(x, branch), x + 0.5 * branch)
     torch.nn.init.constant_(residual.gate, -100.0)
     torch.testing.assert_close(residual(x, branch), x)
+
+
+@pytest.mark.parametrize("start", [0.0, -2.0, 3, 16.0])
+def test_gate_initial_is_the_strength_that_each_branch_starts_with(tiny_config, start):
+    model = FANformerForCausalLM(tiny_config(gate_initial=start))
+    gates = {name: gate for name, gate in model.named_parameters() if name.endswith("residual.gate")}
+    assert len(gates) == 2 * 2
+    for gate in gates.values():
+        torch.testing.assert_close(gate.detach(), torch.full((64,), float(start)), atol=0, rtol=0)
+    x, branch = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    residual = model.model.layers[1].mlp_residual
+    torch.testing.assert_close(residual(x, branch), x + torch.sigmoid(torch.tensor(float(start))) * branch)
 
 
 def test_ungated_residual_adds_the_branch(tiny_model):

@@ -19,6 +19,7 @@ VARIANTS = [
     {},
     {"tie_word_embeddings": True},
     {"fan_placement": "layer", "cola_rank_ratio": None},
+    {"fan_layout": "interleaved", "cola_layers": "ffn", "gate_initial": -2.0},
     {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -122,7 +123,12 @@ def test_base_model_and_head_load_each_others_folders(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre"}, {"tie_word_embeddings": True}],
+    [
+        {},
+        {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre"},
+        {"tie_word_embeddings": True},
+        {"fan_layout": "interleaved", "cola_layers": "attention", "gate_initial": -2.0},
+    ],
     ids=str,
 )
 def test_parameter_missing_from_a_checkpoint_starts_as_before_training(tiny_model, nan_memory, tmp_path, fields):

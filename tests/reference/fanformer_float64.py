@@ -51,6 +51,15 @@ def fan(p: Tensor, g: Tensor) -> Tensor:
     return torch.cat([torch.cos(p), torch.sin(p), g], dim=-1)
 
 
+def fan_in_heads(p: Tensor, g: Tensor, heads: int) -> Tensor:
+    """[cos(p_h) || first half of g_h || sin(p_h) || second half of g_h], one head h after the other."""
+    result = []
+    for p_h, g_h in zip(p.tensor_split(heads, dim=-1), g.tensor_split(heads, dim=-1), strict=True):
+        half = g_h.shape[-1] // 2
+        result += [torch.cos(p_h), g_h[..., :half], torch.sin(p_h), g_h[..., half:]]
+    return torch.cat(result, dim=-1)
+
+
 def fan_layer(x: Tensor, weight: Tensor, bias: Tensor, fan_ratio: float) -> Tensor:
     """FANLayer': [cos(W_p x + B_p) || sin(W_p x + B_p) || W_g x + B_g], W_p of int(p * D) rows."""
     periodic = int(fan_ratio * x.shape[-1])
@@ -97,9 +106,14 @@ class Layer:
         return self.state.get(self.prefix + name)
 
 
-def branch_output(x: Tensor, layer: Layer, name: str, activation: str) -> Tensor:
+def low_rank(config, branch: str) -> bool:
+    """Whether the linear layers of `branch`, attention or ffn, are CoLA linears."""
+    return config.cola_layers in ("all", branch) and (config.cola_rank, config.cola_rank_ratio) != (None, None)
+
+
+def branch_output(x: Tensor, layer: Layer, name: str, factors: bool, activation: str) -> Tensor:
     """The CoLA linear that ends a branch, stored as two factors, or at full rank as one matrix."""
-    if layer.get(f"{name}.input.factor.weight") is None:
+    if not factors:
         return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), activation)
     w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
     return cola(x, w_a, w_b, layer.get(f"{name}.output.bias"), activation)
@@ -109,14 +123,16 @@ def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor
     """Q, K and V (T, heads * head width): FAN projections or CoLA linears, their W_a stored one above the other."""
     act = config.cola_activation
     count = 6 if config.fan_placement == "projection" else 3
-    fused = layer.get("qkv_input.factor.weight")
-    factors = [None] * count if fused is None else list(fused.chunk(count))
+    factors = [None] * count
+    if low_rank(config, "attention"):
+        factors = list(layer["qkv_input.factor.weight"].chunk(count))
     result = []
-    for name in ("q_proj", "k_proj", "v_proj"):
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    for name, own_heads in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True):
         if config.fan_placement == "projection":
             p = cola(x, factors.pop(0), layer[f"{name}.periodic.weight"], None, act)
             g = cola(x, factors.pop(0), layer[f"{name}.linear.weight"], layer.get(f"{name}.linear.bias"), act)
-            result.append(fan(p, g))
+            result.append(fan(p, g) if config.fan_layout == "contiguous" else fan_in_heads(p, g, own_heads))
         else:
             result.append(cola(x, factors.pop(0), layer[f"{name}.weight"], layer.get(f"{name}.bias"), act))
     return tuple(result)
@@ -140,16 +156,18 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
         if config.qkv_norm == "qkv":
             v = rms_norm(v, layer["v_norm.weight"], eps)
         outputs.append(attend(rope(q, theta), rope(k, theta), v))
-    return branch_output(torch.cat(outputs, dim=-1), layer, "o_proj", config.cola_activation)
+    joined, factors = torch.cat(outputs, dim=-1), low_rank(config, "attention")
+    return branch_output(joined, layer, "o_proj", factors, config.cola_activation)
 
 
 def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
     """W_down(act(W_gate z) * W_up z), three CoLA linears."""
-    fused = layer.get("gate_up_input.factor.weight")
-    gate_a, up_a = (None, None) if fused is None else fused.chunk(2)
+    factors = low_rank(config, "ffn")
+    gate_a, up_a = layer["gate_up_input.factor.weight"].chunk(2) if factors else (None, None)
     gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), config.cola_activation)
     up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), config.cola_activation)
-    return branch_output(ACTIVATIONS[config.hidden_act](gate) * up, layer, "down_proj", config.cola_activation)
+    product = ACTIVATIONS[config.hidden_act](gate) * up
+    return branch_output(product, layer, "down_proj", factors, config.cola_activation)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tests.reference.fanformer_float64 import ACTIVATIONS
+from tests.reference.fanformer_float64 import ACTIVATIONS, low_rank
 
 
 def gain(activation: str) -> float:
@@ -18,7 +18,9 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
     """Return mean and standard deviation of the parameter `name` before training."""
     if "norm" in name:
         return 1.0, 0.0
-    if len(shape) == 1:  # biases and gates
+    if name.endswith("residual.gate"):
+        return config.gate_initial, 0.0
+    if len(shape) == 1:  # biases
         return 0.0, 0.0
     if name == "lm_head.weight":
         return 0.0, config.initializer_range
@@ -26,8 +28,7 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
         return 0.0, config.initializer_range if config.tie_word_embeddings else config.embedding_initializer_range
     std = shape[1] ** -0.5
     first_factor = name.endswith("factor.weight") or "fan_layer" in name
-    low_rank = config.cola_rank is not None or config.cola_rank_ratio is not None
-    if low_rank and not first_factor:
+    if low_rank(config, "attention" if "self_attn" in name else "ffn") and not first_factor:
         std *= gain(config.cola_activation)
     if "o_proj" in name or "down_proj" in name:
         std *= 1.0 if first_factor else (2 * config.num_hidden_layers) ** -0.5

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -147,23 +147,26 @@ def fanformer_words(config: Any) -> dict[str, str]:
         config: a FANformerConfig.
     """
     width, head_dim = config.hidden_size, config.head_dim
-    query, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
-    def linear(inputs: int, outputs: int) -> str:
-        rank = config.cola_rank_for(inputs)
+    def linear(inputs: int, outputs: int, branch: Literal["attention", "ffn"]) -> str:
+        rank = config.cola_rank_for(inputs, branch)
         if rank is None:
             return f"{inputs} -> {outputs}"
         return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {config.cola_activation} between the factors"
 
-    def projection(outputs: int) -> str:
+    def projection(heads: int) -> str:
+        outputs = heads * head_dim
         if config.fan_placement != "projection":
-            return linear(width, outputs)
-        periodic = int(config.fan_ratio * outputs)
-        rank = config.cola_rank_for(width)
+            return linear(width, outputs, "attention")
+        interleaved = config.fan_layout == "interleaved"
+        shares = heads if interleaved else 1
+        periodic = shares * int(config.fan_ratio * (outputs // shares))
+        spread = f", {periodic // heads} of each in every head" if interleaved else ""
+        rank = config.cola_rank_for(width, "attention")
         low_rank = "" if rank is None else f"; both from CoLA factors of rank {rank}"
         return (
-            f"{width} -> {outputs}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), the "
-            f"other {outputs - 2 * periodic} are linear{low_rank}"
+            f"{width} -> {outputs}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p)"
+            f"{spread}, the other {outputs - 2 * periodic} are linear{low_rank}"
         )
 
     groups = config.num_attention_heads // config.num_key_value_heads
@@ -178,17 +181,18 @@ def fanformer_words(config: Any) -> dict[str, str]:
     return {
         "embedding": f"{config.vocab_size} tokens, a vector of {width} each"
         + ("; also the output layer" if config.tie_word_embeddings else ""),
-        "q": f"{projection(query)}; {config.num_attention_heads} heads of {head_dim}",
-        "k": f"{projection(shared)}; {config.num_key_value_heads} heads{sharing}",
-        "v": f"{projection(shared)}; as the keys",
-        "o": f"{linear(query, width)}; back from the heads",
-        "gate": f"{linear(width, config.intermediate_size)}; SwiGLU's gate, {config.hidden_act}",
-        "up": f"{linear(width, config.intermediate_size)}; what the gate multiplies",
-        "down": f"{linear(config.intermediate_size, width)}; back to the width",
+        "q": f"{projection(config.num_attention_heads)}; {config.num_attention_heads} heads of {head_dim}",
+        "k": f"{projection(config.num_key_value_heads)}; {config.num_key_value_heads} heads{sharing}",
+        "v": f"{projection(config.num_key_value_heads)}; as the keys",
+        "o": f"{linear(config.num_attention_heads * head_dim, width, 'attention')}; back from the heads",
+        "gate": f"{linear(width, config.intermediate_size, 'ffn')}; SwiGLU's gate, {config.hidden_act}",
+        "up": f"{linear(width, config.intermediate_size, 'ffn')}; what the gate multiplies",
+        "down": f"{linear(config.intermediate_size, width, 'ffn')}; back to the width",
         "fan_layer": f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, "
         f"{width - 2 * periodic} linear",
         "norms": f"RMSNorm on {per_head}{placed}",
-        "gates": f"sigmoid(g) on each residual branch, two learnable vectors of {width} a layer",
+        "gates": f"sigmoid(g) on each residual branch, two learnable vectors of {width} a layer that start "
+        f"at g = {config.gate_initial}",
         "final_norm": f"RMSNorm over {width} before the output layer",
         "head": f"{width} -> {config.vocab_size}: a score for each token, full rank",
     }

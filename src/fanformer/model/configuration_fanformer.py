@@ -80,10 +80,17 @@ class FANformerConfig(PreTrainedConfig):
     "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none" leaves them out."""
     fan_ratio: float | int = 0.15
     """Share of a projection's outputs given to cos, and again to sin: P = int(fan_ratio * outputs). In [0, 0.5]."""
+    fan_layout: Literal["contiguous", "interleaved"] = "contiguous"
+    """Where cos and sin go in a FAN projection: "contiguous" puts them in front of the whole of Q, K or V, so that the
+    first heads are periodic all through; "interleaved" gives every head P = int(fan_ratio * head_dim) of each, with
+    cos(p_i) and sin(p_i) a pair of RoPE. Both are ours. Refused with another `fan_placement`, which has no layouts."""
     cola_rank_ratio: float | int | None = 0.25
     """R = int(cola_rank_ratio * inputs) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
     cola_rank: int | None = None
     """Absolute rank R of every CoLA linear; overrides `cola_rank_ratio`."""
+    cola_layers: Literal["all", "attention", "ffn"] = "all"
+    """Which linear layers the rank is for: those of attention (Q, K, V, O), those of the FFN (gate, up, down), or both,
+    as in CoLA; the others are full rank. Choosing is ours. Refused where no rank is set."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
     """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
     projection_bias: bool = True
@@ -94,7 +101,10 @@ class FANformerConfig(PreTrainedConfig):
     qkv_norm: Literal["qkv", "qk", "none"] = "qkv"
     """Which of Q, K and V get an RMSNorm per head before RoPE (HybridNorm, eq. 5)."""
     gated_residual: bool = True
-    """Whether each residual branch is multiplied by sigmoid(g), g a learnable vector of width D that starts at 0."""
+    """Whether each residual branch is multiplied by sigmoid(g), g a learnable vector of width D."""
+    gate_initial: float | int = 0.0
+    """What every g starts at, in [-16, 16]: 0 starts each branch at half its strength, -4 at 0.018 of it, 4 at 0.982.
+    Ours. Refused where `gated_residual` is off."""
 
     tie_word_embeddings: bool = False
     """Whether the LM head shares the embedding's weight."""
@@ -175,8 +185,37 @@ class FANformerConfig(PreTrainedConfig):
                 "all channels of a head are turned."
             )
 
-    def cola_rank_for(self, in_features: int) -> int | None:
-        """Return the rank R of a CoLA linear with `in_features` inputs, or None at full rank."""
+    def validate_switches(self) -> None:
+        """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
+        if self.fan_layout != "contiguous":
+            if self.fan_placement != "projection":
+                raise ValueError(
+                    f"`fan_layout` must be 'contiguous' with fan_placement {self.fan_placement!r}, "
+                    f"got {self.fan_layout!r}: only fan_placement 'projection' has cos and sin in heads."
+                )
+            if not int(self.fan_ratio * self.head_dim):
+                raise ValueError(
+                    f"`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got {self.fan_layout!r} "
+                    f"with {self.fan_ratio} and {self.head_dim}: raise `fan_ratio` to give every head a cos and a sin."
+                )
+        if self.cola_layers != "all" and self.cola_rank is None and self.cola_rank_ratio is None:
+            raise ValueError(
+                f"`cola_layers` must be 'all' at full rank, got {self.cola_layers!r}: "
+                "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
+            )
+        if not -16 <= self.gate_initial <= 16:
+            raise ValueError(
+                f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."
+            )
+        if self.gate_initial != 0 and not self.gated_residual:
+            raise ValueError(
+                f"`gate_initial` must be 0.0 without gates, got {self.gate_initial}: set `gated_residual` to true."
+            )
+
+    def cola_rank_for(self, in_features: int, branch: Literal["attention", "ffn"]) -> int | None:
+        """Return the rank R of a linear layer of `branch` with `in_features` inputs, or None at full rank."""
+        if self.cola_layers not in ("all", branch):
+            return None
         if self.cola_rank is not None:
             return self.cola_rank
         return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * in_features))

@@ -16,7 +16,7 @@ What differs from Llama, each a field of the configuration:
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -141,9 +141,9 @@ class CoLALinear(nn.Module):
         return self.output(*self.input(x))
 
 
-def branch_output(config: FANformerConfig, in_features: int) -> nn.Module:
+def branch_output(config: FANformerConfig, in_features: int, branch: Literal["attention", "ffn"]) -> nn.Module:
     """Return the layer that ends a residual branch: a CoLA linear to width D, or at full rank a plain one."""
-    rank = config.cola_rank_for(in_features)
+    rank = config.cola_rank_for(in_features, branch)
     gain = (2 * config.num_hidden_layers) ** -0.5
     if rank is None:
         return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain)
@@ -156,9 +156,11 @@ class FANProjection(nn.Module):
     Source: FAN, arXiv:2502.21309, eq. 1, the linear maps low-rank as in CoLA.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float, heads: int = 1
+    ) -> None:
         super().__init__()
-        periodic = int(fan_ratio * out_features)
+        periodic = heads * int(fan_ratio * (out_features // heads))
         self.periodic = scaled_linear(in_features, periodic, False, gain)
         self.linear = scaled_linear(in_features, out_features - 2 * periodic, bias, gain)
 
@@ -166,6 +168,26 @@ class FANProjection(nn.Module):
         """Return (..., out_features) for `u` and `v` (..., in_features): P cosines, P sines, then the linear part."""
         p = self.periodic(u)
         return torch.cat((p.cos(), p.sin(), self.linear(v)), dim=-1)
+
+
+class InterleavedFANProjection(FANProjection):
+    """A FAN projection in every head, [cos(p), g_1, sin(p), g_2] with P = int(fan_ratio * K), g_1 and g_2 halves of g.
+
+    cos(p_i) and sin(p_i) stand at channels i and i + K/2: RoPE turns them as a pair, i.e. adds its angle to p_i.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float, heads: int
+    ) -> None:
+        super().__init__(in_features, out_features, fan_ratio, bias, gain, heads)
+        self.periodic_shape = (heads, self.periodic.out_features // heads)
+        self.linear_shape = (heads, self.linear.out_features // heads)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Return (..., heads * K) for `u` and `v` (..., in_features), one head after the other."""
+        p = self.periodic(u).unflatten(-1, self.periodic_shape)  # (..., heads, P)
+        first, second = self.linear(v).unflatten(-1, self.linear_shape).chunk(2, dim=-1)  # (..., heads, K/2 - P)
+        return torch.cat((p.cos(), first, p.sin(), second), dim=-1).flatten(-2)
 
 
 class FANLayer(nn.Module):
@@ -227,26 +249,27 @@ class FANformerAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        query_width = config.num_attention_heads * config.head_dim
-        key_value_width = config.num_key_value_heads * config.head_dim
 
         self.fan_layer = None
         if config.fan_placement == "layer":
             self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
-        rank = config.cola_rank_for(config.hidden_size)
+        rank = config.cola_rank_for(config.hidden_size, "attention")
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
         self.qkv_input = CoLAInput(config.hidden_size, rank, 3 * self.readers, config.cola_activation)
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
 
-        def projection(out_features: int) -> nn.Module:
-            if config.fan_placement == "projection":
-                return FANProjection(width, out_features, config.fan_ratio, config.projection_bias, gain)
-            return scaled_linear(width, out_features, config.projection_bias, gain)
+        def projection(heads: int) -> nn.Module:
+            outputs, bias = heads * config.head_dim, config.projection_bias
+            if config.fan_placement != "projection":
+                return scaled_linear(width, outputs, bias, gain)
+            if config.fan_layout == "interleaved":
+                return InterleavedFANProjection(width, outputs, config.fan_ratio, bias, gain, heads)
+            return FANProjection(width, outputs, config.fan_ratio, bias, gain)
 
-        self.q_proj = projection(query_width)
-        self.k_proj = projection(key_value_width)
-        self.v_proj = projection(key_value_width)
-        self.o_proj = branch_output(config, query_width)
+        self.q_proj = projection(config.num_attention_heads)
+        self.k_proj = projection(config.num_key_value_heads)
+        self.v_proj = projection(config.num_key_value_heads)
+        self.o_proj = branch_output(config, config.num_attention_heads * config.head_dim, "attention")
 
         def norm(switched_on: bool) -> nn.Module:
             return FANformerRMSNorm(config.head_dim, config.rms_norm_eps) if switched_on else nn.Identity()
@@ -302,12 +325,12 @@ class FANformerMLP(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        rank = config.cola_rank_for(config.hidden_size)
+        rank = config.cola_rank_for(config.hidden_size, "ffn")
         self.gate_up_input = CoLAInput(config.hidden_size, rank, 2, config.cola_activation)
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
         self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
-        self.down_proj = branch_output(config, config.intermediate_size)
+        self.down_proj = branch_output(config, config.intermediate_size, "ffn")
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, z: Tensor) -> Tensor:
@@ -321,7 +344,8 @@ class FANformerResidual(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(config.hidden_size)) if config.gated_residual else None
+        start = torch.full((config.hidden_size,), float(config.gate_initial))
+        self.gate = nn.Parameter(start) if config.gated_residual else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -380,7 +404,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
     | W_a, and full-rank layers       | 1 / sqrt(inputs)                                            |
     | W_b                             | gain / sqrt(R), gain = 1 / sqrt(E[act(x)^2]), x ~ N(0, 1)   |
     | the last factor of o and down   | the above / sqrt(2L) (Megatron; HybridNorm, arXiv:2503.04598, table 5) |
-    | biases, gates; norms            | all 0; all 1                                                |
+    | biases; gates; norms            | all 0; all `gate_initial`; all 1                            |
     """
 
     config: FANformerConfig
@@ -404,7 +428,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
         elif isinstance(module, FANformerResidual) and module.gate is not None:
-            init.zeros_(module.gate)
+            init.constant_(module.gate, self.config.gate_initial)
         else:
             super()._init_weights(module)
 

@@ -157,10 +157,10 @@ def tests(context: Context) -> dict[str, Any]:
 
 def queue(context: Context) -> dict[str, Any]:
     """Train what a queue asks for, for as long as there is time; results go to the ledger as they come."""
-    from fanformer.training.queue import read_queue
+    from fanformer.training.queue import read_output_dir
 
     if not context.dry_run:
-        return train_queue(context, REPOSITORY / read_queue(context.queue).output_dir)
+        return train_queue(context, REPOSITORY / read_output_dir(context.queue))
     with tempfile.TemporaryDirectory() as scratch:  # a dry run trains anew
         return train_queue(context, Path(scratch))
 

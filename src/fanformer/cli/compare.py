@@ -85,11 +85,11 @@ def compare(
 
 def folder_of(queue: Path | None, output_dir: Path | None) -> Path:
     """Return the folder that a comparison or a queue works in."""
-    from fanformer.training.queue import read_queue
+    from fanformer.training.queue import read_output_dir
 
     if output_dir is not None:
         return output_dir
-    return Path("runs/compare") if queue is None else read_queue(queue).output_dir
+    return Path("runs/compare") if queue is None else read_output_dir(queue)
 
 
 def read(

@@ -295,14 +295,16 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
             }
             wide = fields.get("intermediate_size") or _fitting_ffn(family, {**fields, **shape}, size, ffn_step)
             if wide is None:
-                break  # the blocks are too large even without an FFN
+                continue
+            if wide == 0:
+                break
             shape["intermediate_size"] = wide
             count = without_embeddings(family.config_type(**{**fields, **shape}))
-            if abs(count / size - 1) > _SIZE_TOLERANCE:
-                continue
             distance = abs(wide / width / family.ffn_ratio - 1)
-            if best is None or distance < best[0]:
+            if abs(count / size - 1) <= _SIZE_TOLERANCE and (best is None or distance < best[0]):
                 best = (distance, shape)
+            if best is not None and wide / width < family.ffn_ratio:
+                break  # the wider, the smaller the FFN: from here on it only goes away from the usual ratio
         if best is not None and best[0] < _USUAL:
             break
     if best is None:
@@ -316,16 +318,30 @@ def _key_value_heads(heads: int, family: Family) -> int:
 
 
 def _fitting_ffn(family: Family, fields: dict[str, Any], size: int, step: int) -> int | None:
-    """Return the intermediate_size, a multiple of `step`, that comes nearest to the size; None if none does."""
+    """Return the intermediate_size, a multiple of `step`, that comes nearest to the size.
+
+    None where even the largest is too small; 0 where the blocks are too large without an FFN.
+    """
+    counted: dict[int, int] = {}
 
     def count(steps: int) -> int:
-        return without_embeddings(family.config_type(**{**fields, "intermediate_size": steps * step}))
+        if steps not in counted:
+            config = family.config_type(**{**fields, "intermediate_size": steps * step})
+            counted[steps] = without_embeddings(config)
+        return counted[steps]
 
     low, high = 1, 8 * fields["hidden_size"] // step
     if count(low) > size:
+        return 0
+    if count(high) < (1 - _SIZE_TOLERANCE) * size:
         return None
     while high - low > 1:
-        middle = (low + high) // 2
+        # nearly a straight line: where it meets the size, but never an end again
+        guess = low + round((high - low) * (size - count(low)) / (count(high) - count(low)))
+        middle = min(max(guess, low + 1), high - 1)
         low, high = (middle, high) if count(middle) <= size else (low, middle)
+        if high - low > 1:  # the other end stays far off where the line bends
+            beside = min(low + 1, high - 1) if low == middle else max(high - 1, low + 1)
+            low, high = (beside, high) if count(beside) <= size else (low, beside)
     nearest = min((low, high), key=lambda steps: abs(count(steps) - size))
     return nearest * step

@@ -102,6 +102,36 @@ def read_queue(path: Path) -> Queue:
     Raises:
         ConfigError: if the file as a whole cannot be used.
     """
+    content = _read_file(path)
+    entries, defaults = content.get("entries"), content.get("defaults") or {}
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path.absolute()}: `entries` must be a list of comparisons, got {entries!r}.")
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path.absolute()}: `defaults` must hold fields of a comparison, got {defaults!r}.")
+    output_dir = _output_dir(content, path)
+    record_dir = content.get("record_dir")
+    read = tuple(_read_entry(entry, defaults, output_dir, number) for number, entry in enumerate(entries, start=1))
+    names = [entry.name for entry in read]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path.absolute()}: two entries are called {twice[0]}: give every entry a name of its own.")
+    return Queue(read, output_dir, None if record_dir is None else Path(record_dir))
+
+
+def read_output_dir(path: Path) -> Path:
+    """Return where the queue in a file works, without looking at its entries.
+
+    Raises:
+        ConfigError: if the file as a whole cannot be used.
+    """
+    return _output_dir(_read_file(path), path)
+
+
+def _output_dir(content: Mapping[str, Any], path: Path) -> Path:
+    return Path(content.get("output_dir") or f"runs/{path.stem}")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -115,19 +145,7 @@ def read_queue(path: Path) -> Queue:
             raise ConfigError(
                 f"{path.absolute()}: `{key}` is not a field of a queue: {did_you_mean(str(key), _FIELDS)}"
             )
-    entries, defaults = content.get("entries"), content.get("defaults") or {}
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path.absolute()}: `entries` must be a list of comparisons, got {entries!r}.")
-    if not isinstance(defaults, dict):
-        raise ConfigError(f"{path.absolute()}: `defaults` must hold fields of a comparison, got {defaults!r}.")
-    output_dir = Path(content.get("output_dir") or f"runs/{path.stem}")
-    record_dir = content.get("record_dir")
-    read = tuple(_read_entry(entry, defaults, output_dir, number) for number, entry in enumerate(entries, start=1))
-    names = [entry.name for entry in read]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"{path.absolute()}: two entries are called {twice[0]}: give every entry a name of its own.")
-    return Queue(read, output_dir, None if record_dir is None else Path(record_dir))
+    return content
 
 
 def relocate(queue: Queue, output_dir: Path | None, record_dir: Path | None) -> Queue:

@@ -86,11 +86,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "linear-regression": {"max_steps": 1000, "optimizer": "muon", "learning_rate": 0.01, "weight_decay": 1.0},
     "periodic": {"max_steps": 400, "batch_size": 96},
 }
-"""For each task the settings that docs/experiments.md measured; what they leave out has its default."""
+"""For each task settings with which FANformer learns its examples; what they leave out has its default."""
 
 
 def rule_settings(task: RuleTask, **fields: Any) -> RuleSettings:
-    """Return the settings that docs/experiments.md found for a task, with the given fields in their place.
+    """Return the settings of RECIPES for a task, with the given fields in their place.
 
     A length that is given replaces the recipe's own.
 

@@ -22,21 +22,16 @@ from fanformer.training.configuration import load_preset
 RESULTS = Path(__file__).parent / "results"
 
 
-def without_embeddings(counted: Footprint) -> int:
-    """Return the parameters besides embedding and head."""
-    return counted.total - counted.parts.get("embedding", 0) - counted.parts.get("head", 0)
-
-
 def to_result(ours: Footprint, theirs: Footprint) -> dict[str, Figure]:
     """Return both counts and their ratios."""
     counts = {
         "parameters": ours.total,
         "parameters_smollm2_135m": theirs.total,
-        "parameters_without_embeddings": without_embeddings(ours),
-        "parameters_without_embeddings_smollm2_135m": without_embeddings(theirs),
+        "parameters_without_embeddings": ours.without_embeddings,
+        "parameters_without_embeddings_smollm2_135m": theirs.without_embeddings,
     }
     result = {name: Figure(count, "parameters", interval=EXACT) for name, count in counts.items()}
-    blocks = without_embeddings(ours) / without_embeddings(theirs)
+    blocks = ours.without_embeddings / theirs.without_embeddings
     return result | {
         "size_ratio": Figure(ours.total / theirs.total, "times SmolLM2-135M", interval=EXACT),
         "size_ratio_without_embeddings": Figure(blocks, "times SmolLM2-135M", interval=EXACT),

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from fanformer.training.queue import Queue
 
 PAGE_FILE, LOG_FILE = "comparison.html", "queue.log"
-_OF_ONE = ("data", "tokens", "learning_rates", "seeds", "preset", "rule", "hole_sides", "extend", "evaluations",
-           "eval_tokens")  # fmt: skip
-"""Flags that are fields of a comparison; a queue's entries say them themselves."""
 _LISTS = ("tokens", "learning_rates", "seeds", "hole_sides")
 _SECONDS_TO_START = 20.0
 

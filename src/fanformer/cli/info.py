@@ -63,7 +63,6 @@ def _configuration(model: str) -> "PreTrainedConfig":
 
 def to_record(name: str, config: "PreTrainedConfig", measured: "Footprint") -> dict[str, Any]:
     """Return what `--json` prints."""
-    looked_up = measured.parts.get("embedding", 0) + measured.parts.get("head", 0)
     length = measured.sequence_length
     return {
         "name": name,
@@ -71,7 +70,7 @@ def to_record(name: str, config: "PreTrainedConfig", measured: "Footprint") -> d
         "parameters": {
             "total": measured.total,
             "trainable": measured.trainable,
-            "without_embeddings": measured.total - looked_up,
+            "without_embeddings": measured.without_embeddings,
             "per_layer": measured.per_layer,
             "layer_parts": measured.layer_parts,
             "parts": measured.parts,

@@ -65,6 +65,11 @@ class Footprint:
     """Keys and values, 2 L G K numbers, by dtype."""
 
     @property
+    def without_embeddings(self) -> int:
+        """Parameters besides embedding and head."""
+        return self.total - self.parts.get("embedding", 0) - self.parts.get("head", 0)
+
+    @property
     def per_layer(self) -> int:
         """Parameters of the last block."""
         return sum(self.layer_parts.values())

@@ -255,8 +255,7 @@ def _parse_size(spec: str, text: str) -> int:
 
 def without_embeddings(config: PreTrainedConfig) -> int:
     """Return the parameters of a model of `config` without embedding and head."""
-    counted = footprint(config)
-    return counted.total - counted.parts.get("embedding", 0) - counted.parts.get("head", 0)
+    return footprint(config).without_embeddings
 
 
 def _frozen(fields: Mapping[str, Any]) -> str:

@@ -166,9 +166,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "seconds": max(record.get("elapsed_seconds", 0.0) for record in records),
         "tokens_per_second": rates[len(rates) // 2],
         "parameters": counted.total,
-        "parameters_without_embeddings": counted.total
-        - counted.parts.get("embedding", 0)
-        - counted.parts.get("head", 0),
+        "parameters_without_embeddings": counted.without_embeddings,
         "training_operations_per_token": counted.training_operations,
     }
     details = {name: described[name] for name in ("configuration", "model", "environment", "versions", "resumed")}

@@ -4,15 +4,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fanformer.errors import ConfigError
-from fanformer.training.architectures import architecture, without_embeddings
-from fanformer.training.comparison import Comparison, best_rate, run_comparison
+from fanformer.training.architectures import BLOCK, architecture, without_embeddings
+from fanformer.training.comparison import Comparison, Outcome, best_rate, run_comparison
 from fanformer.training.comparison_summary import arms, pairs, to_record, tokens_ratio
-from fanformer.training.trial import RESULT_FILE
+from fanformer.training.trial import RESULT_FILE, Result, Trial
 
 NEEDED = {"vocab_size": 320, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -98,6 +100,8 @@ def test_a_wrong_architecture_is_refused_with_a_remedy(spec, message):
         ({"evaluations": "many"}, "`evaluations` of a comparison must be a whole number"),
         ({"run": {"seed": 3}}, "`seed` is set by the comparison itself"),
         ({"run": {"optimiser": "muon"}}, "did you mean `optimizer`?"),
+        ({"candidate_tokens": ["640", 1280]}, "`tokens` and `candidate_tokens` must hold each value once"),
+        ({"candidate_tokens": [64]}, "`tokens` must be at least one step of 128, got 64"),
         ({"hole_sides": [5]}, "`hole_sides` is for a rule that has a hole"),
         ({"rule": "modular-addition"}, "does not apply to the rule modular-addition"),
     ],
@@ -206,6 +210,42 @@ def test_a_rule_is_compared_like_a_language(tmp_path):
     outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
     assert [outcome.variant for outcome in outcomes] == [5, 5, 21, 21]
     assert [pair.variant for pair in pairs(comparison, arms(comparison, outcomes))] == [5, 21]
+
+
+def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
+    comparison = small(corpus, tokens=4096, candidate_tokens=[1024, 2048], seeds=2)
+    fanformer, llama = comparison.architectures
+    assert comparison.cells == [(fanformer, 1024), (fanformer, 2048), (fanformer, 4096), (llama, 4096)]
+
+    def outcome(spec, budget, seed, loss):
+        curve = [{"tokens": budget // 2, "val_loss": 9.0}, {"tokens": budget, "val_loss": loss}]
+        sizes = ("parameters", "parameters_without_embeddings", "training_operations_per_token", "tokens_per_second")
+        figures = {"loss": loss, "bits_per_byte": loss, **dict.fromkeys(sizes, 1.0)}
+        return Outcome(Trial(spec, 0.01, seed, {}), budget, Result("finished", "", figures, curve, {}))
+
+    ends = [(fanformer, 1024, 4.0), (fanformer, 2048, 3.0), (fanformer, 4096, 2.0), (llama, 4096, 3.0)]
+    outcomes = [outcome(spec, budget, seed, loss) for seed in (0, 1) for spec, budget, loss in ends]
+    (pair,) = pairs(comparison, arms(comparison, outcomes))
+    assert pair.figures["tokens_ratio"].value == pytest.approx(0.5)
+
+
+def test_a_changed_default_block_is_not_taken_for_the_older_one(monkeypatch):
+    default, baseline = Trial("fanformer@1m", 0.01, 0, {}), Trial("llama@1m", 0.01, 0, {})
+    specs = ["fanformer@1m", "nano", "llama@1m", "cola-llama@1m", "1b"]
+    monkeypatch.setattr("fanformer.training.architectures.BLOCK", 7)
+    assert [architecture(spec).block for spec in specs] == [7, 7, 1, 1, 1]
+    names = {replace(default, block=7).name, default.name, baseline.name}
+    assert len(names) == 3
+
+
+def test_the_number_of_the_default_block_is_that_of_its_logits():
+    torch.manual_seed(0)
+    model = architecture("fanformer@300k").build(NEEDED).eval()
+    with torch.no_grad():
+        logits = model(torch.arange(32)[None]).logits[0, -1, :4].tolist()
+    assert (BLOCK, logits) == (1, pytest.approx([-0.0981, 0.0149, 0.0469, 0.1293], abs=1e-4)), (
+        "the default block has changed: raise BLOCK"
+    )
 
 
 def test_tokens_ratio_reads_the_worse_curves_final_loss():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fanformer.training.queue import Queue
 
 PAGE_FILE, LOG_FILE = "comparison.html", "queue.log"
-_LISTS = ("tokens", "learning_rates", "seeds", "hole_sides")
+_LISTS = ("tokens", "candidate_tokens", "learning_rates", "seeds", "hole_sides")
 _SECONDS_TO_START = 20.0
 
 
@@ -28,6 +28,9 @@ _SECONDS_TO_START = 20.0
 @click.argument("architectures", nargs=-1, metavar="[ARCHITECTURE]...")
 @click.option("--data", help="What to train on, as for `fanformer train`.  [default: stdlib]")
 @click.option("--tokens", metavar="N[,N]", help="Budgets of tokens, such as 2M; each is compared.  [default: 2M]")
+@click.option(
+    "--candidate-tokens", metavar="N[,N]", help="More budgets, for the candidate alone: tokens to equal loss."
+)
 @click.option(
     "--learning-rates", metavar="X[,X]", help="To sweep for every architecture.  [default: 0.0025,0.005,0.01]"
 )

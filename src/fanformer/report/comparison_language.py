@@ -14,7 +14,8 @@ from fanformer.report.comparison_figures import (
     verdict,
 )
 from fanformer.report.page import bullets, table, text
-from fanformer.training.comparison_summary import family_and_size, tokens_at
+from fanformer.training.architectures import family_and_size
+from fanformer.training.comparison_summary import tokens_at
 
 _RATIOS = ("tokens_ratio", "size_ratio", "size_ratio_without_embeddings", "training_operations_ratio",
            "train_tokens_per_second_ratio")  # fmt: skip
@@ -31,8 +32,9 @@ seeds, bands their lowest and highest.</li>
 <li>Bits per byte do not depend on the tokenizer; lower is better. Operations per token count every matrix product,
 forward and backward, the output head included.</li>
 <li>Tokens to equal loss: the tokens that the candidate needs for the worse one's final loss, over those that the
-baseline needs, read off the curves. A curve before its learning rate has decayed lies above what a training of that
-length would reach, so a ratio below 1 is an upper bound, and one above 1 a lower bound.</li>
+baseline needs. Where it was trained for several budgets, read off the ends of those trainings. Else read off its
+curve: before the learning rate has decayed it lies above what a training of that length would reach, so a ratio below 1
+is an upper bound, and one above 1 a lower bound.</li>
 <li>Time is the tokens over the median rate of the training steps: start-up, compilation and evaluations do not
 count.</li>
 </ul>"""

@@ -33,6 +33,11 @@ from fanformer.inference.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
+BLOCK = 1
+"""Number of FANformer's default block: raised with every change of its defaults or of its initialisation.
+
+Trainings of another block are not taken for those of this one; docs/experiments.md says what each number was.
+"""
 _PLAIN = {
     "fan_placement": "none",
     "cola_rank_ratio": None,
@@ -55,6 +60,7 @@ SMOLLM2_135M = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
 """Fields of LlamaConfig of HuggingFaceTB/SmolLM2-135M, the model that ours is measured against."""
+_PRESETS_OF_DEFAULT_BLOCK = ("nano", "92m")
 _WIDTH_STEP = 32
 _FFN_STEPS = (8, 2)
 """Multiples of intermediate_size: the second where the first is too coarse to meet a small size."""
@@ -167,6 +173,11 @@ class Architecture:
         """Return parameters and operations per token; arguments as in `config`."""
         return footprint(self.config(needed))
 
+    @property
+    def block(self) -> int:
+        """BLOCK where the default block is built upon, else 1, for what it is has all its fields written down."""
+        return BLOCK if self.family in ("fanformer", *_PRESETS_OF_DEFAULT_BLOCK) else 1
+
 
 def initialise_scaled(model: PreTrainedModel) -> None:
     """Give a Llama the initialisation that serves it best of those tried (docs/experiments.md).
@@ -186,6 +197,13 @@ def initialise_scaled(model: PreTrainedModel) -> None:
             ends_branch = name.endswith(("o_proj", "down_proj"))
             shrink = (2 * config.num_hidden_layers) ** -0.5 if ends_branch else 1.0
             init.normal_(module.weight, std=shrink * module.in_features**-0.5)
+
+
+def family_and_size(spec: str) -> tuple[str, str]:
+    """Split an architecture into what it is and its size, "" where it names none."""
+    head, colon, fields = spec.partition(":")
+    name, _, size = head.partition("@")
+    return name + colon + fields, size
 
 
 def architecture(spec: str) -> Architecture:

@@ -23,7 +23,7 @@ from fanformer.data.shards import prepare
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError, DataError, did_you_mean
 from fanformer.evaluation.rules import HoleTask, RuleTask, create_task
-from fanformer.training.architectures import architecture
+from fanformer.training.architectures import architecture, family_and_size
 from fanformer.training.configuration import RunConfig, load_preset, parse_count, resolve
 from fanformer.training.corpus import identity
 from fanformer.training.environment import decide
@@ -32,7 +32,7 @@ from fanformer.training.sweep import SweepObserver, TrialFailedError, run_trial_
 from fanformer.training.trial import Result, Trial, read_result
 
 DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
-OF_LANGUAGE = ("data", "tokens", "preset", "evaluations", "eval_tokens")
+OF_LANGUAGE = ("data", "tokens", "candidate_tokens", "preset", "evaluations", "eval_tokens")
 """Fields of a comparison that mean nothing for a rule."""
 _OWN_FIELDS = ("output_dir", "resume", "overwrite", "learning_rate", "seed", "data", "tokens", "max_steps", "epochs")
 """Fields of RunConfig that a comparison sets itself."""
@@ -47,6 +47,8 @@ class Comparison:
             are baselines.
         data: as `fanformer train --data`.
         tokens: budgets to train each architecture for.
+        candidate_tokens: more budgets, for the candidate alone; from the ends of its trainings of several lengths the
+            tokens to a baseline's loss are read.
         learning_rates: to sweep.
         seeds: to repeat the best learning rate with.
         preset: whose training recipe is taken over.
@@ -61,6 +63,7 @@ class Comparison:
     architectures: tuple[str, ...]
     data: str = "stdlib"
     tokens: tuple[int, ...] = (2_000_000,)
+    candidate_tokens: tuple[int, ...] = ()
     learning_rates: tuple[float, ...] = (0.0025, 0.005, 0.01)
     seeds: tuple[int, ...] = (0,)
     preset: str = "nano"
@@ -76,8 +79,11 @@ class Comparison:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"`{name}` must hold at least one value, each once, got {list(values)}.")
-        for name in ("tokens", "learning_rates"):
-            if min(getattr(self, name)) <= 0:
+        budgets = [*self.tokens, *self.candidate_tokens]
+        if len(set(budgets)) < len(budgets):
+            raise ConfigError(f"`tokens` and `candidate_tokens` must hold each value once, got {budgets}.")
+        for name in ("tokens", "candidate_tokens", "learning_rates"):
+            if min(getattr(self, name), default=1) <= 0:
                 raise ConfigError(f"`{name}` must be above 0, got {min(getattr(self, name))}.")
         for name in ("evaluations", "eval_tokens"):
             if getattr(self, name) < 1:
@@ -96,15 +102,28 @@ class Comparison:
             return
         if self.hole_sides:
             raise ConfigError("`hole_sides` is for a rule that has a hole: name it, as `rule: modular-addition`.")
-        config = self.run_config(min(self.tokens))
-        if min(self.tokens) < config.batch_size * config.sequence_length:
+        fewest = min(self.variants)
+        config = self.run_config(fewest)
+        if fewest < config.batch_size * config.sequence_length:
             step = config.batch_size * config.sequence_length
-            raise ConfigError(f"`tokens` must be at least one step of {step:,}, got {min(self.tokens):,}.")
+            raise ConfigError(f"`tokens` must be at least one step of {step:,}, got {fewest:,}.")
 
     @property
     def variants(self) -> tuple[int, ...]:
-        """What every architecture is trained for: budgets of tokens, sides of a hole, or 0 for a rule without one."""
-        return tuple(sorted(self.tokens if self.rule is None else self.hole_sides or (self._usual_side(),)))
+        """What architectures are trained for: budgets of tokens, sides of a hole, or 0 for a rule without one."""
+        budgets = (*self.tokens, *self.candidate_tokens)
+        return tuple(sorted(budgets if self.rule is None else self.hole_sides or (self._usual_side(),)))
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """Every architecture with every variant that it is trained for."""
+        candidate = family_and_size(self.architectures[0])[0]
+        return [
+            (spec, variant)
+            for variant in self.variants
+            for spec in self.architectures
+            if variant not in self.candidate_tokens or family_and_size(spec)[0] == candidate
+        ]
 
     def _usual_side(self) -> int:
         task = create_task(self.rule or "")
@@ -166,6 +185,7 @@ class Comparison:
         readers: dict[str, Callable[[Any], Any]] = {
             "architectures": _list_of(str),
             "tokens": _list_of(lambda value: parse_count(str(value))),
+            "candidate_tokens": _list_of(lambda value: parse_count(str(value))),
             "learning_rates": _list_of(float),
             "seeds": lambda value: tuple(range(value)) if isinstance(value, int) else _list_of(int)(value),
             "hole_sides": _list_of(int),
@@ -255,7 +275,7 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
     Raises:
         DataError: if they do not fill one row, or were prepared from something else.
     """
-    config = comparison.run_config(max(comparison.tokens))
+    config = comparison.run_config(max(comparison.variants))
     if is_prepared_folder(comparison.data):
         data = open_prepared(Path(comparison.data))
     else:
@@ -280,7 +300,7 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
                 progress=observer.data_progress,
             )
     rows = len(PackedRows(data.split("train"), config.sequence_length))
-    repeated = max(comparison.tokens) / max(1, rows * config.sequence_length)
+    repeated = max(comparison.variants) / max(1, rows * config.sequence_length)
     if repeated > 1:
         observer.note(f"the longest training reads the data {repeated:.1f} times")
     return data
@@ -312,9 +332,9 @@ class _Sweep:
         path = self.folder / DECISIONS_FILE
         if path.is_file():
             return yaml.safe_load(path.read_text(encoding="utf-8"))
-        config = self.comparison.run_config(max(self.comparison.tokens))
+        config = self.comparison.run_config(max(self.comparison.variants))
         largest = max(architecture(spec).count().training_operations for spec in self.comparison.architectures)
-        decided = decide(config, float(largest) * max(self.comparison.tokens), None)
+        decided = decide(config, float(largest) * max(self.comparison.variants), None)
         machine = {
             "device": decided.device,
             "precision": decided.precision,
@@ -328,7 +348,7 @@ class _Sweep:
     def run(self) -> list[Outcome]:
         """Sweep the learning rates, then repeat the best ones."""
         comparison = self.comparison
-        cells = [(spec, variant) for variant in comparison.variants for spec in comparison.architectures]
+        cells = comparison.cells
         rates = sorted(comparison.learning_rates)
         self.planned = len(cells) * (len(rates) + len(comparison.seeds) - 1)
         for rate in rates:
@@ -359,13 +379,14 @@ class _Sweep:
             self._train(spec, variant, added, self.comparison.seeds[0])
 
     def _train(self, spec: str, variant: int, rate: float, seed: int) -> None:
+        block = architecture(spec).block
         if self.data is None:
             task = self.comparison.rule_task(variant).to_dict()
             rule = {"task": task.pop("name"), **task}
-            trial = Trial(spec, rate, seed, self.comparison.run, rule=rule)
+            trial = Trial(spec, rate, seed, self.comparison.run, rule=rule, block=block)
         else:
             settings = {**self.comparison.shared_settings(variant), **self.machine}
-            trial = Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint)
+            trial = Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
         folder = self.trials / trial.name
         self.observer.begin(trial.name, len(self.outcomes), self.planned)
         try:

@@ -1,6 +1,9 @@
 """A comparison as entries of the ledger: one for every training, and one for what they say together."""
 
+import base64
+import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,13 +13,13 @@ from typing import Any
 from fanformer.data.prepared import PreparedData
 from fanformer.errors import DataError
 from fanformer.evaluation.ledger import EXACT, Entry, Figure, hardware, read_entry, versions, write_entry
+from fanformer.training.architectures import family_and_size
 from fanformer.training.comparison import Comparison, Outcome
 from fanformer.training.comparison_summary import (
     UNITS,
     Arm,
     Pair,
     arms,
-    family_and_size,
     pairs,
     parameters_ratio,
 )
@@ -79,7 +82,12 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
         data=None if data is None else {"source": spec, "fingerprint": data.fingerprint},
         result=figures,
         curve=result.curve,
-        details={"part_of": "comparisons", "status": result.status, "message": result.message},
+        details={
+            "part_of": "comparisons",
+            "status": result.status,
+            "message": result.message,
+            **({"rule": _pack(result.details["rule"])} if "rule" in result.details else {}),
+        },
     )
     _write(folder / TRAININGS_FOLDER, content)
 
@@ -87,14 +95,29 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
 def read_training(folder: Path, trial: Trial) -> Result | None:
     """Return what the ledger says of a training, None where it does not know it.
 
-    That of a rule is never returned: the ledger has its figures, not the answers that a picture needs.
+    Nor does it know a rule's training where an older entry lacks the answers, which a picture needs.
     """
     path = folder / TRAININGS_FOLDER / f"{trial.name}.json"
-    if trial.rule is not None or not path.is_file():
+    if not path.is_file():
         return None
     entry = read_entry(path)
     figures = {name: figure.value for name, figure in entry.result.items() if name != "diverged"}
-    return Result(entry.details["status"], entry.details["message"], figures, entry.curve, {"versions": entry.versions})
+    details: dict[str, Any] = {"versions": entry.versions}
+    if trial.rule is not None and figures:
+        if "rule" not in entry.details:
+            return None
+        details["rule"] = _unpack(entry.details["rule"])
+    return Result(entry.details["status"], entry.details["message"], figures, entry.curve, details)
+
+
+def _pack(content: dict[str, Any]) -> str:
+    """Return plain values as text: JSON, compressed (zlib), in base64; a rule's answers are thousands of numbers."""
+    return base64.b64encode(zlib.compress(json.dumps(content).encode(), 9)).decode()
+
+
+def _unpack(text: str) -> dict[str, Any]:
+    """Return the values that `_pack` wrote."""
+    return json.loads(zlib.decompress(base64.b64decode(text)))
 
 
 def write_comparison(
@@ -175,7 +198,7 @@ def _ladder_entries(
     """Return, for every baseline whose loss lies between the candidate's, the parameters to equal loss."""
     total = parameters_ratio(found, comparison, "parameters")
     inner = parameters_ratio(found, comparison, "parameters_without_embeddings")
-    longest = {arm.architecture: arm for arm in found if arm.variant == comparison.variants[-1]}
+    longest = {arm.architecture: arm for arm in found if arm.variant == max(comparison.tokens)}
     return [
         _entry(
             origin.command,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fanformer.evaluation.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
+from fanformer.training.architectures import family_and_size
 from fanformer.training.comparison import Comparison, Outcome, best_rate
 
 
@@ -63,19 +64,11 @@ _COUNTED_RATIOS = {
 """Ratios of a pair that are counted, each with the figure of a training that they are of."""
 
 
-def family_and_size(spec: str) -> tuple[str, str]:
-    """Split an architecture into what it is and its size, "" where it names none."""
-    head, colon, fields = spec.partition(":")
-    name, _, size = head.partition("@")
-    return name + colon + fields, size
-
-
 def arms(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Arm]:
     """Return every architecture at every variant."""
     return [
         _arm(spec, variant, [one for one in outcomes if one.trial.architecture == spec and one.variant == variant])
-        for variant in comparison.variants
-        for spec in comparison.architectures
+        for spec, variant in comparison.cells
     ]
 
 
@@ -112,13 +105,18 @@ def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
             other_name, other_size = family_and_size(other.architecture)
             comparable = other_size == size or size not in sizes
             if other_name != candidate and other.variant == one.variant and comparable:
-                figures = _pair_figures(one, other)
+                figures = _pair_figures(one, other, _budgets(found, one), _budgets(found, other))
                 if figures:
                     result.append(Pair(one.architecture, other.architecture, one.variant, figures))
     return result
 
 
-def _pair_figures(one: Arm, other: Arm) -> dict[str, Figure]:
+def _budgets(found: Sequence[Arm], arm: Arm) -> list[Arm]:
+    """Return an architecture at its budgets up to that of `arm`, in their order."""
+    return [other for other in found if other.architecture == arm.architecture and other.variant <= arm.variant]
+
+
+def _pair_figures(one: Arm, other: Arm, mine: Sequence[Arm], theirs: Sequence[Arm]) -> dict[str, Figure]:
     seeds = {outcome.trial.seed: outcome for outcome in one.outcomes}
     matched = [(seeds[base.trial.seed], base) for base in other.outcomes if base.trial.seed in seeds]
     if not matched:
@@ -139,21 +137,31 @@ def _pair_figures(one: Arm, other: Arm) -> dict[str, Figure]:
     figures["bits_per_byte_difference"] = interval_over_seeds(differences, "bits per byte")
     speeds = [a.figures["tokens_per_second"] / b.figures["tokens_per_second"] for a, b in results]
     figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
-    ratios = [ratio for a, b in results if (ratio := tokens_ratio(a.curve, b.curve)) is not None]
+    seeds_in_common = [base.trial.seed for _, base in matched]
+    curves = [(_over_tokens(mine, seed), _over_tokens(theirs, seed)) for seed in seeds_in_common]
+    ratios = [ratio for a, b in curves if (ratio := tokens_ratio(a, b)) is not None]
     if len(ratios) == len(results):
         figures["tokens_ratio"] = ratio_over_seeds(ratios)
     return figures
 
 
+def _over_tokens(budgets: Sequence[Arm], seed: int) -> list[dict[str, Any]]:
+    """Return a seed's final points at every budget, where there are several, else the curve of its one training."""
+    results = [one.result for arm in budgets for one in arm.outcomes if one.trial.seed == seed and one.result]
+    finals = [result.curve[-1] for result in results if result.curve]
+    return finals if len(finals) > 1 else results[-1].curve
+
+
 def tokens_ratio(candidate: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float | None:
     """Return the tokens that the candidate needs over those that the baseline needs, for the worse one's final loss.
 
-    Read off the two curves, by linear interpolation in the logarithm of the tokens. A curve before its learning rate
-    has decayed lies above what a training of that length would reach, so the better one's gain is understated: a ratio
-    below 1 is an upper bound, one above 1 a lower bound.
+    Read off the two curves, by linear interpolation in the logarithm of the tokens. The points of one training before
+    its learning rate has decayed lie above what a training of that length would reach, so the better one's gain is
+    understated: a ratio below 1 is an upper bound, one above 1 a lower bound. The ends of trainings of several lengths
+    give the ratio itself, unless the shortest is good enough already.
 
     Args:
-        candidate: points with `tokens` and `val_loss`.
+        candidate: points with `tokens` and `val_loss`, of one training or of the ends of several.
         baseline: likewise.
 
     Returns:
@@ -196,7 +204,7 @@ def parameters_ratio(
     Returns:
         The ratio over the seeds, and those seeds.
     """
-    candidate, longest = family_and_size(comparison.architectures[0])[0], comparison.variants[-1]
+    candidate, longest = family_and_size(comparison.architectures[0])[0], max(comparison.tokens)
     points: dict[bool, list[tuple[str, dict[int, tuple[float, float]]]]] = {True: [], False: []}
     for arm in found:
         if arm.variant == longest and "bits_per_byte" in arm.figures:

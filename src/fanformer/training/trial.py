@@ -40,6 +40,7 @@ class Trial:
         data_folder: prepared data; they may move, so their path is not part of the name.
         data_fingerprint: of these data.
         rule: fields of a rule-learning task instead, with its name under `task`; `settings` are then that training's.
+        block: `architectures.Architecture.block` of the architecture.
     """
 
     architecture: str
@@ -49,11 +50,14 @@ class Trial:
     data_folder: str = ""
     data_fingerprint: str = ""
     rule: Mapping[str, Any] | None = field(default=None, hash=False)
+    block: int = 1
 
     @property
     def name(self) -> str:
         """A name for a folder; trainings that differ in anything have different ones."""
         content = {key: value for key, value in asdict(self).items() if key != "data_folder"}
+        if self.block == 1:
+            del content["block"]  # older than this field
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         words = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in self.architecture)
         told = words[-48:] if os.sep in self.architecture else words[:48]  # of a path the end tells more

@@ -34,8 +34,9 @@ HELD_OUT = {"bits_per_byte": "bits per byte", "hole_accuracy": "share right", "l
 """Figures that say how good a training's model is, the first one there is shown, with their units."""
 KINDS = {
     "comparison": "Comparisons",
-    "training": "Trainings",
+    "ablation": "Ablations",
     "rule": "Rules",
+    "training": "Trainings",
     "evaluation": "Evaluations",
     "benchmark": "Benchmarks",
 }
@@ -115,7 +116,7 @@ def claims_table(rows: Sequence[Row], paths: dict[str, Path]) -> str:
 
 
 def entry_section(entry: Entry, path: Path) -> str:
-    """Return one entry: how it was measured, then a table of its figures."""
+    """Return one entry: how it was measured, then its figures."""
     made = {
         "command": code(entry.command),
         "seeds": seeds_text(entry),
@@ -130,10 +131,35 @@ def entry_section(entry: Entry, path: Path) -> str:
         f"{entry.what[0].upper()}{entry.what[1:]} ({entry.date}, [raw](../{path.as_posix()})).\n",
     ]
     lines += [f"- {name}: {text}" for name, text in made.items()]
-    lines += ["", "| figure | value | interval | unit |", "|---|---:|---|---|"]
+    table = ablation_table(entry) if entry.kind == "ablation" else figures_table(entry)
+    return "\n".join([*lines, "", *table]) + "\n"
+
+
+def figures_table(entry: Entry) -> list[str]:
+    """Return a line for each figure of an entry."""
+    lines = ["| figure | value | interval | unit |", "|---|---:|---|---|"]
     for name, figure in entry.result.items():
         lines.append(table_row([name.replace("_", " "), number(figure.value), interval_text(figure), figure.unit]))
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def ablation_table(entry: Entry) -> list[str]:
+    """Return a line for each arm of an ablation, the best first."""
+    default = entry.details["default"]
+    names = ("architecture", "parameters in the blocks", "held-out bits per byte", "less the default's")
+    lines = ["| " + " | ".join(names) + " |", "|---|---:|---:|---|"]
+    arms = entry.details["arms"]
+    for slug in sorted(arms, key=lambda one: entry.result[f"bits_per_byte_of_{one}"].value):
+        size = number(entry.details["parameters_without_embeddings"][slug])
+        loss = f"{entry.result[f'bits_per_byte_of_{slug}'].value:.4f}"
+        words = "the default"
+        if slug != default:
+            difference = entry.result[f"difference_of_{slug}"]
+            ends = f" [{difference.low:+.4f}, {difference.high:+.4f}]" if difference.low is not None else ""
+            words = f"{difference.value:+.4f}{ends}"
+        lines.append(table_row([code(arms[slug]), size, loss, words]))
+    lacking = entry.details["troubles"]
+    return [*lines, *["", *(f"- without result: {line}" for line in lacking)]] if lacking else lines
 
 
 def trainings_table(entries: Sequence[Entry], paths: dict[str, Path]) -> str:

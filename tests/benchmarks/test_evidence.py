@@ -198,6 +198,24 @@ def test_trainings_share_a_table_and_what_is_part_of_a_comparison_is_drawn_once(
     assert not list((copy / "docs" / "evidence").glob("sweep*"))
 
 
+def test_an_ablation_is_a_table_of_differences_the_best_first(evidence):
+    seeds = "95% t-interval over 2 seeds"
+    result = {
+        "bits_per_byte_of_a": Figure(2.0, "bits per byte", 1.9, 2.1, seeds),
+        "bits_per_byte_of_b": Figure(1.75, "bits per byte", 1.5, 2.0, seeds),
+        "difference_of_b": Figure(-0.25, "bits per byte", -0.5, 0.0, seeds),
+    }
+    arms, sizes = {"a": "fanformer@1m", "b": "fanformer@1m:x=1"}, {"a": 1_000_000, "b": 1_000_100}
+    details = {"default": "a", "arms": arms, "parameters_without_embeddings": sizes, "troubles": ["c: diverged"]}
+    lines = evidence.ablation_table(entry(kind="ablation", result=result, details=details))
+    assert lines[2:] == [
+        "| `fanformer@1m:x=1` | 1,000,100 | 1.7500 | -0.2500 [-0.5000, +0.0000] |",
+        "| `fanformer@1m` | 1,000,000 | 2.0000 | the default |",
+        "",
+        "- without result: c: diverged",
+    ]
+
+
 def test_entries_of_one_comparison_share_a_picture(evidence, tmp_path):
     arms = {name: {"comparison": "both", "arm": name} for name in ("a", "b")}
     curve = [{"tokens": 1, "loss": 2.0}, {"tokens": 2, "loss": 1.0}]

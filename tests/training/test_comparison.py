@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from fanformer.errors import ConfigError
+from fanformer.evaluation.ledger import read_ledger
 from fanformer.training.architectures import BLOCK, architecture, without_embeddings
 from fanformer.training.comparison import Comparison, Outcome, best_rate, run_comparison
+from fanformer.training.comparison_entries import Provenance, write_comparison
 from fanformer.training.comparison_summary import arms, pairs, to_record, tokens_ratio
 from fanformer.training.trial import RESULT_FILE, Result, Trial
 
@@ -45,6 +47,14 @@ def small(corpus, **fields):
     run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
     given = {"architectures": ["fanformer@60k", "llama@60k"], "data": str(corpus), "tokens": 1280, "run": run}
     return Comparison.from_fields({**given, "learning_rates": [0.01], "evaluations": 2, "eval_tokens": 256, **fields})
+
+
+def outcome(spec, budget, seed, loss):
+    """A training that ended at this loss."""
+    curve = [{"tokens": budget // 2, "val_loss": 9.0}, {"tokens": budget, "val_loss": loss}]
+    sizes = ("parameters", "parameters_without_embeddings", "training_operations_per_token", "tokens_per_second")
+    figures = {"loss": loss, "bits_per_byte": loss, **dict.fromkeys(sizes, 1.0)}
+    return Outcome(Trial(spec, 0.01, seed, {}), budget, Result("finished", "", figures, curve, {}))
 
 
 @pytest.mark.parametrize("spec", ["fanformer@300k", "llama@300k", "llama-qk-norm@300k", "cola-llama@300k"])
@@ -97,6 +107,7 @@ def test_a_wrong_architecture_is_refused_with_a_remedy(spec, message):
         ({"seeds": [0, 0]}, "`seeds` must hold at least one value, each once"),
         ({"learning_rates": []}, "`learning_rates` must hold at least one value"),
         ({"learning_rates": "fast"}, "`learning_rates` of a comparison cannot be 'fast'"),
+        ({"ablation": 1}, "`ablation` of a comparison must be true or false, got 1"),
         ({"evaluations": "many"}, "`evaluations` of a comparison must be a whole number"),
         ({"run": {"seed": 3}}, "`seed` is set by the comparison itself"),
         ({"run": {"optimiser": "muon"}}, "did you mean `optimizer`?"),
@@ -217,16 +228,26 @@ def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
     fanformer, llama = comparison.architectures
     assert comparison.cells == [(fanformer, 1024), (fanformer, 2048), (fanformer, 4096), (llama, 4096)]
 
-    def outcome(spec, budget, seed, loss):
-        curve = [{"tokens": budget // 2, "val_loss": 9.0}, {"tokens": budget, "val_loss": loss}]
-        sizes = ("parameters", "parameters_without_embeddings", "training_operations_per_token", "tokens_per_second")
-        figures = {"loss": loss, "bits_per_byte": loss, **dict.fromkeys(sizes, 1.0)}
-        return Outcome(Trial(spec, 0.01, seed, {}), budget, Result("finished", "", figures, curve, {}))
-
     ends = [(fanformer, 1024, 4.0), (fanformer, 2048, 3.0), (fanformer, 4096, 2.0), (llama, 4096, 3.0)]
     outcomes = [outcome(spec, budget, seed, loss) for seed in (0, 1) for spec, budget, loss in ends]
     (pair,) = pairs(comparison, arms(comparison, outcomes))
     assert pair.figures["tokens_ratio"].value == pytest.approx(0.5)
+
+
+def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path):
+    changed = ["fanformer@60k:fan_ratio=0.3", "fanformer@60k:cola_activation=gelu", "fanformer@60k:qkv_norm=qk"]
+    comparison = small(corpus, architectures=["fanformer@60k", *changed], ablation=True, seeds=2)
+    losses = {"fanformer@60k": (2.0, 2.25), changed[0]: (1.5, 1.75), changed[1]: (2.5, 2.25), changed[2]: (3.0,)}
+    outcomes = [outcome(spec, 1280, seed, loss) for spec, of in losses.items() for seed, loss in enumerate(of)]
+    write_comparison(tmp_path, Provenance("parts", "fanformer compare"), comparison, outcomes, None)
+    (entry,) = read_ledger(tmp_path)
+    assert (entry.kind, entry.seeds, entry.details["default"]) == ("ablation", [0, 1], "fanformer-60k")
+    assert set(entry.details["arms"].values()) == {"fanformer@60k", *changed[:2]}  # the last lacks a seed
+    better = entry.result["difference_of_fanformer-60k-fan-ratio-0.3"]
+    assert (better.value, better.low, better.high) == (-0.5, -0.5, -0.5)
+    mixed = entry.result["difference_of_fanformer-60k-cola-activation-gelu"]
+    assert mixed.value == 0.25
+    assert mixed.low < 0 < mixed.high
 
 
 def test_a_changed_default_block_is_not_taken_for_the_older_one(monkeypatch):

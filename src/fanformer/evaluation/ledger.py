@@ -24,7 +24,7 @@ from fanformer import __version__
 from fanformer.data.durable import replace_json
 from fanformer.errors import ConfigError, DataError, did_you_mean
 
-Kind = Literal["training", "rule", "comparison", "evaluation", "benchmark"]
+Kind = Literal["comparison", "ablation", "rule", "training", "evaluation", "benchmark"]
 EXACT = "exact"
 """The interval of a figure without spread: one that was counted, or that every repetition gives alike."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

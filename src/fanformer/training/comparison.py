@@ -58,6 +58,8 @@ class Comparison:
         extend: how many learning rates to add, one by one, while the best one is at an end of the sweep.
         rule: name of a rule-learning task to train instead of language.
         hole_sides: of a rule with a hole, each a comparison of its own.
+        ablation: whether the first architecture is a default of which each of the others changes something, rather
+            than a candidate beside its baselines.
     """
 
     architectures: tuple[str, ...]
@@ -73,6 +75,7 @@ class Comparison:
     extend: int = 0
     rule: str | None = None
     hole_sides: tuple[int, ...] = ()
+    ablation: bool = False
 
     def __post_init__(self) -> None:
         for name in ("architectures", "tokens", "learning_rates", "seeds"):
@@ -199,6 +202,8 @@ class Comparison:
                 reason = str(error).rstrip(".")
                 raise ConfigError(f"`{key}` of a comparison cannot be {value!r}: {reason}.") from error
         for item in dataclasses.fields(cls):
+            if item.type in ("bool", bool) and not isinstance(made.get(item.name, False), bool):
+                raise ConfigError(f"`{item.name}` of a comparison must be true or false, got {made[item.name]!r}.")
             if item.type in ("int", int) and not isinstance(made.get(item.name, 0), int):
                 raise ConfigError(f"`{item.name}` of a comparison must be a whole number, got {made[item.name]!r}.")
         return cls(**made)

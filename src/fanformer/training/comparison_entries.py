@@ -12,7 +12,16 @@ from typing import Any
 
 from fanformer.data.prepared import PreparedData
 from fanformer.errors import DataError
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, hardware, read_entry, versions, write_entry
+from fanformer.evaluation.ledger import (
+    EXACT,
+    Entry,
+    Figure,
+    hardware,
+    interval_over_seeds,
+    read_entry,
+    versions,
+    write_entry,
+)
 from fanformer.training.architectures import family_and_size
 from fanformer.training.comparison import Comparison, Outcome
 from fanformer.training.comparison_summary import (
@@ -138,6 +147,12 @@ def write_comparison(
                 _write(folder, _rule_entry(origin, comparison, arm))
         return
     read = None if data is None else {"source": comparison.data, "fingerprint": data.fingerprint}
+    if comparison.ablation:
+        for variant in comparison.variants:
+            default, *changed = [arm for arm in found if arm.variant == variant]
+            if default.outcomes:
+                _write(folder, _ablation_entry(origin, comparison, default, changed, read))
+        return
     together = pairs(comparison, found)
     for arm in found:
         against = [pair for pair in together if (pair.candidate, pair.variant) == (arm.architecture, arm.variant)]
@@ -188,6 +203,44 @@ def _candidate_entry(
             "better_baseline": best.baseline,
             "best_learning_rate_at_the_edge_of_the_sweep": [one.architecture for one in shown if one.at_edge],
             "troubles": [line for one in shown for line in one.troubles],
+        },
+    )
+
+
+def _ablation_entry(
+    origin: Provenance, comparison: Comparison, default: Arm, changed: Sequence[Arm], data: dict[str, Any] | None
+) -> Entry:
+    """Return the entry of a default beside what changes it; arms that lack a seed of the default's are left out."""
+    seeds = [outcome.trial.seed for outcome in default.outcomes]
+    shown = {
+        _slug(arm.architecture): arm
+        for arm in [default, *changed]
+        if [outcome.trial.seed for outcome in arm.outcomes] == seeds
+    }
+    base = [one.result.figures["bits_per_byte"] for one in default.outcomes if one.result is not None]
+    figures = {}
+    for slug, arm in shown.items():
+        figures[f"bits_per_byte_of_{slug}"] = arm.figures["bits_per_byte"]
+        if arm is not default:
+            own = [one.result.figures["bits_per_byte"] for one in arm.outcomes if one.result is not None]
+            differences = [mine - its for mine, its in zip(own, base, strict=True)]
+            figures[f"difference_of_{slug}"] = interval_over_seeds(differences, "bits per byte")
+    suffix = f"-{default.variant}" if len(comparison.variants) > 1 else ""
+    return _entry(
+        origin.command,
+        name=f"{origin.name}{suffix}",
+        what=f"{default.architecture} with one thing changed, at {default.variant:,} tokens",
+        kind="ablation",
+        seeds=seeds,
+        configuration=_configuration(default.outcomes[0].trial, _parameters(default)) | _rates(list(shown.values())),
+        data=data,
+        result=figures,
+        details={
+            "default": _slug(default.architecture),
+            "arms": {slug: arm.architecture for slug, arm in shown.items()},
+            "parameters_without_embeddings": {slug: _parameters(arm, True) for slug, arm in shown.items()},
+            "block": default.outcomes[0].trial.block,
+            "troubles": [line for arm in [default, *changed] for line in arm.troubles],
         },
     )
 
@@ -276,9 +329,10 @@ def _trained_on(trial: Trial, variant: int) -> str:
     return f"rule {trial.rule['task']}" + (f", hole {variant} x {variant}" if variant else "")
 
 
-def _parameters(arm: Arm) -> float | None:
+def _parameters(arm: Arm, without_embeddings: bool = False) -> float | None:
     result = arm.outcomes[0].result
-    return None if result is None else result.figures["parameters"]
+    name = "parameters_without_embeddings" if without_embeddings else "parameters"
+    return None if result is None else result.figures[name]
 
 
 def _curve(arm: Arm) -> list[dict[str, Any]]:

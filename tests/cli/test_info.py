@@ -11,7 +11,7 @@ from fanformer.model import FANformerConfig
 VARIANTS = [
     {},
     {"fan_placement": "layer", "cola_rank_ratio": None},
-    {"fan_layout": "interleaved"},
+    {"cola_input": "shared", "cola_norm": True},
     {"cola_layers": "attention", "gate_initial": -2.0},
     {"cola_layers": "ffn", "tie_word_embeddings": True},
 ]
@@ -104,12 +104,6 @@ def test_words_say_what_p_and_the_rank_are(command):
     text = " ".join(command("info", "1b").out.split())
     assert "2048 -> 2048 before Q, K and V: 512 cos, 512 sin, 1024 linear" in text
     assert "CoLA" not in text
-
-
-def test_words_say_how_the_periodic_channels_are_spread():
-    words = fanformer_words(FANformerConfig(fan_layout="interleaved"))
-    assert "P = 228 numbers p give 228 cos(p) and 228 sin(p), 19 of each in every head, the other 1080" in words["q"]
-    assert "P = 114 numbers p give 114 cos(p) and 114 sin(p), 19 of each in every head, the other 540" in words["k"]
 
 
 def test_words_say_which_layers_are_low_rank():

@@ -16,7 +16,7 @@ VARIANTS = [
     {},
     {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "none"},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "gated_residual": False},
-    {"fan_layout": "interleaved", "cola_layers": "attention"},
+    {"cola_input": "shared", "cola_norm": True, "cola_layers": "attention"},
 ]
 
 

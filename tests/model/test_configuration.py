@@ -33,20 +33,6 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
             "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 12 and 5: "
             "each key-value head serves the same number of query heads.",
         ),
-        (
-            {"fan_layout": "interleaved", "fan_placement": "layer"},
-            "`fan_layout` must be 'contiguous' with fan_placement 'layer', got 'interleaved': "
-            "only fan_placement 'projection' has cos and sin in heads.",
-        ),
-        (
-            {"fan_layout": "interleaved", "fan_placement": "none"},
-            "`fan_layout` must be 'contiguous' with fan_placement 'none', got 'interleaved'",
-        ),
-        (
-            {"fan_layout": "interleaved", "fan_ratio": 0.05, "head_dim": 16},
-            "`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got 'interleaved' with 0.05 and "
-            "16: raise `fan_ratio` to give every head a cos and a sin.",
-        ),
         ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
         (
             {"cola_layers": "ffn", "cola_rank_ratio": None},
@@ -99,7 +85,8 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
         ({"gate_initial": "open"}, "Field 'gate_initial' with value 'open' doesn't match any type in"),
         ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
-        ({"fan_layout": "heads"}, "Field 'fan_layout' expected one of ('contiguous', 'interleaved'), got heads"),
+        ({"cola_input": "one"}, "Field 'cola_input' expected one of ('separate', 'shared'), got one"),
+        ({"cola_norm": 1}, "Field 'cola_norm' expected bool, got int"),
         ({"cola_layers": "mlp"}, "Field 'cola_layers' expected one of ('all', 'attention', 'ffn'), got mlp"),
         ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
         ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
@@ -124,7 +111,6 @@ def test_assigning_the_wrong_type_is_refused():
     "others",
     [
         {},
-        {"fan_placement": "projection", "fan_layout": "interleaved"},
         {"gated_residual": True, "gate_initial": -1.5},
     ],
     ids=str,
@@ -145,12 +131,13 @@ def test_every_field_survives_config_json(tmp_path, others):
         "attention_dropout": 0.3,
         "hidden_act": "gelu",
         "fan_placement": "layer",
-        "fan_layout": "contiguous",
         "fan_ratio": 0.25,
         "cola_rank_ratio": None,
         "cola_rank": 7,
         "cola_layers": "ffn",
         "cola_activation": "linear",
+        "cola_input": "shared",
+        "cola_norm": True,
         "projection_bias": False,
         "norm_placement": "pre",
         "qkv_norm": "qk",

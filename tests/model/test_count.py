@@ -58,18 +58,6 @@ def test_default_model_has_92203744_parameters_part_by_part():
     assert sum(counts.values()) == 25_165_824 + 25_165_824 + 12 * 3_489_256 + 512 + 512 == 92_203_744
 
 
-def test_interleaved_layout_counts_p_in_each_head():
-    layer = {n: count for n, count in parameters_of(FANformerConfig(fan_layout="interleaved")).items() if "rs.1." in n}
-    # int(0.15 * 128) = 19 numbers p in each of 12 query heads: 228, not the 230 of int(0.15 * 1536).
-    assert total(layer, "q_proj.periodic") == 12 * 19 * 128
-    assert total(layer, "q_proj.linear") == 12 * (128 - 2 * 19) * (128 + 1)
-    for part in ("k_proj", "v_proj"):
-        assert total(layer, part + ".periodic") == 6 * 19 * 128
-        assert total(layer, part + ".linear") == 6 * (128 - 2 * 19) * (128 + 1)
-    # A number p fewer is two linear outputs more, with their biases: 2 in Q, 1 in K and 1 in V.
-    assert sum(layer.values()) == 3_489_256 + (2 + 1 + 1) * (2 * (128 + 1) - 128) == 3_489_776
-
-
 def test_cola_layers_leaves_the_other_branch_at_full_rank():
     attention = {"all": 299_316 + 2 * 215_194 + 786_944}
     attention["attention"] = attention["all"]

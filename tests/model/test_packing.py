@@ -32,7 +32,11 @@ def masks(input_ids):
     return {"no mask": None, "ones": torch.ones_like(input_ids)}
 
 
-VARIANTS = [({}, "sdpa"), ({}, "eager"), ({"fan_layout": "interleaved", "cola_layers": "attention"}, "sdpa")]
+VARIANTS = [
+    ({}, "sdpa"),
+    ({}, "eager"),
+    ({"cola_input": "shared", "cola_norm": True, "cola_layers": "attention"}, "sdpa"),
+]
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=str)

@@ -11,7 +11,6 @@ from fanformer.model.modeling_fanformer import (
     FANformerRMSNorm,
     FANLayer,
     FANProjection,
-    InterleavedFANProjection,
     apply_rotary,
     default_rope_frequencies,
     eager_attention_forward,
@@ -28,15 +27,16 @@ SWITCHES = [
     {"fan_placement": "none"},
     {"fan_ratio": 0.0},
     {"fan_ratio": 0.5},
-    {"fan_layout": "interleaved"},
-    {"fan_layout": "interleaved", "fan_ratio": 0.5},
-    {"fan_layout": "interleaved", "cola_rank_ratio": None, "num_key_value_heads": 1},
     {"cola_rank_ratio": None},
     {"cola_rank_ratio": 0.25},
     {"cola_rank": 5},
     {"cola_layers": "attention"},
     {"cola_layers": "ffn"},
     {"cola_layers": "ffn", "fan_placement": "none", "cola_rank": 5},
+    {"cola_input": "shared"},
+    {"cola_input": "shared", "fan_placement": "layer", "cola_rank": 5},
+    {"cola_norm": True},
+    {"cola_input": "shared", "cola_norm": True, "cola_layers": "ffn"},
     {"cola_activation": "silu"},
     {"cola_activation": "gelu"},
     {"cola_activation": "linear"},
@@ -153,11 +153,15 @@ def test_rotary_equals_its_equation():
     assert torch.autograd.gradcheck(lambda t: apply_rotary(t, cos, sin), (x,))
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
-def test_cola_linear_equals_its_equation(activation):
-    linear = randomised(CoLALinear(5, 4, rank=3, bias=True, activation=activation, gain=1.0))
+def test_cola_linear_equals_its_equation(tiny_config, activation, normed):
+    config = tiny_config(cola_activation=activation, cola_norm=normed)
+    linear = randomised(CoLALinear(config, 5, 4, rank=3, gain=1.0))
     x = randn(2, 5)
-    expected = reference.cola(x, linear.input.factor.weight, linear.output.weight, linear.output.bias, activation)
+    weights = linear.input.factor.weight, linear.output.weight, linear.output.bias
+    norm = linear.input.norm.weight if normed else None
+    expected = reference.cola(x, *weights, activation, norm, config.rms_norm_eps)
     torch.testing.assert_close(linear(x), expected, **TOLERANCE)
     gradcheck(linear, x)
 
@@ -169,16 +173,6 @@ def test_fan_projection_equals_its_equation():
     g = reference.affine(v, projection.linear.weight, projection.linear.bias)
     assert p.shape[-1] == 2  # int(0.25 * 10)
     torch.testing.assert_close(projection(u, v), reference.fan(p, g), **TOLERANCE)
-    gradcheck(projection, u, v)
-
-
-def test_interleaved_fan_projection_equals_its_equation():
-    projection = randomised(InterleavedFANProjection(3, 24, fan_ratio=0.3, bias=True, gain=1.0, heads=3))
-    u, v = randn(2, 3), randn(2, 3)
-    p = reference.affine(u, projection.periodic.weight)
-    g = reference.affine(v, projection.linear.weight, projection.linear.bias)
-    assert p.shape[-1] == 3 * 2  # int(0.3 * 24 / 3) in each head
-    torch.testing.assert_close(projection(u, v), reference.fan_in_heads(p, g, 3), **TOLERANCE)
     gradcheck(projection, u, v)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fanformer.model import FANformerForCausalLM
-from fanformer.model.modeling_fanformer import apply_rotary
 
 
 def names(model):
@@ -43,40 +42,6 @@ def test_fan_projection_gives_unit_circles_then_the_linear_part(tiny_model):
     cos, sin, linear = attention.q_proj(u, v).split((periodic, periodic, 64 - 2 * periodic), dim=-1)
     torch.testing.assert_close(cos**2 + sin**2, torch.ones(5, periodic))
     torch.testing.assert_close(linear, attention.q_proj.linear(v))
-
-
-def test_interleaved_layout_gives_every_head_its_circles(tiny_model):
-    attention = attention_of(tiny_model(fan_layout="interleaved", fan_ratio=0.2))
-    periodic = int(0.2 * 16)
-    for projection, heads in ((attention.q_proj, 4), (attention.k_proj, 2), (attention.v_proj, 2)):
-        assert projection.periodic.weight.shape == (heads * periodic, 16)
-        assert projection.linear.weight.shape == (heads * (16 - 2 * periodic), 16)
-        u, v = torch.randn(5, 16), torch.randn(5, 16)
-        first, second = projection(u, v).view(5, heads, 16).chunk(2, dim=-1)
-        cos, sin = first[..., :periodic], second[..., :periodic]
-        torch.testing.assert_close(torch.atan2(sin, cos).sin().flatten(1), projection.periodic(u).sin())
-        torch.testing.assert_close(cos**2 + sin**2, torch.ones(5, heads, periodic))
-        linear = torch.cat((first[..., periodic:], second[..., periodic:]), dim=-1)
-        torch.testing.assert_close(linear.flatten(1), projection.linear(v))
-
-
-def test_rope_adds_its_angle_to_the_phases_of_an_interleaved_head(tiny_model):
-    projection = attention_of(tiny_model(fan_layout="interleaved", fan_ratio=0.2)).q_proj
-    u, v, angle = torch.randn(5, 16), torch.randn(5, 16), torch.randn(5, 1, 8)
-    turned = apply_rotary(projection(u, v).view(5, 4, 16), angle.cos(), angle.sin())
-    p = projection.periodic(u).view(5, 4, 3) + angle[..., :3]
-    # cos(a) cos(b) - sin(a) sin(b) is rounded three times where cos(a + b) is rounded once, at angles of at most 10.
-    torch.testing.assert_close(turned[..., :3], p.cos(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(turned[..., 8:11], p.sin(), atol=1e-5, rtol=0)
-
-
-def test_layouts_differ_in_the_order_of_channels_only(tiny_model):
-    # 0.25 of a head is a whole number, so both layouts have the same parameters.
-    models = [tiny_model(fan_layout=layout, fan_ratio=0.25) for layout in ("contiguous", "interleaved")]
-    u, v = torch.randn(5, 16), torch.randn(5, 16)
-    outputs = [attention_of(model).q_proj(u, v) for model in models]
-    assert not torch.equal(*outputs)
-    assert torch.equal(*(output.sort().values for output in outputs))
 
 
 def test_fan_layer_is_shared_by_q_k_and_v(tiny_model, token_ids):
@@ -147,6 +112,31 @@ def test_cola_layers_says_which_branch_has_factors(tiny_model, chosen, low_rank)
     assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (96, ffn_width)
     for output, part in ((layer.self_attn.o_proj, "self_attn"), (layer.mlp.down_proj, "mlp")):
         assert (type(output) is torch.nn.Linear) == (part not in low_rank)
+
+
+def test_a_shared_input_factor_is_one_for_all_its_readers(tiny_model):
+    layer = tiny_model(cola_input="shared").model.layers[0]
+    assert layer.self_attn.qkv_input.factor.weight.shape == (16, 64)
+    assert layer.mlp.gate_up_input.factor.weight.shape == (16, 64)
+    assert layer.self_attn.q_proj.periodic.weight.shape == (9, 16)  # as with a factor of its own
+    inputs = layer.self_attn.qkv_input(torch.randn(1, 3, 64))
+    assert len(inputs) == 6
+    assert all(torch.equal(inputs[0], other) for other in inputs)
+    assert len({id(own) for own in tiny_model().model.layers[0].mlp.gate_up_input(torch.randn(1, 3, 64))}) == 2
+
+
+@pytest.mark.parametrize("cola_input", ["separate", "shared"])
+def test_cola_norm_makes_the_factors_blind_to_the_scale_of_the_first(tiny_model, cola_input):
+    for normed in (False, True):
+        part = tiny_model(cola_input=cola_input, cola_norm=normed, rms_norm_eps=1e-12).model.layers[0].mlp
+        assert [name for name, _ in part.named_parameters() if "norm" in name] == (
+            ["gate_up_input.norm.weight", "down_proj.input.norm.weight"] if normed else []
+        )
+        x = torch.randn(3, 64)
+        before = part(x)
+        with torch.no_grad():
+            part.gate_up_input.factor.weight.mul_(3)
+        assert torch.allclose(part(x), before, atol=1e-5) == normed
 
 
 def test_cola_activation_stands_between_the_factors(tiny_model):

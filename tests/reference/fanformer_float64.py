@@ -40,24 +40,25 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def cola(x: Tensor, w_a: Tensor | None, w_b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """W_b act(W_a x) + b; without W_a, at full rank, W_b x + b."""
-    inner = x if w_a is None else ACTIVATIONS[activation](affine(x, w_a))
-    return affine(inner, w_b, bias)
+def cola(
+    x: Tensor,
+    w_a: Tensor | None,
+    w_b: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """W_b act(W_a x) + b, or W_b act(Norm(W_a x)) + b; without W_a, at full rank, W_b x + b."""
+    if w_a is None:
+        return affine(x, w_b, bias)
+    inner = affine(x, w_a) if norm is None else rms_norm(affine(x, w_a), norm, eps)
+    return affine(ACTIVATIONS[activation](inner), w_b, bias)
 
 
 def fan(p: Tensor, g: Tensor) -> Tensor:
     """[cos(p) || sin(p) || g]."""
     return torch.cat([torch.cos(p), torch.sin(p), g], dim=-1)
-
-
-def fan_in_heads(p: Tensor, g: Tensor, heads: int) -> Tensor:
-    """[cos(p_h) || first half of g_h || sin(p_h) || second half of g_h], one head h after the other."""
-    result = []
-    for p_h, g_h in zip(p.tensor_split(heads, dim=-1), g.tensor_split(heads, dim=-1), strict=True):
-        half = g_h.shape[-1] // 2
-        result += [torch.cos(p_h), g_h[..., :half], torch.sin(p_h), g_h[..., half:]]
-    return torch.cat(result, dim=-1)
 
 
 def fan_layer(x: Tensor, weight: Tensor, bias: Tensor, fan_ratio: float) -> Tensor:
@@ -111,30 +112,37 @@ def low_rank(config, branch: str) -> bool:
     return config.cola_layers in ("all", branch) and (config.cola_rank, config.cola_rank_ratio) != (None, None)
 
 
-def branch_output(x: Tensor, layer: Layer, name: str, factors: bool, activation: str) -> Tensor:
+def branch_output(x: Tensor, layer: Layer, name: str, factors: bool, config) -> Tensor:
     """The CoLA linear that ends a branch, stored as two factors, or at full rank as one matrix."""
     if not factors:
-        return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), activation)
+        return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), config.cola_activation)
     w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
-    return cola(x, w_a, w_b, layer.get(f"{name}.output.bias"), activation)
+    bias, norm = layer.get(f"{name}.output.bias"), layer.get(f"{name}.input.norm.weight")
+    return cola(x, w_a, w_b, bias, config.cola_activation, norm, config.rms_norm_eps)
+
+
+def first_factors(layer: Layer, name: str, readers: int, config) -> list[Tensor]:
+    """W_a of each reader of one input: stored one above the other, or one for all."""
+    stored = layer[f"{name}.factor.weight"]
+    return [stored] * readers if config.cola_input == "shared" else list(stored.chunk(readers))
 
 
 def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K and V (T, heads * head width): FAN projections or CoLA linears, their W_a stored one above the other."""
-    act = config.cola_activation
+    act, norm, eps = config.cola_activation, layer.get("qkv_input.norm.weight"), config.rms_norm_eps
     count = 6 if config.fan_placement == "projection" else 3
     factors = [None] * count
     if low_rank(config, "attention"):
-        factors = list(layer["qkv_input.factor.weight"].chunk(count))
+        factors = first_factors(layer, "qkv_input", count, config)
     result = []
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    for name, own_heads in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True):
+    for name in ("q_proj", "k_proj", "v_proj"):
         if config.fan_placement == "projection":
-            p = cola(x, factors.pop(0), layer[f"{name}.periodic.weight"], None, act)
-            g = cola(x, factors.pop(0), layer[f"{name}.linear.weight"], layer.get(f"{name}.linear.bias"), act)
-            result.append(fan(p, g) if config.fan_layout == "contiguous" else fan_in_heads(p, g, own_heads))
+            p = cola(x, factors.pop(0), layer[f"{name}.periodic.weight"], None, act, norm, eps)
+            bias = layer.get(f"{name}.linear.bias")
+            result.append(fan(p, cola(x, factors.pop(0), layer[f"{name}.linear.weight"], bias, act, norm, eps)))
         else:
-            result.append(cola(x, factors.pop(0), layer[f"{name}.weight"], layer.get(f"{name}.bias"), act))
+            bias = layer.get(f"{name}.bias")
+            result.append(cola(x, factors.pop(0), layer[f"{name}.weight"], bias, act, norm, eps))
     return tuple(result)
 
 
@@ -157,17 +165,18 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
             v = rms_norm(v, layer["v_norm.weight"], eps)
         outputs.append(attend(rope(q, theta), rope(k, theta), v))
     joined, factors = torch.cat(outputs, dim=-1), low_rank(config, "attention")
-    return branch_output(joined, layer, "o_proj", factors, config.cola_activation)
+    return branch_output(joined, layer, "o_proj", factors, config)
 
 
 def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
     """W_down(act(W_gate z) * W_up z), three CoLA linears."""
     factors = low_rank(config, "ffn")
-    gate_a, up_a = layer["gate_up_input.factor.weight"].chunk(2) if factors else (None, None)
-    gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), config.cola_activation)
-    up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), config.cola_activation)
+    gate_a, up_a = first_factors(layer, "gate_up_input", 2, config) if factors else (None, None)
+    act, norm, eps = config.cola_activation, layer.get("gate_up_input.norm.weight"), config.rms_norm_eps
+    gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), act, norm, eps)
+    up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), act, norm, eps)
     product = ACTIVATIONS[config.hidden_act](gate) * up
-    return branch_output(product, layer, "down_proj", factors, config.cola_activation)
+    return branch_output(product, layer, "down_proj", factors, config)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -48,6 +48,16 @@ def test_stacked_factors_step_as_if_each_were_a_weight_of_its_own():
     assert not torch.allclose(stacked, whole, atol=1e-3)
 
 
+def test_spectral_scaling_lets_every_shape_change_its_output_by_the_learning_rate():
+    for rows, columns in ((64, 64), (64, 16), (16, 64), (160, 16)):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(rows, columns))
+        weight.grad = torch.randn_like(weight)
+        BlockMuon([{"params": [weight], "blocks": 1}], "spectral", lr=0.01, weight_decay=0.0).step()
+        largest = torch.linalg.matrix_norm(weight, ord=2).item()  # of |W x| over |x|
+        assert 0.006 < largest * (columns / rows) ** 0.5 < 0.013, (rows, columns)  # of their root mean squares
+
+
 def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
     model = tiny_model()
     roles = split_parameters(model)

@@ -151,21 +151,20 @@ def fanformer_words(config: Any) -> dict[str, str]:
         rank = config.cola_rank_for(inputs, branch)
         if rank is None:
             return f"{inputs} -> {outputs}"
-        return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {config.cola_activation} between the factors"
+        between = f"{'RMSNorm and ' if config.cola_norm else ''}{config.cola_activation}"
+        return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {between} between the factors"
 
     def projection(heads: int) -> str:
         outputs = heads * head_dim
         if config.fan_placement != "projection":
             return linear(width, outputs, "attention")
-        interleaved = config.fan_layout == "interleaved"
-        shares = heads if interleaved else 1
-        periodic = shares * int(config.fan_ratio * (outputs // shares))
-        spread = f", {periodic // heads} of each in every head" if interleaved else ""
+        periodic = int(config.fan_ratio * outputs)
         rank = config.cola_rank_for(width, "attention")
-        low_rank = "" if rank is None else f"; both from CoLA factors of rank {rank}"
+        factors = "one CoLA factor" if config.cola_input == "shared" else "CoLA factors"
+        low_rank = "" if rank is None else f"; both from {factors} of rank {rank}"
         return (
-            f"{width} -> {outputs}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p)"
-            f"{spread}, the other {outputs - 2 * periodic} are linear{low_rank}"
+            f"{width} -> {outputs}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), "
+            f"the other {outputs - 2 * periodic} are linear{low_rank}"
         )
 
     groups = config.num_attention_heads // config.num_key_value_heads

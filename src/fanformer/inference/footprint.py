@@ -125,10 +125,12 @@ def footprint(config: PreTrainedConfig) -> Footprint:
         count = parameter.numel()
         owners = part_of(name)
         block = _BLOCK.search(f".{name}")
+        share, rest = divmod(count, len(owners))
         for owner in owners:
-            parts[owner] += count // len(owners)
+            own = share + (rest if owner == owners[0] else 0)
+            parts[owner] += own
             if block is not None and int(block[1]) == last:
-                last_block[owner] += count // len(owners)
+                last_block[owner] += own
         is_lookup = parameter is model.get_input_embeddings().weight
         if parameter.dim() > 1 and (not is_lookup or parameter is model.get_output_embeddings().weight):
             matrices += count

@@ -80,10 +80,6 @@ class FANformerConfig(PreTrainedConfig):
     "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none" leaves them out."""
     fan_ratio: float | int = 0.15
     """Share of a projection's outputs given to cos, and again to sin: P = int(fan_ratio * outputs). In [0, 0.5]."""
-    fan_layout: Literal["contiguous", "interleaved"] = "contiguous"
-    """Where cos and sin go in a FAN projection: "contiguous" puts them in front of the whole of Q, K or V, so that the
-    first heads are periodic all through; "interleaved" gives every head P = int(fan_ratio * head_dim) of each, with
-    cos(p_i) and sin(p_i) a pair of RoPE. Both are ours. Refused with another `fan_placement`, which has no layouts."""
     cola_rank_ratio: float | int | None = 0.25
     """R = int(cola_rank_ratio * inputs) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
     cola_rank: int | None = None
@@ -93,6 +89,11 @@ class FANformerConfig(PreTrainedConfig):
     as in CoLA; the others are full rank. Choosing is ours. Refused where no rank is set."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
     """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
+    cola_input: Literal["separate", "shared"] = "separate"
+    """Whether CoLA linears that read the same input (Q, K and V, with p and g apart; gate and up) have a W_a each, as
+    in CoLA, or one together. Sharing is ours."""
+    cola_norm: bool = False
+    """Whether W_a x gets an RMSNorm over its R channels before the activation between the factors. Ours."""
     projection_bias: bool = True
     """Whether the linear layers of attention and FFN carry a bias on their outputs (never on cos and sin)."""
     norm_placement: Literal["hybrid-star", "hybrid", "pre"] = "hybrid-star"
@@ -187,17 +188,6 @@ class FANformerConfig(PreTrainedConfig):
 
     def validate_switches(self) -> None:
         """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
-        if self.fan_layout != "contiguous":
-            if self.fan_placement != "projection":
-                raise ValueError(
-                    f"`fan_layout` must be 'contiguous' with fan_placement {self.fan_placement!r}, "
-                    f"got {self.fan_layout!r}: only fan_placement 'projection' has cos and sin in heads."
-                )
-            if not int(self.fan_ratio * self.head_dim):
-                raise ValueError(
-                    f"`fan_layout` must be 'contiguous' where int(fan_ratio * head_dim) is 0, got {self.fan_layout!r} "
-                    f"with {self.fan_ratio} and {self.head_dim}: raise `fan_ratio` to give every head a cos and a sin."
-                )
         if self.cola_layers != "all" and self.cola_rank is None and self.cola_rank_ratio is None:
             raise ValueError(
                 f"`cola_layers` must be 'all' at full rank, got {self.cola_layers!r}: "

@@ -106,35 +106,39 @@ def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float =
 
 
 class CoLAInput(nn.Module):
-    """act(W_a x) of `count` CoLA linears that read the same x, all W_a as one product. Source: CoLA, arXiv:2502.10940.
+    """act(W_a x), or act(Norm(W_a x)), of the CoLA linears that read the same x. Source: CoLA, arXiv:2502.10940.
 
-    At full rank (rank None) there is no first factor, and each reader gets x itself.
+    With `cola_input` "separate" each of the readers has a W_a of its own, all of them one product; with "shared" they
+    have one together. At full rank (rank None) there is no first factor, and each reader gets x itself.
     """
 
-    def __init__(self, in_features: int, rank: int | None, count: int, activation: str) -> None:
+    def __init__(self, config: FANformerConfig, in_features: int, rank: int | None, readers: int) -> None:
         super().__init__()
-        self.count = count
+        self.readers = readers
+        self.count = 1 if config.cola_input == "shared" else readers
         self.out_features = in_features if rank is None else rank
-        self.gain = 1.0 if rank is None else _ACTIVATION_GAIN[activation]  # for the layers that read the output
-        self.factor = None if rank is None else scaled_linear(in_features, count * rank, bias=False)
-        self.activation = ACT2FN[activation]
+        self.gain = 1.0 if rank is None else _ACTIVATION_GAIN[config.cola_activation]  # for who reads the output
+        self.factor = None if rank is None else scaled_linear(in_features, self.count * rank, bias=False)
+        self.norm: nn.Module = nn.Identity()
+        if config.cola_norm and rank is not None:
+            self.norm = FANformerRMSNorm(rank, config.rms_norm_eps)
+        self.activation = ACT2FN[config.cola_activation]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return `count` tensors (..., R) for `x` (..., in_features)."""
+        """Return a tensor (..., R) for each reader of `x` (..., in_features)."""
         if self.factor is None:
-            return (x,) * self.count
-        return self.activation(self.factor(x)).chunk(self.count, dim=-1)
+            return (x,) * self.readers
+        hidden = self.factor(x).unflatten(-1, (self.count, self.out_features))  # (..., count, R)
+        return self.activation(self.norm(hidden)).unbind(-2) * (self.readers // self.count)
 
 
 class CoLALinear(nn.Module):
     """y = W_b act(W_a x) + b, the only reader of its input. Source: CoLA, arXiv:2502.10940."""
 
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool, activation: str, gain: float
-    ) -> None:
+    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, gain: float) -> None:
         super().__init__()
-        self.input = CoLAInput(in_features, rank, 1, activation)
-        self.output = scaled_linear(rank, out_features, bias, gain * self.input.gain)
+        self.input = CoLAInput(config, in_features, rank, 1)
+        self.output = scaled_linear(rank, out_features, config.projection_bias, gain * self.input.gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
@@ -147,7 +151,7 @@ def branch_output(config: FANformerConfig, in_features: int, branch: Literal["at
     gain = (2 * config.num_hidden_layers) ** -0.5
     if rank is None:
         return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain)
-    return CoLALinear(in_features, config.hidden_size, rank, config.projection_bias, config.cola_activation, gain)
+    return CoLALinear(config, in_features, config.hidden_size, rank, gain)
 
 
 class FANProjection(nn.Module):
@@ -156,11 +160,9 @@ class FANProjection(nn.Module):
     Source: FAN, arXiv:2502.21309, eq. 1, the linear maps low-rank as in CoLA.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float, heads: int = 1
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float) -> None:
         super().__init__()
-        periodic = heads * int(fan_ratio * (out_features // heads))
+        periodic = int(fan_ratio * out_features)
         self.periodic = scaled_linear(in_features, periodic, False, gain)
         self.linear = scaled_linear(in_features, out_features - 2 * periodic, bias, gain)
 
@@ -168,26 +170,6 @@ class FANProjection(nn.Module):
         """Return (..., out_features) for `u` and `v` (..., in_features): P cosines, P sines, then the linear part."""
         p = self.periodic(u)
         return torch.cat((p.cos(), p.sin(), self.linear(v)), dim=-1)
-
-
-class InterleavedFANProjection(FANProjection):
-    """A FAN projection in every head, [cos(p), g_1, sin(p), g_2] with P = int(fan_ratio * K), g_1 and g_2 halves of g.
-
-    cos(p_i) and sin(p_i) stand at channels i and i + K/2: RoPE turns them as a pair, i.e. adds its angle to p_i.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float, heads: int
-    ) -> None:
-        super().__init__(in_features, out_features, fan_ratio, bias, gain, heads)
-        self.periodic_shape = (heads, self.periodic.out_features // heads)
-        self.linear_shape = (heads, self.linear.out_features // heads)
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Return (..., heads * K) for `u` and `v` (..., in_features), one head after the other."""
-        p = self.periodic(u).unflatten(-1, self.periodic_shape)  # (..., heads, P)
-        first, second = self.linear(v).unflatten(-1, self.linear_shape).chunk(2, dim=-1)  # (..., heads, K/2 - P)
-        return torch.cat((p.cos(), first, p.sin(), second), dim=-1).flatten(-2)
 
 
 class FANLayer(nn.Module):
@@ -255,15 +237,13 @@ class FANformerAttention(nn.Module):
             self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
         rank = config.cola_rank_for(config.hidden_size, "attention")
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
-        self.qkv_input = CoLAInput(config.hidden_size, rank, 3 * self.readers, config.cola_activation)
+        self.qkv_input = CoLAInput(config, config.hidden_size, rank, 3 * self.readers)
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
 
         def projection(heads: int) -> nn.Module:
             outputs, bias = heads * config.head_dim, config.projection_bias
             if config.fan_placement != "projection":
                 return scaled_linear(width, outputs, bias, gain)
-            if config.fan_layout == "interleaved":
-                return InterleavedFANProjection(width, outputs, config.fan_ratio, bias, gain, heads)
             return FANProjection(width, outputs, config.fan_ratio, bias, gain)
 
         self.q_proj = projection(config.num_attention_heads)
@@ -326,7 +306,7 @@ class FANformerMLP(nn.Module):
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
         rank = config.cola_rank_for(config.hidden_size, "ffn")
-        self.gate_up_input = CoLAInput(config.hidden_size, rank, 2, config.cola_activation)
+        self.gate_up_input = CoLAInput(config, config.hidden_size, rank, 2)
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
         self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)

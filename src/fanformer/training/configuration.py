@@ -96,7 +96,12 @@ class RunConfig:
         "adamw", "muon orthogonalises the updates of the blocks' matrices; adamw does the rest"
     )
     learning_rate: float = _setting(3e-3, "peak learning rate of AdamW")
-    muon_learning_rate_scale: float = _setting(1.0, "Muon's learning rate over AdamW's; updates have AdamW's size")
+    muon_scaling: Literal["adamw", "spectral"] = _setting(
+        "adamw",
+        "size of Muon's updates of a matrix, m outputs by n inputs: AdamW's, 0.2 sqrt(max(m, n)), or spectral, "
+        "sqrt(m / n)",
+    )
+    muon_learning_rate_scale: float = _setting(1.0, "Muon's learning rate over AdamW's")
     embedding_learning_rate_scale: float = _setting(1.0, "the embedding's learning rate over the others'")
     weight_decay: float = _setting(0.1, "decoupled weight decay of matrices")
     beta1: float = _setting(0.9, "AdamW's decay of the gradient average")

@@ -14,6 +14,12 @@ from fanformer.training.parallel import part_like, whole
 # Newton-Schulz iteration x <- a x + (b A + c A^2) x with A = x x^T. Source: Muon, kellerjordan.github.io/posts/muon.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
+# What an orthogonalised update of m outputs by n inputs is multiplied with. Sources: AdamW's size, arXiv:2502.16982,
+# section 2.2; the spectral condition, under which all layers change their outputs alike, arXiv:2310.17813, section 3.
+_SCALINGS: dict[str, Callable[[int, int], float]] = {
+    "adamw": lambda outputs, inputs: 0.2 * max(outputs, inputs) ** 0.5,
+    "spectral": lambda outputs, inputs: (outputs / inputs) ** 0.5,
+}
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -36,13 +42,22 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class BlockMuon(torch.optim.Muon):
-    """torch's Muon, with two differences: stored factors are blocks of their own, and equal shapes go as one batch.
+    """torch's Muon, but stored factors are blocks of their own, equal shapes go as one batch, and updates are scaled.
 
     CoLA factors that read the same input are stored as one weight; a group's `blocks` says how many matrices are
     stacked in each of its weights, and each is orthogonalised by itself. The products run in bfloat16 on CUDA, as in
     torch, and in float32 elsewhere, where bfloat16 is often emulated. A weight that FSDP2 spreads over processes is
     gathered for this: every process computes the whole update and keeps its part.
+
+    Args:
+        params: groups of weights; `blocks` of a group is how many matrices are stacked in each.
+        scaling: "adamw" or "spectral", as `RunConfig.muon_scaling`.
+        **settings: torch's.
     """
+
+    def __init__(self, params: Any, scaling: str = "adamw", **settings: Any):
+        super().__init__(params, **settings)
+        self.scaling = _SCALINGS[scaling]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -64,11 +79,11 @@ class BlockMuon(torch.optim.Muon):
                 update = whole(update).view(group["blocks"], -1, weight.shape[1])
                 batches[update.shape[1:]].append((weight, update))
             for shape, batch in batches.items():
-                self._update(batch, group, 0.2 * max(shape) ** 0.5)
+                self._update(batch, group, self.scaling(*shape))
         return loss
 
     def _update(self, batch: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], scale: float) -> None:
-        """Apply the orthogonalised updates; `scale` gives them AdamW's size (arXiv:2502.16982, section 2.2)."""
+        """Apply the orthogonalised updates times `scale`."""
         stacked = torch.cat([update for _, update in batch])
         dtype = torch.bfloat16 if stacked.is_cuda else torch.float32
         directions = orthogonalize(stacked.to(dtype)).to(stacked.dtype).split(group["blocks"])
@@ -155,9 +170,9 @@ def create_optimizer(model: PreTrainedModel, config: RunConfig) -> torch.optim.O
         stacks[count].append(parameter)
     muon = BlockMuon(
         [{"params": members, "blocks": count} for count, members in sorted(stacks.items())],
+        config.muon_scaling,
         lr=rate * config.muon_learning_rate_scale,
         weight_decay=decay,
         momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
     )
     return MuonWithAdamW(muon, adamw)

@@ -73,7 +73,10 @@ def test_missing_ledger_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "trial"}, "`kind` must be one of training, rule, comparison, evaluation, benchmark, got 'trial'"),
+        (
+            {"kind": "trial"},
+            "`kind` must be one of comparison, ablation, rule, training, evaluation, benchmark, got 'trial'",
+        ),
         ({"command": " "}, "`command` must be a text that is not empty, got ' '"),
         ({"name": "a b"}, "`name` must be letters, digits, dots, dashes and underscores, got 'a b'"),
         ({"name": "other"}, "`name` must be the file's name without .json, 'run-1', got 'other'"),

@@ -175,7 +175,7 @@ class Architecture:
 
     @property
     def block(self) -> int:
-        """BLOCK where the default block is built upon, else 1, for what it is has all its fields written down."""
+        """BLOCK where the fields build on the default block, 1 where they say all of it themselves."""
         return BLOCK if self.family in ("fanformer", *_PRESETS_OF_DEFAULT_BLOCK) else 1
 
 

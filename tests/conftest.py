@@ -85,8 +85,8 @@ def tiny_config():
 def tiny_model(tiny_config):
     """Make a tiny model in evaluation mode; the same seed and fields give the same weights.
 
-    Biases, gates and norms are moved off their initial 0 and 1, so that every parameter matters, and the LM head is
-    scaled up, so that greedy text does not repeat one token.
+    Biases, gates, norms and the matrices that end a branch are moved off their initial 0 and 1, so that every parameter
+    matters, and the LM head is scaled up, so that greedy text does not repeat one token.
     """
 
     def make(seed=0, **fields):
@@ -100,6 +100,8 @@ def tiny_model(tiny_config):
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
+                elif not parameter.any():
+                    parameter.normal_(std=parameter.shape[1] ** -0.5)
             model.lm_head.weight.mul_(10 if not model.config.tie_word_embeddings else 20)
         return model
 

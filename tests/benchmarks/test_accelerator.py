@@ -161,11 +161,11 @@ def test_operations_are_counted_as_the_formula_says(accelerator):
     with torch.device("meta"):
         ours = FANformerForCausalLM(FANformerConfig(**FULL.ours))
         theirs = LlamaForCausalLM(LlamaConfig(**FULL.theirs))
-    assert ours.num_parameters() == 92_203_744
+    assert ours.num_parameters() == 92_225_056
     assert theirs.num_parameters() == 134_515_008  # SmolLM2-135M
-    # Weights of matrix products in a block: Q, K, V and O; gate, up and down; each W_a and W_b of the design.
-    attention = 6 * 512 * 128 + 128 * (1306 + 2 * 653) + 1536 * 384 + 384 * 512
-    ffn = 2 * 512 * 128 + 2 * 128 * 2048 + 2048 * 512 + 512 * 512
+    # Weights of matrix products in a block: Q, K, V and O; gate, up and down; each shared W_a, each W_b, O and down.
+    attention = 512 * 384 + 384 * (1306 + 2 * 653) + 1536 * 512
+    ffn = 512 * 384 + 2 * 384 * 1016 + 1016 * 512
     matrices = 12 * (attention + ffn) + 512 * 49152
     assert forward_flops_per_token(ours, 1024) == 2 * matrices + 12 * 4 * 12 * 128 * 512
     llama = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536) + 576 * 49152  # the tied embedding is the head

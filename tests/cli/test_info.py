@@ -11,7 +11,7 @@ from fanformer.model import FANformerConfig
 VARIANTS = [
     {},
     {"fan_placement": "layer", "cola_rank_ratio": None},
-    {"cola_input": "shared", "cola_norm": True},
+    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all"},
     {"cola_layers": "attention", "gate_initial": -2.0},
     {"cola_layers": "ffn", "tie_word_embeddings": True},
 ]
@@ -24,25 +24,25 @@ def record(command, *words):
 
 
 def test_default_is_92m_with_its_exact_count(command):
-    assert record(command)["parameters"]["total"] == 92_203_744
+    assert record(command)["parameters"]["total"] == 92_225_056
     assert record(command, "92m") == record(command)
 
 
 def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     parameters = record(command, "92m")["parameters"]
     assert parameters["layer_parts"] == {
-        "q": 299_316,
-        "k": 215_194,
-        "v": 215_194,
+        "q": 568_244,
+        "k": 316_954,
+        "v": 316_954,
         "o": 786_944,
-        "gate": 329_728,
-        "up": 329_728,
-        "down": 1_311_232,
+        "gate": 489_656,
+        "up": 489_656,
+        "down": 520_704,
         "norms": 384 + 512,
         "gates": 1024,
     }
     assert parameters["parts"]["embedding"] == parameters["parts"]["head"] == 25_165_824
-    assert parameters["without_embeddings"] == 92_203_744 - 2 * 25_165_824
+    assert parameters["without_embeddings"] == 92_225_056 - 2 * 25_165_824
 
 
 @pytest.mark.parametrize("preset", ["nano", "92m", "1b"])
@@ -93,12 +93,12 @@ def test_saved_model_shows_its_own_vocabulary(command, saved_model):
 def test_words_say_what_p_and_the_rank_are(command):
     text = " ".join(command("info", "92m").out.split())
     for words in (
-        "92,203,744 parameters",
+        "92,225,056 parameters",
         "P = 230 numbers p give 230 cos(p) and 230 sin(p)",
-        "CoLA factors of rank 128",
+        "both from one CoLA factor of rank 384",
         "6 heads, each for 2 query heads (GQA)",
         "start at g = 0.0",
-        "351.7 MiB / 175.9 MiB",
+        "351.8 MiB / 175.9 MiB",
     ):
         assert words in text, words
     text = " ".join(command("info", "1b").out.split())

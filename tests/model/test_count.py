@@ -19,16 +19,16 @@ def total(counts, *parts):
 
 def test_default_configuration_is_the_one_of_the_design():
     config = FANformerConfig()
-    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49152, 512, 2048)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49152, 512, 1016)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (12, 6, 128)
     assert (config.num_hidden_layers, config.max_position_embeddings) == (12, 1024)
     assert (config.dropout, config.attention_dropout) == (0.1, 0.0)
-    assert (config.fan_ratio, config.cola_rank_ratio, config.cola_rank) == (0.15, 0.25, None)
+    assert (config.fan_ratio, config.cola_rank_ratio, config.cola_rank) == (0.15, 0.75, None)
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 10000.0)
     assert config.tie_word_embeddings is False
 
 
-def test_default_model_has_92203744_parameters_part_by_part():
+def test_default_model_has_92225056_parameters_part_by_part():
     counts = parameters_of(FANformerConfig())
     assert counts["model.embed_tokens.weight"] == 49152 * 512 == 25_165_824
     assert counts["lm_head.weight"] == 25_165_824
@@ -36,43 +36,59 @@ def test_default_model_has_92203744_parameters_part_by_part():
 
     for index in range(12):
         layer = {name: count for name, count in counts.items() if f"layers.{index}." in name}
-        # W_a of p and g of each of Q, K and V: six matrices of 128 x 512 in one.
-        assert total(layer, "qkv_input") == 6 * 65_536
-        two_factors = 2 * 65_536
-        assert two_factors + total(layer, "q_proj") == 299_316
-        assert two_factors + total(layer, "k_proj") == 215_194
-        assert two_factors + total(layer, "v_proj") == 215_194
-        assert total(layer, "o_proj") == 786_944
-        # W_a of gate and up: two matrices of 128 x 512 in one.
-        assert total(layer, "gate_up_input") == 2 * 65_536
-        assert 65_536 + total(layer, "gate_proj") == 329_728
-        assert 65_536 + total(layer, "up_proj") == 329_728
-        assert total(layer, "down_proj") == 1_311_232
+        # One W_a of 384 x 512 for p and g of Q, K and V, and its norm.
+        assert total(layer, "qkv_input") == 196_608 + 384
+        # 230 numbers p without bias and 1536 - 2 * 230 linear outputs with bias, from 384 channels; K and V have half.
+        assert total(layer, "q_proj") == 384 * 230 + (384 + 1) * 1076 == 502_580
+        assert total(layer, "k_proj") == 384 * 115 + (384 + 1) * 538 == 251_290
+        assert total(layer, "v_proj") == 251_290
+        assert total(layer, "o_proj") == 1536 * 512 + 512 == 786_944
+        # One W_a of 384 x 512 for gate and up, and its norm.
+        assert total(layer, "gate_up_input") == 196_608 + 384
+        assert total(layer, "gate_proj") == (384 + 1) * 1016 == 391_160
+        assert total(layer, "up_proj") == 391_160
+        assert total(layer, "down_proj") == 1016 * 512 + 512 == 520_704
         assert total(layer, "q_norm", "k_norm", "v_norm") == 384
         assert total(layer, "post_attention_layernorm") == 512
         assert total(layer, "gate") - total(layer, "gate_") == 1_024
         assert total(layer, "input_layernorm") == (512 if index == 0 else 0)
-        block = 299_316 + 215_194 + 215_194 + 786_944 + 329_728 + 329_728 + 1_311_232 + 384 + 512 + 1_024
+        block = 2 * 196_992 + 502_580 + 2 * 251_290 + 786_944 + 2 * 391_160 + 520_704 + 384 + 512 + 1_024
         assert sum(layer.values()) == block + (512 if index == 0 else 0)
 
-    assert sum(counts.values()) == 25_165_824 + 25_165_824 + 12 * 3_489_256 + 512 + 512 == 92_203_744
+    assert sum(counts.values()) == 25_165_824 + 25_165_824 + 12 * 3_491_032 + 512 + 512 == 92_225_056
 
 
-def test_cola_layers_leaves_the_other_branch_at_full_rank():
-    attention = {"all": 299_316 + 2 * 215_194 + 786_944}
-    attention["attention"] = attention["all"]
-    # 230 numbers p without bias and 1536 - 2 * 230 linear outputs with bias, from all 512 inputs; K and V have half.
-    q, k = 512 * 230 + (512 + 1) * 1076, 512 * 115 + (512 + 1) * 538
-    attention["ffn"] = q + 2 * k + 512 * 1536 + 512
-    ffn = {"all": 2 * 329_728 + 1_311_232}
-    ffn["ffn"] = ffn["all"]
-    ffn["attention"] = 2 * (2048 * 512 + 2048) + 512 * 2048 + 512
-    for chosen in ("all", "attention", "ffn"):
+def test_separate_factors_without_norms_are_the_papers_cola_linears():
+    # Rank 128, each of six first factors 128 x 512 (p and g of Q, K and V), and those of gate and up likewise.
+    fields = {"cola_input": "separate", "cola_norm": False, "cola_layers": "all", "cola_rank": 128}
+    layer = {name: n for name, n in parameters_of(FANformerConfig(**fields)).items() if "layers.1." in name}
+    assert total(layer, "qkv_input") == 6 * 65_536
+    assert 2 * 65_536 + total(layer, "q_proj") == 299_316
+    assert total(layer, "o_proj") == 128 * 1536 + 512 * 128 + 512
+    assert total(layer, "gate_up_input") == 2 * 65_536
+    assert total(layer, "up_proj") == (128 + 1) * 1016
+    assert total(layer, "down_proj") == 128 * 1016 + 512 * 128 + 512
+
+
+def test_cola_layers_leaves_the_other_layers_at_full_rank():
+    writers = {"full": {"o": 786_944, "down": 520_704}}
+    # W_a of 384 rows with its norm, then W_b with its bias.
+    writers["low"] = {"o": 384 * 1536 + 384 + 385 * 512, "down": 384 * 1016 + 384 + 385 * 512}
+    attention = {"low": 196_992 + 502_580 + 2 * 251_290}
+    attention["full"] = 512 * 230 + (512 + 1) * 1076 + 2 * (512 * 115 + (512 + 1) * 538)
+    ffn = {"low": 196_992 + 2 * 391_160, "full": 2 * (512 + 1) * 1016}
+    for chosen, (reads, o, gates, down) in {
+        "readers": ("low", "full", "low", "full"),
+        "all": ("low", "low", "low", "low"),
+        "attention": ("low", "low", "full", "full"),
+        "ffn": ("full", "full", "low", "low"),
+    }.items():
         counts = parameters_of(FANformerConfig(cola_layers=chosen))
         layer = {name: count for name, count in counts.items() if "layers.1." in name}
-        assert total(layer, "qkv_input", "q_proj", "k_proj", "v_proj", "o_proj") == attention[chosen]
-        assert total(layer, "mlp.") == ffn[chosen]
-        assert sum(counts.values()) == 92_203_744 + 12 * (attention[chosen] + ffn[chosen] - 3_487_336)
+        assert total(layer, "qkv_input", "q_proj", "k_proj", "v_proj") == attention[reads], chosen
+        assert total(layer, "o_proj") == writers[o]["o"], chosen
+        assert total(layer, "gate_up_input", "gate_proj", "up_proj") == ffn[gates], chosen
+        assert total(layer, "down_proj") == writers[down]["down"], chosen
 
 
 def test_gate_initial_moves_no_count():
@@ -80,8 +96,8 @@ def test_gate_initial_moves_no_count():
 
 
 def test_default_model_has_31_percent_fewer_parameters_than_smollm2():
-    fewer = 1 - 92_203_744 / 134_515_008
-    assert fewer == pytest.approx(0.315, abs=0.001)
+    fewer = 1 - 92_225_056 / 134_515_008
+    assert fewer == pytest.approx(0.314, abs=0.001)
 
 
 def test_preset_1b_has_the_papers_shape_and_count(repository):

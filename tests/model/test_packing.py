@@ -35,7 +35,7 @@ def masks(input_ids):
 VARIANTS = [
     ({}, "sdpa"),
     ({}, "eager"),
-    ({"cola_input": "shared", "cola_norm": True, "cola_layers": "attention"}, "sdpa"),
+    ({"cola_input": "separate", "cola_norm": False, "cola_layers": "all"}, "sdpa"),
 ]
 
 

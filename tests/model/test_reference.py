@@ -30,13 +30,15 @@ SWITCHES = [
     {"cola_rank_ratio": None},
     {"cola_rank_ratio": 0.25},
     {"cola_rank": 5},
+    {"cola_layers": "all"},
     {"cola_layers": "attention"},
     {"cola_layers": "ffn"},
     {"cola_layers": "ffn", "fan_placement": "none", "cola_rank": 5},
-    {"cola_input": "shared"},
-    {"cola_input": "shared", "fan_placement": "layer", "cola_rank": 5},
-    {"cola_norm": True},
-    {"cola_input": "shared", "cola_norm": True, "cola_layers": "ffn"},
+    {"cola_input": "separate"},
+    {"fan_placement": "layer", "cola_rank": 5},
+    {"cola_norm": False},
+    {"cola_input": "separate", "cola_norm": False, "cola_layers": "ffn"},
+    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all"},
     {"cola_activation": "silu"},
     {"cola_activation": "gelu"},
     {"cola_activation": "linear"},
@@ -157,7 +159,7 @@ def test_rotary_equals_its_equation():
 @pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
 def test_cola_linear_equals_its_equation(tiny_config, activation, normed):
     config = tiny_config(cola_activation=activation, cola_norm=normed)
-    linear = randomised(CoLALinear(config, 5, 4, rank=3, gain=1.0))
+    linear = randomised(CoLALinear(config, 5, 4, rank=3))
     x = randn(2, 5)
     weights = linear.input.factor.weight, linear.output.weight, linear.output.bias
     norm = linear.input.norm.weight if normed else None

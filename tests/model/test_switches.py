@@ -32,7 +32,8 @@ def recorded_input(module):
 
 
 def test_fan_projection_gives_unit_circles_then_the_linear_part(tiny_model):
-    attention = attention_of(tiny_model(fan_placement="projection"))
+    fields = {"cola_rank_ratio": 0.25, "cola_input": "separate"}
+    attention = attention_of(tiny_model(fan_placement="projection", **fields))
     periodic = int(0.15 * 64)
     assert attention.q_proj.periodic.weight.shape == (periodic, 16)
     assert attention.q_proj.linear.weight.shape == (64 - 2 * periodic, 16)
@@ -45,7 +46,7 @@ def test_fan_projection_gives_unit_circles_then_the_linear_part(tiny_model):
 
 
 def test_fan_layer_is_shared_by_q_k_and_v(tiny_model, token_ids):
-    model = tiny_model(fan_placement="layer", fan_ratio=0.25)
+    model = tiny_model(fan_placement="layer", fan_ratio=0.25, cola_rank_ratio=0.25, cola_input="separate")
     attention = attention_of(model)
     assert attention.fan_layer.projection.weight.shape == (64 - 16, 64)
     assert attention.fan_layer.projection.bias.shape == (48,)
@@ -70,23 +71,23 @@ def test_fan_ratio_is_the_share_of_cos_and_of_sin(tiny_model, token_ids, ratio, 
 
 
 @pytest.mark.parametrize(
-    ("fields", "hidden_rank", "down_rank"),
+    ("fields", "rank"),
     [
-        ({"cola_rank_ratio": 0.25}, 64 // 4, 96 // 4),
-        ({"cola_rank_ratio": 0.5}, 32, 48),
-        ({"cola_rank": 5}, 5, 5),
-        ({"cola_rank": 5, "cola_rank_ratio": None}, 5, 5),
+        ({"cola_rank_ratio": 0.25}, 64 // 4),
+        ({"cola_rank_ratio": 0.5}, 32),
+        ({"cola_rank": 5}, 5),
+        ({"cola_rank": 5, "cola_rank_ratio": None}, 5),
     ],
     ids=str,
 )
-def test_cola_rank_is_the_width_between_the_factors(tiny_model, fields, hidden_rank, down_rank):
-    layer = tiny_model(**fields).model.layers[0]
-    assert layer.self_attn.qkv_input.factor.weight.shape == (6 * hidden_rank, 64)
-    assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, hidden_rank)
-    assert layer.mlp.gate_up_input.factor.weight.shape == (2 * hidden_rank, 64)
-    assert layer.mlp.up_proj.weight.shape == (96, hidden_rank)
-    assert layer.mlp.down_proj.input.factor.weight.shape == (down_rank, 96)
-    assert layer.mlp.down_proj.output.weight.shape == (64, down_rank)
+def test_cola_rank_is_the_width_between_the_factors(tiny_model, fields, rank):
+    layer = tiny_model(cola_layers="all", cola_input="separate", **fields).model.layers[0]
+    assert layer.self_attn.qkv_input.factor.weight.shape == (6 * rank, 64)
+    assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, rank)
+    assert layer.mlp.gate_up_input.factor.weight.shape == (2 * rank, 64)
+    assert layer.mlp.up_proj.weight.shape == (96, rank)
+    assert layer.mlp.down_proj.input.factor.weight.shape == (rank, 96)
+    assert layer.mlp.down_proj.output.weight.shape == (64, rank)
 
 
 def test_full_rank_has_no_factors(tiny_model):
@@ -99,36 +100,43 @@ def test_full_rank_has_no_factors(tiny_model):
 
 @pytest.mark.parametrize(
     ("chosen", "low_rank"),
-    [("all", {"self_attn", "mlp"}), ("attention", {"self_attn"}), ("ffn", {"mlp"})],
-    ids=["all", "attention", "ffn"],  # a set's text has another order in every process
+    [
+        ("readers", {"qkv_input", "gate_up_input"}),
+        ("all", {"qkv_input", "o_proj", "gate_up_input", "down_proj"}),
+        ("attention", {"qkv_input", "o_proj"}),
+        ("ffn", {"gate_up_input", "down_proj"}),
+    ],
+    ids=["readers", "all", "attention", "ffn"],  # a set's text has another order in every process
 )
-def test_cola_layers_says_which_branch_has_factors(tiny_model, chosen, low_rank):
+def test_cola_layers_says_which_layers_have_factors(tiny_model, chosen, low_rank):
     model = tiny_model(cola_layers=chosen)
-    assert {name.split(".")[3] for name in names(model) if "factor" in name} == low_rank
+    assert {name.split(".")[4] for name in names(model) if "factor" in name} == low_rank
     layer = model.model.layers[0]
-    attention_width, ffn_width = (64 // 4 if part in low_rank else 64 for part in ("self_attn", "mlp"))
+    attention_width, ffn_width = (48 if part in low_rank else 64 for part in ("qkv_input", "gate_up_input"))
     assert layer.self_attn.q_proj.periodic.weight.shape == (9, attention_width)
     assert layer.self_attn.v_proj.linear.weight.shape == (32 - 2 * 4, attention_width)
     assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (96, ffn_width)
-    for output, part in ((layer.self_attn.o_proj, "self_attn"), (layer.mlp.down_proj, "mlp")):
+    for output, part in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):
         assert (type(output) is torch.nn.Linear) == (part not in low_rank)
 
 
 def test_a_shared_input_factor_is_one_for_all_its_readers(tiny_model):
     layer = tiny_model(cola_input="shared").model.layers[0]
-    assert layer.self_attn.qkv_input.factor.weight.shape == (16, 64)
-    assert layer.mlp.gate_up_input.factor.weight.shape == (16, 64)
-    assert layer.self_attn.q_proj.periodic.weight.shape == (9, 16)  # as with a factor of its own
+    assert layer.self_attn.qkv_input.factor.weight.shape == (48, 64)
+    assert layer.mlp.gate_up_input.factor.weight.shape == (48, 64)
+    assert layer.self_attn.q_proj.periodic.weight.shape == (9, 48)  # as with a factor of its own
     inputs = layer.self_attn.qkv_input(torch.randn(1, 3, 64))
     assert len(inputs) == 6
     assert all(torch.equal(inputs[0], other) for other in inputs)
-    assert len({id(own) for own in tiny_model().model.layers[0].mlp.gate_up_input(torch.randn(1, 3, 64))}) == 2
+    separate = tiny_model(cola_input="separate")
+    assert len({id(own) for own in separate.model.layers[0].mlp.gate_up_input(torch.randn(1, 3, 64))}) == 2
 
 
 @pytest.mark.parametrize("cola_input", ["separate", "shared"])
 def test_cola_norm_makes_the_factors_blind_to_the_scale_of_the_first(tiny_model, cola_input):
     for normed in (False, True):
-        part = tiny_model(cola_input=cola_input, cola_norm=normed, rms_norm_eps=1e-12).model.layers[0].mlp
+        fields = {"cola_input": cola_input, "cola_norm": normed, "cola_layers": "all"}
+        part = tiny_model(**fields, rms_norm_eps=1e-12).model.layers[0].mlp
         assert [name for name, _ in part.named_parameters() if "norm" in name] == (
             ["gate_up_input.norm.weight", "down_proj.input.norm.weight"] if normed else []
         )
@@ -146,14 +154,14 @@ def test_cola_activation_stands_between_the_factors(tiny_model):
         ("gelu", torch.nn.functional.gelu),  # exact, by erf
         ("linear", lambda t: t),
     ):
-        down = tiny_model(cola_activation=activation).model.layers[0].mlp.down_proj
+        down = tiny_model(cola_activation=activation, cola_layers="all", cola_norm=False).model.layers[0].mlp.down_proj
         expected = function(x @ down.input.factor.weight.T) @ down.output.weight.T + down.output.bias
         torch.testing.assert_close(down(x), expected)
 
 
 def test_projection_bias_is_on_every_output_but_cos_and_sin(tiny_model):
-    expected = {"q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.output"}
-    expected |= {"gate_proj", "up_proj", "down_proj.output"}
+    expected = {"q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj"}
+    expected |= {"gate_proj", "up_proj", "down_proj"}
     biases = {name for name in names(tiny_model()) if name.endswith(".bias")}
     assert {name.split(".", 4)[4].removesuffix(".bias") for name in biases} == expected
     assert not [name for name in names(tiny_model(projection_bias=False)) if name.endswith(".bias")]
@@ -183,7 +191,7 @@ def test_norm_placement_says_where_attention_has_a_norm(tiny_model, placement, n
 @pytest.mark.parametrize(("placement", "normed"), [("hybrid-star", True), ("hybrid", True), ("pre", False)], ids=str)
 def test_norm_placement_says_which_residual_the_ffn_gets(tiny_model, placement, normed):
     layer = tiny_model(norm_placement=placement, num_hidden_layers=1, gated_residual=False).model.layers[0]
-    for branch in (layer.mlp.down_proj.output, layer.self_attn.o_proj.output):
+    for branch in (layer.mlp.down_proj, layer.self_attn.o_proj):
         torch.nn.init.zeros_(branch.weight)
         torch.nn.init.zeros_(branch.bias)
     x = torch.randn(1, 4, 64)

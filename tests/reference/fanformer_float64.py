@@ -107,9 +107,9 @@ class Layer:
         return self.state.get(self.prefix + name)
 
 
-def low_rank(config, branch: str) -> bool:
-    """Whether the linear layers of `branch`, attention or ffn, are CoLA linears."""
-    return config.cola_layers in ("all", branch) and (config.cola_rank, config.cola_rank_ratio) != (None, None)
+def low_rank(config, branch: str, role: str) -> bool:
+    """Whether the linear layers of `branch`, attention or ffn, in the role, readers or writer, are CoLA linears."""
+    return config.cola_layers in ("all", branch, role) and (config.cola_rank, config.cola_rank_ratio) != (None, None)
 
 
 def branch_output(x: Tensor, layer: Layer, name: str, factors: bool, config) -> Tensor:
@@ -132,7 +132,7 @@ def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor
     act, norm, eps = config.cola_activation, layer.get("qkv_input.norm.weight"), config.rms_norm_eps
     count = 6 if config.fan_placement == "projection" else 3
     factors = [None] * count
-    if low_rank(config, "attention"):
+    if low_rank(config, "attention", "readers"):
         factors = first_factors(layer, "qkv_input", count, config)
     result = []
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -164,19 +164,20 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
         if config.qkv_norm == "qkv":
             v = rms_norm(v, layer["v_norm.weight"], eps)
         outputs.append(attend(rope(q, theta), rope(k, theta), v))
-    joined, factors = torch.cat(outputs, dim=-1), low_rank(config, "attention")
+    joined, factors = torch.cat(outputs, dim=-1), low_rank(config, "attention", "writer")
     return branch_output(joined, layer, "o_proj", factors, config)
 
 
 def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
-    """W_down(act(W_gate z) * W_up z), three CoLA linears."""
-    factors = low_rank(config, "ffn")
-    gate_a, up_a = first_factors(layer, "gate_up_input", 2, config) if factors else (None, None)
+    """W_down(act(W_gate z) * W_up z), gate and up CoLA linears, and down where the configuration says so."""
+    gate_a, up_a = None, None
+    if low_rank(config, "ffn", "readers"):
+        gate_a, up_a = first_factors(layer, "gate_up_input", 2, config)
     act, norm, eps = config.cola_activation, layer.get("gate_up_input.norm.weight"), config.rms_norm_eps
     gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), act, norm, eps)
     up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), act, norm, eps)
     product = ACTIVATIONS[config.hidden_act](gate) * up
-    return branch_output(product, layer, "down_proj", factors, config)
+    return branch_output(product, layer, "down_proj", low_rank(config, "ffn", "writer"), config)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -28,10 +28,12 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
         return 0.0, config.initializer_range if config.tie_word_embeddings else config.embedding_initializer_range
     std = shape[1] ** -0.5
     first_factor = name.endswith("factor.weight") or "fan_layer" in name
-    if low_rank(config, "attention" if "self_attn" in name else "ffn") and not first_factor:
-        std *= gain(config.cola_activation)
+    if first_factor:
+        return 0.0, std
     if "o_proj" in name or "down_proj" in name:
-        std *= 1.0 if first_factor else (2 * config.num_hidden_layers) ** -0.5
+        return 0.0, 0.0
+    if low_rank(config, "attention" if "self_attn" in name else "ffn", "readers"):
+        std *= gain(config.cola_activation)
     return 0.0, std
 
 

@@ -69,15 +69,16 @@ def test_a_size_can_be_that_of_another_architecture():
 
 def test_a_name_without_size_is_the_published_shape():
     assert architecture("llama").count().total == 134_515_008
-    assert architecture("fanformer").count().total == 92_203_744
+    assert architecture("fanformer").count().total == 92_225_056
 
 
 def test_scaled_initialisation_is_the_one_of_the_experiments():
     model = architecture("llama@300k").build(NEEDED)
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(1.0, rel=0.05)
-    down = model.model.layers[0].mlp.down_proj
-    expected = (down.in_features * 2 * model.config.num_hidden_layers) ** -0.5
-    assert down.weight.std().item() == pytest.approx(expected, rel=0.05)
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(model.config.hidden_size**-0.5, rel=0.05)
+    assert not layer.mlp.down_proj.weight.any()
+    assert not layer.self_attn.o_proj.weight.any()
 
 
 @pytest.mark.parametrize(
@@ -250,23 +251,27 @@ def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path
     assert mixed.low < 0 < mixed.high
 
 
-def test_a_changed_default_block_is_not_taken_for_the_older_one(monkeypatch):
-    default, baseline = Trial("fanformer@1m", 0.01, 0, {}), Trial("llama@1m", 0.01, 0, {})
-    specs = ["fanformer@1m", "nano", "llama@1m", "cola-llama@1m", "1b"]
+def test_what_a_name_builds_is_not_taken_for_what_it_built_before(monkeypatch):
+    default = Trial("fanformer@1m", 0.01, 0, {})
     monkeypatch.setattr("fanformer.training.architectures.BLOCK", 7)
-    assert [architecture(spec).block for spec in specs] == [7, 7, 1, 1, 1]
-    names = {replace(default, block=7).name, default.name, baseline.name}
-    assert len(names) == 3
+    specs = ["fanformer@1m", "nano", "llama@1m", "cola-llama@1m", "1b", "llama@1m:initialisation=library"]
+    assert [architecture(spec).block for spec in specs] == [7, 7, 7, 7, 7, 1]
+    assert len({replace(default, block=block).name for block in (1, 2, 7)}) == 3
 
 
-def test_the_number_of_the_default_block_is_that_of_its_logits():
+@pytest.mark.parametrize(
+    ("spec", "block", "expected"),
+    [
+        ("fanformer@300k", 2, [-0.0085, -0.0027, -0.2024, -0.1853]),
+        ("llama@300k", 2, [-0.1266, 0.0523, 0.0624, 0.0022]),
+    ],
+)
+def test_the_number_of_what_names_build_is_that_of_their_logits(spec, block, expected):
     torch.manual_seed(0)
-    model = architecture("fanformer@300k").build(NEEDED).eval()
+    model = architecture(spec).build(NEEDED).eval()
     with torch.no_grad():
         logits = model(torch.arange(32)[None]).logits[0, -1, :4].tolist()
-    assert (BLOCK, logits) == (1, pytest.approx([-0.0981, 0.0149, 0.0469, 0.1293], abs=1e-4)), (
-        "the default block has changed: raise BLOCK"
-    )
+    assert (BLOCK, logits) == (block, pytest.approx(expected, abs=1e-4)), f"{spec} has changed: raise BLOCK"
 
 
 def test_tokens_ratio_reads_the_worse_curves_final_loss():

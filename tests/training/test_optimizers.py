@@ -59,7 +59,7 @@ def test_spectral_scaling_lets_every_shape_change_its_output_by_the_learning_rat
 
 
 def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
-    model = tiny_model()
+    model = tiny_model(cola_layers="all", cola_input="separate")
     roles = split_parameters(model)
     assert [
         members[0][0] is weight
@@ -76,6 +76,8 @@ def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
     assert blocks[id(layer.self_attn.q_proj.periodic.weight)] == 1
     assert all(parameter.ndim == 1 for parameter, _ in roles["vectors"])
     assert sum(len(members) for members in roles.values()) == len(list(model.parameters()))
+    shared = tiny_model().model.layers[0].self_attn.qkv_input
+    assert shared.count == 1
 
 
 def test_tied_embeddings_are_one_parameter_of_one_group(tiny_model):

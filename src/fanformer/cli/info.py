@@ -147,19 +147,27 @@ def fanformer_words(config: Any) -> dict[str, str]:
     """
     width, head_dim = config.hidden_size, config.head_dim
 
-    def linear(inputs: int, outputs: int, branch: Literal["attention", "ffn"]) -> str:
-        rank = config.cola_rank_for(inputs, branch)
+    between = f"{'RMSNorm and ' if config.cola_norm else ''}{config.cola_activation} between the factors"
+
+    def reader(outputs: int, branch: Literal["attention", "ffn"]) -> str:
+        rank = config.cola_rank_for(branch, "readers")
         if rank is None:
-            return f"{inputs} -> {outputs}"
-        between = f"{'RMSNorm and ' if config.cola_norm else ''}{config.cola_activation}"
-        return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {between} between the factors"
+            return f"{width} -> {outputs}"
+        shared = ", the first factor shared" if config.cola_input == "shared" else ""
+        return f"{width} -> {rank} -> {outputs}: CoLA, rank {rank} with {between}{shared}"
+
+    def writer(inputs: int, branch: Literal["attention", "ffn"]) -> str:
+        rank = config.cola_rank_for(branch, "writer")
+        if rank is None:
+            return f"{inputs} -> {width}"
+        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank} with {between}"
 
     def projection(heads: int) -> str:
         outputs = heads * head_dim
         if config.fan_placement != "projection":
-            return linear(width, outputs, "attention")
+            return reader(outputs, "attention")
         periodic = int(config.fan_ratio * outputs)
-        rank = config.cola_rank_for(width, "attention")
+        rank = config.cola_rank_for("attention", "readers")
         factors = "one CoLA factor" if config.cola_input == "shared" else "CoLA factors"
         low_rank = "" if rank is None else f"; both from {factors} of rank {rank}"
         return (
@@ -182,10 +190,10 @@ def fanformer_words(config: Any) -> dict[str, str]:
         "q": f"{projection(config.num_attention_heads)}; {config.num_attention_heads} heads of {head_dim}",
         "k": f"{projection(config.num_key_value_heads)}; {config.num_key_value_heads} heads{sharing}",
         "v": f"{projection(config.num_key_value_heads)}; as the keys",
-        "o": f"{linear(config.num_attention_heads * head_dim, width, 'attention')}; back from the heads",
-        "gate": f"{linear(width, config.intermediate_size, 'ffn')}; SwiGLU's gate, {config.hidden_act}",
-        "up": f"{linear(width, config.intermediate_size, 'ffn')}; what the gate multiplies",
-        "down": f"{linear(config.intermediate_size, width, 'ffn')}; back to the width",
+        "o": f"{writer(config.num_attention_heads * head_dim, 'attention')}; back from the heads",
+        "gate": f"{reader(config.intermediate_size, 'ffn')}; SwiGLU's gate, {config.hidden_act}",
+        "up": f"{reader(config.intermediate_size, 'ffn')}; what the gate multiplies",
+        "down": f"{writer(config.intermediate_size, 'ffn')}; back to the width",
         "fan_layer": f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, "
         f"{width - 2 * periodic} linear",
         "norms": f"RMSNorm on {per_head}{placed}",

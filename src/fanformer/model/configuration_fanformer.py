@@ -30,7 +30,7 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @strict
 class FANformerConfig(PreTrainedConfig):
-    """Configuration of a FANformer; the defaults are the 92,203,744-parameter model.
+    """Configuration of a FANformer; the defaults are the 92,225,056-parameter model.
 
     Every switch at its "off" value (`fan_placement="none"`, `cola_rank_ratio=None`, `projection_bias=False`,
     `norm_placement="pre"`, `qkv_norm="none"`, `gated_residual=False`) gives Llama, parameter names included.
@@ -52,7 +52,7 @@ class FANformerConfig(PreTrainedConfig):
     """V: number of token ids. The default is the SmolLM2 tokenizer's."""
     hidden_size: int = 512
     """D: width of the residual stream."""
-    intermediate_size: int = 2048
+    intermediate_size: int = 1016
     """F: width of the gated product in SwiGLU."""
     num_hidden_layers: int = 12
     """L: number of decoder layers."""
@@ -80,19 +80,20 @@ class FANformerConfig(PreTrainedConfig):
     "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none" leaves them out."""
     fan_ratio: float | int = 0.15
     """Share of a projection's outputs given to cos, and again to sin: P = int(fan_ratio * outputs). In [0, 0.5]."""
-    cola_rank_ratio: float | int | None = 0.25
-    """R = int(cola_rank_ratio * inputs) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
+    cola_rank_ratio: float | int | None = 0.75
+    """R = int(cola_rank_ratio * D) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
     cola_rank: int | None = None
     """Absolute rank R of every CoLA linear; overrides `cola_rank_ratio`."""
-    cola_layers: Literal["all", "attention", "ffn"] = "all"
-    """Which linear layers the rank is for: those of attention (Q, K, V, O), those of the FFN (gate, up, down), or both,
-    as in CoLA; the others are full rank. Choosing is ours. Refused where no rank is set."""
+    cola_layers: Literal["readers", "all", "attention", "ffn"] = "readers"
+    """Which linear layers the rank is for; the others are full rank: "readers" are those that read the residual stream
+    (Q, K, V, gate, up), "all" adds those that write to it (O, down), as in CoLA; "attention" (Q, K, V, O) and "ffn"
+    (gate, up, down) take one branch. Choosing is ours. Without effect at full rank."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
     """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
-    cola_input: Literal["separate", "shared"] = "separate"
-    """Whether CoLA linears that read the same input (Q, K and V, with p and g apart; gate and up) have a W_a each, as
-    in CoLA, or one together. Sharing is ours."""
-    cola_norm: bool = False
+    cola_input: Literal["shared", "separate"] = "shared"
+    """Whether CoLA linears that read the same input (Q, K and V, with p and g apart; gate and up) have one W_a
+    together, or one each, as in CoLA. Sharing is ours."""
+    cola_norm: bool = True
     """Whether W_a x gets an RMSNorm over its R channels before the activation between the factors. Ours."""
     projection_bias: bool = True
     """Whether the linear layers of attention and FFN carry a bias on their outputs (never on cos and sin)."""
@@ -188,11 +189,6 @@ class FANformerConfig(PreTrainedConfig):
 
     def validate_switches(self) -> None:
         """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
-        if self.cola_layers != "all" and self.cola_rank is None and self.cola_rank_ratio is None:
-            raise ValueError(
-                f"`cola_layers` must be 'all' at full rank, got {self.cola_layers!r}: "
-                "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
-            )
         if not -16 <= self.gate_initial <= 16:
             raise ValueError(
                 f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."
@@ -202,13 +198,13 @@ class FANformerConfig(PreTrainedConfig):
                 f"`gate_initial` must be 0.0 without gates, got {self.gate_initial}: set `gated_residual` to true."
             )
 
-    def cola_rank_for(self, in_features: int, branch: Literal["attention", "ffn"]) -> int | None:
-        """Return the rank R of a linear layer of `branch` with `in_features` inputs, or None at full rank."""
-        if self.cola_layers not in ("all", branch):
+    def cola_rank_for(self, branch: Literal["attention", "ffn"], role: Literal["readers", "writer"]) -> int | None:
+        """Return the rank R of those of the linear layers of `branch` that have the role; None at full rank."""
+        if self.cola_layers not in ("all", branch, role):
             return None
         if self.cola_rank is not None:
             return self.cola_rank
-        return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * in_features))
+        return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * self.hidden_size))
 
 
 __all__ = ["FANformerConfig"]

@@ -270,6 +270,9 @@ def _cola_configuration(options: PublishedOptions, weights: PublishedWeights) ->
         dropout=0.0,
         cola_rank=options.get("rank", int, width // 4),
         cola_rank_ratio=None,
+        cola_layers="all",
+        cola_input="separate",
+        cola_norm=False,
         cola_activation=options.get("lr_act_type", str, activation),
         hidden_act="linear" if only_low_rank else activation,
         fan_placement="none",
@@ -322,7 +325,7 @@ def _olmo_state_dict(config: FANformerConfig, weights: PublishedWeights) -> Stat
 def _cola_state_dict(config: FANformerConfig, weights: PublishedWeights) -> StateDict:
     D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim  # noqa: N806
     query_width, key_value_width = config.num_attention_heads * K, config.num_key_value_heads * K
-    rank = config.cola_rank_for(D, "attention")  # an absolute one, the same for all layers
+    rank = config.cola_rank  # an absolute one, the same for all layers
     assert rank is not None, "the format always has a rank"
     state = {"model.embed_tokens.weight": weights.take("model.embed_tokens.weight", V, D)}
     tied = config.tie_word_embeddings

@@ -7,7 +7,8 @@ Shapes: B batch, T query positions, S key positions, D hidden_size, H query head
 F intermediate_size, V vocab_size, R CoLA rank, P periodic channels, L layers.
 
 What differs from Llama, each a field of the configuration:
-- every linear layer is W_b act(W_a x) + b with a rank of a quarter of its inputs (CoLA);
+- every linear layer that reads the stream is W_b act(Norm(W_a x)) + b, its rank three quarters of D, W_a shared by all
+  that read the same input (CoLA, changed);
 - Q, K and V are [cos(p), sin(p), g], p and g linear in x (FAN);
 - Q, K and V get an RMSNorm per head, and only the first attention gets one on its input (HybridNorm*);
 - the FFN's residual is taken after its norm (HybridNorm);
@@ -133,12 +134,12 @@ class CoLAInput(nn.Module):
 
 
 class CoLALinear(nn.Module):
-    """y = W_b act(W_a x) + b, the only reader of its input. Source: CoLA, arXiv:2502.10940."""
+    """y = W_b act(W_a x) + b, the only reader of its input; W_b starts at 0. Source: CoLA, arXiv:2502.10940."""
 
-    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, gain: float) -> None:
+    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.input = CoLAInput(config, in_features, rank, 1)
-        self.output = scaled_linear(rank, out_features, config.projection_bias, gain * self.input.gain)
+        self.output = scaled_linear(rank, out_features, config.projection_bias, gain=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features)."""
@@ -146,12 +147,11 @@ class CoLALinear(nn.Module):
 
 
 def branch_output(config: FANformerConfig, in_features: int, branch: Literal["attention", "ffn"]) -> nn.Module:
-    """Return the layer that ends a residual branch: a CoLA linear to width D, or at full rank a plain one."""
-    rank = config.cola_rank_for(in_features, branch)
-    gain = (2 * config.num_hidden_layers) ** -0.5
+    """Return the layer that ends a residual branch, which starts at 0: a CoLA linear, or at full rank a plain one."""
+    rank = config.cola_rank_for(branch, "writer")
     if rank is None:
-        return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain)
-    return CoLALinear(config, in_features, config.hidden_size, rank, gain)
+        return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain=0.0)
+    return CoLALinear(config, in_features, config.hidden_size, rank)
 
 
 class FANProjection(nn.Module):
@@ -235,7 +235,7 @@ class FANformerAttention(nn.Module):
         self.fan_layer = None
         if config.fan_placement == "layer":
             self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
-        rank = config.cola_rank_for(config.hidden_size, "attention")
+        rank = config.cola_rank_for("attention", "readers")
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
         self.qkv_input = CoLAInput(config, config.hidden_size, rank, 3 * self.readers)
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
@@ -301,11 +301,11 @@ class FANformerAttention(nn.Module):
 
 
 class FANformerMLP(nn.Module):
-    """W_down(act(W_gate z) * W_up z), three CoLA linears. Source: SwiGLU, arXiv:2002.05202, eq. 6."""
+    """W_down(act(W_gate z) * W_up z), gate and up CoLA linears. Source: SwiGLU, arXiv:2002.05202, eq. 6."""
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        rank = config.cola_rank_for(config.hidden_size, "ffn")
+        rank = config.cola_rank_for("ffn", "readers")
         self.gate_up_input = CoLAInput(config, config.hidden_size, rank, 2)
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
@@ -383,7 +383,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
     | LM head, tied embedding         | `initializer_range`                                         |
     | W_a, and full-rank layers       | 1 / sqrt(inputs)                                            |
     | W_b                             | gain / sqrt(R), gain = 1 / sqrt(E[act(x)^2]), x ~ N(0, 1)   |
-    | the last factor of o and down   | the above / sqrt(2L) (Megatron; HybridNorm, arXiv:2503.04598, table 5) |
+    | the last factor of o and down   | 0: every branch starts silent                               |
     | biases; gates; norms            | all 0; all `gate_initial`; all 1                            |
     """
 

@@ -8,7 +8,7 @@ SIZE counts parameters without embedding and head (`2m`, `500k`), or names an ar
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,10 +33,10 @@ from fanformer.inference.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
-BLOCK = 1
-"""Number of FANformer's default block: raised with every change of its defaults or of its initialisation.
+BLOCK = 2
+"""Number of what a name builds: raised with every change of FANformer's default block or of an initialisation.
 
-Trainings of another block are not taken for those of this one; docs/experiments.md says what each number was.
+Trainings of another number are not taken for those of this one; docs/experiments.md says what each number was.
 """
 _PLAIN = {
     "fan_placement": "none",
@@ -60,7 +60,6 @@ SMOLLM2_135M = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
 """Fields of LlamaConfig of HuggingFaceTB/SmolLM2-135M, the model that ours is measured against."""
-_PRESETS_OF_DEFAULT_BLOCK = ("nano", "92m")
 _WIDTH_STEP = 32
 _FFN_STEPS = (8, 2)
 """Multiples of intermediate_size: the second where the first is too coarse to meet a small size."""
@@ -84,6 +83,7 @@ class Family:
         shape: of the published model; what a name without SIZE gives.
         ffn_ratio: intermediate_size over hidden_size that scaled shapes keep near to.
         key_value_share: query heads for each key-value head in scaled shapes, at least.
+        width_of: family whose hidden_size scaled shapes take over where it fits, so that embeddings are equal too.
     """
 
     summary: str
@@ -92,6 +92,7 @@ class Family:
     shape: Mapping[str, Any]
     ffn_ratio: float
     key_value_share: int
+    width_of: str | None = None
 
 
 def _like_smollm2(summary: str, config_type: type[PreTrainedConfig], fields: Mapping[str, Any]) -> Family:
@@ -99,7 +100,9 @@ def _like_smollm2(summary: str, config_type: type[PreTrainedConfig], fields: Map
 
 
 FAMILIES: dict[str, Family] = {
-    "fanformer": Family("the default: FAN, CoLA, HybridNorm*, gates", FANformerConfig, {"dropout": 0.0}, {}, 4.0, 2),
+    "fanformer": Family(
+        "the default: FAN, CoLA, HybridNorm*, gates", FANformerConfig, {"dropout": 0.0}, {}, 8 / 3, 2, "llama"
+    ),
     "fanformer-paper": Family(
         "arXiv:2502.21309: one full-rank FANLayer' before Q, K, V; pre-norm",
         FANformerConfig,
@@ -116,9 +119,16 @@ FAMILIES: dict[str, Family] = {
     "llama": _like_smollm2("HF Llama, SmolLM2-135M's shape", LlamaConfig, {}),
     "llama-qk-norm": _like_smollm2("the same with QK-norm: HF Qwen3", Qwen3Config, {}),
     "cola-llama": _like_smollm2(
-        "the same with CoLA linears of rank inputs / 4 (arXiv:2502.10940)",
+        "the same with CoLA linears of rank D / 4 (arXiv:2502.10940)",
         FANformerConfig,
-        {**_PLAIN, "dropout": 0.0, "cola_rank_ratio": 0.25},
+        {
+            **_PLAIN,
+            "dropout": 0.0,
+            "cola_rank_ratio": 0.25,
+            "cola_layers": "all",
+            "cola_input": "separate",
+            "cola_norm": False,
+        },
     ),
     "hybridnorm-llama": _like_smollm2(
         "the same with HybridNorm* (arXiv:2503.04598)",
@@ -175,14 +185,14 @@ class Architecture:
 
     @property
     def block(self) -> int:
-        """BLOCK where the fields build on the default block, 1 where they say all of it themselves."""
-        return BLOCK if self.family in ("fanformer", *_PRESETS_OF_DEFAULT_BLOCK) else 1
+        """BLOCK where this package chooses fields or initialisation; 1 where a file or another library does."""
+        return 1 if self.family == "file" or self.initialisation == "library" else BLOCK
 
 
 def initialise_scaled(model: PreTrainedModel) -> None:
     """Give a Llama the initialisation that serves it best of those tried (docs/experiments.md).
 
-    Matrices get standard deviation 1 / sqrt(inputs), those that end a branch sqrt(2 L) less, the head 0.01, an untied
+    Matrices get standard deviation 1 / sqrt(inputs), those that end a branch are 0, the head gets 0.01, an untied
     embedding 1; a tied one 1 / sqrt(D), as SmolLM2's.
     """
     config = model.config
@@ -195,8 +205,7 @@ def initialise_scaled(model: PreTrainedModel) -> None:
                 init.normal_(module.weight, std=0.01)
         elif isinstance(module, nn.Linear):
             ends_branch = name.endswith(("o_proj", "down_proj"))
-            shrink = (2 * config.num_hidden_layers) ** -0.5 if ends_branch else 1.0
-            init.normal_(module.weight, std=shrink * module.in_features**-0.5)
+            init.normal_(module.weight, std=0.0 if ends_branch else module.in_features**-0.5)
 
 
 def family_and_size(spec: str) -> tuple[str, str]:
@@ -294,7 +303,13 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
     layers = fields.get("num_hidden_layers") or max(2, round(layers_then * (size / size_then) ** (1 / 3)))
     head_dim = fields.get("head_dim") or (64 if size >= _LARGE else 32)
     step = max(_WIDTH_STEP, head_dim)
-    widths = [fields["hidden_size"]] if "hidden_size" in fields else range(step, 4096, step)
+    widths: Sequence[int] = [fields["hidden_size"]] if "hidden_size" in fields else range(step, 4096, step)
+    if family.width_of and "hidden_size" not in fields:
+        theirs = _shape(family.width_of, size, _frozen(FAMILIES[family.width_of].fields))["hidden_size"]
+        try:
+            return _shape(name, size, _frozen({**fields, "hidden_size": theirs}))
+        except ConfigError:
+            pass  # the parts that were asked for leave no room for an FFN at that width
     best: tuple[float, dict[str, Any]] | None = None
     for ffn_step in _FFN_STEPS:
         for width in widths:

@@ -44,6 +44,7 @@ class RuleSettings:
     learning_rate: float = 3e-3
     embedding_learning_rate_scale: float = 1.0
     muon_learning_rate_scale: float = 1.0
+    muon_scaling: Literal["adamw", "spectral"] = "adamw"
     weight_decay: float = 0.1
     beta2: float = 0.98
     max_grad_norm: float = 1.0

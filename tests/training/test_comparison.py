@@ -12,7 +12,7 @@ import torch
 
 from fanformer.errors import ConfigError
 from fanformer.evaluation.ledger import read_ledger
-from fanformer.training.architectures import BLOCK, architecture, without_embeddings
+from fanformer.training.architectures import architecture, without_embeddings
 from fanformer.training.comparison import Comparison, Outcome, best_rate, run_comparison
 from fanformer.training.comparison_entries import Provenance, write_comparison
 from fanformer.training.comparison_summary import arms, pairs, to_record, tokens_ratio
@@ -255,23 +255,27 @@ def test_what_a_name_builds_is_not_taken_for_what_it_built_before(monkeypatch):
     default = Trial("fanformer@1m", 0.01, 0, {})
     monkeypatch.setattr("fanformer.training.architectures.BLOCK", 7)
     specs = ["fanformer@1m", "nano", "llama@1m", "cola-llama@1m", "1b", "llama@1m:initialisation=library"]
-    assert [architecture(spec).block for spec in specs] == [7, 7, 7, 7, 7, 1]
+    monkeypatch.setattr("fanformer.training.architectures.BASELINES", 6)
+    assert [architecture(spec).block for spec in specs] == [7, 7, 6, 6, 7, 1]
     assert len({replace(default, block=block).name for block in (1, 2, 7)}) == 3
 
 
 @pytest.mark.parametrize(
-    ("spec", "block", "expected"),
+    ("spec", "number", "expected"),
     [
         ("fanformer@300k", 2, [-0.0085, -0.0027, -0.2024, -0.1853]),
         ("llama@300k", 2, [-0.1266, 0.0523, 0.0624, 0.0022]),
+        ("cola-llama@300k", 2, [-0.0389, -0.0718, 0.0479, 0.1970]),
     ],
 )
-def test_the_number_of_what_names_build_is_that_of_their_logits(spec, block, expected):
+def test_the_number_of_what_names_build_is_that_of_their_logits(spec, number, expected):
     torch.manual_seed(0)
     model = architecture(spec).build(NEEDED).eval()
     with torch.no_grad():
         logits = model(torch.arange(32)[None]).logits[0, -1, :4].tolist()
-    assert (BLOCK, logits) == (block, pytest.approx(expected, abs=1e-4)), f"{spec} has changed: raise BLOCK"
+    assert (architecture(spec).block, logits) == (number, pytest.approx(expected, abs=1e-4)), (
+        f"{spec} has changed: raise BLOCK or BASELINES"
+    )
 
 
 def test_tokens_ratio_reads_the_worse_curves_final_loss():

@@ -34,10 +34,12 @@ from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
 BLOCK = 2
-"""Number of what a name builds: raised with every change of FANformer's default block or of an initialisation.
+"""Number of FANformer's default block: raised with every change of its defaults or of its initialisation.
 
 Trainings of another number are not taken for those of this one; docs/experiments.md says what each number was.
 """
+BASELINES = 2
+"""The same for what the other families build."""
 _PLAIN = {
     "fan_placement": "none",
     "cola_rank_ratio": None,
@@ -185,8 +187,10 @@ class Architecture:
 
     @property
     def block(self) -> int:
-        """BLOCK where this package chooses fields or initialisation; 1 where a file or another library does."""
-        return 1 if self.family == "file" or self.initialisation == "library" else BLOCK
+        """BLOCK or BASELINES; 1 where a file or another library chooses fields or initialisation."""
+        if self.family == "file" or self.initialisation == "library":
+            return 1
+        return BLOCK if self.family in ("fanformer", *preset_names()) else BASELINES
 
 
 def initialise_scaled(model: PreTrainedModel) -> None:

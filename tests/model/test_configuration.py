@@ -34,6 +34,11 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
             "each key-value head serves the same number of query heads.",
         ),
         ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
+        (
+            {"cola_layers": "ffn", "cola_rank_ratio": None},
+            "`cola_layers` must be 'readers' at full rank, got 'ffn': "
+            "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses.",
+        ),
         ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
         ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
         ({"cola_rank_ratio": 1.5}, "`cola_rank_ratio` must be in (0, 1] or None, got 1.5"),

@@ -149,18 +149,18 @@ def fanformer_words(config: Any) -> dict[str, str]:
 
     between = f"{'RMSNorm and ' if config.cola_norm else ''}{config.cola_activation} between the factors"
 
+    def linear(inputs: int, outputs: int, rank: int | None) -> str:
+        if rank is None:
+            return f"{inputs} -> {outputs}"
+        return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {between}"
+
     def reader(outputs: int, branch: Literal["attention", "ffn"]) -> str:
         rank = config.cola_rank_for(branch, "readers")
-        if rank is None:
-            return f"{width} -> {outputs}"
-        shared = ", the first factor shared" if config.cola_input == "shared" else ""
-        return f"{width} -> {rank} -> {outputs}: CoLA, rank {rank} with {between}{shared}"
+        shared = ", the first factor shared" if rank is not None and config.cola_input == "shared" else ""
+        return linear(width, outputs, rank) + shared
 
     def writer(inputs: int, branch: Literal["attention", "ffn"]) -> str:
-        rank = config.cola_rank_for(branch, "writer")
-        if rank is None:
-            return f"{inputs} -> {width}"
-        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank} with {between}"
+        return linear(inputs, width, config.cola_rank_for(branch, "writer"))
 
     def projection(heads: int) -> str:
         outputs = heads * head_dim

@@ -87,7 +87,7 @@ class FANformerConfig(PreTrainedConfig):
     cola_layers: Literal["readers", "all", "attention", "ffn"] = "readers"
     """Which linear layers the rank is for; the others are full rank: "readers" are those that read the residual stream
     (Q, K, V, gate, up), "all" adds those that write to it (O, down), as in CoLA; "attention" (Q, K, V, O) and "ffn"
-    (gate, up, down) take one branch. Choosing is ours. Without effect at full rank."""
+    (gate, up, down) take one branch. Choosing is ours. Any but the first is refused at full rank."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
     """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
     cola_input: Literal["shared", "separate"] = "shared"
@@ -189,6 +189,11 @@ class FANformerConfig(PreTrainedConfig):
 
     def validate_switches(self) -> None:
         """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
+        if self.cola_layers != "readers" and self.cola_rank is None and self.cola_rank_ratio is None:
+            raise ValueError(
+                f"`cola_layers` must be 'readers' at full rank, got {self.cola_layers!r}: "
+                "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
+            )
         if not -16 <= self.gate_initial <= 16:
             raise ValueError(
                 f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."

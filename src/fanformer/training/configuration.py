@@ -138,6 +138,11 @@ class RunConfig:
         "auto", "auto compiles where the planned run is long enough to pay for it"
     )
     threads: int | None = _setting(None, "CPU threads; default: one a physical core")
+    recompute: Literal["none", "low-rank", "block"] = _setting(
+        "none",
+        "what the backward pass computes again instead of keeping it: nothing, all but the low-rank activations "
+        "(CoLA-M), or whole blocks; the same bits for less memory and more time",
+    )
     deterministic: bool = _setting(
         True, "on CUDA, take the operations that give the same bits again, which resuming bit for bit needs"
     )

@@ -36,6 +36,7 @@ from fanformer.training.folder import claimed
 from fanformer.training.launch import is_restarted
 from fanformer.training.parallel import Processes
 from fanformer.training.publishing import check_push_possible, push
+from fanformer.training.recompute import set_recompute
 from fanformer.training.records import RecordFile, read_records
 from fanformer.training.schedule import RunLength, run_length
 from fanformer.training.trainer import Outcome, Record, Trainer, agreed_checkpoint
@@ -361,6 +362,7 @@ class Run:
             f"{self.environment.device}{shared}, {self.environment.precision} ({reasons['precision']}), "
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
+        set_recompute(self.model, self.config.recompute)
         if self.environment.compile:
             # The number of threads is fixed in the compiled code, but only part of its cache's key where it is given.
             options = {"cpp.threads": self.environment.threads} if self.environment.device == "cpu" else None

@@ -1,0 +1,101 @@
+import contextlib
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fanformer.errors import ConfigError
+from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.training.recompute import set_recompute
+from tests.training.conftest import TINY_MODEL
+
+CHOICES = ("none", "low-rank", "block")
+FIRST_FACTOR = (32, 24)  # hidden_size, three quarters of it
+SEPARATE = {"cola_input": "separate", "cola_rank": 12, "cola_layers": "all", "fan_placement": "none"}
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shape of the second factor of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.append(tuple(arguments[-1].shape))
+        return operation(*arguments, **(keywords or {}))
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    model = FANformerForCausalLM(FANformerConfig(**{**TINY_MODEL, **fields})).train()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)  # branches that start at 0 would hide most gradients
+    return model
+
+
+def step(model, compiled=False):
+    """Return the loss, all gradients, and the shapes of the products of the backward pass."""
+    counting = Products()
+    if compiled:
+        counting = contextlib.nullcontext(counting)
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True)
+    ids = torch.randint(320, (2, 32), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)  # of dropout
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    with counting as products:
+        loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()], products.shapes
+
+
+@pytest.mark.parametrize("fields", [{}, SEPARATE], ids=["default", "separate"])
+@pytest.mark.parametrize("choice", CHOICES[1:])
+def test_recomputing_gives_the_same_bits(choice, fields):
+    model = build(**fields)
+    set_recompute(model, choice)
+    loss, gradients, _ = step(model)
+    expected_loss, expected, _ = step(build(**fields))
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
+
+
+def test_low_rank_computes_all_but_the_first_factors_again():
+    shapes = {}
+    for choice in CHOICES:
+        model = build(dropout=0.0)
+        set_recompute(model, choice)
+        shapes[choice] = step(model)[2]
+    backward = len(shapes["none"])
+    layers, forward = 2, 12  # products of a block: two first factors; p and g of Q, K, V; O; gate, up, down
+    assert shapes["block"].count(FIRST_FACTOR) - shapes["none"].count(FIRST_FACTOR) == 2 * layers
+    assert shapes["low-rank"].count(FIRST_FACTOR) == shapes["none"].count(FIRST_FACTOR)
+    assert len(shapes["block"]) - backward <= forward * layers
+    assert len(shapes["block"]) - len(shapes["low-rank"]) == 2 * layers
+    assert len(shapes["low-rank"]) - backward >= (forward - 4) * layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", CHOICES[1:])
+def test_compiled_blocks_recompute_too(choice, caplog):
+    model = build(dropout=0.0)
+    set_recompute(model, choice)
+    loss, gradients, _ = step(model, compiled=True)
+    expected_loss, expected, _ = step(build(dropout=0.0))
+    torch.testing.assert_close(loss, expected_loss)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_other_models_recompute_whole_blocks_only():
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**fields, num_attention_heads=2, num_key_value_heads=1))
+    with pytest.raises(ConfigError, match="`recompute` low-rank needs CoLA linears, got a model of full rank"):
+        set_recompute(model, "low-rank")
+    set_recompute(model, "block")
+    assert model.model.layers[0].gradient_checkpointing

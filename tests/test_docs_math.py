@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
-from fanformer.model.modeling_fanformer import _ACTIVATION_GAIN
+from fanformer.model.modeling_fanformer import _ACTIVATION_SQUARE
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_every_class_and_function_of_the_model_file_has_a_row(page, repository):
 
 def test_every_number_of_a_count_is_its_sum(page):
     rows = count_rows(page)
-    assert len(rows) == 16
+    assert len(rows) == 18
     for part, (formula, count) in rows.items():
         assert eval(formula) == count, part  # digits, + and * only, as count_rows matched
 
@@ -62,12 +62,8 @@ def test_counts_are_the_models(page):
     def total(*words, prefix="layers.1."):
         return sum(size for name, size in sizes.items() if prefix in name and any(word in name for word in words))
 
-    first_factors = {"q": ("qkv_input", 3), "k": ("qkv_input", 3), "v": ("qkv_input", 3)}
-    first_factors |= {"gate": ("gate_up_input", 2), "up": ("gate_up_input", 2)}
     expected = {part: total(f"{part}_proj") for part in ("q", "k", "v", "o", "gate", "up", "down")}
-    for part, (shared, readers) in first_factors.items():
-        assert total(shared) % readers == 0
-        expected[part] += total(shared) // readers
+    expected |= {part: total(part) for part in ("qkv_input", "gate_up_input")}
     expected["norms"] = total("norm") - total("input.norm")  # those count with the first factors
     expected["gates"] = total("residual.gate")
     expected["block"] = total("")
@@ -84,12 +80,11 @@ def test_numbers_in_the_text_are_the_codes(page):
     text, config = page.read_text(encoding="utf-8"), FANformerConfig()
     for name in ("initializer_range", "embedding_initializer_range", "gate_initial"):
         assert f"`{name}` = {getattr(config, name)} |" in text
-    gains = f"{_ACTIVATION_GAIN['silu']:.4f} for SiLU, {_ACTIVATION_GAIN['gelu']:.4f} for GELU"
-    assert f"{gains}, {_ACTIVATION_GAIN['linear']:.0f} for none" in text
-    for outputs in (config.num_attention_heads, config.num_key_value_heads):
-        width = outputs * config.head_dim
-        assert f"int({config.fan_ratio} * {width}) = {int(config.fan_ratio * width)}" in text
-    assert f"{1 - 92_225_056 / 134_515_008:.1%} smaller" in text
+    squares = f"{_ACTIVATION_SQUARE['silu']:.4f} for SiLU, {_ACTIVATION_SQUARE['gelu']:.4f} for GELU"
+    assert f"{squares}, {_ACTIVATION_SQUARE['linear']:.0f} for none" in text
+    rank = int(config.cola_rank_ratio * config.hidden_size)
+    assert f"P = int({config.fan_ratio} * {rank}) = {int(config.fan_ratio * rank)}" in text
+    assert f"{1 - 92_177_128 / 134_515_008:.1%} smaller" in text
 
 
 def test_every_test_it_names_exists(page, repository):

@@ -24,25 +24,27 @@ def record(command, *words):
 
 
 def test_default_is_92m_with_its_exact_count(command):
-    assert record(command)["parameters"]["total"] == 92_225_056
+    assert record(command)["parameters"]["total"] == 92_177_128
     assert record(command, "92m") == record(command)
 
 
 def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     parameters = record(command, "92m")["parameters"]
     assert parameters["layer_parts"] == {
-        "q": 568_244,
-        "k": 316_954,
-        "v": 316_954,
+        "qkv_input": 167_751,
+        "q": 591_360,
+        "k": 295_680,
+        "v": 295_680,
         "o": 786_944,
-        "gate": 489_656,
-        "up": 489_656,
-        "down": 520_704,
+        "gate_up_input": 167_751,
+        "gate": 354_200,
+        "up": 354_200,
+        "down": 471_552,
         "norms": 384 + 512,
         "gates": 1024,
     }
     assert parameters["parts"]["embedding"] == parameters["parts"]["head"] == 25_165_824
-    assert parameters["without_embeddings"] == 92_225_056 - 2 * 25_165_824
+    assert parameters["without_embeddings"] == 92_177_128 - 2 * 25_165_824
 
 
 @pytest.mark.parametrize("preset", ["nano", "92m", "1b"])
@@ -93,12 +95,13 @@ def test_saved_model_shows_its_own_vocabulary(command, saved_model):
 def test_words_say_what_p_and_the_rank_are(command):
     text = " ".join(command("info", "92m").out.split())
     for words in (
-        "92,225,056 parameters",
-        "P = 230 numbers p give 230 cos(p) and 230 sin(p)",
-        "both from one CoLA factor of rank 384",
+        "92,177,128 parameters",
+        "512 -> 384: the first CoLA factor of Q, K and V, rank 384, with RMSNorm and FAN: "
+        "P = 57 numbers p give 57 cos(p) and 57 sin(p), the other 270 silu",
+        "384 -> 1536; 12 heads of 128",
         "6 heads, each for 2 query heads (GQA)",
         "start at g = 0.0",
-        "351.8 MiB / 175.9 MiB",
+        "351.6 MiB / 175.8 MiB",
     ):
         assert words in text, words
     text = " ".join(command("info", "1b").out.split())
@@ -108,11 +111,15 @@ def test_words_say_what_p_and_the_rank_are(command):
 
 def test_words_say_which_layers_are_low_rank():
     words = fanformer_words(FANformerConfig(cola_layers="ffn"))
-    assert "CoLA" not in words["q"] + words["k"] + words["v"] + words["o"]
-    assert all("CoLA, rank" in words[part] for part in ("gate", "up", "down"))
-    words = fanformer_words(FANformerConfig(cola_layers="attention"))
-    assert all("CoLA" in words[part] for part in ("q", "k", "v", "o"))
-    assert "CoLA" not in words["gate"] + words["up"] + words["down"]
+    assert words["qkv_input"] == ""
+    assert words["q"].startswith("512 -> 1536;")
+    assert "CoLA" not in words["o"]
+    assert "the first CoLA factor of gate and up, rank 384" in words["gate_up_input"]
+    assert words["down"].startswith("920 -> 384 -> 512: CoLA, rank 384, with RMSNorm and FAN: P = 57")
+    words = fanformer_words(FANformerConfig(cola_layers="attention", cola_input="separate", fan_placement="none"))
+    assert words["gate_up_input"] == ""
+    assert "the 3 first CoLA factors of Q, K and V, rank 384, with RMSNorm and silu" in words["qkv_input"]
+    assert words["o"].startswith("1536 -> 384 -> 512: CoLA, rank 384, with RMSNorm and silu")
 
 
 def test_model_of_another_kind_is_counted_too(command, tmp_path):

@@ -39,6 +39,11 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
             "`cola_layers` must be 'readers' at full rank, got 'ffn': "
             "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses.",
         ),
+        (
+            {"cola_rank_ratio": None},
+            "`fan_placement` cannot be 'factor' at full rank, where no layer has factors: set it to projection, layer "
+            "or none, or set `cola_rank_ratio`.",
+        ),
         ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
         ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
         ({"cola_rank_ratio": 1.5}, "`cola_rank_ratio` must be in (0, 1] or None, got 1.5"),
@@ -84,7 +89,7 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"cola_rank": True}, "Field 'cola_rank' expected int, got bool"),
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
         ({"gate_initial": "open"}, "Field 'gate_initial' with value 'open' doesn't match any type in"),
-        ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('projection', 'layer', 'none'), got qkv"),
+        ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('factor', 'projection', 'layer', 'none')"),
         ({"cola_input": "one"}, "Field 'cola_input' expected one of ('shared', 'separate'), got one"),
         ({"cola_norm": 1}, "Field 'cola_norm' expected bool, got int"),
         (

@@ -19,7 +19,7 @@ def total(counts, *parts):
 
 def test_default_configuration_is_the_one_of_the_design():
     config = FANformerConfig()
-    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49152, 512, 1016)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49152, 512, 920)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (12, 6, 128)
     assert (config.num_hidden_layers, config.max_position_embeddings) == (12, 1024)
     assert (config.dropout, config.attention_dropout) == (0.1, 0.0)
@@ -28,7 +28,7 @@ def test_default_configuration_is_the_one_of_the_design():
     assert config.tie_word_embeddings is False
 
 
-def test_default_model_has_92225056_parameters_part_by_part():
+def test_default_model_has_92177128_parameters_part_by_part():
     counts = parameters_of(FANformerConfig())
     assert counts["model.embed_tokens.weight"] == 49152 * 512 == 25_165_824
     assert counts["lm_head.weight"] == 25_165_824
@@ -36,47 +36,46 @@ def test_default_model_has_92225056_parameters_part_by_part():
 
     for index in range(12):
         layer = {name: count for name, count in counts.items() if f"layers.{index}." in name}
-        # One W_a of 384 x 512 for p and g of Q, K and V, and its norm.
-        assert total(layer, "qkv_input") == 196_608 + 384
-        # 230 numbers p without bias and 1536 - 2 * 230 linear outputs with bias, from 384 channels; K and V have half.
-        assert total(layer, "q_proj") == 384 * 230 + (384 + 1) * 1076 == 502_580
-        assert total(layer, "k_proj") == 384 * 115 + (384 + 1) * 538 == 251_290
-        assert total(layer, "v_proj") == 251_290
+        # One W_a for Q, K and V, and its norm: 57 numbers p and 384 - 2 * 57 others make 384 channels.
+        assert total(layer, "qkv_input") == (384 - 57) * 512 + 384 - 57 == 167_751
+        assert total(layer, "q_proj") == (384 + 1) * 1536 == 591_360
+        assert total(layer, "k_proj") == (384 + 1) * 768 == 295_680
+        assert total(layer, "v_proj") == 295_680
         assert total(layer, "o_proj") == 1536 * 512 + 512 == 786_944
-        # One W_a of 384 x 512 for gate and up, and its norm.
-        assert total(layer, "gate_up_input") == 196_608 + 384
-        assert total(layer, "gate_proj") == (384 + 1) * 1016 == 391_160
-        assert total(layer, "up_proj") == 391_160
-        assert total(layer, "down_proj") == 1016 * 512 + 512 == 520_704
+        # One W_a for gate and up, and its norm.
+        assert total(layer, "gate_up_input") == 167_751
+        assert total(layer, "gate_proj") == (384 + 1) * 920 == 354_200
+        assert total(layer, "up_proj") == 354_200
+        assert total(layer, "down_proj") == 920 * 512 + 512 == 471_552
         assert total(layer, "q_norm", "k_norm", "v_norm") == 384
         assert total(layer, "post_attention_layernorm") == 512
         assert total(layer, "gate") - total(layer, "gate_") == 1_024
         assert total(layer, "input_layernorm") == (512 if index == 0 else 0)
-        block = 2 * 196_992 + 502_580 + 2 * 251_290 + 786_944 + 2 * 391_160 + 520_704 + 384 + 512 + 1_024
+        block = 2 * 167_751 + 591_360 + 2 * 295_680 + 786_944 + 2 * 354_200 + 471_552 + 384 + 512 + 1_024
         assert sum(layer.values()) == block + (512 if index == 0 else 0)
 
-    assert sum(counts.values()) == 25_165_824 + 25_165_824 + 12 * 3_491_032 + 512 + 512 == 92_225_056
+    assert sum(counts.values()) == 25_165_824 + 25_165_824 + 12 * 3_487_038 + 512 + 512 == 92_177_128
 
 
 def test_separate_factors_without_norms_are_the_papers_cola_linears():
     # Rank 128, each of six first factors 128 x 512 (p and g of Q, K and V), and those of gate and up likewise.
     fields = {"cola_input": "separate", "cola_norm": False, "cola_layers": "all", "cola_rank": 128}
+    fields |= {"fan_placement": "projection", "intermediate_size": 2048}
     layer = {name: n for name, n in parameters_of(FANformerConfig(**fields)).items() if "layers.1." in name}
     assert total(layer, "qkv_input") == 6 * 65_536
     assert 2 * 65_536 + total(layer, "q_proj") == 299_316
     assert total(layer, "o_proj") == 128 * 1536 + 512 * 128 + 512
     assert total(layer, "gate_up_input") == 2 * 65_536
-    assert total(layer, "up_proj") == (128 + 1) * 1016
-    assert total(layer, "down_proj") == 128 * 1016 + 512 * 128 + 512
+    assert 65_536 + total(layer, "up_proj") == 329_728
+    assert total(layer, "down_proj") == 128 * 2048 + 512 * 128 + 512
 
 
 def test_cola_layers_leaves_the_other_layers_at_full_rank():
-    writers = {"full": {"o": 786_944, "down": 520_704}}
-    # W_a of 384 rows with its norm, then W_b with its bias.
-    writers["low"] = {"o": 384 * 1536 + 384 + 385 * 512, "down": 384 * 1016 + 384 + 385 * 512}
-    attention = {"low": 196_992 + 502_580 + 2 * 251_290}
-    attention["full"] = 512 * 230 + (512 + 1) * 1076 + 2 * (512 * 115 + (512 + 1) * 538)
-    ffn = {"low": 196_992 + 2 * 391_160, "full": 2 * (512 + 1) * 1016}
+    writers = {"full": {"o": 786_944, "down": 471_552}}
+    # W_a of 327 rows with its norm, then W_b with its bias.
+    writers["low"] = {"o": 327 * (1536 + 1) + 385 * 512, "down": 327 * (920 + 1) + 385 * 512}
+    attention = {"low": 167_751 + 591_360 + 2 * 295_680, "full": (512 + 1) * (1536 + 2 * 768)}
+    ffn = {"low": 167_751 + 2 * 354_200, "full": 2 * (512 + 1) * 920}
     for chosen, (reads, o, gates, down) in {
         "readers": ("low", "full", "low", "full"),
         "all": ("low", "low", "low", "low"),
@@ -96,8 +95,8 @@ def test_gate_initial_moves_no_count():
 
 
 def test_default_model_has_31_percent_fewer_parameters_than_smollm2():
-    fewer = 1 - 92_225_056 / 134_515_008
-    assert fewer == pytest.approx(0.314, abs=0.001)
+    fewer = 1 - 92_177_128 / 134_515_008
+    assert fewer == pytest.approx(0.315, abs=0.001)
 
 
 def test_preset_1b_has_the_papers_shape_and_count(repository):

@@ -18,11 +18,12 @@ from transformers import (
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 VARIANTS = [
     {},
+    {"fan_placement": "projection"},
     {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "none"},
     {"fan_placement": "none", "gated_residual": False},
     {"cola_input": "separate", "cola_norm": False, "cola_layers": "all", "gate_initial": 2.0},
 ]
-SEED_OF_VARIED_TEXT = 4  # with some others, the greedy text of a variant goes round in a circle of few tokens
+SEED_OF_VARIED_TEXT = 5  # with some others, the greedy text of a variant goes round in a circle of few tokens
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24}
 
 
@@ -142,7 +143,7 @@ def left_padded(rows):
 def test_left_padded_batch_generates_what_each_row_generates_alone(
     tiny_model, token_ids, attention, cache_implementation
 ):
-    model = tiny_model()
+    model = tiny_model(seed=SEED_OF_VARIED_TEXT)
     model.set_attn_implementation(attention)
     rows = [token_ids(length, seed=length) for length in (3, 17, 9, 1)]
     ids, mask = left_padded(rows)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
-from fanformer.model.modeling_fanformer import _ACTIVATION_GAIN, FANformerDecoderLayer, FANProjection
-from tests.reference.initialisation import assert_starts_as_expected, gain
+from fanformer.model.modeling_fanformer import _ACTIVATION_SQUARE, FANformerDecoderLayer, FANProjection
+from tests.reference.initialisation import assert_starts_as_expected, mean_square
 
 
 def measure(config):
-    """Return the loss at step 0 and the standard deviations of every p, g and layer output."""
+    """Return the loss at step 0 and the standard deviations of every p and g, or of Q, K and V, and layer output."""
     torch.manual_seed(0)
     model = FANformerForCausalLM(config).eval()
     deviations = {}
@@ -21,7 +21,7 @@ def measure(config):
                 getattr(module, part).register_forward_hook(
                     lambda _m, _i, output, key=f"{name}.{part}": deviations.update({key: output.std().item()})
                 )
-        elif isinstance(module, FANformerDecoderLayer):
+        elif name.endswith(("q_proj", "k_proj", "v_proj")) or isinstance(module, FANformerDecoderLayer):
             module.register_forward_hook(lambda _m, _i, output, key=name: deviations.update({key: output.std().item()}))
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     with torch.no_grad():
@@ -35,7 +35,8 @@ def measure(config):
         {},
         {"cola_activation": "gelu"},
         {"cola_activation": "linear"},
-        {"cola_rank_ratio": None},
+        {"fan_placement": "projection"},
+        {"fan_placement": "projection", "cola_rank_ratio": None},
         {"tie_word_embeddings": True},
         {"fan_ratio": 0.25},
         {"cola_input": "separate"},
@@ -55,14 +56,14 @@ def test_signals_keep_their_size_and_the_loss_is_that_of_guessing(fields):
     config = FANformerConfig(vocab_size=4096, dropout=0.0, **fields)
     loss, deviations = measure(config)
     assert abs(loss - math.log(4096)) < 0.1
-    assert len(deviations) == 12 * (6 + 1)
+    assert len(deviations) == 12 * (1 + (6 if config.fan_placement == "projection" else 3))
     outside = {name: round(std, 2) for name, std in deviations.items() if not 0.5 <= std <= 2}
     assert not outside
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
-def test_activation_gain_is_the_integral_it_claims_to_be(activation):
-    assert _ACTIVATION_GAIN[activation] == pytest.approx(gain(activation), rel=1e-6)
+def test_mean_square_of_an_activation_is_the_integral_it_claims_to_be(activation):
+    assert _ACTIVATION_SQUARE[activation] == pytest.approx(mean_square(activation), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,9 @@ def test_activation_gain_is_the_integral_it_claims_to_be(activation):
         {"cola_activation": "gelu"},
         {"cola_activation": "linear"},
         {"cola_rank": 8},
-        {"cola_rank_ratio": None},
+        {"cola_activation": "gelu", "fan_ratio": 0.4},
+        {"fan_placement": "projection"},
+        {"fan_placement": "projection", "cola_rank_ratio": None},
         {"fan_placement": "layer"},
         {"fan_placement": "none"},
         {"cola_input": "separate"},

@@ -22,12 +22,14 @@ TOLERANCE = {"atol": 1e-10, "rtol": 1e-10}
 
 SWITCHES = [
     {},
+    {"fan_placement": "projection"},
+    {"fan_placement": "projection", "fan_ratio": 0.5},
     {"fan_placement": "layer"},
     {"fan_placement": "layer", "fan_ratio": 0.25},
     {"fan_placement": "none"},
     {"fan_ratio": 0.0},
     {"fan_ratio": 0.5},
-    {"cola_rank_ratio": None},
+    {"cola_rank_ratio": None, "fan_placement": "projection"},
     {"cola_rank_ratio": 0.25},
     {"cola_rank": 5},
     {"cola_layers": "all"},
@@ -35,6 +37,7 @@ SWITCHES = [
     {"cola_layers": "ffn"},
     {"cola_layers": "ffn", "fan_placement": "none", "cola_rank": 5},
     {"cola_input": "separate"},
+    {"cola_input": "separate", "fan_placement": "projection"},
     {"fan_placement": "layer", "cola_rank": 5},
     {"cola_norm": False},
     {"cola_input": "separate", "cola_norm": False, "cola_layers": "ffn"},
@@ -59,7 +62,13 @@ SWITCHES = [
     {"num_key_value_heads": 4},
     {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "qk"},
     {"fan_placement": "none", "cola_rank": 5, "projection_bias": False, "norm_placement": "hybrid"},
-    {"cola_rank_ratio": None, "gated_residual": False, "projection_bias": False, "norm_placement": "pre"},
+    {
+        "cola_rank_ratio": None,
+        "fan_placement": "projection",
+        "gated_residual": False,
+        "projection_bias": False,
+        "norm_placement": "pre",
+    },
     {"fan_placement": "layer", "cola_activation": "gelu", "hidden_act": "linear", "norm_placement": "hybrid"},
 ]
 
@@ -158,12 +167,13 @@ def test_rotary_equals_its_equation():
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
 def test_cola_linear_equals_its_equation(tiny_config, activation, normed):
-    config = tiny_config(cola_activation=activation, cola_norm=normed)
-    linear = randomised(CoLALinear(config, 5, 4, rank=3))
+    config = tiny_config(cola_activation=activation, cola_norm=normed, fan_ratio=0.4)
+    linear = randomised(CoLALinear(config, 5, 4, rank=6))
     x = randn(2, 5)
     weights = linear.input.factor.weight, linear.output.weight, linear.output.bias
     norm = linear.input.norm.weight if normed else None
-    expected = reference.cola(x, *weights, activation, norm, config.rms_norm_eps)
+    assert linear.input.factor.weight.shape == (6 - 2, 5)  # int(0.4 * 6)
+    expected = reference.cola(x, *weights, activation, norm, config.rms_norm_eps, periodic=2)
     torch.testing.assert_close(linear(x), expected, **TOLERANCE)
     gradcheck(linear, x)
 

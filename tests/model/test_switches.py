@@ -63,10 +63,30 @@ def test_fan_none_leaves_plain_projections(tiny_model):
     assert not [name for name in names(tiny_model(fan_placement="none")) if "periodic" in name or "fan_layer" in name]
 
 
-@pytest.mark.parametrize(("ratio", "periodic"), [(0.0, 0), (0.15, 9), (0.5, 32)])
-def test_fan_ratio_is_the_share_of_cos_and_of_sin(tiny_model, token_ids, ratio, periodic):
+@pytest.mark.parametrize("cola_input", ["shared", "separate"])
+def test_fan_factor_gives_unit_circles_then_the_activation_between_the_factors(tiny_model, cola_input):
+    layer = tiny_model(cola_input=cola_input, cola_layers="all").model.layers[1]
+    periodic = int(0.15 * 48)
+    inputs = {layer.self_attn.qkv_input: 3, layer.mlp.gate_up_input: 2, layer.self_attn.o_proj.input: 1}
+    for part, readers in inputs.items():
+        stored = 1 if cola_input == "shared" else readers
+        assert part.factor.weight.shape == (stored * (48 - periodic), 64)
+        hidden = part(torch.randn(5, 64))
+        assert len(hidden) == readers
+        for each in hidden:
+            cos, sin, rest = each.split((periodic, periodic, 48 - 2 * periodic), dim=-1)
+            torch.testing.assert_close(cos**2 + sin**2, torch.ones(5, periodic))
+            assert rest.min() >= -0.2785  # the least value of SiLU
+    assert type(layer.self_attn.q_proj) is type(layer.mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(("ratio", "of_48", "of_64"), [(0.0, 0, 0), (0.15, 7, 9), (0.5, 24, 32)])
+def test_fan_ratio_is_the_share_of_cos_and_of_sin(tiny_model, token_ids, ratio, of_48, of_64):
     model = tiny_model(fan_ratio=ratio)
-    assert attention_of(model).q_proj.periodic.weight.shape[0] == periodic
+    assert attention_of(model).qkv_input.factor.weight.shape[0] == 48 - of_48
+    assert logits(model, token_ids(1, 5)).isfinite().all()
+    model = tiny_model(fan_ratio=ratio, fan_placement="projection")
+    assert attention_of(model).q_proj.periodic.weight.shape[0] == of_64
     assert logits(model, token_ids(1, 5)).isfinite().all()
 
 
@@ -81,6 +101,7 @@ def test_fan_ratio_is_the_share_of_cos_and_of_sin(tiny_model, token_ids, ratio, 
     ids=str,
 )
 def test_cola_rank_is_the_width_between_the_factors(tiny_model, fields, rank):
+    fields["fan_placement"] = "projection"
     layer = tiny_model(cola_layers="all", cola_input="separate", **fields).model.layers[0]
     assert layer.self_attn.qkv_input.factor.weight.shape == (6 * rank, 64)
     assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, rank)
@@ -91,7 +112,7 @@ def test_cola_rank_is_the_width_between_the_factors(tiny_model, fields, rank):
 
 
 def test_full_rank_has_no_factors(tiny_model):
-    model = tiny_model(cola_rank_ratio=None)
+    model = tiny_model(cola_rank_ratio=None, fan_placement="projection")
     assert not [name for name in names(model) if "factor" in name]
     layer = model.model.layers[0]
     assert layer.mlp.down_proj.weight.shape == (64, 96)
@@ -109,7 +130,7 @@ def test_full_rank_has_no_factors(tiny_model):
     ids=["readers", "all", "attention", "ffn"],  # a set's text has another order in every process
 )
 def test_cola_layers_says_which_layers_have_factors(tiny_model, chosen, low_rank):
-    model = tiny_model(cola_layers=chosen)
+    model = tiny_model(cola_layers=chosen, fan_placement="projection")
     assert {name.split(".")[4] for name in names(model) if "factor" in name} == low_rank
     layer = model.model.layers[0]
     attention_width, ffn_width = (48 if part in low_rank else 64 for part in ("qkv_input", "gate_up_input"))
@@ -121,7 +142,7 @@ def test_cola_layers_says_which_layers_have_factors(tiny_model, chosen, low_rank
 
 
 def test_a_shared_input_factor_is_one_for_all_its_readers(tiny_model):
-    layer = tiny_model(cola_input="shared").model.layers[0]
+    layer = tiny_model(cola_input="shared", fan_placement="projection").model.layers[0]
     assert layer.self_attn.qkv_input.factor.weight.shape == (48, 64)
     assert layer.mlp.gate_up_input.factor.weight.shape == (48, 64)
     assert layer.self_attn.q_proj.periodic.weight.shape == (9, 48)  # as with a factor of its own
@@ -154,16 +175,20 @@ def test_cola_activation_stands_between_the_factors(tiny_model):
         ("gelu", torch.nn.functional.gelu),  # exact, by erf
         ("linear", lambda t: t),
     ):
-        down = tiny_model(cola_activation=activation, cola_layers="all", cola_norm=False).model.layers[0].mlp.down_proj
+        fields = {"cola_activation": activation, "cola_layers": "all", "cola_norm": False, "fan_placement": "none"}
+        down = tiny_model(**fields).model.layers[0].mlp.down_proj
         expected = function(x @ down.input.factor.weight.T) @ down.output.weight.T + down.output.bias
         torch.testing.assert_close(down(x), expected)
 
 
 def test_projection_bias_is_on_every_output_but_cos_and_sin(tiny_model):
-    expected = {"q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj"}
-    expected |= {"gate_proj", "up_proj", "down_proj"}
-    biases = {name for name in names(tiny_model()) if name.endswith(".bias")}
-    assert {name.split(".", 4)[4].removesuffix(".bias") for name in biases} == expected
+    others = {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    for placement, expected in (
+        ("factor", {"q_proj", "k_proj", "v_proj"} | others),
+        ("projection", {"q_proj.linear", "k_proj.linear", "v_proj.linear"} | others),
+    ):
+        biases = {name for name in names(tiny_model(fan_placement=placement)) if name.endswith(".bias")}
+        assert {name.split(".", 4)[4].removesuffix(".bias") for name in biases} == expected
     assert not [name for name in names(tiny_model(projection_bias=False)) if name.endswith(".bias")]
     # The FAN layer keeps its bias, as the published code has it.
     layer_biases = {n for n in names(tiny_model(projection_bias=False, fan_placement="layer")) if n.endswith(".bias")}

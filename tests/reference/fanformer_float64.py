@@ -48,12 +48,13 @@ def cola(
     activation: str,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    periodic: int = 0,
 ) -> Tensor:
-    """W_b act(W_a x) + b, or W_b act(Norm(W_a x)) + b; without W_a, at full rank, W_b x + b."""
+    """W_b [cos(p) || sin(p) || act(g)] + b, [p || g] = W_a x or Norm(W_a x); without W_a, at full rank, W_b x + b."""
     if w_a is None:
         return affine(x, w_b, bias)
     inner = affine(x, w_a) if norm is None else rms_norm(affine(x, w_a), norm, eps)
-    return affine(ACTIVATIONS[activation](inner), w_b, bias)
+    return affine(fan(inner[..., :periodic], ACTIVATIONS[activation](inner[..., periodic:])), w_b, bias)
 
 
 def fan(p: Tensor, g: Tensor) -> Tensor:
@@ -118,7 +119,12 @@ def branch_output(x: Tensor, layer: Layer, name: str, factors: bool, config) -> 
         return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), config.cola_activation)
     w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
     bias, norm = layer.get(f"{name}.output.bias"), layer.get(f"{name}.input.norm.weight")
-    return cola(x, w_a, w_b, bias, config.cola_activation, norm, config.rms_norm_eps)
+    return cola(x, w_a, w_b, bias, config.cola_activation, norm, config.rms_norm_eps, between(w_b, config))
+
+
+def between(w_b: Tensor, config) -> int:
+    """P between two factors: int(p * R), R being what W_b reads."""
+    return int(config.fan_ratio * w_b.shape[1]) if config.fan_placement == "factor" else 0
 
 
 def first_factors(layer: Layer, name: str, readers: int, config) -> list[Tensor]:
@@ -141,8 +147,8 @@ def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor
             bias = layer.get(f"{name}.linear.bias")
             result.append(fan(p, cola(x, factors.pop(0), layer[f"{name}.linear.weight"], bias, act, norm, eps)))
         else:
-            bias = layer.get(f"{name}.bias")
-            result.append(cola(x, factors.pop(0), layer[f"{name}.weight"], bias, act, norm, eps))
+            w_b, bias = layer[f"{name}.weight"], layer.get(f"{name}.bias")
+            result.append(cola(x, factors.pop(0), w_b, bias, act, norm, eps, between(w_b, config)))
     return tuple(result)
 
 
@@ -174,8 +180,9 @@ def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
     if low_rank(config, "ffn", "readers"):
         gate_a, up_a = first_factors(layer, "gate_up_input", 2, config)
     act, norm, eps = config.cola_activation, layer.get("gate_up_input.norm.weight"), config.rms_norm_eps
-    gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), act, norm, eps)
-    up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), act, norm, eps)
+    periodic = between(layer["gate_proj.weight"], config)
+    gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), act, norm, eps, periodic)
+    up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), act, norm, eps, periodic)
     product = ACTIVATIONS[config.hidden_act](gate) * up
     return branch_output(product, layer, "down_proj", low_rank(config, "ffn", "writer"), config)
 

@@ -7,11 +7,11 @@ import torch
 from tests.reference.fanformer_float64 import ACTIVATIONS, low_rank
 
 
-def gain(activation: str) -> float:
-    """1 / sqrt(E[act(x)^2]) for a standard normal x, integrated over [-12, 12]."""
+def mean_square(activation: str) -> float:
+    """E[act(x)^2] for a standard normal x, integrated over [-12, 12]."""
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     density = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    return torch.trapezoid(ACTIVATIONS[activation](x) ** 2 * density, x).item() ** -0.5
+    return torch.trapezoid(ACTIVATIONS[activation](x) ** 2 * density, x).item()
 
 
 def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
@@ -33,7 +33,10 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
     if "o_proj" in name or "down_proj" in name:
         return 0.0, 0.0
     if low_rank(config, "attention" if "self_attn" in name else "ffn", "readers"):
-        std *= gain(config.cola_activation)
+        rank = shape[1]
+        periodic = int(config.fan_ratio * rank) if config.fan_placement == "factor" else 0
+        square = (periodic + (rank - 2 * periodic) * mean_square(config.cola_activation)) / rank
+        std /= math.sqrt(square)
     return 0.0, std
 
 

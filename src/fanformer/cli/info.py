@@ -147,32 +147,41 @@ def fanformer_words(config: Any) -> dict[str, str]:
     """
     width, head_dim = config.hidden_size, config.head_dim
 
-    between = f"{'RMSNorm and ' if config.cola_norm else ''}{config.cola_activation} between the factors"
+    norm = "RMSNorm and " if config.cola_norm else ""
 
-    def linear(inputs: int, outputs: int, rank: int | None) -> str:
+    def between(rank: int) -> str:
+        if config.fan_placement != "factor":
+            return f"{norm}{config.cola_activation}"
+        periodic = int(config.fan_ratio * rank)
+        return (
+            f"{norm}FAN: P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), "
+            f"the other {rank - 2 * periodic} {config.cola_activation}"
+        )
+
+    def factors(branch: Literal["attention", "ffn"], readers: int, names: str) -> str:
+        rank = config.cola_rank_for(branch, "readers")
         if rank is None:
-            return f"{inputs} -> {outputs}"
-        return f"{inputs} -> {rank} -> {outputs}: CoLA, rank {rank} with {between}"
+            return ""
+        count = "the first CoLA factor" if config.cola_input == "shared" else f"the {readers} first CoLA factors"
+        return f"{width} -> {rank}: {count} of {names}, rank {rank}, with {between(rank)}"
 
     def reader(outputs: int, branch: Literal["attention", "ffn"]) -> str:
-        rank = config.cola_rank_for(branch, "readers")
-        shared = ", the first factor shared" if rank is not None and config.cola_input == "shared" else ""
-        return linear(width, outputs, rank) + shared
+        return f"{config.cola_rank_for(branch, 'readers') or width} -> {outputs}"
 
     def writer(inputs: int, branch: Literal["attention", "ffn"]) -> str:
-        return linear(inputs, width, config.cola_rank_for(branch, "writer"))
+        rank = config.cola_rank_for(branch, "writer")
+        if rank is None:
+            return f"{inputs} -> {width}"
+        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {between(rank)}"
 
     def projection(heads: int) -> str:
         outputs = heads * head_dim
         if config.fan_placement != "projection":
             return reader(outputs, "attention")
         periodic = int(config.fan_ratio * outputs)
-        rank = config.cola_rank_for("attention", "readers")
-        factors = "one CoLA factor" if config.cola_input == "shared" else "CoLA factors"
-        low_rank = "" if rank is None else f"; both from {factors} of rank {rank}"
         return (
-            f"{width} -> {outputs}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), "
-            f"the other {outputs - 2 * periodic} are linear{low_rank}"
+            f"{reader(outputs, 'attention')}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} "
+            f"sin(p), the other {outputs - 2 * periodic} are linear"
         )
 
     groups = config.num_attention_heads // config.num_key_value_heads
@@ -187,10 +196,12 @@ def fanformer_words(config: Any) -> dict[str, str]:
     return {
         "embedding": f"{config.vocab_size} tokens, a vector of {width} each"
         + ("; also the output layer" if config.tie_word_embeddings else ""),
+        "qkv_input": factors("attention", 6 if config.fan_placement == "projection" else 3, "Q, K and V"),
         "q": f"{projection(config.num_attention_heads)}; {config.num_attention_heads} heads of {head_dim}",
         "k": f"{projection(config.num_key_value_heads)}; {config.num_key_value_heads} heads{sharing}",
         "v": f"{projection(config.num_key_value_heads)}; as the keys",
         "o": f"{writer(config.num_attention_heads * head_dim, 'attention')}; back from the heads",
+        "gate_up_input": factors("ffn", 2, "gate and up"),
         "gate": f"{reader(config.intermediate_size, 'ffn')}; SwiGLU's gate, {config.hidden_act}",
         "up": f"{reader(config.intermediate_size, 'ffn')}; what the gate multiplies",
         "down": f"{writer(config.intermediate_size, 'ffn')}; back to the width",

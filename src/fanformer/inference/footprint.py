@@ -11,10 +11,12 @@ import fanformer.model  # noqa: F401  registers the Auto classes
 
 PARTS = (
     "embedding",
+    "qkv_input",
     "q",
     "k",
     "v",
     "o",
+    "gate_up_input",
     "gate",
     "up",
     "down",
@@ -28,8 +30,9 @@ PARTS = (
 """Parts in the order of the forward pass; `other` is what an architecture has beside Llama's and FANformer's."""
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
-_SHARED = {"qkv_input": ("q", "k", "v"), "gate_up_input": ("gate", "up")}
 _NAMES = {
+    "qkv_input": "qkv_input",
+    "gate_up_input": "gate_up_input",
     "q_proj": "q",
     "k_proj": "k",
     "v_proj": "v",
@@ -101,17 +104,14 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def part_of(name: str) -> tuple[str, ...]:
-    """Return the parts of PARTS that the parameter called `name` belongs to; a shared first factor to several."""
-    words = name.split(".")
-    for word in words:
-        if word in _SHARED:
-            return _SHARED[word]
+def part_of(name: str) -> str:
+    """Return the part of PARTS that the parameter called `name` belongs to."""
+    for word in name.split("."):
         if word in _NAMES:
-            return (_NAMES[word],)
+            return _NAMES[word]
     if "norm" in name:
-        return ("norms",) if _BLOCK.search(f".{name}") else ("final_norm",)
-    return ("other",)
+        return "norms" if _BLOCK.search(f".{name}") else "final_norm"
+    return "other"
 
 
 def footprint(config: PreTrainedConfig) -> Footprint:
@@ -123,14 +123,10 @@ def footprint(config: PreTrainedConfig) -> Footprint:
     matrices = 0
     for name, parameter in model.named_parameters():
         count = parameter.numel()
-        owners = part_of(name)
+        parts[part_of(name)] += count
         block = _BLOCK.search(f".{name}")
-        share, rest = divmod(count, len(owners))
-        for owner in owners:
-            own = share + (rest if owner == owners[0] else 0)
-            parts[owner] += own
-            if block is not None and int(block[1]) == last:
-                last_block[owner] += own
+        if block is not None and int(block[1]) == last:
+            last_block[part_of(name)] += count
         is_lookup = parameter is model.get_input_embeddings().weight
         if parameter.dim() > 1 and (not is_lookup or parameter is model.get_output_embeddings().weight):
             matrices += count

@@ -7,9 +7,8 @@ Shapes: B batch, T query positions, S key positions, D hidden_size, H query head
 F intermediate_size, V vocab_size, R CoLA rank, P periodic channels, L layers.
 
 What differs from Llama, each a field of the configuration:
-- every linear layer that reads the stream is W_b act(Norm(W_a x)) + b, its rank three quarters of D, W_a shared by all
-  that read the same input (CoLA, changed);
-- Q, K and V are [cos(p), sin(p), g], p and g linear in x (FAN);
+- every linear layer that reads the stream is W_b u + b with u = [cos(p), sin(p), act(g)] and [p, g] = Norm(W_a x), its
+  rank three quarters of D, u shared by all that read the same input (CoLA, changed, with FAN between its factors);
 - Q, K and V get an RMSNorm per head, and only the first attention gets one on its input (HybridNorm*);
 - the FFN's residual is taken after its norm (HybridNorm);
 - every residual branch is multiplied by sigmoid(g), g learnable (gated residuals).
@@ -95,8 +94,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-# 1 / sqrt(E[act(x)^2]) for a standard normal x: what brings an activation's output back to a mean square of 1.
-_ACTIVATION_GAIN = {"silu": 0.35577552**-0.5, "gelu": 0.42522148**-0.5, "linear": 1.0}
+# E[act(x)^2] for a standard normal x.
+_ACTIVATION_SQUARE = {"silu": 0.35577552, "gelu": 0.42522148, "linear": 1.0}
 
 
 def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float = 1.0) -> nn.Linear:
@@ -107,10 +106,13 @@ def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float =
 
 
 class CoLAInput(nn.Module):
-    """act(W_a x), or act(Norm(W_a x)), of the CoLA linears that read the same x. Source: CoLA, arXiv:2502.10940.
+    """What the CoLA linears that read the same x have between their factors: act(g) with g = Norm(W_a x), or W_a x.
 
-    With `cola_input` "separate" each of the readers has a W_a of its own, all of them one product; with "shared" they
-    have one together. At full rank (rank None) there is no first factor, and each reader gets x itself.
+    With `fan_placement` "factor" it is [cos(p), sin(p), act(g)] with [p, g] = Norm(W_a x): R channels, R - P of W_a. With
+    `cola_input` "separate" each of the readers has a W_a of its own, all of them one product; with "shared" they have
+    one together. At full rank (rank None) there is no first factor, and each reader gets x itself.
+
+    Sources: CoLA, arXiv:2502.10940; FAN, arXiv:2502.21309, eq. 1.
     """
 
     def __init__(self, config: FANformerConfig, in_features: int, rank: int | None, readers: int) -> None:
@@ -118,19 +120,32 @@ class CoLAInput(nn.Module):
         self.readers = readers
         self.count = 1 if config.cola_input == "shared" else readers
         self.out_features = in_features if rank is None else rank
-        self.gain = 1.0 if rank is None else _ACTIVATION_GAIN[config.cola_activation]  # for who reads the output
-        self.factor = None if rank is None else scaled_linear(in_features, self.count * rank, bias=False)
+        self.gain = 1.0  # for who reads the output
+        self.factor: nn.Module | None = None
         self.norm: nn.Module = nn.Identity()
-        if config.cola_norm and rank is not None:
-            self.norm = FANformerRMSNorm(rank, config.rms_norm_eps)
         self.activation = ACT2FN[config.cola_activation]
+        if rank is None:
+            return
+        self.periodic = int(config.fan_ratio * rank) if config.fan_placement == "factor" else 0
+        self.channels = rank - self.periodic
+        self.factor = scaled_linear(in_features, self.count * self.channels, bias=False)
+        if config.cola_norm:
+            self.norm = FANformerRMSNorm(self.channels, config.rms_norm_eps)
+        # cos^2 + sin^2 = 1
+        square = self.periodic + (rank - 2 * self.periodic) * _ACTIVATION_SQUARE[config.cola_activation]
+        self.gain = (square / rank) ** -0.5
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return a tensor (..., R) for each reader of `x` (..., in_features)."""
         if self.factor is None:
             return (x,) * self.readers
-        hidden = self.factor(x).unflatten(-1, (self.count, self.out_features))  # (..., count, R)
-        return self.activation(self.norm(hidden)).unbind(-2) * (self.readers // self.count)
+        hidden = self.norm(self.factor(x).unflatten(-1, (self.count, self.channels)))  # (..., count, R - P)
+        if self.periodic:
+            p, g = hidden.tensor_split((self.periodic,), dim=-1)
+            output = torch.cat((p.cos(), p.sin(), self.activation(g)), dim=-1)
+        else:
+            output = self.activation(hidden)
+        return output.unbind(-2) * (self.readers // self.count)
 
 
 class CoLALinear(nn.Module):

@@ -33,7 +33,7 @@ from fanformer.inference.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
-BLOCK = 2
+BLOCK = 3
 """Number of FANformer's default block: raised with every change of its defaults or of its initialisation.
 
 Trainings of another number are not taken for those of this one; docs/experiments.md says what each number was.

@@ -82,12 +82,19 @@ class RuleSettings:
         return dataclasses.asdict(self)
 
 
+_MUON = {
+    "optimizer": "muon",
+    "muon_scaling": "spectral",
+    "muon_learning_rate_scale": 2.26,  # leaves a square matrix of 128 as AdamW's scaling has it
+    "learning_rate": 0.005,
+    "weight_decay": 1.0,
+}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "modular-addition": {"max_steps": 1500, "optimizer": "muon", "learning_rate": 0.01, "weight_decay": 1.0},
-    "linear-regression": {"max_steps": 1000, "optimizer": "muon", "learning_rate": 0.01, "weight_decay": 1.0},
+    "modular-addition": {"max_steps": 1500, **_MUON},
+    "linear-regression": {"max_steps": 1000, **_MUON},
     "periodic": {"max_steps": 400, "batch_size": 96},
 }
-"""For each task settings with which FANformer learns its examples; what they leave out has its default."""
+"""For each task settings with which FANformer and Llama learn its examples; what they leave out has its default."""
 
 
 def rule_settings(task: RuleTask, **fields: Any) -> RuleSettings:

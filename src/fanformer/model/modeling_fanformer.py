@@ -108,7 +108,7 @@ def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float =
 class CoLAInput(nn.Module):
     """What the CoLA linears that read the same x have between their factors: act(g) with g = Norm(W_a x), or W_a x.
 
-    With `fan_placement` "factor" it is [cos(p), sin(p), act(g)] with [p, g] = Norm(W_a x): R channels, R - P of W_a. With
+    With `fan_placement` "factor" it is [cos(p), sin(p), act(g)], [p, g] = Norm(W_a x): R channels, R - P of W_a. With
     `cola_input` "separate" each of the readers has a W_a of its own, all of them one product; with "shared" they have
     one together. At full rank (rank None) there is no first factor, and each reader gets x itself.
 

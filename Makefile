@@ -50,6 +50,11 @@ bench: setup-dev
 	$(BIN)/python benchmarks/torture.py --write
 	$(BIN)/python benchmarks/checkpoint_stall.py --write
 	$(BIN)/python benchmarks/parameters.py --write
+	$(BIN)/python benchmarks/speed_training.py --write
+	$(BIN)/python benchmarks/speed_decode.py --write
+	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/speed_packing.py --write \
+		--data '../shared/data/text-large/train-*.jsonl.xz'
+	$(BIN)/python benchmarks/speed_scaling.py --write
 
 # docs/evidence.md and its pictures, from benchmarks/results and benchmarks/claims.yaml alone.
 evidence: setup-dev

@@ -1,0 +1,86 @@
+"""Decoding tokens a second on the CPU by context and by batch, ours beside Llama in SmolLM2-135M's shape.
+
+    python benchmarks/speed_decode.py [--contexts 128 1024 4096] [--batches 1 8] [--new 24] [--rounds 5] [--write]
+
+Greedy `generate` of transformers on both, float32: eager with its growing cache, as a user has it, and with the step
+compiled on a cache of fixed size. A round takes the time of a long and of a one-token continuation of the same prompt;
+their difference is decoding alone, the second is the time to the first token. Each rate stands beside the bytes that a
+token must read over the machine's measured bandwidth.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from speed import OURS, THEIRS, arguments_of, build, bytes_a_token, ceilings, finish, random_ids, release, seconds_of
+from torch import Tensor
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+
+from fanformer.evaluation.ledger import Figure, range_of
+
+
+@torch.inference_mode()
+def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> Tensor:
+    """Continue `ids` (batch, context) by so many tokens."""
+    options: dict[str, Any] = {}
+    if compiled:
+        compiling = CompileConfig(mode=None, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
+        compiling._compile_all_devices = True  # on the CPU too
+        options = {"cache_implementation": "static", "max_cache_len": capacity, "compile_config": compiling}
+    settings = GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled, **options
+    )
+    return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+
+
+def measure(
+    ways: dict[str, Callable[[int], object]], new: int, rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return for each way, in turns, the seconds a decoded token, and the seconds to the first one."""
+    figures: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            first, whole = seconds_of(partial(way, 1)), seconds_of(partial(way, 1 + new))
+            if turn:  # the first compiles
+                figures[name][0].append((whole - first) / new)
+                figures[name][1].append(first)
+    return figures
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = arguments_of(__doc__ or "", contexts=(128, 1024, 4096), batches=(1, 8), new=24, rounds=5)
+    result: dict[str, Figure] = {}
+    ceiling = ceilings()
+    result["bandwidth"] = Figure(ceiling["read_gb_per_second"], "GB/s")
+    cases = [(1, context) for context in arguments.contexts]
+    cases += [(batch, arguments.contexts[0]) for batch in arguments.batches if batch != 1]
+    models = {name: build(name, max_position_embeddings=16384).eval() for name in (OURS, THEIRS)}
+    for batch, context in cases:
+        ids, capacity = random_ids(batch, context), context + arguments.new + 8
+        ways: dict[str, Callable[[int], object]] = {}
+        for name, model in models.items():
+            for compiled in (False, True):
+                way = f"{name} {'compiled' if compiled else 'eager'}"
+                ways[way] = partial(continue_by, model, ids, compiled, capacity)
+        figures = measure(ways, arguments.new, arguments.rounds)
+        case = f"batch_{batch}_context_{context}"
+        for way, (decoding, first) in figures.items():
+            key = f"{way.replace('-', '_').replace(' ', '_')}_{case}"
+            result[f"tokens_per_second_{key}"] = range_of([batch / value for value in decoding], "tokens/s")
+            result[f"first_token_{key}"] = range_of(first, "s")
+            read = bytes_a_token(models[way.split()[0]], batch * context)
+            shares = [read / value / ceiling["read_gb_per_second"] / 1e9 for value in decoding]
+            result[f"share_of_bandwidth_{key}"] = range_of(shares, "of the measured bandwidth")
+        theirs, compiled_theirs = figures[f"{THEIRS} eager"][0], figures[f"{THEIRS} compiled"][0]
+        ours = figures[f"{OURS} compiled"][0]
+        for name, other in (("generate", theirs), ("compiled", compiled_theirs)):
+            ratios = [b / a for a, b in zip(ours, other, strict=True)]
+            result[f"times_smollm2_135m_{name}_{case}"] = range_of(ratios, "times")
+        release()
+    finish("speed-decode", "decoding tokens a second on the CPU beside Llama", arguments, result, {"ceilings": ceiling})
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ VARIANTS = [
     {},
     {"fan_placement": "layer", "cola_rank_ratio": None},
     {"cola_input": "separate", "cola_norm": False, "cola_layers": "all"},
-    {"cola_layers": "attention", "gate_initial": -2.0},
+    {"cola_layers": "attention", "gate_initial": -2.0, "fan_placement": "attention"},
     {"cola_layers": "ffn", "tie_word_embeddings": True},
 ]
 
@@ -24,27 +24,27 @@ def record(command, *words):
 
 
 def test_default_is_92m_with_its_exact_count(command):
-    assert record(command)["parameters"]["total"] == 92_177_128
+    assert record(command)["parameters"]["total"] == 92_158_804
     assert record(command, "92m") == record(command)
 
 
 def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     parameters = record(command, "92m")["parameters"]
     assert parameters["layer_parts"] == {
-        "qkv_input": 167_751,
+        "qkv_input": 196_992,
         "q": 591_360,
         "k": 295_680,
         "v": 295_680,
         "o": 786_944,
         "gate_up_input": 167_751,
-        "gate": 354_200,
-        "up": 354_200,
-        "down": 471_552,
+        "gate": 344_960,
+        "up": 344_960,
+        "down": 459_264,
         "norms": 384 + 512,
         "gates": 1024,
     }
     assert parameters["parts"]["embedding"] == parameters["parts"]["head"] == 25_165_824
-    assert parameters["without_embeddings"] == 92_177_128 - 2 * 25_165_824
+    assert parameters["without_embeddings"] == 92_158_804 - 2 * 25_165_824
 
 
 @pytest.mark.parametrize("preset", ["nano", "92m", "1b"])
@@ -95,8 +95,9 @@ def test_saved_model_shows_its_own_vocabulary(command, saved_model):
 def test_words_say_what_p_and_the_rank_are(command):
     text = " ".join(command("info", "92m").out.split())
     for words in (
-        "92,177,128 parameters",
-        "512 -> 384: the first CoLA factor of Q, K and V, rank 384, with RMSNorm and FAN: "
+        "92,158,804 parameters",
+        "512 -> 384: the first CoLA factor of Q, K and V, rank 384, with RMSNorm and silu",
+        "512 -> 384: the first CoLA factor of gate and up, rank 384, with RMSNorm and FAN: "
         "P = 57 numbers p give 57 cos(p) and 57 sin(p), the other 270 silu",
         "384 -> 1536; 12 heads of 128",
         "6 heads, each for 2 query heads (GQA)",
@@ -115,7 +116,7 @@ def test_words_say_which_layers_are_low_rank():
     assert words["q"].startswith("512 -> 1536;")
     assert "CoLA" not in words["o"]
     assert "the first CoLA factor of gate and up, rank 384" in words["gate_up_input"]
-    assert words["down"].startswith("920 -> 384 -> 512: CoLA, rank 384, with RMSNorm and FAN: P = 57")
+    assert words["down"].startswith("896 -> 384 -> 512: CoLA, rank 384, with RMSNorm and FAN: P = 57")
     words = fanformer_words(FANformerConfig(cola_layers="attention", cola_input="separate", fan_placement="none"))
     assert words["gate_up_input"] == ""
     assert "the 3 first CoLA factors of Q, K and V, rank 384, with RMSNorm and silu" in words["qkv_input"]

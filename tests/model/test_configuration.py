@@ -41,8 +41,12 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
         ),
         (
             {"cola_rank_ratio": None},
-            "`fan_placement` cannot be 'factor' at full rank, where no layer has factors: set it to projection, layer "
-            "or none, or set `cola_rank_ratio`.",
+            "`fan_placement` 'ffn' needs low-rank layers in ffn, got full rank: set it to projection, layer or none, "
+            "or set `cola_rank_ratio` and `cola_layers`.",
+        ),
+        (
+            {"cola_layers": "ffn", "fan_placement": "both"},
+            "`fan_placement` 'both' needs low-rank layers in attention, got full rank",
         ),
         ({"cola_rank": 0}, "`cola_rank` must be at least 1 or None, got 0."),
         ({"cola_rank_ratio": 0.0}, "`cola_rank_ratio` must be in (0, 1] or None, got 0.0: None means full rank."),
@@ -89,7 +93,10 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"cola_rank": True}, "Field 'cola_rank' expected int, got bool"),
         ({"gated_residual": 1}, "Field 'gated_residual' expected bool, got int"),
         ({"gate_initial": "open"}, "Field 'gate_initial' with value 'open' doesn't match any type in"),
-        ({"fan_placement": "qkv"}, "Field 'fan_placement' expected one of ('factor', 'projection', 'layer', 'none')"),
+        (
+            {"fan_placement": "qkv"},
+            "Field 'fan_placement' expected one of ('ffn', 'attention', 'both', 'projection', 'layer'",
+        ),
         ({"cola_input": "one"}, "Field 'cola_input' expected one of ('shared', 'separate'), got one"),
         ({"cola_norm": 1}, "Field 'cola_norm' expected bool, got int"),
         (

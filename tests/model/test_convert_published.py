@@ -64,9 +64,8 @@ def test_every_published_weight_matters(shared, tmp_path, published_format):
 
 def test_fan_projection_equals_the_golden_file(shared):
     golden = load_file(shared / "golden/cola_fan_projection.safetensors")
-    factors = CoLAInput(
-        FANformerConfig(cola_activation="gelu", cola_input="separate", cola_norm=False), 24, rank=6, readers=2
-    )
+    config = FANformerConfig(cola_activation="gelu", cola_input="separate", cola_norm=False, fan_placement="projection")
+    factors = CoLAInput(config, 24, rank=6, readers=2, branch="attention")
     projection = FANProjection(6, 40, fan_ratio=0.15, bias=True, gain=1.0)
     factors.load_state_dict({"factor.weight": torch.cat((golden["A_p.weight"], golden["A_np.weight"]))})
     projection.load_state_dict(

@@ -22,6 +22,8 @@ TOLERANCE = {"atol": 1e-10, "rtol": 1e-10}
 
 SWITCHES = [
     {},
+    {"fan_placement": "attention"},
+    {"fan_placement": "both", "cola_layers": "all"},
     {"fan_placement": "projection"},
     {"fan_placement": "projection", "fan_ratio": 0.5},
     {"fan_placement": "layer"},
@@ -33,7 +35,7 @@ SWITCHES = [
     {"cola_rank_ratio": 0.25},
     {"cola_rank": 5},
     {"cola_layers": "all"},
-    {"cola_layers": "attention"},
+    {"cola_layers": "attention", "fan_placement": "attention"},
     {"cola_layers": "ffn"},
     {"cola_layers": "ffn", "fan_placement": "none", "cola_rank": 5},
     {"cola_input": "separate"},
@@ -168,7 +170,7 @@ def test_rotary_equals_its_equation():
 @pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
 def test_cola_linear_equals_its_equation(tiny_config, activation, normed):
     config = tiny_config(cola_activation=activation, cola_norm=normed, fan_ratio=0.4)
-    linear = randomised(CoLALinear(config, 5, 4, rank=6))
+    linear = randomised(CoLALinear(config, 5, 4, rank=6, branch="ffn"))
     x = randn(2, 5)
     weights = linear.input.factor.weight, linear.output.weight, linear.output.bias
     norm = linear.input.norm.weight if normed else None

@@ -64,14 +64,21 @@ def test_fan_none_leaves_plain_projections(tiny_model):
 
 
 @pytest.mark.parametrize("cola_input", ["shared", "separate"])
-def test_fan_factor_gives_unit_circles_then_the_activation_between_the_factors(tiny_model, cola_input):
-    layer = tiny_model(cola_input=cola_input, cola_layers="all").model.layers[1]
-    periodic = int(0.15 * 48)
-    inputs = {layer.self_attn.qkv_input: 3, layer.mlp.gate_up_input: 2, layer.self_attn.o_proj.input: 1}
-    for part, readers in inputs.items():
+@pytest.mark.parametrize("placement", ["ffn", "attention", "both", "none"])
+def test_fan_between_factors_gives_unit_circles_then_the_activation(tiny_model, cola_input, placement):
+    layer = tiny_model(cola_input=cola_input, cola_layers="all", fan_placement=placement).model.layers[1]
+    inputs = {
+        layer.self_attn.qkv_input: ("attention", 3),
+        layer.self_attn.o_proj.input: ("attention", 1),
+        layer.mlp.gate_up_input: ("ffn", 2),
+        layer.mlp.down_proj.input: ("ffn", 1),
+    }
+    for part, (branch, readers) in inputs.items():
+        periodic = int(0.15 * 48) if placement in (branch, "both") else 0
         stored = 1 if cola_input == "shared" else readers
-        assert part.factor.weight.shape == (stored * (48 - periodic), 64)
-        hidden = part(torch.randn(5, 64))
+        width = part.factor.in_features
+        assert part.factor.weight.shape == (stored * (48 - periodic), width)
+        hidden = part(torch.randn(5, width))
         assert len(hidden) == readers
         for each in hidden:
             cos, sin, rest = each.split((periodic, periodic, 48 - 2 * periodic), dim=-1)
@@ -83,7 +90,7 @@ def test_fan_factor_gives_unit_circles_then_the_activation_between_the_factors(t
 @pytest.mark.parametrize(("ratio", "of_48", "of_64"), [(0.0, 0, 0), (0.15, 7, 9), (0.5, 24, 32)])
 def test_fan_ratio_is_the_share_of_cos_and_of_sin(tiny_model, token_ids, ratio, of_48, of_64):
     model = tiny_model(fan_ratio=ratio)
-    assert attention_of(model).qkv_input.factor.weight.shape[0] == 48 - of_48
+    assert model.model.layers[0].mlp.gate_up_input.factor.weight.shape[0] == 48 - of_48
     assert logits(model, token_ids(1, 5)).isfinite().all()
     model = tiny_model(fan_ratio=ratio, fan_placement="projection")
     assert attention_of(model).q_proj.periodic.weight.shape[0] == of_64
@@ -184,7 +191,7 @@ def test_cola_activation_stands_between_the_factors(tiny_model):
 def test_projection_bias_is_on_every_output_but_cos_and_sin(tiny_model):
     others = {"o_proj", "gate_proj", "up_proj", "down_proj"}
     for placement, expected in (
-        ("factor", {"q_proj", "k_proj", "v_proj"} | others),
+        ("ffn", {"q_proj", "k_proj", "v_proj"} | others),
         ("projection", {"q_proj.linear", "k_proj.linear", "v_proj.linear"} | others),
     ):
         biases = {name for name in names(tiny_model(fan_placement=placement)) if name.endswith(".bias")}

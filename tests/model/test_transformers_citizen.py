@@ -127,7 +127,13 @@ def test_base_model_and_head_load_each_others_folders(tiny_model, tmp_path):
         {},
         {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre"},
         {"tie_word_embeddings": True},
-        {"cola_input": "separate", "cola_norm": False, "cola_layers": "attention", "gate_initial": -2.0},
+        {
+            "cola_input": "separate",
+            "cola_norm": False,
+            "cola_layers": "attention",
+            "fan_placement": "attention",
+            "gate_initial": -2.0,
+        },
     ],
     ids=str,
 )

@@ -113,18 +113,18 @@ def low_rank(config, branch: str, role: str) -> bool:
     return config.cola_layers in ("all", branch, role) and (config.cola_rank, config.cola_rank_ratio) != (None, None)
 
 
-def branch_output(x: Tensor, layer: Layer, name: str, factors: bool, config) -> Tensor:
+def branch_output(x: Tensor, layer: Layer, name: str, branch: str, config) -> Tensor:
     """The CoLA linear that ends a branch, stored as two factors, or at full rank as one matrix."""
-    if not factors:
+    if not low_rank(config, branch, "writer"):
         return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), config.cola_activation)
     w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
     bias, norm = layer.get(f"{name}.output.bias"), layer.get(f"{name}.input.norm.weight")
-    return cola(x, w_a, w_b, bias, config.cola_activation, norm, config.rms_norm_eps, between(w_b, config))
+    return cola(x, w_a, w_b, bias, config.cola_activation, norm, config.rms_norm_eps, between(w_b, branch, config))
 
 
-def between(w_b: Tensor, config) -> int:
+def between(w_b: Tensor, branch: str, config) -> int:
     """P between two factors: int(p * R), R being what W_b reads."""
-    return int(config.fan_ratio * w_b.shape[1]) if config.fan_placement == "factor" else 0
+    return int(config.fan_ratio * w_b.shape[1]) if config.fan_placement in (branch, "both") else 0
 
 
 def first_factors(layer: Layer, name: str, readers: int, config) -> list[Tensor]:
@@ -148,7 +148,7 @@ def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor
             result.append(fan(p, cola(x, factors.pop(0), layer[f"{name}.linear.weight"], bias, act, norm, eps)))
         else:
             w_b, bias = layer[f"{name}.weight"], layer.get(f"{name}.bias")
-            result.append(cola(x, factors.pop(0), w_b, bias, act, norm, eps, between(w_b, config)))
+            result.append(cola(x, factors.pop(0), w_b, bias, act, norm, eps, between(w_b, "attention", config)))
     return tuple(result)
 
 
@@ -170,8 +170,7 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
         if config.qkv_norm == "qkv":
             v = rms_norm(v, layer["v_norm.weight"], eps)
         outputs.append(attend(rope(q, theta), rope(k, theta), v))
-    joined, factors = torch.cat(outputs, dim=-1), low_rank(config, "attention", "writer")
-    return branch_output(joined, layer, "o_proj", factors, config)
+    return branch_output(torch.cat(outputs, dim=-1), layer, "o_proj", "attention", config)
 
 
 def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
@@ -180,11 +179,11 @@ def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
     if low_rank(config, "ffn", "readers"):
         gate_a, up_a = first_factors(layer, "gate_up_input", 2, config)
     act, norm, eps = config.cola_activation, layer.get("gate_up_input.norm.weight"), config.rms_norm_eps
-    periodic = between(layer["gate_proj.weight"], config)
+    periodic = between(layer["gate_proj.weight"], "ffn", config)
     gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), act, norm, eps, periodic)
     up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), act, norm, eps, periodic)
     product = ACTIVATIONS[config.hidden_act](gate) * up
-    return branch_output(product, layer, "down_proj", low_rank(config, "ffn", "writer"), config)
+    return branch_output(product, layer, "down_proj", "ffn", config)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

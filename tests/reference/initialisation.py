@@ -32,9 +32,10 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
         return 0.0, std
     if "o_proj" in name or "down_proj" in name:
         return 0.0, 0.0
-    if low_rank(config, "attention" if "self_attn" in name else "ffn", "readers"):
+    branch = "attention" if "self_attn" in name else "ffn"
+    if low_rank(config, branch, "readers"):
         rank = shape[1]
-        periodic = int(config.fan_ratio * rank) if config.fan_placement == "factor" else 0
+        periodic = int(config.fan_ratio * rank) if config.fan_placement in (branch, "both") else 0
         square = (periodic + (rank - 2 * periodic) * mean_square(config.cola_activation)) / rank
         std /= math.sqrt(square)
     return 0.0, std

@@ -12,7 +12,7 @@ from fanformer.training.recompute import set_recompute
 from tests.training.conftest import TINY_MODEL
 
 CHOICES = ("none", "low-rank", "block")
-FIRST_FACTOR = (32, 24 - 3)  # hidden_size, three quarters of it less its periodic channels
+FIRST_FACTORS = ((32, 24), (32, 24 - 3))  # hidden_size, three quarters of it; in the FFN less its periodic channels
 SEPARATE = {"cola_input": "separate", "cola_rank": 12, "cola_layers": "all", "fan_placement": "none"}
 
 
@@ -72,8 +72,9 @@ def test_low_rank_computes_all_but_the_first_factors_again():
         shapes[choice] = step(model)[2]
     backward = len(shapes["none"])
     layers, forward = 2, 9  # products of a block: two first factors; Q, K, V, O; gate, up, down
-    assert shapes["block"].count(FIRST_FACTOR) - shapes["none"].count(FIRST_FACTOR) == 2 * layers
-    assert shapes["low-rank"].count(FIRST_FACTOR) == shapes["none"].count(FIRST_FACTOR)
+    counts = {choice: [found.count(shape) for shape in FIRST_FACTORS] for choice, found in shapes.items()}
+    assert [after - before for after, before in zip(counts["block"], counts["none"], strict=True)] == [layers, layers]
+    assert counts["low-rank"] == counts["none"]
     assert len(shapes["block"]) - backward <= forward * layers
     assert len(shapes["block"]) - len(shapes["low-rank"]) == 2 * layers
     assert len(shapes["low-rank"]) - backward >= (forward - 4) * layers

@@ -149,8 +149,8 @@ def fanformer_words(config: Any) -> dict[str, str]:
 
     norm = "RMSNorm and " if config.cola_norm else ""
 
-    def between(rank: int) -> str:
-        if config.fan_placement != "factor":
+    def between(rank: int, branch: Literal["attention", "ffn"]) -> str:
+        if not config.fan_between_factors(branch):
             return f"{norm}{config.cola_activation}"
         periodic = int(config.fan_ratio * rank)
         return (
@@ -163,7 +163,7 @@ def fanformer_words(config: Any) -> dict[str, str]:
         if rank is None:
             return ""
         count = "the first CoLA factor" if config.cola_input == "shared" else f"the {readers} first CoLA factors"
-        return f"{width} -> {rank}: {count} of {names}, rank {rank}, with {between(rank)}"
+        return f"{width} -> {rank}: {count} of {names}, rank {rank}, with {between(rank, branch)}"
 
     def reader(outputs: int, branch: Literal["attention", "ffn"]) -> str:
         return f"{config.cola_rank_for(branch, 'readers') or width} -> {outputs}"
@@ -172,7 +172,7 @@ def fanformer_words(config: Any) -> dict[str, str]:
         rank = config.cola_rank_for(branch, "writer")
         if rank is None:
             return f"{inputs} -> {width}"
-        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {between(rank)}"
+        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {between(rank, branch)}"
 
     def projection(heads: int) -> str:
         outputs = heads * head_dim

@@ -30,7 +30,7 @@ _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @strict
 class FANformerConfig(PreTrainedConfig):
-    """Configuration of a FANformer; the defaults are the 92,177,128-parameter model.
+    """Configuration of a FANformer; the defaults are the 92,158,804-parameter model.
 
     Every switch at its "off" value (`fan_placement="none"`, `cola_rank_ratio=None`, `projection_bias=False`,
     `norm_placement="pre"`, `qkv_norm="none"`, `gated_residual=False`) gives Llama, parameter names included.
@@ -52,7 +52,7 @@ class FANformerConfig(PreTrainedConfig):
     """V: number of token ids. The default is the SmolLM2 tokenizer's."""
     hidden_size: int = 512
     """D: width of the residual stream."""
-    intermediate_size: int = 920
+    intermediate_size: int = 896
     """F: width of the gated product in SwiGLU."""
     num_hidden_layers: int = 12
     """L: number of decoder layers."""
@@ -75,11 +75,11 @@ class FANformerConfig(PreTrainedConfig):
     hidden_act: Literal["silu", "gelu", "linear"] = "silu"
     """Activation of the SwiGLU gate; "linear" drops it, as CoLA does from 350M parameters on."""
 
-    fan_placement: Literal["factor", "projection", "layer", "none"] = "factor"
-    """Where Fourier features enter (FAN, arXiv:2502.21309): "factor" has them between the factors of every CoLA linear,
-    whose R channels are then [cos(p), sin(p), act(g)]; "projection" makes each of Q, K and V a FAN projection;
-    "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none" leaves them out. The first two
-    are ours; "factor" is refused at full rank."""
+    fan_placement: Literal["ffn", "attention", "both", "projection", "layer", "none"] = "ffn"
+    """Where Fourier features enter (FAN, arXiv:2502.21309): "ffn", "attention" and "both" have them between the factors
+    of the CoLA linears of these branches, whose R channels are then [cos(p), sin(p), act(g)]; "projection" makes each
+    of Q, K and V a FAN projection; "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none"
+    leaves them out. All but "layer" are ours; the first three are refused where their branch has no factors."""
     fan_ratio: float | int = 0.15
     """Share of the channels given to cos, and again to sin: P = int(fan_ratio * channels), in [0, 0.5]; the channels
     are the R between two factors, the outputs of a projection, or the layer's D."""
@@ -192,17 +192,17 @@ class FANformerConfig(PreTrainedConfig):
 
     def validate_switches(self) -> None:
         """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
-        full_rank = self.cola_rank is None and self.cola_rank_ratio is None
-        if self.cola_layers != "readers" and full_rank:
+        if self.cola_layers != "readers" and self.cola_rank is None and self.cola_rank_ratio is None:
             raise ValueError(
                 f"`cola_layers` must be 'readers' at full rank, got {self.cola_layers!r}: "
                 "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
             )
-        if self.fan_placement == "factor" and full_rank:
-            raise ValueError(
-                "`fan_placement` cannot be 'factor' at full rank, where no layer has factors: set it to projection, "
-                "layer or none, or set `cola_rank_ratio`."
-            )
+        for branch in ("attention", "ffn"):
+            if self.fan_between_factors(branch) and self.cola_rank_for(branch, "readers") is None:
+                raise ValueError(
+                    f"`fan_placement` {self.fan_placement!r} needs low-rank layers in {branch}, got full rank: set it "
+                    "to projection, layer or none, or set `cola_rank_ratio` and `cola_layers`."
+                )
         if not -16 <= self.gate_initial <= 16:
             raise ValueError(
                 f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."
@@ -211,6 +211,10 @@ class FANformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`gate_initial` must be 0.0 without gates, got {self.gate_initial}: set `gated_residual` to true."
             )
+
+    def fan_between_factors(self, branch: Literal["attention", "ffn"]) -> bool:
+        """Return whether the CoLA linears of `branch` have Fourier features between their factors."""
+        return self.fan_placement in (branch, "both")
 
     def cola_rank_for(self, branch: Literal["attention", "ffn"], role: Literal["readers", "writer"]) -> int | None:
         """Return the rank R of those of the linear layers of `branch` that have the role; None at full rank."""

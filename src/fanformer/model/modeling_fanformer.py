@@ -7,8 +7,9 @@ Shapes: B batch, T query positions, S key positions, D hidden_size, H query head
 F intermediate_size, V vocab_size, R CoLA rank, P periodic channels, L layers.
 
 What differs from Llama, each a field of the configuration:
-- every linear layer that reads the stream is W_b u + b with u = [cos(p), sin(p), act(g)] and [p, g] = Norm(W_a x), its
-  rank three quarters of D, u shared by all that read the same input (CoLA, changed, with FAN between its factors);
+- every linear layer that reads the stream is W_b u + b with u = act(Norm(W_a x)), its rank three quarters of D, u
+  shared by all that read the same input (CoLA, changed);
+- in the FFN u is [cos(p), sin(p), act(g)] with [p, g] = Norm(W_a x) (FAN, elsewhere than in its paper);
 - Q, K and V get an RMSNorm per head, and only the first attention gets one on its input (HybridNorm*);
 - the FFN's residual is taken after its norm (HybridNorm);
 - every residual branch is multiplied by sigmoid(g), g learnable (gated residuals).
@@ -36,6 +37,8 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_fanformer import FANformerConfig
+
+Branch = Literal["attention", "ffn"]
 
 
 class FANformerRMSNorm(nn.Module):
@@ -108,14 +111,16 @@ def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float =
 class CoLAInput(nn.Module):
     """What the CoLA linears that read the same x have between their factors: act(g) with g = Norm(W_a x), or W_a x.
 
-    With `fan_placement` "factor" it is [cos(p), sin(p), act(g)], [p, g] = Norm(W_a x): R channels, R - P of W_a. With
+    With Fourier features it is [cos(p), sin(p), act(g)], [p, g] = Norm(W_a x): R channels, R - P of W_a. With
     `cola_input` "separate" each of the readers has a W_a of its own, all of them one product; with "shared" they have
     one together. At full rank (rank None) there is no first factor, and each reader gets x itself.
 
     Sources: CoLA, arXiv:2502.10940; FAN, arXiv:2502.21309, eq. 1.
     """
 
-    def __init__(self, config: FANformerConfig, in_features: int, rank: int | None, readers: int) -> None:
+    def __init__(
+        self, config: FANformerConfig, in_features: int, rank: int | None, readers: int, branch: Branch
+    ) -> None:
         super().__init__()
         self.readers = readers
         self.count = 1 if config.cola_input == "shared" else readers
@@ -126,7 +131,7 @@ class CoLAInput(nn.Module):
         self.activation = ACT2FN[config.cola_activation]
         if rank is None:
             return
-        self.periodic = int(config.fan_ratio * rank) if config.fan_placement == "factor" else 0
+        self.periodic = int(config.fan_ratio * rank) if config.fan_between_factors(branch) else 0
         self.channels = rank - self.periodic
         self.factor = scaled_linear(in_features, self.count * self.channels, bias=False)
         if config.cola_norm:
@@ -151,9 +156,9 @@ class CoLAInput(nn.Module):
 class CoLALinear(nn.Module):
     """y = W_b act(W_a x) + b, the only reader of its input; W_b starts at 0. Source: CoLA, arXiv:2502.10940."""
 
-    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, branch: Branch) -> None:
         super().__init__()
-        self.input = CoLAInput(config, in_features, rank, 1)
+        self.input = CoLAInput(config, in_features, rank, 1, branch)
         self.output = scaled_linear(rank, out_features, config.projection_bias, gain=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,12 +166,12 @@ class CoLALinear(nn.Module):
         return self.output(*self.input(x))
 
 
-def branch_output(config: FANformerConfig, in_features: int, branch: Literal["attention", "ffn"]) -> nn.Module:
+def branch_output(config: FANformerConfig, in_features: int, branch: Branch) -> nn.Module:
     """Return the layer that ends a residual branch, which starts at 0: a CoLA linear, or at full rank a plain one."""
     rank = config.cola_rank_for(branch, "writer")
     if rank is None:
         return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain=0.0)
-    return CoLALinear(config, in_features, config.hidden_size, rank)
+    return CoLALinear(config, in_features, config.hidden_size, rank, branch)
 
 
 class FANProjection(nn.Module):
@@ -252,7 +257,7 @@ class FANformerAttention(nn.Module):
             self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
         rank = config.cola_rank_for("attention", "readers")
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
-        self.qkv_input = CoLAInput(config, config.hidden_size, rank, 3 * self.readers)
+        self.qkv_input = CoLAInput(config, config.hidden_size, rank, 3 * self.readers, "attention")
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
 
         def projection(heads: int) -> nn.Module:
@@ -321,7 +326,7 @@ class FANformerMLP(nn.Module):
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
         rank = config.cola_rank_for("ffn", "readers")
-        self.gate_up_input = CoLAInput(config, config.hidden_size, rank, 2)
+        self.gate_up_input = CoLAInput(config, config.hidden_size, rank, 2, "ffn")
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
         self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)

@@ -238,7 +238,7 @@ def _continue_batch(
     interruption: Interruption,
 ) -> list[tuple[list[int], bool]]:
     """Return for each row its new token ids, and whether an end token is the last of them."""
-    end_ids = _end_ids(model, tokenizer)
+    end_ids = end_token_ids(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
@@ -287,7 +287,7 @@ def _processors(
     return processors
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids that end a text: the folder's generation settings, else its configuration, else its tokenizer."""
     for source in (model.generation_config, model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)

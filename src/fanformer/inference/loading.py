@@ -21,6 +21,7 @@ from transformers import (
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
 from fanformer.errors import CheckpointError
 from fanformer.inference.devices import resolve_device, resolve_dtype
+from fanformer.inference.gguf_file import is_gguf
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -39,7 +40,7 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
 
     Args:
         folder: what `save_pretrained` of a causal language model and of its tokenizer left, of any architecture that
-            `transformers` has, or a FANformer.
+            `transformers` has, or a FANformer; or a GGUF file of a FANformer, whose numbers become float32.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
 
@@ -54,6 +55,10 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
 def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load the causal language model that `folder` holds, in evaluation mode; arguments and errors as in `load`."""
     placed, kind = resolve_device(device), resolve_dtype(dtype)
+    if is_gguf(folder):
+        from fanformer.inference import gguf_loading
+
+        return gguf_loading.read_model(folder, kind).to(placed)
     config = load_config(folder)
     path = Path(folder)
     check_weights(path)
@@ -82,6 +87,10 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
     Raises:
         CheckpointError: if there is no such folder, no config.json in it, or not that of a causal language model.
     """
+    if is_gguf(folder):
+        from fanformer.inference import gguf_loading
+
+        return gguf_loading.read_config(folder)
     path = Path(folder)
     _check_folder(path)
     file = path / "config.json"
@@ -116,6 +125,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFa
     Raises:
         CheckpointError: if it is missing, broken, has more tokens than `vocab_size`, or brings code of its own.
     """
+    if is_gguf(folder):
+        from fanformer.inference import gguf_loading
+
+        return gguf_loading.read_tokenizer(folder)
     path = Path(folder)
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(

@@ -9,6 +9,8 @@ from fanformer.inference.gguf_architecture import Architecture, shortest
 from fanformer.inference.gguf_tensors import tensor_specs
 from tests.gguf_models import STATIC_ROPES, VARIANTS
 
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # FAN without a part
+
 
 class Header:
     """Metadata as a file has it."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from fanformer.errors import CheckpointError, ConfigError
+from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.inference.gguf_file import GGUFFile
 
 PIPELINE = "tokenizer.fanformer.pipeline"
@@ -136,8 +136,13 @@ class GGUFTokenizer:
 
 def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bool, special: dict[str, str]) -> str:
     """Return the conversation as text; the environment is the one that `transformers` documents for templates."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise DependencyError(
+            "chat templates need jinja2, which is not installed: pip install 'fanformer[gguf]'"
+        ) from error
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -156,7 +161,8 @@ def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bo
             messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **special
         )
     except (TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{name}: its chat template fails: {' '.join(str(error).split())[:200]}.") from error
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError(f"{name}: its chat template fails: {reason}.") from error
 
 
 def _special_id(file: GGUFFile, key: str, vocab_size: int) -> int | None:

@@ -77,6 +77,16 @@ class Engine:
         """Load the file at `path`; raises as `open_model` and `Engine`."""
         return cls(*open_model(os.fspath(path)), threads)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights."""
+        return self._weights.num_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values, of the streams that have begun; what padding tokens write is in it."""
+        return 0 if self._state is None else self._state.num_bytes
+
     def begin(self, streams: int, positions: int) -> None:
         """Forget all streams, and make room for new ones.
 
@@ -176,6 +186,7 @@ class _State:
             # values lie the other way round, so that the sum over positions reads them one after the other
             shapes[f"v{layer}"] = kind, (1, self._all_cells * self._width * streams)
         self._cache = Memory(runtime, shapes)
+        self.num_bytes = sum(self._cache.raw(name).nbytes for name in shapes)
         self._graphs: dict[tuple[int, int, bool], Graph] = {}
         self._graph(CHUNK, cells, False)  # the largest first: it decides how much memory the others share
 

@@ -9,7 +9,7 @@ import pytest
 
 from fanformer.errors import CheckpointError
 from fanformer.inference.gguf_blocks import TYPES
-from fanformer.inference.gguf_file import ARRAY, STRING, GGUFFile
+from fanformer.inference.gguf_file import ARRAY, STRING, GGUFFile, Texts
 from fanformer.inference.gguf_tensors import open_model
 from fanformer.quantization.gguf_writer import write_gguf
 from tests.gguf_models import export
@@ -75,6 +75,15 @@ def test_everything_written_is_read_again(tmp_path):
     np.testing.assert_array_equal(file.read_floats(file.tensors["second"]), np.ones(3))
 
 
+def test_texts_are_a_sequence():
+    words = ["", "one", "", "Gr\u00fc\u00dfe", "two"]
+    texts = Texts("".join(words).encode(), np.cumsum([len(word.encode()) for word in words]))
+    assert list(texts) == words
+    assert (texts[1], texts[-1], texts[1:4], len(texts)) == ("one", "two", words[1:4], 5)
+    with pytest.raises(IndexError):
+        texts[5]
+
+
 def test_the_gguf_packages_reader_lists_the_same(saved_model):
     reader = pytest.importorskip("gguf", reason="needs the package gguf")
     path = export(saved_model, "f16")
@@ -89,7 +98,7 @@ def test_the_gguf_packages_reader_lists_the_same(saved_model):
         np.testing.assert_array_equal(np.asarray(item.data).view(np.uint8).ravel(), ours.read_raw(own))
     for key, value in ours.metadata.items():
         found = theirs.fields[key].contents()
-        assert list(found) == list(value) if isinstance(value, list | np.ndarray) else found == value
+        assert list(found) == list(value) if isinstance(value, Texts | np.ndarray) else found == value
 
 
 @pytest.mark.parametrize(

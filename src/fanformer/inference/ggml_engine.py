@@ -20,6 +20,7 @@ from fanformer.inference.ggml_runtime import F16, F32, I32, I64, Graph, Memory, 
 from fanformer.inference.ggml_weights import Weights
 from fanformer.inference.gguf_architecture import Architecture
 from fanformer.inference.gguf_blocks import Floats
+from fanformer.inference.gguf_embedding import Embedding
 from fanformer.inference.gguf_file import GGUFFile
 from fanformer.inference.gguf_tensors import open_model
 from fanformer.inference.threads import choose_threads
@@ -67,6 +68,7 @@ class Engine:
         self.threads = choose_threads(threads)
         self._runtime = Runtime(self.threads)
         self._weights = Weights(self._runtime, file, self.model)
+        self._embedding = Embedding(file.path, file.tensors["token_embd.weight"])
         kinds = {info.kind.name for info in file.tensors.values()}
         # a cache of float16 would round more than float32 weights do
         self._cache_kind = F32 if kinds == {"f32"} else F16
@@ -106,7 +108,8 @@ class Engine:
         cells = bucket(positions)
         if self._state is None or self._state.streams != streams or self._state.cells < cells:
             self._state = None  # frees the old cache before the new one is made
-            self._state = _State(self.model, self._weights, self._runtime, self._cache_kind, streams, cells)
+            parts = self.model, self._weights, self._embedding, self._runtime
+            self._state = _State(*parts, self._cache_kind, streams, cells)
         self._state.lengths = [0] * streams
 
     def forget(self, stream: int, length: int) -> None:
@@ -172,11 +175,18 @@ class _State:
     """Keys and values of B streams, and the graphs that read and write them."""
 
     def __init__(
-        self, model: Architecture, weights: Weights, runtime: Runtime, kind: int, streams: int, cells: int
+        self,
+        model: Architecture,
+        weights: Weights,
+        embedding: Embedding,
+        runtime: Runtime,
+        kind: int,
+        streams: int,
+        cells: int,
     ) -> None:
         self.streams, self.cells = streams, cells
         self.lengths = [0] * streams
-        self._model, self._weights, self._runtime = model, weights, runtime
+        self._model, self._weights, self._embedding, self._runtime = model, weights, embedding, runtime
         self._width = model.num_key_value_heads * model.head_dim
         # behind the cells that are read, a place for the keys and values of tokens that only fill up a graph
         self._all_cells = cells + CHUNK
@@ -207,7 +217,7 @@ class _State:
             last[stream] = stream * width + max(count - 1, 0)
             self.lengths[stream] = length + count
         inputs = {
-            "tokens": tokens,
+            "embedded": self._embedding.rows(tokens.ravel()),
             "positions": positions,
             "mask": np.where(np.arange(used) <= positions[..., None], np.float32(0), np.float32(-np.inf)),
             **self._places(cells),
@@ -244,12 +254,11 @@ class _Builder:
     def build(self, every: bool) -> Graph:
         """Return the graph; with `every` its output is the logits of all tokens, else those of the input `outputs`."""
         g, model, kv = self._graph, self._model, self._state._width
-        tokens = g.input("tokens", I32, self._n)
+        x = g.input("embedded", F32, model.hidden_size, self._n)  # [D, N]
         self._positions = g.input("positions", I32, self._n)
         self._mask = g.input("mask", F32, self._s, self._t, 1, self._state.streams)
         self._k_rows = g.input("k_rows", I64, self._n)
         self._v_rows = g.input("v_rows", I64, self._n * kv)
-        x = g.rows(self._weights.linear("token_embd").matrices[0], tokens)  # [D, N]
         for layer in range(model.num_hidden_layers):
             x = self._layer(x, layer)
         if not every:

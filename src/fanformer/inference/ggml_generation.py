@@ -1,5 +1,7 @@
 """Text that continues prompts on ggml: what generation.py does, for a GGUF file; never imports torch."""
 
+import contextlib
+import ctypes
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,17 @@ def load_engine(path: str | Path, threads: int | None = None) -> LoadedEngine:
         DependencyError: if the extra `gguf` is not installed.
     """
     file, model = open_model(str(path))
-    return LoadedEngine(Engine(file, model, threads), GGUFTokenizer(file, model.vocab_size))
+    tokenizer = GGUFTokenizer(file, model.vocab_size)
+    engine = Engine(file, model, threads)
+    del file  # the texts of all tokens are in its metadata
+    give_back_freed_memory()
+    return LoadedEngine(engine, tokenizer)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give memory that nobody uses any more to the system; without glibc it does so by itself."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def encode_prompt(tokenizer: GGUFTokenizer, prompt: str) -> list[int]:

@@ -11,6 +11,8 @@ from fanformer.inference.gguf_file import GGUFFile, TensorInfo
 from fanformer.inference.gguf_tensors import tensor_specs
 
 _BF16 = "bf16"
+_CHECKED_AT_ONCE = 1 << 16
+"""Numbers that are made of blocks at a time to check them: few, so that checking takes next to no memory."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Linear:
 
 
 class Weights:
-    """All tensors of a model; matrices that read the same input lie behind each other, so that one product reads all.
+    """All tensors of a model but the embedding; matrices that read the same input are one, so that one product does.
 
     BF16 becomes F16: ggml would round what it multiplies such matrices with to 8 bits. F16 keeps 11, and holds every
     bfloat16 from 6e-5 to 65504 exactly; what is smaller moves by 3e-8 at most.
@@ -127,7 +129,8 @@ def _groups(model: Architecture, file: GGUFFile) -> list[_Group]:
         "attn_qkv": (attention, "attention"),
         "ffn_gate_up": (["ffn_gate", "ffn_up"], "ffn"),
     }
-    groups = [_Group(name, [name], file) for name in ("token_embd", "output") if f"{name}.weight" in file.tensors]
+    head = "token_embd" if model.tie_word_embeddings else "output"
+    groups = [_Group(head, [head], file)]
     for layer in range(model.num_hidden_layers):
         for name in ("attn_fan", "attn_qkv_a", "attn_output_a", "attn_output", "ffn_gate_up_a", "ffn_down_a",
                      "ffn_down"):  # fmt: skip
@@ -150,7 +153,7 @@ def _read(file: GGUFFile, info: TensorInfo, target: Bytes) -> None:
         with np.errstate(over="ignore"):
             target.view(np.float16)[:] = file.read_floats(info).ravel().astype(np.float16)
     stored, row_bytes = _stored(info.kind), _stored(info.kind).row_bytes(info.shape[-1])
-    rows = max(1, (1 << 20) // row_bytes)
+    rows = max(1, _CHECKED_AT_ONCE // info.shape[-1])
     for start in range(0, info.shape[0], rows):
         raw = target[start * row_bytes : (start + rows) * row_bytes]
         if not np.isfinite(dequantize(raw, stored, (len(raw) // row_bytes, info.shape[-1]))).all():

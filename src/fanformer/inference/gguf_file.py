@@ -4,11 +4,13 @@ Source: the GGUF specification, version 3 (docs/gguf.md of ggml).
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fanformer.errors import CheckpointError
 from fanformer.inference.gguf_blocks import BY_NUMBER, BlockType, Bytes, Floats, dequantize
@@ -61,6 +63,31 @@ class TensorInfo:
     num_bytes: int
 
 
+class Texts(Sequence[str]):
+    """An array of texts, kept as bytes: a hundred thousand Python strings would take ten times the memory."""
+
+    def __init__(self, content: bytes, ends: NDArray[np.int64]) -> None:
+        """Take the texts.
+
+        Args:
+            content: all of them in UTF-8, one behind the other.
+            ends: (N) where each of them ends.
+        """
+        self._content, self._ends = content, ends
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the text at a place, or a list of those in a slice."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]  # an IndexError beyond the ends
+        start = int(self._ends[place - 1]) if place else 0
+        return self._content[start : int(self._ends[place])].decode()
+
+
 class GGUFFile:
     """The header of a GGUF file of our architecture, and its tensors' numbers on demand."""
 
@@ -75,7 +102,7 @@ class GGUFFile:
         if not self.path.is_file():
             raise CheckpointError(f"no GGUF file {self.path.absolute()}: expected what `fanformer quantize` wrote.")
         self.metadata: dict[str, Any] = {}
-        """Value by key: bool, int, float, str, a list of str, or a numpy array."""
+        """Value by key: bool, int, float, str, Texts, or a numpy array."""
         self.tensors: dict[str, TensorInfo] = {}
         with self.path.open("rb") as stream:
             _Header(self, stream).read()
@@ -205,7 +232,11 @@ class _Header:
             raise self._file.fail(f"is damaged: `{key}` is an array of the type {kind}, which is none.")
         self._check_count(f"entries of `{key}`", count, _LEAST_BYTES[kind])
         if kind == STRING:
-            return [self._text(f"an entry of `{key}`") for _ in range(count)]
+            joined, ends = bytearray(), np.empty(count, dtype=np.int64)
+            for index in range(count):
+                joined += self._text(f"an entry of `{key}`").encode()
+                ends[index] = len(joined)
+            return Texts(bytes(joined), ends)
         content = self._take(count * _WIDTHS[kind], f"`{key}`")
         if SCALARS[kind] == "?":
             return np.frombuffer(content, np.uint8) != 0

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
-from fanformer.inference.gguf_file import GGUFFile
+from fanformer.inference.gguf_file import GGUFFile, Texts
 
 PIPELINE = "tokenizer.fanformer.pipeline"
 END_IDS = "fanformer.end_token_ids"
@@ -52,7 +52,8 @@ class GGUFTokenizer:
         """
         self.name_or_path = str(file.path)
         self.backend_tokenizer = _backend(file, vocab_size)
-        self.known = max(self.backend_tokenizer.get_vocab().values(), default=-1) + 1
+        used = np.flatnonzero(file.metadata[TOKEN_TYPES] != UNUSED).tolist()
+        self.known: int = max([*used[-1:], *self.backend_tokenizer.get_added_tokens_decoder()], default=-1) + 1
         """One more than the largest id that stands for text; those from here on only fill up the vocabulary."""
         special = self.special_ids(file, vocab_size)
         self.bos_token_id, self.eos_token_id, self.pad_token_id = special.bos, special.eos, special.pad
@@ -187,9 +188,9 @@ def _end_ids(file: GGUFFile, eos: int | None, vocab_size: int) -> list[int]:
     return found
 
 
-def _texts(file: GGUFFile, key: str) -> list[str]:
+def _texts(file: GGUFFile, key: str) -> Texts:
     value = file.metadata.get(key)
-    if not isinstance(value, list):
+    if not isinstance(value, Texts):
         raise file.fail(f"its tokenizer is missing or damaged: `{key}` must be an array of texts.")
     return value
 
@@ -213,7 +214,8 @@ def _backend(file: GGUFFile, vocab_size: int) -> Tokenizer:
     except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception at all
         reason = " ".join(str(error).split())[:200]
         raise file.fail(f"its tokenizer cannot be read: {reason}.") from error
-    if max(backend.get_vocab().values(), default=0) >= vocab_size:
+    # all other ids are places in `tokens`; asking for the whole vocabulary would take as much memory again
+    if max(backend.get_added_tokens_decoder(), default=0) >= vocab_size:
         raise file.fail(f"its tokenizer has ids beyond the model's {vocab_size}: it belongs to another model.")
     return backend
 

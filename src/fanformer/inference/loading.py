@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -21,7 +22,9 @@ from transformers import (
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
 from fanformer.errors import CheckpointError
 from fanformer.inference.devices import resolve_device, resolve_dtype
+from fanformer.inference.gguf_architecture import Architecture
 from fanformer.inference.gguf_file import is_gguf
+from fanformer.inference.gguf_tensors import tensor_specs
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -61,7 +64,7 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
         return gguf_loading.read_model(folder, kind).to(placed)
     config = load_config(folder)
     path = Path(folder)
-    check_weights(path)
+    _check_shapes(path, config, check_weights(path))
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -103,8 +106,11 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (StrictDataclassError, ValueError) as error:
-        raise CheckpointError(f"{file.absolute()}: {error.__cause__ or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged value leads to depends on the field: transformers checks few of them
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise CheckpointError(f"{file.absolute()}: {' '.join(str(reason).split())[:500]}") from error
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     architectures = content.get("architectures") or []
     if causal is None or (architectures and causal.__name__ not in architectures):
@@ -149,8 +155,11 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     """Check that the safetensors files of `folder` are all there and whole; reads their headers only.
+
+    Returns:
+        The shape of every tensor by its name.
 
     Raises:
         CheckpointError: if there are none, if they are pickles instead, or if one is missing, truncated or corrupt.
@@ -175,8 +184,10 @@ def check_weights(folder: Path) -> None:
                 "loaded: expected model.safetensors; save them again with save_pretrained."
             )
         raise CheckpointError(f"no weights in {folder.absolute()}: expected model.safetensors.")
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        _check_safetensors(file)
+        shapes |= _check_safetensors(file)
+    return shapes
 
 
 def _check_folder(path: Path) -> None:
@@ -197,15 +208,15 @@ def _check_folder(path: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.absolute()} is damaged: not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.absolute()} is damaged: expected a JSON object, got {type(content).__name__}.")
     return content
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compare the size of `file` with what its header (length as uint64, then JSON) says."""
+def _check_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
+    """Compare the size of `file` with its header (length as uint64, then JSON), and return its tensors' shapes."""
     if not file.is_file():
         raise CheckpointError(f"{file.absolute()} is missing, and the index names it: copy the folder again.")
     size = file.stat().st_size
@@ -220,26 +231,42 @@ def _check_safetensors(file: Path) -> None:
             tensors = json.loads(stream.read(length))
             tensors.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file.absolute()} is corrupt: its header cannot be read; copy it again.") from error
     if size != 8 + length + end:
         raise CheckpointError(
             f"{file.absolute()} is truncated or corrupt: {size} bytes, its header says {8 + length + end}; "
             "copy it again."
         )
+    try:
+        with safetensors.safe_open(file, framework="np"):  # reads the header only, and checks the rest of it
+            return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file.absolute()} is corrupt: {reason}; copy it again.") from error
+
+
+def _check_shapes(path: Path, config: PreTrainedConfig, saved: dict[str, tuple[int, ...]]) -> None:
+    """Compare a FANformer's configuration with its weights before memory is taken for what it claims.
+
+    Other architectures' and quantized weights are compared by transformers once they are loaded.
+    """
+    if config.model_type != "fanformer" or getattr(config, "quantization_config", None) is not None:
+        return
+    if config.num_hidden_layers > len(saved):
+        raise CheckpointError(
+            f"the weights in {path.absolute()} do not fit its config.json: `num_hidden_layers` is "
+            f"{config.num_hidden_layers}, but they are {len(saved)} tensors."
+        )
+    for spec in sorted(tensor_specs(Architecture.from_config(config)), key=lambda spec: spec.parameter):
+        found = saved.get(spec.parameter, spec.shape)
+        if found != spec.shape:
+            raise _mismatch(path, config.vocab_size, spec.parameter, found, spec.shape)
 
 
 def _check_report(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
     for key, saved, expected in sorted(report["mismatched_keys"]):
-        if expected[0] == model.config.vocab_size and saved[1:] == expected[1:]:
-            raise CheckpointError(
-                f"the vocabulary of {path.absolute()} does not fit its weights: `vocab_size` is "
-                f"{model.config.vocab_size}, but `{key}` has {saved[0]} rows."
-            )
-        raise CheckpointError(
-            f"the weights in {path.absolute()} do not fit its config.json: `{key}` is {tuple(saved)}, expected "
-            f"{tuple(expected)}."
-        )
+        raise _mismatch(path, model.config.vocab_size, key, tuple(saved), tuple(expected))
     for verb, keys in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -248,3 +275,17 @@ def _check_report(path: Path, model: PreTrainedModel, report: dict[str, Any]) ->
             )
     if report["error_msgs"]:
         raise CheckpointError(f"the weights in {path.absolute()} cannot be loaded: {report['error_msgs'][0]}")
+
+
+def _mismatch(
+    path: Path, vocab_size: int, key: str, saved: tuple[int, ...], expected: tuple[int, ...]
+) -> CheckpointError:
+    """Return the error for a weight of another shape than the configuration says."""
+    if expected[0] == vocab_size and saved[1:] == expected[1:]:
+        return CheckpointError(
+            f"the vocabulary of {path.absolute()} does not fit its weights: `vocab_size` is {vocab_size}, but `{key}` "
+            f"has {saved[0]} rows."
+        )
+    return CheckpointError(
+        f"the weights in {path.absolute()} do not fit its config.json: `{key}` is {saved}, expected {expected}."
+    )

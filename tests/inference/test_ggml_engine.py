@@ -44,6 +44,12 @@ def error(found, expected):
     return np.abs(found - expected).max() / expected.std()
 
 
+def nats(logits, labels):
+    """Mean surprise of the labels."""
+    chances = torch.from_numpy(logits).double().log_softmax(-1)
+    return -float(chances[torch.arange(len(labels)), labels].mean())
+
+
 def ids(count, seed=0, vocab_size=300):
     return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
@@ -88,6 +94,9 @@ def test_quantized_logits_are_near_the_dequantized_models(wide, kind):
     # ggml rounds activations to 8 bits, in blocks: under 1% of each sum. A wrong row or scale would be off by 100%.
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.03
     assert found.argmax(-1).tolist() != [found.argmax(-1)[0]] * len(row)
+    # the bits of a text are nearly the same: errors of both signs cancel over the tokens
+    ours, theirs = (nats(logits[:-1], row[1:]) for logits in (found, expected))
+    assert ours == pytest.approx(theirs, rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_k"])

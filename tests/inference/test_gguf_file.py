@@ -217,3 +217,22 @@ def test_tensors_must_be_those_of_the_architecture(saved_model, tmp_path):
         spoilt.write_bytes(content.replace(old, new))
         with pytest.raises(CheckpointError, match=message):
             open_model(str(spoilt))
+
+
+def test_embedding_is_read_row_by_row_and_notices_a_file_that_shrinks(saved_model, tmp_path):
+    from fanformer.inference.gguf_embedding import Embedding
+
+    path = shutil.copy(export(saved_model, "f16"), tmp_path / "file.gguf")
+    file, _ = open_model(str(path))
+    info = file.tensors["token_embd.weight"]
+    embedding, whole = Embedding(file.path, info), file.read_floats(info)
+    ids = np.array([5, 0, 319, 5], dtype=np.int32)
+    np.testing.assert_array_equal(embedding.rows(ids), whole[ids])
+    os.truncate(path, info.offset + 100)
+    with pytest.raises(CheckpointError, match=r"file.gguf became shorter while it was in use"):
+        embedding.rows(ids)
+    content = bytearray(export(saved_model, "f16").read_bytes())
+    content[info.offset + 2 * 64 * 300 : info.offset + 2 * 64 * 300 + 2] = b"\0\x7c"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"`token_embd.weight` holds values that are not finite"):
+        Embedding(file.path, info)

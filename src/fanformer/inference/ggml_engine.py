@@ -69,9 +69,9 @@ class Engine:
         self._runtime = Runtime(self.threads)
         self._weights = Weights(self._runtime, file, self.model)
         self._embedding = Embedding(file.path, file.tensors["token_embd.weight"])
-        kinds = {info.kind.name for info in file.tensors.values()}
-        # a cache of float16 would round more than float32 weights do
-        self._cache_kind = F32 if kinds == {"f32"} else F16
+        # beside weights that are rounded to few bits, a cache of 11 is exact enough
+        quantized = any(info.kind.block_elements > 1 for info in file.tensors.values())
+        self._cache_kind = F16 if quantized else F32
         self._state: _State | None = None
 
     @classmethod

@@ -50,7 +50,7 @@ def load_engine(path: str | Path, threads: int | None = None) -> LoadedEngine:
 
 def give_back_freed_memory() -> None:
     """Let the C library give memory that nobody uses any more to the system; without glibc it does so by itself."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

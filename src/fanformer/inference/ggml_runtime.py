@@ -28,7 +28,7 @@ _UNARY = {"silu": "ggml_silu", "gelu": "ggml_gelu_erf", "cos": "ggml_cos", "sin"
 
 
 class EngineError(FANformerError, RuntimeError):
-    """The engine cannot do what it is asked: no memory, or shapes that do not fit (a bug of ours)."""
+    """The engine cannot do what it is asked, for want of memory."""
 
 
 def library() -> ModuleType:
@@ -79,8 +79,9 @@ def quantize(values: Floats, kind: BlockType, importance: Floats | None = None) 
 
 
 def _require(condition: bool, expected: str) -> None:
+    """Raise AssertionError, unlike `assert` always: what is checked here would end the process in C."""
     if not condition:
-        raise EngineError(f"the engine's shapes do not fit: expected {expected}; this is a bug, please report it.")
+        raise AssertionError(f"a graph that does not fit together: expected {expected}")
 
 
 def _size(kind: int, shape: Sequence[int]) -> int:

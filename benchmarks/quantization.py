@@ -12,6 +12,7 @@ figures are ratios of runs of the same round, the load is told. Memory: resident
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,9 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict[str, di
     rows, num_bytes = rows_of(tokenizer, texts, model.config.max_position_embeddings, arguments.tokens)
     if not rows:
         sys.exit(f"{arguments.text} begins with a document of more than {arguments.tokens} tokens: give --tokens")
-    found = {"folder": {"torch": bits_per_byte(on_torch(model), rows, num_bytes), "bytes": num_bytes}}
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    before = bits_per_byte(on_torch(model), rows, num_bytes)
+    found: dict[str, dict[str, Any]] = {"folder": {"torch": before, "bytes": num_bytes, "sha256": digest}}
     for kind in arguments.types.split(","):
         settings = Settings(kind, calibration=arguments.calibration if kind.startswith("q4") else None)
         report = export_gguf(arguments.model, folder, settings)
@@ -268,13 +272,13 @@ def write(arguments: argparse.Namespace, result: Any, details: dict[str, Any]) -
         name=f"gguf-{Path(arguments.model).absolute().name}-{day}",
         what=f"GGUF files of {Path(arguments.model).name}: bits per byte, size, decoding and memory",
         kind="benchmark",
-        command=command_line(),
+        command=command_line(["python", *sys.argv]),
         date=day,
         seeds=[],
         configuration={"types": arguments.types, "tokens": arguments.tokens, "threads": arguments.threads},
-        data={"source": Path(arguments.text).name, "fingerprint": None},
+        data={"source": Path(arguments.text).name, "fingerprint": details["quality"]["folder"]["sha256"]},
         hardware=hardware(),
-        versions=versions(),
+        versions=versions() | {"ggml-python": version("ggml-python")},
         result=result,
         details=details,
     )

@@ -48,3 +48,12 @@ def test_damaged_file_is_one_line(command, tmp_path):
     (tmp_path / "text.txt").write_text("a")
     outcome = command("eval", tmp_path / "cut.gguf", "--text", tmp_path / "text.txt")
     assert outcome.refusal() == f"error: {tmp_path}/cut.gguf: is truncated: 8 bytes; copy it again."
+
+
+def test_help_names_the_types_and_defaults_that_there_are(command):
+    from fanformer.quantization.gguf_importance import DEFAULT_TOKENS
+    from fanformer.quantization.gguf_plan import OFFERED
+
+    text = command("quantize", "--help").out
+    assert "|".join(OFFERED) in text
+    assert f"[default: {DEFAULT_TOKENS}]" in text

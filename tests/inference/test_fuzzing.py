@@ -331,3 +331,6 @@ def test_weights_whose_header_lies_are_refused(small, tmp_path, old, new):
     (tmp_path / "model.safetensors").write_bytes(content.replace(old, new, 1))
     with pytest.raises(CheckpointError, match=r"model.safetensors is corrupt: .*; copy it again"):
         load(tmp_path, device="cpu")
+    (tmp_path / "model.safetensors").write_bytes(content.replace(b'"F32"', b'"U32"', 1))
+    with pytest.raises(CheckpointError, match=r"is stored as U32, expected one of F64, F32, F16, BF16"):
+        load(tmp_path, device="cpu")

@@ -27,6 +27,7 @@ from fanformer.inference.gguf_file import is_gguf
 from fanformer.inference.gguf_tensors import tensor_specs
 
 _INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
 
@@ -64,7 +65,7 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
         return gguf_loading.read_model(folder, kind).to(placed)
     config = load_config(folder)
     path = Path(folder)
-    _check_shapes(path, config, check_weights(path))
+    _check_fit(path, config, check_weights(path))
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -155,11 +156,18 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+class SavedTensor(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_weights(folder: Path) -> dict[str, SavedTensor]:
     """Check that the safetensors files of `folder` are all there and whole; reads their headers only.
 
     Returns:
-        The shape of every tensor by its name.
+        Type and shape of every tensor by its name.
 
     Raises:
         CheckpointError: if there are none, if they are pickles instead, or if one is missing, truncated or corrupt.
@@ -184,10 +192,10 @@ def check_weights(folder: Path) -> dict[str, tuple[int, ...]]:
                 "loaded: expected model.safetensors; save them again with save_pretrained."
             )
         raise CheckpointError(f"no weights in {folder.absolute()}: expected model.safetensors.")
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, SavedTensor] = {}
     for file in files:
-        shapes |= _check_safetensors(file)
-    return shapes
+        tensors |= _check_safetensors(file)
+    return tensors
 
 
 def _check_folder(path: Path) -> None:
@@ -215,8 +223,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
-    """Compare the size of `file` with its header (length as uint64, then JSON), and return its tensors' shapes."""
+def _check_safetensors(file: Path) -> dict[str, SavedTensor]:
+    """Compare the size of `file` with its header (length as uint64, then JSON), and return its tensors."""
     if not file.is_file():
         raise CheckpointError(f"{file.absolute()} is missing, and the index names it: copy the folder again.")
     size = file.stat().st_size
@@ -240,13 +248,13 @@ def _check_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
         )
     try:
         with safetensors.safe_open(file, framework="np"):  # reads the header only, and checks the rest of it
-            return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+            return {name: SavedTensor(entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file.absolute()} is corrupt: {reason}; copy it again.") from error
 
 
-def _check_shapes(path: Path, config: PreTrainedConfig, saved: dict[str, tuple[int, ...]]) -> None:
+def _check_fit(path: Path, config: PreTrainedConfig, saved: dict[str, SavedTensor]) -> None:
     """Compare a FANformer's configuration with its weights before memory is taken for what it claims.
 
     Other architectures' and quantized weights are compared by transformers once they are loaded.
@@ -259,9 +267,16 @@ def _check_shapes(path: Path, config: PreTrainedConfig, saved: dict[str, tuple[i
             f"{config.num_hidden_layers}, but they are {len(saved)} tensors."
         )
     for spec in sorted(tensor_specs(Architecture.from_config(config)), key=lambda spec: spec.parameter):
-        found = saved.get(spec.parameter, spec.shape)
-        if found != spec.shape:
-            raise _mismatch(path, config.vocab_size, spec.parameter, found, spec.shape)
+        found = saved.get(spec.parameter)
+        if found is None:
+            continue  # told with all others that are missing once the model is loaded
+        if found.shape != spec.shape:
+            raise _mismatch(path, config.vocab_size, spec.parameter, found.shape, spec.shape)
+        if found.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"the weights in {path.absolute()} are of no use: `{spec.parameter}` is stored as {found.dtype}, "
+                f"expected one of {', '.join(_FLOATS)}."
+            )
 
 
 def _check_report(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:

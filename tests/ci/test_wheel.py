@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-IMPORT_NAMES = {"pyyaml": "yaml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "ggml-python": "ggml"}
 
 
 def requirement_names(requirements):

@@ -7,8 +7,8 @@ import pytest
 from fanformer.errors import ConfigError
 from fanformer.inference.chat import Conversation
 from fanformer.inference.generation import generate
+from fanformer.inference.interruption import Interruption
 from fanformer.inference.settings import GenerationSettings
-from fanformer.inference.streaming import Interruption
 
 SETTINGS = GenerationSettings(max_length=10, min_length=10, seed=1)
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.inference.generation import GumbelNoise, encode_prompt, generate, withhold_spaces
+from fanformer.inference.generation import GumbelNoise, encode_prompt, generate
+from fanformer.inference.interruption import Interruption
+from fanformer.inference.prompts import withhold_spaces
 from fanformer.inference.settings import GenerationSettings
-from fanformer.inference.streaming import Interruption
 
 SHORT = GenerationSettings(max_length=12, seed=3)
 

@@ -8,9 +8,11 @@ import threading
 import pytest
 import torch
 
+from fanformer.inference.decoding import TextDecoder
 from fanformer.inference.generation import generate
+from fanformer.inference.interruption import Interruption, interruptible
 from fanformer.inference.settings import GenerationSettings
-from fanformer.inference.streaming import Interruption, StopWhenInterrupted, TextDecoder, TextStreamer, interruptible
+from fanformer.inference.streaming import StopWhenInterrupted, TextStreamer
 
 # Chinese, Thai, an emoji of three joined ones with skin tones, a flag, combining accents, leading and double spaces.
 TEXTS = [

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fanformer.cli.generate import write_now
-from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options
+from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError
 from fanformer.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
+    from fanformer.inference.ggml_generation import LoadedEngine
     from fanformer.inference.loading import LoadedModel
 
 HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-C stops the text."
@@ -20,22 +21,25 @@ HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-
 @click.command(cls=Verb, example="fanformer chat runs/nano --max-length 60 --temperature 0.5")
 @click.argument("folder", metavar="DIR")
 @sampling_options()
+@threads_option
 @device_option
 @dtype_option
-def chat(folder: str, device: str, dtype: str, **sampling: Any) -> None:
-    """Talk with the model saved in DIR, line by line.
+def chat(folder: str, threads: int | None, device: str, dtype: str, **sampling: Any) -> None:
+    """Talk with the model saved in DIR, or in a .gguf file, line by line.
 
     A tokenizer with a chat template keeps the conversation; a base model continues each line as a new text.
     Commands: /help, /reset, /exit. Ctrl-C stops the text; twice at the prompt, it leaves.
     """
     settings = GenerationSettings(**sampling)
-    from fanformer.inference.loading import load
+    from fanformer.inference.text_models import load_text_model
 
-    loaded = load(folder, device, dtype)
+    loaded = load_text_model(folder, device, dtype, threads)
     converse(loaded, settings, name=folder)
 
 
-def converse(loaded: "LoadedModel", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()) -> None:
+def converse(
+    loaded: "LoadedModel | LoadedEngine", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()
+) -> None:
     """Answer every line of standard input until its end or an exit word.
 
     Args:
@@ -45,7 +49,7 @@ def converse(loaded: "LoadedModel", settings: GenerationSettings, name: str, exi
         exit_words: lines that leave, besides /exit.
     """
     from fanformer.inference.chat import Conversation
-    from fanformer.inference.streaming import interruptible
+    from fanformer.inference.interruption import interruptible
 
     conversation = Conversation(loaded.model, loaded.tokenizer, settings)
     if not conversation.has_template:

@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import click
 
 from fanformer.cli.failure import writing
 from fanformer.cli.options import Verb, device_option, dtype_option
+from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from fanformer.inference.loading import LoadedModel
 
 _DEFAULT_FIELD = "src"
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @click.command(
@@ -162,7 +160,7 @@ class _Tasks:
             requests = total
             show(name, done, total)
 
-        with _request_progress() as show:
+        with counted_progress("requests") as show:
             figures = evaluate_tasks(
                 loaded.model,
                 loaded.tokenizer,
@@ -176,39 +174,6 @@ class _Tasks:
         seconds = time.monotonic() - started
         click.echo(f"{requests:,} requests in {seconds:.1f} s ({requests / seconds:,.0f}/s)", err=True)
         return {"tasks": figures, "limit": self.limit, "lm_eval": version("lm_eval")}
-
-
-@contextmanager
-def _request_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function that shows requests done of a total: a bar on a terminal, a line every few seconds elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        last: tuple[float, int] | None = None
-
-        def write_line(name: str, done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if last is None:  # setting up is no part of the rate
-                last = now, done
-            elif now - last[0] >= _SECONDS_BETWEEN_LINES:
-                rate = max(done - last[1], 1) / (now - last[0])
-                last = now, done
-                left = (total - done) / rate
-                click.echo(f"{name}: {done:,} of {total:,} requests, {rate:,.0f}/s, {left:.0f} s left", err=True)
-
-        yield write_line
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}/s"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        shown = bar.add_task("tasks", total=None, rate="-")
-
-        def move_bar(name: str, done: int, total: int) -> None:
-            bar.update(shown, description=name, completed=done, total=total, rate=f"{bar.tasks[0].speed or 0:,.0f}")
-
-        yield move_bar
 
 
 def _show_tasks(figures: dict[str, dict[str, Any]], names: list[str]) -> None:

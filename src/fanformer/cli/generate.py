@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fanformer.cli.failure import INTERRUPTED
-from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options
+from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError, DataError
 from fanformer.inference.settings import GenerationSettings
 
@@ -23,6 +23,7 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 @click.option("--batch-size", default=8, help="Prompts that are continued together.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of text.")
 @sampling_options()
+@threads_option
 @device_option
 @dtype_option
 def generate(
@@ -31,11 +32,12 @@ def generate(
     prompts_file: str | None,
     batch_size: int,
     as_json: bool,
+    threads: int | None,
     device: str,
     dtype: str,
     **sampling: Any,
 ) -> int:
-    """Continue each PROMPT with the model saved in DIR; without one, begin a new text.
+    """Continue each PROMPT with the model saved in DIR, or in a .gguf file; without one, begin a new text.
 
     A single text is written as it comes, prompt first. Ctrl-C stops it there. The same seed gives the same text, in
     whatever batch; equal prompts of one call get different texts.
@@ -45,14 +47,13 @@ def generate(
         raise ConfigError("prompts come from one place, got PROMPT and --prompts-file: keep one of them.")
     texts = read_prompts(prompts_file) if prompts_file is not None else list(prompts) or [""]
 
-    from fanformer.inference import generation
-    from fanformer.inference.loading import load
-    from fanformer.inference.streaming import interruptible
+    from fanformer.inference.interruption import interruptible
+    from fanformer.inference.text_models import generation_of, load_text_model
 
-    model, tokenizer = load(folder, device, dtype)
+    model, tokenizer = load_text_model(folder, device, dtype, threads)
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
-        completions = generation.iterate(
+        completions = generation_of(model).iterate(
             model,
             tokenizer,
             texts,

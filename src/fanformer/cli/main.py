@@ -19,6 +19,7 @@ VERBS = {
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),
     "eval": ("fanformer.cli.eval:evaluate", "Measure a model on text and on benchmark tasks."),
     "compare": ("fanformer.cli.compare:compare", "Train architectures on the same tokens and compare them."),
+    "quantize": ("fanformer.cli.quantize:quantize", "Write a model as a smaller file."),
     "convert": ("fanformer.cli.convert:convert", "Turn the published implementations' weights into a model folder."),
 }
 

@@ -68,6 +68,13 @@ def dtype_option(function: Function) -> Function:
     )(function)
 
 
+def threads_option(function: Function) -> Function:
+    """Add `--threads`: how many threads run a .gguf file."""
+    return click.option(
+        "--threads", type=int, metavar="N", help="Threads that run a .gguf file.  [default: the cores nobody else uses]"
+    )(function)
+
+
 def sampling_options(separator: str = "-") -> Callable[[Function], Function]:
     """Return a decorator that adds the fields of GenerationSettings as flags.
 

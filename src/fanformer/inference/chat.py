@@ -2,13 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
-
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from fanformer.errors import ConfigError
-from fanformer.inference.generation import continue_ids, generate
+from fanformer.inference.interruption import Interruption
 from fanformer.inference.settings import GenerationSettings
-from fanformer.inference.streaming import Interruption
+from fanformer.inference.text_models import generation_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from fanformer.inference.ggml_engine import Engine
+    from fanformer.inference.gguf_tokenizer import GGUFTokenizer
 
 
 class Conversation:
@@ -17,10 +22,16 @@ class Conversation:
     A tokenizer without a chat template belongs to a base model: each message is then a text of its own to continue.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings):
+    def __init__(
+        self,
+        model: "PreTrainedModel | Engine",
+        tokenizer: "PreTrainedTokenizerFast | GGUFTokenizer",
+        settings: GenerationSettings,
+    ):
         self.messages: list[dict[str, str]] = []
         self.has_template = bool(tokenizer.chat_template)
         self._model = model
+        self._generation = generation_of(model)
         self._tokenizer = tokenizer
         self._settings = settings
         self._answers = 0
@@ -47,13 +58,17 @@ class Conversation:
         if settings.seed is not None:  # a fixed seed reproduces the conversation, not one and the same answer
             settings = dataclasses.replace(settings, seed=settings.seed + self._answers)
         if not self.has_template:
-            generate(self._model, self._tokenizer, [message], settings, on_text, interruption=interruption)
+            self._generation.generate(
+                self._model, self._tokenizer, [message], settings, on_text, interruption=interruption
+            )
             self._answers += 1
             return 0
         messages = [*self.messages, {"role": "user", "content": message}]
         ids, forgotten = self._fit(messages)
         completion = next(
-            continue_ids(self._model, self._tokenizer, [message], [ids], settings, on_text, interruption=interruption)
+            self._generation.continue_ids(
+                self._model, self._tokenizer, [message], [ids], settings, on_text, interruption=interruption
+            )
         )
         self.messages = [*messages[forgotten:], {"role": "assistant", "content": completion.text}]
         self._answers += 1

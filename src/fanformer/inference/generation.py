@@ -1,11 +1,8 @@
 """Text that continues prompts: sampling that a seed reproduces, batches, streaming."""
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,25 +19,12 @@ from transformers import (
 )
 
 from fanformer.data.tokenizer import encode_documents, start_token_id
-from fanformer.errors import CheckpointError, ConfigError
+from fanformer.errors import CheckpointError
+from fanformer.inference.decoding import decode_new
+from fanformer.inference.interruption import Interruption
+from fanformer.inference.prompts import Completion, check_length, check_request, check_text, row_seed, withhold_spaces
 from fanformer.inference.settings import GenerationSettings
-from fanformer.inference.streaming import Interruption, StopWhenInterrupted, TextDecoder, TextStreamer
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One continued prompt."""
-
-    prompt: str
-    text: str
-    """The continuation alone."""
-    tokens: int
-    """New tokens, the end token included."""
-    finish_reason: Literal["end", "length", "interrupted"]
-    tokens_per_second: float
-    """New tokens of this prompt over the seconds that its batch took."""
-    seed: int
-    """The seed that was used, given or drawn."""
+from fanformer.inference.streaming import StopWhenInterrupted, TextStreamer
 
 
 class KnownTokensOnly(LogitsProcessor):
@@ -129,13 +113,10 @@ def iterate(
             text, if the tokenizer has no start token, or if several prompts are to be streamed.
         CheckpointError: if the model computes values that are no numbers.
     """
-    if on_text is not None and len(prompts) != 1:
-        raise ConfigError(f"`on_text` streams the text of one prompt, got {len(prompts)}: call once for each.")
-    if batch_size < 1:
-        raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_request(len(prompts), batch_size, on_text is not None)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
-        _check_length(model, prompt, ids, settings.max_length)
+        check_length(getattr(model.config, "max_position_embeddings", None), prompt, ids, settings.max_length)
     cut = [withhold_spaces(tokenizer, ids) for ids in encoded]
     return continue_ids(
         model,
@@ -170,19 +151,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     Raises:
         ConfigError: if the prompt is not valid Unicode, or the tokenizer has no token to start a text with.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"a prompt must be valid UTF-8, got {prompt[:40]!r}.") from error
+    check_text(prompt)
     return [start_token_id(tokenizer), *encode_documents(tokenizer, [prompt])[0]]
-
-
-def withhold_spaces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> tuple[list[int], str]:
-    """Return `ids` without a last token that is nothing but spaces, and those spaces; a start token stays."""
-    text = tokenizer.decode(ids[-1:], clean_up_tokenization_spaces=False)
-    if len(ids) > 1 and text and not text.strip(" "):
-        return ids[:-1], text
-    return ids, ""
 
 
 def continue_ids(
@@ -210,7 +180,7 @@ def continue_ids(
         rows = encoded[start : start + batch_size]
         withheld = beginnings[start : start + batch_size]
         streamer = TextStreamer(tokenizer, on_text, skip=len(withheld[0])) if on_text is not None else None
-        seeds = [_row_seed(seed, start + index) for index in range(len(rows))]
+        seeds = [row_seed(seed, start + index) for index in range(len(rows))]
         began = time.perf_counter()
         outputs = _continue_batch(model, tokenizer, rows, withheld, settings, seeds, streamer, interruption)
         seconds = time.perf_counter() - began
@@ -218,7 +188,7 @@ def continue_ids(
             cut_short = interruption.requested and len(new_ids) < settings.max_length
             yield Completion(
                 prompt=prompt,
-                text=_decode(tokenizer, row, new_ids)[len(beginning) :],
+                text=decode_new(tokenizer, row, new_ids)[len(beginning) :],
                 tokens=len(new_ids),
                 finish_reason="end" if ended else "interrupted" if cut_short else "length",
                 tokens_per_second=len(new_ids) / seconds,
@@ -238,7 +208,7 @@ def _continue_batch(
     interruption: Interruption,
 ) -> list[tuple[list[int], bool]]:
     """Return for each row its new token ids, and whether an end token is the last of them."""
-    end_ids = _end_ids(model, tokenizer)
+    end_ids = end_token_ids(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
@@ -287,33 +257,10 @@ def _processors(
     return processors
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids that end a text: the folder's generation settings, else its configuration, else its tokenizer."""
     for source in (model.generation_config, model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
             return list(ids) if isinstance(ids, list) else [ids]
     return []
-
-
-def _row_seed(seed: int, index: int) -> int:
-    """Return the seed of the prompt at place `index`, so that equal prompts of one call get different texts."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest(), "big")
-
-
-def _decode(tokenizer: PreTrainedTokenizerFast, prompt_ids: list[int], new_ids: list[int]) -> str:
-    decoder = TextDecoder(tokenizer, prompt_ids)
-    return "".join([*map(decoder.push, new_ids), decoder.finish()])
-
-
-def _check_length(model: PreTrainedModel, prompt: str, ids: list[int], max_length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or len(ids) + max_length <= positions:
-        return
-    shown = prompt if len(prompt) <= 30 else prompt[:27] + "..."
-    room = positions - len(ids)
-    remedy = f"lower max_length to {room}" if room > 0 else f"shorten the prompt to fewer than {positions} tokens"
-    raise ConfigError(
-        f"prompt {shown!r} has {len(ids)} tokens with its start token, and max_length {max_length} more make "
-        f"{len(ids) + max_length}; the model has {positions} positions: {remedy}."
-    )

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -21,8 +22,12 @@ from transformers import (
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
 from fanformer.errors import CheckpointError
 from fanformer.inference.devices import resolve_device, resolve_dtype
+from fanformer.inference.gguf_architecture import Architecture
+from fanformer.inference.gguf_file import is_gguf
+from fanformer.inference.gguf_tensors import tensor_specs
 
 _INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
 
@@ -39,7 +44,7 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
 
     Args:
         folder: what `save_pretrained` of a causal language model and of its tokenizer left, of any architecture that
-            `transformers` has, or a FANformer.
+            `transformers` has, or a FANformer; or a GGUF file of a FANformer, whose numbers become float32.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
 
@@ -54,9 +59,13 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
 def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load the causal language model that `folder` holds, in evaluation mode; arguments and errors as in `load`."""
     placed, kind = resolve_device(device), resolve_dtype(dtype)
+    if is_gguf(folder):
+        from fanformer.inference import gguf_loading
+
+        return gguf_loading.read_model(folder, kind).to(placed)
     config = load_config(folder)
     path = Path(folder)
-    check_weights(path)
+    _check_fit(path, config, check_weights(path))
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -82,6 +91,10 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
     Raises:
         CheckpointError: if there is no such folder, no config.json in it, or not that of a causal language model.
     """
+    if is_gguf(folder):
+        from fanformer.inference import gguf_loading
+
+        return gguf_loading.read_config(folder)
     path = Path(folder)
     _check_folder(path)
     file = path / "config.json"
@@ -94,8 +107,11 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (StrictDataclassError, ValueError) as error:
-        raise CheckpointError(f"{file.absolute()}: {error.__cause__ or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged value leads to depends on the field: transformers checks few of them
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise CheckpointError(f"{file.absolute()}: {' '.join(str(reason).split())[:500]}") from error
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     architectures = content.get("architectures") or []
     if causal is None or (architectures and causal.__name__ not in architectures):
@@ -116,6 +132,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFa
     Raises:
         CheckpointError: if it is missing, broken, has more tokens than `vocab_size`, or brings code of its own.
     """
+    if is_gguf(folder):
+        from fanformer.inference import gguf_loading
+
+        return gguf_loading.read_tokenizer(folder)
     path = Path(folder)
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -136,8 +156,18 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def check_weights(folder: Path) -> None:
+class SavedTensor(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_weights(folder: Path) -> dict[str, SavedTensor]:
     """Check that the safetensors files of `folder` are all there and whole; reads their headers only.
+
+    Returns:
+        Type and shape of every tensor by its name.
 
     Raises:
         CheckpointError: if there are none, if they are pickles instead, or if one is missing, truncated or corrupt.
@@ -162,8 +192,10 @@ def check_weights(folder: Path) -> None:
                 "loaded: expected model.safetensors; save them again with save_pretrained."
             )
         raise CheckpointError(f"no weights in {folder.absolute()}: expected model.safetensors.")
+    tensors: dict[str, SavedTensor] = {}
     for file in files:
-        _check_safetensors(file)
+        tensors |= _check_safetensors(file)
+    return tensors
 
 
 def _check_folder(path: Path) -> None:
@@ -184,15 +216,15 @@ def _check_folder(path: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.absolute()} is damaged: not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.absolute()} is damaged: expected a JSON object, got {type(content).__name__}.")
     return content
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compare the size of `file` with what its header (length as uint64, then JSON) says."""
+def _check_safetensors(file: Path) -> dict[str, SavedTensor]:
+    """Compare the size of `file` with its header (length as uint64, then JSON), and return its tensors."""
     if not file.is_file():
         raise CheckpointError(f"{file.absolute()} is missing, and the index names it: copy the folder again.")
     size = file.stat().st_size
@@ -207,26 +239,49 @@ def _check_safetensors(file: Path) -> None:
             tensors = json.loads(stream.read(length))
             tensors.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file.absolute()} is corrupt: its header cannot be read; copy it again.") from error
     if size != 8 + length + end:
         raise CheckpointError(
             f"{file.absolute()} is truncated or corrupt: {size} bytes, its header says {8 + length + end}; "
             "copy it again."
         )
+    try:
+        with safetensors.safe_open(file, framework="np"):  # reads the header only, and checks the rest of it
+            return {name: SavedTensor(entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file.absolute()} is corrupt: {reason}; copy it again.") from error
+
+
+def _check_fit(path: Path, config: PreTrainedConfig, saved: dict[str, SavedTensor]) -> None:
+    """Compare a FANformer's configuration with its weights before memory is taken for what it claims.
+
+    Other architectures' and quantized weights are compared by transformers once they are loaded.
+    """
+    if config.model_type != "fanformer" or getattr(config, "quantization_config", None) is not None:
+        return
+    if config.num_hidden_layers > len(saved):
+        raise CheckpointError(
+            f"the weights in {path.absolute()} do not fit its config.json: `num_hidden_layers` is "
+            f"{config.num_hidden_layers}, but they are {len(saved)} tensors."
+        )
+    for spec in sorted(tensor_specs(Architecture.from_config(config)), key=lambda spec: spec.parameter):
+        found = saved.get(spec.parameter)
+        if found is None:
+            continue  # told with all others that are missing once the model is loaded
+        if found.shape != spec.shape:
+            raise _mismatch(path, config.vocab_size, spec.parameter, found.shape, spec.shape)
+        if found.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"the weights in {path.absolute()} are of no use: `{spec.parameter}` is stored as {found.dtype}, "
+                f"expected one of {', '.join(_FLOATS)}."
+            )
 
 
 def _check_report(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
     for key, saved, expected in sorted(report["mismatched_keys"]):
-        if expected[0] == model.config.vocab_size and saved[1:] == expected[1:]:
-            raise CheckpointError(
-                f"the vocabulary of {path.absolute()} does not fit its weights: `vocab_size` is "
-                f"{model.config.vocab_size}, but `{key}` has {saved[0]} rows."
-            )
-        raise CheckpointError(
-            f"the weights in {path.absolute()} do not fit its config.json: `{key}` is {tuple(saved)}, expected "
-            f"{tuple(expected)}."
-        )
+        raise _mismatch(path, model.config.vocab_size, key, tuple(saved), tuple(expected))
     for verb, keys in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -235,3 +290,17 @@ def _check_report(path: Path, model: PreTrainedModel, report: dict[str, Any]) ->
             )
     if report["error_msgs"]:
         raise CheckpointError(f"the weights in {path.absolute()} cannot be loaded: {report['error_msgs'][0]}")
+
+
+def _mismatch(
+    path: Path, vocab_size: int, key: str, saved: tuple[int, ...], expected: tuple[int, ...]
+) -> CheckpointError:
+    """Return the error for a weight of another shape than the configuration says."""
+    if expected[0] == vocab_size and saved[1:] == expected[1:]:
+        return CheckpointError(
+            f"the vocabulary of {path.absolute()} does not fit its weights: `vocab_size` is {vocab_size}, but `{key}` "
+            f"has {saved[0]} rows."
+        )
+    return CheckpointError(
+        f"the weights in {path.absolute()} do not fit its config.json: `{key}` is {saved}, expected {expected}."
+    )

@@ -1,0 +1,190 @@
+"""Text that continues prompts on ggml: what generation.py does, for a GGUF file; never imports torch."""
+
+import contextlib
+import ctypes
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fanformer.inference.decoding import TextWriter, decode_new
+from fanformer.inference.ggml_engine import Engine
+from fanformer.inference.gguf_tensors import open_model
+from fanformer.inference.gguf_tokenizer import GGUFTokenizer
+from fanformer.inference.interruption import Interruption
+from fanformer.inference.prompts import Completion, check_length, check_request, check_text, row_seed, withhold_spaces
+from fanformer.inference.sampling import Sampler
+from fanformer.inference.settings import GenerationSettings
+
+
+class LoadedEngine(NamedTuple):
+    """A model of a GGUF file, ready to run, and its tokenizer."""
+
+    model: Engine
+    tokenizer: GGUFTokenizer
+
+
+def load_engine(path: str | Path, threads: int | None = None) -> LoadedEngine:
+    """Load a GGUF file to run it as it is, quantized, on the CPU.
+
+    Args:
+        path: the file.
+        threads: how many compute at once; None chooses the free cores.
+
+    Raises:
+        CheckpointError: if the file or its tokenizer is missing, damaged, or of another kind.
+        ConfigError: if the engine cannot do the model's kind of RoPE, or that many threads.
+        DependencyError: if the extra `gguf` is not installed.
+    """
+    file, model = open_model(str(path))
+    tokenizer = GGUFTokenizer(file, model.vocab_size)
+    engine = Engine(file, model, threads)
+    del file  # the texts of all tokens are in its metadata
+    give_back_freed_memory()
+    return LoadedEngine(engine, tokenizer)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give memory that nobody uses any more to the system; without glibc it does so by itself."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def encode_prompt(tokenizer: GGUFTokenizer, prompt: str) -> list[int]:
+    """Return the token ids of `prompt`, the start token in front; what looks like a special token is plain text.
+
+    Raises:
+        ConfigError: if the prompt is not valid Unicode, or the tokenizer has no token to start a text with.
+    """
+    check_text(prompt)
+    return [tokenizer.start_id, *tokenizer.encode(prompt)]
+
+
+def iterate(
+    model: Engine,
+    tokenizer: GGUFTokenizer,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None] | None = None,
+    *,
+    batch_size: int = 8,
+    interruption: Interruption | None = None,
+) -> Iterator[Completion]:
+    """Continue every prompt, batch by batch, as `generation.iterate` does; arguments and errors are the same.
+
+    A seed gives other texts than there: the random numbers are numpy's.
+    """
+    check_request(len(prompts), batch_size, on_text is not None)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_length(model.config.max_position_embeddings, prompt, ids, settings.max_length)
+    cut = [withhold_spaces(tokenizer, ids) for ids in encoded]
+    return continue_ids(
+        model,
+        tokenizer,
+        prompts,
+        [ids for ids, _ in cut],
+        settings,
+        on_text,
+        beginnings=[spaces for _, spaces in cut],
+        batch_size=batch_size,
+        interruption=interruption,
+    )
+
+
+def generate(
+    model: Engine,
+    tokenizer: GGUFTokenizer,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None] | None = None,
+    *,
+    batch_size: int = 8,
+    interruption: Interruption | None = None,
+) -> list[Completion]:
+    """Continue every prompt and return all completions in order; everything else as in `iterate`."""
+    return list(iterate(model, tokenizer, prompts, settings, on_text, batch_size=batch_size, interruption=interruption))
+
+
+def continue_ids(
+    model: Engine,
+    tokenizer: GGUFTokenizer,
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    settings: GenerationSettings,
+    on_text: Callable[[str], None] | None = None,
+    *,
+    beginnings: Sequence[str] | None = None,
+    batch_size: int = 8,
+    interruption: Interruption | None = None,
+) -> Iterator[Completion]:
+    """Continue prompts that are token ids already, as `generation.continue_ids` does."""
+    beginnings = beginnings if beginnings is not None else [""] * len(encoded)
+    seed = secrets.randbits(32) if settings.seed is None else settings.seed
+    interruption = interruption or Interruption()
+    for start in range(0, len(encoded), batch_size):
+        if interruption.requested:
+            return
+        rows = encoded[start : start + batch_size]
+        withheld = beginnings[start : start + batch_size]
+        writer = TextWriter(tokenizer, rows[0], on_text, skip=len(withheld[0])) if on_text is not None else None
+        samplers = [
+            Sampler(settings, row_seed(seed, place), tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, text))
+            for place, text in enumerate(withheld, start)
+        ]
+        began = time.perf_counter()
+        outputs = _continue_batch(model, tokenizer, rows, settings.max_length, samplers, writer, interruption)
+        seconds = time.perf_counter() - began
+        for prompt, row, beginning, new_ids in zip(prompts[start:], rows, withheld, outputs, strict=False):
+            ended = new_ids[-1] in tokenizer.end_ids
+            cut_short = interruption.requested and len(new_ids) < settings.max_length
+            yield Completion(
+                prompt=prompt,
+                text=decode_new(tokenizer, row, new_ids)[len(beginning) :],
+                tokens=len(new_ids),
+                finish_reason="end" if ended else "interrupted" if cut_short else "length",
+                tokens_per_second=len(new_ids) / seconds,
+                seed=seed,
+            )
+
+
+def _continue_batch(
+    model: Engine,
+    tokenizer: GGUFTokenizer,
+    rows: Sequence[list[int]],
+    max_length: int,
+    samplers: Sequence[Sampler],
+    writer: TextWriter | None,
+    interruption: Interruption,
+) -> list[list[int]]:
+    """Return the new token ids of each row, an end token included."""
+    model.begin(len(rows), max(map(len, rows)) + max_length)
+    found: list[list[int]] = [[] for _ in rows]
+    following: list[list[int]] = list(rows)
+    for _ in range(max_length):
+        active = [stream for stream, ids in enumerate(following) if ids]
+        logits = model.forward(following)
+        following = [[] for _ in rows]
+        for stream in active:
+            token = samplers[stream].draw(logits[stream][0])
+            found[stream].append(token)
+            if writer is not None:
+                writer.push(token)
+            if token not in tokenizer.end_ids:
+                following[stream] = [token]
+        if interruption.requested or not any(following):
+            break
+    if writer is not None:
+        writer.finish()
+    return found
+
+
+def _excluded(tokenizer: GGUFTokenizer, beginning: str) -> NDArray[np.bool_] | None:
+    """Return which tokens do not begin with `beginning`, (known) bool, or None where it is empty."""
+    if not beginning:
+        return None
+    return np.array([not tokenizer.decode([number]).startswith(beginning) for number in range(tokenizer.known)])

@@ -1,0 +1,163 @@
+"""A GGUF file's weights in ggml's memory, those that read the same input as one matrix; needs no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fanformer.inference.ggml_runtime import F32, MATRIX_TYPES, Memory, Node, Runtime
+from fanformer.inference.gguf_architecture import Architecture
+from fanformer.inference.gguf_blocks import TYPES, BlockType, Bytes, dequantize
+from fanformer.inference.gguf_file import GGUFFile, TensorInfo
+from fanformer.inference.gguf_tensors import tensor_specs
+
+_BF16 = "bf16"
+_CHECKED_AT_ONCE = 1 << 16
+"""Numbers that are made of blocks at a time to check them: few, so that checking takes next to no memory."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map: matrices whose outputs follow each other, and the bias of all of them."""
+
+    matrices: tuple[Node, ...]
+    bias: Node | None
+    widths: tuple[int, ...]
+    """Outputs of each of the tensors that were joined; 0 for one that the model does not have."""
+
+
+class Weights:
+    """All tensors of a model but the embedding; matrices that read the same input are one, so that one product does.
+
+    BF16 becomes F16: ggml would round what it multiplies such matrices with to 8 bits. F16 keeps 11, and holds every
+    bfloat16 from 6e-5 to 65504 exactly; what is smaller moves by 3e-8 at most.
+    """
+
+    def __init__(self, runtime: Runtime, file: GGUFFile, model: Architecture) -> None:
+        """Read the weights.
+
+        Args:
+            runtime: where they are kept.
+            file: a checked file.
+            model: its architecture.
+
+        Raises:
+            CheckpointError: if a weight is not finite, or too large for F16 in a file of BF16.
+            EngineError: if there is not enough memory.
+        """
+        groups = _groups(model, file)
+        vectors = [file.tensors[spec.name] for spec in tensor_specs(model) if spec.role == "vector"]
+        vectors = [info for info in vectors if not info.name.endswith(".bias")]
+        tensors: dict[str, tuple[int, tuple[int, ...]]] = {info.name: (F32, info.shape) for info in vectors}
+        for group in groups:
+            tensors |= group.tensors()
+        self._memory = Memory(runtime, tensors)
+        self.nodes = self._memory.nodes
+        self.num_bytes = sum(self._memory.raw(name).nbytes for name in tensors)
+        self._joined: dict[str, Linear] = {}
+        for group in groups:
+            self._fill(file, group)
+            matrices = tuple(self.nodes[name] for name, _ in group.runs)
+            self._joined[group.name] = Linear(matrices, self.nodes.get(f"{group.name}.bias"), group.widths)
+        for info in vectors:
+            values = file.read_floats(info)
+            if info.name.endswith("_residual_gate.weight"):
+                with np.errstate(over="ignore"):  # of a very negative gate, which is 0
+                    values = (1 / (1 + np.exp(-values))).astype(np.float32)
+            self._memory.raw(info.name).view(np.float32)[:] = values
+
+    def linear(self, name: str) -> Linear:
+        """Return the matrices of one input by their common name, such as `blk.0.attn_qkv`."""
+        return self._joined[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._joined or name in self.nodes
+
+    def _fill(self, file: GGUFFile, group: "_Group") -> None:
+        for name, infos in group.runs:
+            target, start = self._memory.raw(name), 0
+            for info in infos:
+                count = _stored(info.kind).row_bytes(info.shape[-1]) * info.shape[0]
+                _read(file, info, target[start : start + count])
+                start += count
+        if group.biased:
+            bias, start = self._memory.raw(f"{group.name}.bias").view(np.float32), 0
+            for width, name in zip(group.widths, group.names, strict=True):
+                if f"{name}.bias" in file.tensors:
+                    bias[start : start + width] = file.read_floats(file.tensors[f"{name}.bias"])
+                start += width
+
+
+class _Group:
+    """Linear layers that read the same input, in the order in which their outputs follow each other."""
+
+    def __init__(self, name: str, names: list[str], file: GGUFFile) -> None:
+        self.name, self.names = name, names
+        found = [file.tensors.get(f"{item}.weight") for item in names]
+        self.widths = tuple(0 if info is None else info.shape[0] for info in found)
+        self.biased = any(f"{item}.bias" in file.tensors for item in names)
+        self.runs: list[tuple[str, list[TensorInfo]]] = []
+        for info in found:
+            if info is None:
+                continue
+            if self.runs and self.runs[-1][1][-1].kind == info.kind:
+                self.runs[-1][1].append(info)
+            else:
+                self.runs.append((f"{name}/{len(self.runs)}", [info]))
+
+    def tensors(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Return ggml type and shape of every tensor that the group needs."""
+        found: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for name, infos in self.runs:
+            found[name] = MATRIX_TYPES[_stored(infos[0].kind).name], (infos[0].shape[1], sum(i.shape[0] for i in infos))
+        if self.biased:
+            found[f"{self.name}.bias"] = F32, (sum(self.widths),)
+        return found
+
+
+def _stored(kind: BlockType) -> BlockType:
+    """Return the type that weights of a file's type have in memory."""
+    return TYPES["f16"] if kind.name == _BF16 else kind
+
+
+def _groups(model: Architecture, file: GGUFFile) -> list[_Group]:
+    """Return every linear layer of the model once, those that read the same input together."""
+    projection = model.fan_placement == "projection"
+    # p of Q, K and V first, so that one cos and one sin serve all three
+    attention = [f"attn_{part}_fan" for part in "qkv"] if projection else []
+    attention += [f"attn_{part}" for part in "qkv"]
+    together = {
+        "attn_qkv": (attention, "attention"),
+        "ffn_gate_up": (["ffn_gate", "ffn_up"], "ffn"),
+    }
+    head = "token_embd" if model.tie_word_embeddings else "output"
+    groups = [_Group(head, [head], file)]
+    for layer in range(model.num_hidden_layers):
+        for name in ("attn_fan", "attn_qkv_a", "attn_output_a", "attn_output", "ffn_gate_up_a", "ffn_down_a",
+                     "ffn_down"):  # fmt: skip
+            if f"blk.{layer}.{name}.weight" in file.tensors:
+                groups.append(_Group(f"blk.{layer}.{name}", [f"blk.{layer}.{name}"], file))
+        for name, (members, branch) in together.items():
+            names = [f"blk.{layer}.{member}" for member in members]
+            if model.cola_input == "shared" or model.rank_for(branch, "readers") is None:
+                groups.append(_Group(f"blk.{layer}.{name}", names, file))
+            else:  # each reader has an input of its own
+                groups += [_Group(member, [member], file) for member in names]
+    return groups
+
+
+def _read(file: GGUFFile, info: TensorInfo, target: Bytes) -> None:
+    """Copy a matrix, checking piece by piece that all its numbers are finite."""
+    if info.kind.name != _BF16:
+        file.read_into(info, target)
+    else:
+        with np.errstate(over="ignore"):
+            target.view(np.float16)[:] = file.read_floats(info).ravel().astype(np.float16)
+    stored, row_bytes = _stored(info.kind), _stored(info.kind).row_bytes(info.shape[-1])
+    rows = max(1, _CHECKED_AT_ONCE // info.shape[-1])
+    for start in range(0, info.shape[0], rows):
+        raw = target[start * row_bytes : (start + rows) * row_bytes]
+        if not np.isfinite(dequantize(raw, stored, (len(raw) // row_bytes, info.shape[-1]))).all():
+            reason = "holds values that are not finite"
+            if info.kind.name == _BF16:
+                reason = "holds values above 65504, which the engine's F16 does not have: write the file as f32"
+            raise file.fail(f"tensor `{info.name}` {reason}.")

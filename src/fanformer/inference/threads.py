@@ -1,0 +1,55 @@
+"""How many threads are of use: the cores that this process may have and nobody else is busy on."""
+
+import math
+import os
+from pathlib import Path
+
+from fanformer.errors import ConfigError
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def allowed_cores(quota_file: Path = _QUOTA) -> int:
+    """Return the cores that this process may use, at least 1: its affinity, within its control group's share.
+
+    Args:
+        quota_file: where Linux says "QUOTA PERIOD" or "max PERIOD".
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text(encoding="ascii").split()
+        cores = min(cores, max(1, math.floor(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no control group, or one without a limit
+    return cores
+
+
+def free_cores(load: float | None = None) -> int:
+    """Return how many of the allowed cores others leave free, at least 1.
+
+    ggml's threads wait for each other by spinning: one on a busy core holds up all of them.
+
+    Args:
+        load: processes that run on average; default: the system's figure for the last minute.
+    """
+    if load is None:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, allowed_cores() - round(load))
+
+
+def choose_threads(wanted: int | None) -> int:
+    """Return the number of threads to use: `wanted`, else `OMP_NUM_THREADS`, else the free cores.
+
+    Raises:
+        ConfigError: if it is asked for and below 1 or above the allowed cores, or if OMP_NUM_THREADS is no number.
+    """
+    if wanted is not None:
+        if not 1 <= wanted <= allowed_cores():
+            raise ConfigError(f"`threads` must be from 1 to the {allowed_cores()} cores that are there, got {wanted}.")
+        return wanted
+    fixed = os.environ.get("OMP_NUM_THREADS")
+    if fixed is None:
+        return free_cores()
+    if not fixed.isdigit() or int(fixed) < 1:
+        raise ConfigError(f"`OMP_NUM_THREADS` must be a number from 1 on, got {fixed!r}: unset it.")
+    return min(int(fixed), allowed_cores())

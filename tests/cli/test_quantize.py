@@ -1,0 +1,59 @@
+"""`fanformer quantize`: a file that the other verbs take, and a report of what it lost."""
+
+import json
+
+import pytest
+
+
+def test_file_is_written_reported_and_measured(command, saved_model, tmp_path):
+    outcome = command("quantize", saved_model, "--format", "gguf", "--type", "f16", "--output-dir", tmp_path / "out")
+    assert (outcome.code, outcome.err) == (0, "")
+    path = tmp_path / "out/model-f16.gguf"
+    lines = outcome.out.splitlines()
+    assert lines[0].split() == ["tensor", "shape", "type", "bits", "error"]
+    assert lines[1].split()[:6] == ["token_embd.weight", "320", "x", "64", "f16", "16.00"]
+    assert "norms, gates and biases stay float32" in outcome.out
+    assert f"{path}: {path.stat().st_size:,} bytes" in outcome.out
+    assert json.loads(path.with_suffix(".json").read_text())["asked_type"] == "f16"
+
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    words = ("--text", text, "--device", "cpu", "--json", "-")
+    before = json.loads(command("eval", saved_model, *words).out)
+    after = json.loads(command("eval", path, *words).out)
+    assert after["tokens"] == before["tokens"]
+    assert after["bits_per_byte"] == pytest.approx(before["bits_per_byte"], rel=1e-3)  # float16 has 11 bits
+    assert after["bits_per_byte"] != before["bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "onnx"], "`--format` must be gguf, got 'onnx'."),
+        (["--format", "gguf", "--type", "q3_k"], "`--type` is 'q3_k': did you mean `q6_k`?"),
+        (
+            ["--format", "gguf", "--type", "f16", "--calibration", "stdlib"],
+            "`--calibration` has no effect on the type f16: leave it out.",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(command, saved_model, tmp_path, words, message):
+    outcome = command("quantize", saved_model, "--output-dir", tmp_path, *words)
+    assert outcome.refusal() == f"error: {message}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_file_is_one_line(command, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    (tmp_path / "text.txt").write_text("a")
+    outcome = command("eval", tmp_path / "cut.gguf", "--text", tmp_path / "text.txt")
+    assert outcome.refusal() == f"error: {tmp_path}/cut.gguf: is truncated: 8 bytes; copy it again."
+
+
+def test_help_names_the_types_and_defaults_that_there_are(command):
+    from fanformer.quantization.gguf_importance import DEFAULT_TOKENS
+    from fanformer.quantization.gguf_plan import OFFERED
+
+    text = command("quantize", "--help").out
+    assert "|".join(OFFERED) in text
+    assert f"[default: {DEFAULT_TOKENS}]" in text

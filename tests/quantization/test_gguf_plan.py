@@ -37,10 +37,12 @@ def test_rows_that_do_not_fill_blocks_take_the_next_type_with_a_reason():
     assert fitting_type("bf16", 7) == (fitting_type("bf16", 64)[0], "")
 
 
-def test_default_model_is_filled_up_where_that_saves_bits():
+def test_a_model_is_filled_up_where_that_saves_bits():
     from fanformer.model import FANformerConfig
 
-    plan = make_plan(Architecture.from_config(FANformerConfig()), "q4_k")
+    default = Architecture.from_config(FANformerConfig())
+    assert make_plan(default, "q4_k").model == default
+    plan = make_plan(Architecture.from_config(FANformerConfig(intermediate_size=1016)), "q4_k")
     assert plan.model.intermediate_size == 1024
     assert plan.notes == (
         "intermediate_size 1016 is filled up with zeros to 1024, so that rows of ffn_down fill blocks",

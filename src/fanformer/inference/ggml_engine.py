@@ -29,7 +29,7 @@ CHUNK = 64
 """Most tokens of a stream that one graph takes."""
 _CACHE_BUCKETS = (64, 128, 256)
 _CACHE_STEP = 256
-_NODES_PER_LAYER = 96
+_NODES_PER_LAYER = 128
 
 
 @dataclass(frozen=True)
@@ -277,23 +277,36 @@ class _Builder:
         y = self._graph.concat([self._graph.matmul(matrix, x) for matrix in linear.matrices])
         return y if linear.bias is None else self._graph.add(y, linear.bias)
 
-    def _first_factor(self, x: Node, name: str, rank: int | None, readers: int) -> list[Node]:
-        """Return act(Norm(W_a x)) for each reader of `x`, one after the other; at full rank, `x` itself."""
+    def _first_factor(self, x: Node, name: str, readers: int, branch: str) -> list[Node]:
+        """Return what stands between the factors for each reader of `x`, one after the other; at full rank, `x`."""
+        g, model = self._graph, self._model
+        rank = model.rank_for(branch, "readers" if readers > 1 else "writer")
         if rank is None:
             return [x] * readers
-        g, model = self._graph, self._model
         count = 1 if model.cola_input == "shared" else readers
-        hidden = g.reshape(self._linear(x, f"{name}_a"), rank, count, self._n)
+        periodic = model.periodic_between(branch, rank)
+        hidden = g.reshape(self._linear(x, f"{name}_a"), rank - periodic, count * self._n)
         if model.cola_norm:
             hidden = self._norm(hidden, f"{name}_a_norm")
-        hidden = g.reshape(g.apply(model.cola_activation, hidden), rank * count, self._n)
+        hidden = g.reshape(self._activate(hidden, periodic), rank * count, self._n)
         if count == 1:
             return [hidden] * readers
         return [g.slice_rows(hidden, rank * index, rank) for index in range(count)]
 
+    def _activate(self, hidden: Node, periodic: int) -> Node:
+        """Return [cos(p), sin(p), act(g)] of the rows [p, g], p of so many channels; without p, act(g)."""
+        g, activation = self._graph, self._model.cola_activation
+        if periodic == 0:
+            return g.apply(activation, hidden)
+        p = g.contiguous(g.slice_rows(hidden, 0, periodic))
+        parts = [g.apply("cos", p), g.apply("sin", p)]
+        if hidden.shape[0] > periodic:
+            rest = g.slice_rows(hidden, periodic, hidden.shape[0] - periodic)
+            parts.append(g.apply(activation, rest))
+        return g.concat(parts)
+
     def _writer(self, x: Node, name: str, branch: str) -> Node:
-        rank = self._model.rank_for(branch, "writer")
-        return self._linear(self._first_factor(x, name, rank, 1)[0], name)
+        return self._linear(self._first_factor(x, name, 1, branch)[0], name)
 
     def _residual(self, x: Node, branch: Node, name: str) -> Node:
         if self._model.gated_residual:
@@ -310,7 +323,7 @@ class _Builder:
 
     def _feed_forward(self, z: Node, block: str) -> Node:
         g, model = self._graph, self._model
-        gate, up = self._first_factor(z, f"{block}.ffn_gate_up", model.rank_for("ffn", "readers"), 2)
+        gate, up = self._first_factor(z, f"{block}.ffn_gate_up", 2, "ffn")
         if f"{block}.ffn_gate_up" in self._weights:
             both = self._linear(gate, f"{block}.ffn_gate_up")
         else:
@@ -349,8 +362,7 @@ class _Builder:
         """Return Q `[H K, N]`, K and V `[G K, N]`."""
         model = self._model
         projection = model.fan_placement == "projection"
-        rank, readers = model.rank_for("attention", "readers"), 6 if projection else 3
-        inputs = self._first_factor(h, f"{block}.attn_qkv", rank, readers)
+        inputs = self._first_factor(h, f"{block}.attn_qkv", 6 if projection else 3, "attention")
         parts = [f"attn_{part}" for part in "qkv"]
         if f"{block}.attn_qkv" in self._weights:
             y = self._linear(inputs[0], f"{block}.attn_qkv")

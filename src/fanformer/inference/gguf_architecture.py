@@ -17,7 +17,7 @@ _LARGEST = 1 << 24
 
 _CHOICES = {
     "hidden_act": ("silu", "gelu", "linear"),
-    "fan_placement": ("projection", "layer", "none"),
+    "fan_placement": ("ffn", "attention", "both", "projection", "layer", "none"),
     "cola_layers": ("readers", "all", "attention", "ffn"),
     "cola_activation": ("silu", "gelu", "linear"),
     "cola_input": ("shared", "separate"),
@@ -170,6 +170,10 @@ class Architecture:
             return self.cola_rank
         return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * self.hidden_size))
 
+    def periodic_between(self, branch: str, rank: int) -> int:
+        """Return P, how many of the R channels between the factors of `branch` are cosines, and again sines."""
+        return int(self.fan_ratio * rank) if self.fan_placement in (branch, "both") else 0
+
     def has_attention_norm(self, layer: int) -> bool:
         """Return whether block `layer` has a norm in front of its attention."""
         return self.norm_placement == "pre" or (self.norm_placement == "hybrid-star" and layer == 0)
@@ -194,6 +198,12 @@ class Architecture:
                 raise file.fail(f"`{_key_of(name)}` must be in [{low}, {high}], got {getattr(self, name)}.")
         if self.cola_rank_ratio is not None and not 0 < self.cola_rank_ratio <= 1:
             raise file.fail(f"`{_key_of('cola_rank_ratio')}` must be in (0, 1], got {self.cola_rank_ratio}.")
+        for branch in ("attention", "ffn"):
+            if self.fan_placement in (branch, "both") and self.rank_for(branch, "readers") is None:
+                raise file.fail(
+                    f"`{_key_of('fan_placement')}` {self.fan_placement!r} needs low-rank layers in {branch}, got full "
+                    "rank."
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise file.fail(
                 f"`{_key_of('num_attention_heads')}` must be a multiple of `{_key_of('num_key_value_heads')}`, got "

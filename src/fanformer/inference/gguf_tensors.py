@@ -89,12 +89,13 @@ def _linear(name: str, parameter: str, outputs: int, inputs: int, bias: bool) ->
 
 
 def _first_factor(
-    model: Architecture, name: str, parameter: str, inputs: int, rank: int, readers: int
+    model: Architecture, name: str, parameter: str, inputs: int, rank: int, readers: int, branch: str
 ) -> Iterator[TensorSpec]:
     count = 1 if model.cola_input == "shared" else readers
-    yield from _linear(f"{name}_a", f"{parameter}.factor", count * rank, inputs, False)
+    channels = rank - model.periodic_between(branch, rank)
+    yield from _linear(f"{name}_a", f"{parameter}.factor", count * channels, inputs, False)
     if model.cola_norm:
-        yield _vector(f"{name}_a_norm.weight", f"{parameter}.norm.weight", rank)
+        yield _vector(f"{name}_a_norm.weight", f"{parameter}.norm.weight", channels)
 
 
 def _writer(model: Architecture, name: str, parameter: str, inputs: int, branch: str) -> Iterator[TensorSpec]:
@@ -102,7 +103,7 @@ def _writer(model: Architecture, name: str, parameter: str, inputs: int, branch:
     if rank is None:
         yield from _linear(name, parameter, model.hidden_size, inputs, model.projection_bias)
         return
-    yield from _first_factor(model, name, f"{parameter}.input", inputs, rank, 1)
+    yield from _first_factor(model, name, f"{parameter}.input", inputs, rank, 1, branch)
     yield from _linear(name, f"{parameter}.output", model.hidden_size, rank, model.projection_bias)
 
 
@@ -116,7 +117,7 @@ def _layer(model: Architecture, layer: int) -> Iterator[TensorSpec]:
     yield _vector(f"{block}.ffn_norm.weight", f"{module}.post_attention_layernorm.weight", width)
     rank = model.rank_for("ffn", "readers")
     if rank is not None:
-        yield from _first_factor(model, f"{block}.ffn_gate_up", f"{module}.mlp.gate_up_input", width, rank, 2)
+        yield from _first_factor(model, f"{block}.ffn_gate_up", f"{module}.mlp.gate_up_input", width, rank, 2, "ffn")
     for part in ("gate", "up"):
         yield from _linear(
             f"{block}.ffn_{part}", f"{module}.mlp.{part}_proj", model.intermediate_size, rank or width,
@@ -135,7 +136,7 @@ def _attention(model: Architecture, block: str, module: str) -> Iterator[TensorS
     rank = model.rank_for("attention", "readers")
     if rank is not None:
         readers = 6 if model.fan_placement == "projection" else 3
-        yield from _first_factor(model, f"{block}.attn_qkv", f"{module}.qkv_input", width, rank, readers)
+        yield from _first_factor(model, f"{block}.attn_qkv", f"{module}.qkv_input", width, rank, readers, "attention")
     for part, heads in (
         ("q", model.num_attention_heads),
         ("k", model.num_key_value_heads),

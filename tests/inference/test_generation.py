@@ -238,3 +238,23 @@ def test_a_trained_word_after_a_space_is_one_token_with_it(loaded):
     allowed = [t for t in range(len(tokenizer)) if tokenizer.decode([t]).startswith(" ")]
     best = max(allowed, key=lambda token_id: scores[token_id])
     assert " " + text == tokenizer.decode([best])
+
+
+@pytest.mark.slow
+def test_compiled_decoding_writes_the_same_texts(loaded):
+    model, tokenizer = loaded
+    prompts = ["the cat", "a", "the old dog runs over the river"]
+    for settings in (
+        GenerationSettings(max_length=20, temperature=0.0),
+        GenerationSettings(max_length=12, min_length=12, seed=3),
+    ):
+        eager = generate(model, tokenizer, prompts, settings, batch_size=2)
+        compiled = generate(model, tokenizer, prompts, settings, batch_size=2, compiled=True)
+        assert [one.text for one in compiled] == [one.text for one in eager]
+
+
+def test_compiling_without_a_compiler_is_refused(loaded, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = GenerationSettings(max_length=2)
+    with pytest.raises(ConfigError, match=r"`compile` is on, but no C\+\+ compiler \(g\+\+\) found: leave it off"):
+        generate(*loaded, ["a"], settings, compiled=True)

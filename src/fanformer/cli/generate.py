@@ -21,6 +21,9 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option("--prompts-file", metavar="FILE", help="Text file with one prompt a line; - reads standard input.")
 @click.option("--batch-size", default=8, help="Prompts that are continued together.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Compile the step from token to token; pays for long texts of a folder."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of text.")
 @sampling_options()
 @threads_option
@@ -31,6 +34,7 @@ def generate(
     prompts: tuple[str, ...],
     prompts_file: str | None,
     batch_size: int,
+    compiled: bool,
     as_json: bool,
     threads: int | None,
     device: str,
@@ -47,10 +51,14 @@ def generate(
         raise ConfigError("prompts come from one place, got PROMPT and --prompts-file: keep one of them.")
     texts = read_prompts(prompts_file) if prompts_file is not None else list(prompts) or [""]
 
+    from fanformer.inference.gguf_file import is_gguf
     from fanformer.inference.interruption import interruptible
     from fanformer.inference.text_models import generation_of, load_text_model
 
+    if compiled and is_gguf(folder):
+        raise ConfigError(f"`--compile` is for model folders, got {folder}: leave it out, ggml needs no compiling.")
     model, tokenizer = load_text_model(folder, device, dtype, threads)
+    how: dict[str, Any] = {"compiled": True} if compiled else {}
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
         completions = generation_of(model).iterate(
@@ -61,6 +69,7 @@ def generate(
             on_text=write_now if streamed else None,
             batch_size=batch_size,
             interruption=interruption,
+            **how,
         )
         if streamed:
             write_now(texts[0])

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers import (
 
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError
+from fanformer.inference.compiling import compiled_decoding
 from fanformer.inference.decoding import decode_new
 from fanformer.inference.interruption import Interruption
 from fanformer.inference.prompts import Completion, check_length, check_request, check_text, row_seed, withhold_spaces
@@ -90,6 +92,7 @@ def iterate(
     *,
     batch_size: int = 8,
     interruption: Interruption | None = None,
+    compiled: bool = False,
 ) -> Iterator[Completion]:
     """Continue every prompt, batch by batch; the start token goes in front, as in training.
 
@@ -107,10 +110,12 @@ def iterate(
         on_text: is handed the text of a single prompt piece by piece, in whole characters.
         batch_size: prompts that are continued together.
         interruption: ends the text early when requested; prompts not begun are then left out.
+        compiled: compile the step from token to token: some ten seconds, or a minute the first time, and faster then.
 
     Raises:
         ConfigError: if a prompt and its continuation are longer than the model's positions, if a prompt is no valid
-            text, if the tokenizer has no start token, or if several prompts are to be streamed.
+            text, if the tokenizer has no start token, if several prompts are to be streamed, or if torch cannot compile
+            here.
         CheckpointError: if the model computes values that are no numbers.
     """
     check_request(len(prompts), batch_size, on_text is not None)
@@ -128,6 +133,7 @@ def iterate(
         beginnings=[spaces for _, spaces in cut],
         batch_size=batch_size,
         interruption=interruption,
+        compiled=compiled,
     )
 
 
@@ -140,9 +146,11 @@ def generate(
     *,
     batch_size: int = 8,
     interruption: Interruption | None = None,
+    compiled: bool = False,
 ) -> list[Completion]:
     """Continue every prompt and return all completions in order; everything else as in `iterate`."""
-    return list(iterate(model, tokenizer, prompts, settings, on_text, batch_size=batch_size, interruption=interruption))
+    how: dict[str, Any] = {"batch_size": batch_size, "interruption": interruption, "compiled": compiled}
+    return list(iterate(model, tokenizer, prompts, settings, on_text, **how))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -166,6 +174,7 @@ def continue_ids(
     beginnings: Sequence[str] | None = None,
     batch_size: int = 8,
     interruption: Interruption | None = None,
+    compiled: bool = False,
 ) -> Iterator[Completion]:
     """Continue prompts that are token ids already; `prompts` are their texts, the rest as in `iterate`.
 
@@ -182,7 +191,9 @@ def continue_ids(
         streamer = TextStreamer(tokenizer, on_text, skip=len(withheld[0])) if on_text is not None else None
         seeds = [row_seed(seed, start + index) for index in range(len(rows))]
         began = time.perf_counter()
-        outputs = _continue_batch(model, tokenizer, rows, withheld, settings, seeds, streamer, interruption)
+        positions = max(map(len, rows)) + settings.max_length
+        options = compiled_decoding(model.device.type, positions) if compiled else {}
+        outputs = _continue_batch(model, tokenizer, rows, withheld, settings, seeds, streamer, interruption, options)
         seconds = time.perf_counter() - began
         for prompt, row, beginning, (new_ids, ended) in zip(prompts[start:], rows, withheld, outputs, strict=False):
             cut_short = interruption.requested and len(new_ids) < settings.max_length
@@ -206,6 +217,7 @@ def _continue_batch(
     seeds: Sequence[int],
     streamer: TextStreamer | None,
     interruption: Interruption,
+    options: dict[str, Any],
 ) -> list[tuple[list[int], bool]]:
     """Return for each row its new token ids, and whether an end token is the last of them."""
     end_ids = end_token_ids(model, tokenizer)
@@ -224,6 +236,7 @@ def _continue_batch(
             use_cache=True,
             pad_token_id=padding,
             eos_token_id=end_ids or None,
+            **options,
         ),
         logits_processor=_processors(tokenizer, beginnings, width, settings, seeds),
         stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),

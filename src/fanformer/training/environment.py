@@ -6,7 +6,6 @@ Decisions are made once, written into run.yaml with their reasons, and kept on r
 import ctypes
 import dataclasses
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fanformer.errors import ConfigError
+from fanformer.inference.compiling import why_not_compile
 from fanformer.inference.devices import resolve_device
 from fanformer.training.configuration import RunConfig
 
@@ -124,16 +124,14 @@ def decide(config: RunConfig, flops: float | None, seconds: float | None) -> Env
 def _decide_compile(
     config: RunConfig, device: str, flops: float | None, seconds: float | None, rate: float
 ) -> tuple[bool, str]:
-    possible, why = (True, "") if device != "mps" else (False, "not supported on mps")
-    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        possible, why = False, "no C++ compiler (g++) found"
+    why = why_not_compile(device)
     if config.compile == "off":
         return False, "as asked"
     if config.compile == "on":
-        if not possible:
+        if why is not None:
             raise ConfigError(f"`compile` is on, but {why}: install one, or use --compile auto.")
         return True, "as asked"
-    if not possible:
+    if why is not None:
         return False, why
     expected = seconds if flops is None else flops / (_STEP_EFFICIENCY * rate)
     assert expected is not None, "a run has a length in steps or in time"

@@ -1,0 +1,45 @@
+"""Compiling the decoding step: whether it is possible here, and what `generate` of transformers needs for it."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from transformers import CompileConfig
+
+from fanformer.errors import ConfigError
+
+_CACHE_STEP = 256
+"""Caches are as long as a multiple of this, so that texts of other lengths need no new compilation."""
+
+
+def why_not_compile(device: str) -> str | None:
+    """Return why torch cannot compile for a kind of device here, or None where it can."""
+    if device == "mps":
+        return "not supported on mps"
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "no C++ compiler (g++) found"
+    return None
+
+
+def compiled_decoding(device: str, positions: int) -> dict[str, Any]:
+    """Return fields of a GenerationConfig with which every step but the first runs compiled, on a cache of fixed size.
+
+    On CUDA the step is captured as a graph.
+
+    Args:
+        device: kind of the model's device.
+        positions: tokens that a text has at most.
+
+    Raises:
+        ConfigError: if torch cannot compile here.
+    """
+    reason = why_not_compile(device)
+    if reason is not None:
+        raise ConfigError(f"`compile` is on, but {reason}: leave it off.")
+    # The number of threads is fixed in the compiled code, but only part of its cache's key where it is given.
+    kind = {"mode": None, "options": {"cpp.threads": torch.get_num_threads()}} if device == "cpu" else {}
+    compiling = CompileConfig(dynamic=False, **kind)
+    compiling._compile_all_devices = True  # on the CPU too
+    capacity = -(-positions // _CACHE_STEP) * _CACHE_STEP
+    return {"cache_implementation": "static", "max_cache_len": capacity, "compile_config": compiling}

@@ -1,8 +1,7 @@
 """Text that continues prompts: sampling that a seed reproduces, batches, streaming."""
 
-import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +21,8 @@ from transformers import (
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError
 from fanformer.inference.compiling import compiled_decoding
-from fanformer.inference.decoding import decode_new
 from fanformer.inference.interruption import Interruption
-from fanformer.inference.prompts import Completion, check_length, check_request, check_text, row_seed, withhold_spaces
+from fanformer.inference.prompts import Batch, Completion, check_text, continue_in_batches, read_prompts
 from fanformer.inference.settings import GenerationSettings
 from fanformer.inference.streaming import StopWhenInterrupted, TextStreamer
 
@@ -118,23 +116,13 @@ def iterate(
             here.
         CheckpointError: if the model computes values that are no numbers.
     """
-    check_request(len(prompts), batch_size, on_text is not None)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        check_length(getattr(model.config, "max_position_embeddings", None), prompt, ids, settings.max_length)
-    cut = [withhold_spaces(tokenizer, ids) for ids in encoded]
-    return continue_ids(
-        model,
-        tokenizer,
-        prompts,
-        [ids for ids, _ in cut],
-        settings,
-        on_text,
-        beginnings=[spaces for _, spaces in cut],
-        batch_size=batch_size,
-        interruption=interruption,
-        compiled=compiled,
+    positions = getattr(model.config, "max_position_embeddings", None)
+    encode = partial(encode_prompt, tokenizer)
+    encoded, spaces = read_prompts(
+        prompts, encode, tokenizer, positions, settings.max_length, batch_size=batch_size, streamed=on_text is not None
     )
+    how: dict[str, Any] = {"batch_size": batch_size, "interruption": interruption, "compiled": compiled}
+    return continue_ids(model, tokenizer, prompts, encoded, settings, on_text, beginnings=spaces, **how)
 
 
 def generate(
@@ -180,47 +168,41 @@ def continue_ids(
 
     `beginnings` is what the token ids leave out at the end of each text: the first new token must begin with it.
     """
-    beginnings = beginnings if beginnings is not None else [""] * len(encoded)
-    seed = secrets.randbits(32) if settings.seed is None else settings.seed
-    interruption = interruption or Interruption()
-    for start in range(0, len(encoded), batch_size):
-        if interruption.requested:
-            return
-        rows = encoded[start : start + batch_size]
-        withheld = beginnings[start : start + batch_size]
-        streamer = TextStreamer(tokenizer, on_text, skip=len(withheld[0])) if on_text is not None else None
-        seeds = [row_seed(seed, start + index) for index in range(len(rows))]
-        began = time.perf_counter()
-        positions = max(map(len, rows)) + settings.max_length
+    end_ids, stop = end_token_ids(model, tokenizer), interruption or Interruption()
+
+    def continue_batch(batch: Batch) -> list[list[int]]:
+        skip = len(batch.beginnings[0])
+        streamer = TextStreamer(tokenizer, on_text, skip=skip) if on_text is not None else None
+        positions = max(map(len, batch.rows)) + settings.max_length
         options = compiled_decoding(model.device.type, positions) if compiled else {}
-        outputs = _continue_batch(model, tokenizer, rows, withheld, settings, seeds, streamer, interruption, options)
-        seconds = time.perf_counter() - began
-        for prompt, row, beginning, (new_ids, ended) in zip(prompts[start:], rows, withheld, outputs, strict=False):
-            cut_short = interruption.requested and len(new_ids) < settings.max_length
-            yield Completion(
-                prompt=prompt,
-                text=decode_new(tokenizer, row, new_ids)[len(beginning) :],
-                tokens=len(new_ids),
-                finish_reason="end" if ended else "interrupted" if cut_short else "length",
-                tokens_per_second=len(new_ids) / seconds,
-                seed=seed,
-            )
+        return _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, options)
+
+    return continue_in_batches(
+        prompts,
+        encoded,
+        beginnings,
+        settings,
+        tokenizer,
+        end_ids,
+        continue_batch,
+        batch_size=batch_size,
+        interruption=stop,
+    )
 
 
 @torch.inference_mode()
 def _continue_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[list[int]],
-    beginnings: Sequence[str],
+    batch: Batch,
     settings: GenerationSettings,
-    seeds: Sequence[int],
+    end_ids: list[int],
     streamer: TextStreamer | None,
     interruption: Interruption,
     options: dict[str, Any],
-) -> list[tuple[list[int], bool]]:
-    """Return for each row its new token ids, and whether an end token is the last of them."""
-    end_ids = end_token_ids(model, tokenizer)
+) -> list[list[int]]:
+    """Return for each row its new token ids, an end token included; `options` are fields of a GenerationConfig."""
+    rows = batch.rows
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
@@ -238,27 +220,23 @@ def _continue_batch(
             eos_token_id=end_ids or None,
             **options,
         ),
-        logits_processor=_processors(tokenizer, beginnings, width, settings, seeds),
+        logits_processor=_processors(tokenizer, batch, width, settings),
         stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
         streamer=streamer,
     )
     results = []
     for new_ids in output[:, width:].tolist():
-        end = next((index for index, token_id in enumerate(new_ids) if token_id in end_ids), None)
-        results.append((new_ids if end is None else new_ids[: end + 1], end is not None))
+        end = next((index for index, token_id in enumerate(new_ids) if token_id in end_ids), len(new_ids))
+        results.append(new_ids[: end + 1])
     return results
 
 
 def _processors(
-    tokenizer: PreTrainedTokenizerFast,
-    beginnings: Sequence[str],
-    width: int,
-    settings: GenerationSettings,
-    seeds: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int, settings: GenerationSettings
 ) -> LogitsProcessorList:
     processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
-    if any(beginnings):
-        processors.append(BeginsWith(tokenizer, beginnings, width))
+    if any(batch.beginnings):
+        processors.append(BeginsWith(tokenizer, batch.beginnings, width))
     if settings.temperature == 0:
         return processors
     processors.append(TemperatureLogitsWarper(float(settings.temperature)))
@@ -266,7 +244,7 @@ def _processors(
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
         processors.append(TopPLogitsWarper(settings.top_p))
-    processors.append(GumbelNoise(seeds))
+    processors.append(GumbelNoise(batch.seeds))
     return processors
 
 

@@ -2,21 +2,20 @@
 
 import contextlib
 import ctypes
-import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fanformer.inference.decoding import TextWriter, decode_new
+from fanformer.inference.decoding import TextWriter
 from fanformer.inference.ggml_engine import Engine
 from fanformer.inference.gguf_tensors import open_model
 from fanformer.inference.gguf_tokenizer import GGUFTokenizer
 from fanformer.inference.interruption import Interruption
-from fanformer.inference.prompts import Completion, check_length, check_request, check_text, row_seed, withhold_spaces
+from fanformer.inference.prompts import Batch, Completion, check_text, continue_in_batches, read_prompts
 from fanformer.inference.sampling import Sampler
 from fanformer.inference.settings import GenerationSettings
 
@@ -78,22 +77,12 @@ def iterate(
 
     A seed gives other texts than there: the random numbers are numpy's.
     """
-    check_request(len(prompts), batch_size, on_text is not None)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        check_length(model.config.max_position_embeddings, prompt, ids, settings.max_length)
-    cut = [withhold_spaces(tokenizer, ids) for ids in encoded]
-    return continue_ids(
-        model,
-        tokenizer,
-        prompts,
-        [ids for ids, _ in cut],
-        settings,
-        on_text,
-        beginnings=[spaces for _, spaces in cut],
-        batch_size=batch_size,
-        interruption=interruption,
+    positions, encode = model.config.max_position_embeddings, partial(encode_prompt, tokenizer)
+    encoded, spaces = read_prompts(
+        prompts, encode, tokenizer, positions, settings.max_length, batch_size=batch_size, streamed=on_text is not None
     )
+    how: dict[str, Any] = {"batch_size": batch_size, "interruption": interruption}
+    return continue_ids(model, tokenizer, prompts, encoded, settings, on_text, beginnings=spaces, **how)
 
 
 def generate(
@@ -123,33 +112,28 @@ def continue_ids(
     interruption: Interruption | None = None,
 ) -> Iterator[Completion]:
     """Continue prompts that are token ids already, as `generation.continue_ids` does."""
-    beginnings = beginnings if beginnings is not None else [""] * len(encoded)
-    seed = secrets.randbits(32) if settings.seed is None else settings.seed
-    interruption = interruption or Interruption()
-    for start in range(0, len(encoded), batch_size):
-        if interruption.requested:
-            return
-        rows = encoded[start : start + batch_size]
-        withheld = beginnings[start : start + batch_size]
-        writer = TextWriter(tokenizer, rows[0], on_text, skip=len(withheld[0])) if on_text is not None else None
+    stop = interruption or Interruption()
+
+    def continue_batch(batch: Batch) -> list[list[int]]:
+        skip = len(batch.beginnings[0])
+        writer = TextWriter(tokenizer, batch.rows[0], on_text, skip=skip) if on_text is not None else None
         samplers = [
-            Sampler(settings, row_seed(seed, place), tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, text))
-            for place, text in enumerate(withheld, start)
+            Sampler(settings, seed, tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, beginning))
+            for seed, beginning in zip(batch.seeds, batch.beginnings, strict=True)
         ]
-        began = time.perf_counter()
-        outputs = _continue_batch(model, tokenizer, rows, settings.max_length, samplers, writer, interruption)
-        seconds = time.perf_counter() - began
-        for prompt, row, beginning, new_ids in zip(prompts[start:], rows, withheld, outputs, strict=False):
-            ended = new_ids[-1] in tokenizer.end_ids
-            cut_short = interruption.requested and len(new_ids) < settings.max_length
-            yield Completion(
-                prompt=prompt,
-                text=decode_new(tokenizer, row, new_ids)[len(beginning) :],
-                tokens=len(new_ids),
-                finish_reason="end" if ended else "interrupted" if cut_short else "length",
-                tokens_per_second=len(new_ids) / seconds,
-                seed=seed,
-            )
+        return _continue_batch(model, tokenizer, batch.rows, settings.max_length, samplers, writer, stop)
+
+    return continue_in_batches(
+        prompts,
+        encoded,
+        beginnings,
+        settings,
+        tokenizer,
+        tokenizer.end_ids,
+        continue_batch,
+        batch_size=batch_size,
+        interruption=stop,
+    )
 
 
 def _continue_batch(

@@ -1,11 +1,16 @@
 """What every way of writing text has in common: prompts, their checks, their seeds, and the result; torch-free."""
 
 import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fanformer.errors import ConfigError
-from fanformer.inference.decoding import Decoder
+from fanformer.inference.decoding import Decoder, decode_new
+from fanformer.inference.interruption import Interruption
+from fanformer.inference.settings import GenerationSettings
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,100 @@ def check_text(prompt: str) -> None:
         raise ConfigError(f"a prompt must be valid UTF-8, got {prompt[:40]!r}.") from error
 
 
-def check_request(prompts: int, batch_size: int, streamed: bool) -> None:
-    """Raise ConfigError if several prompts are to be streamed, or the batch size is below 1."""
-    if streamed and prompts != 1:
-        raise ConfigError(f"`on_text` streams the text of one prompt, got {prompts}: call once for each.")
+def read_prompts(
+    prompts: Sequence[str],
+    encode: Callable[[str], list[int]],
+    tokenizer: Decoder,
+    positions: int | None,
+    max_length: int,
+    *,
+    batch_size: int,
+    streamed: bool,
+) -> tuple[list[list[int]], list[str]]:
+    """Return the token ids of every prompt, and the spaces at its end that they leave out.
+
+    Args:
+        prompts: the texts.
+        encode: returns a prompt's token ids, the start token in front.
+        tokenizer: decodes them.
+        positions: that the model has, None where it has no limit.
+        max_length: most new tokens.
+        batch_size: prompts that will be continued together.
+        streamed: whether the text is handed over as it comes.
+
+    Raises:
+        ConfigError: if a prompt and its continuation are longer than the model's positions, if several prompts are to
+            be streamed, or if the batch size is below 1.
+    """
+    if streamed and len(prompts) != 1:
+        raise ConfigError(f"`on_text` streams the text of one prompt, got {len(prompts)}: call once for each.")
     if batch_size < 1:
         raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}.")
+    encoded = [encode(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_length(positions, prompt, ids, max_length)
+    cut = [withhold_spaces(tokenizer, ids) for ids in encoded]
+    return [ids for ids, _ in cut], [spaces for _, spaces in cut]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are continued together."""
+
+    rows: Sequence[list[int]]
+    """Their token ids."""
+    beginnings: Sequence[str]
+    """What the text of each row's first new token must begin with."""
+    seeds: Sequence[int]
+    """Of each row's random numbers."""
+
+
+def continue_in_batches(
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    beginnings: Sequence[str] | None,
+    settings: GenerationSettings,
+    tokenizer: Decoder,
+    end_ids: Sequence[int],
+    continue_batch: Callable[[Batch], list[list[int]]],
+    *,
+    batch_size: int,
+    interruption: Interruption,
+) -> Iterator[Completion]:
+    """Continue prompts batch by batch, and say what became of each.
+
+    Args:
+        prompts: the texts.
+        encoded: their token ids.
+        beginnings: what the ids leave out at the end of each text; None is nothing.
+        settings: lengths and sampling.
+        tokenizer: decodes ids.
+        end_ids: that end a text.
+        continue_batch: returns the new ids of each row, up to an end token or the longest length.
+        batch_size: prompts in a batch.
+        interruption: leaves out what has not begun when requested.
+    """
+    beginnings = beginnings if beginnings is not None else [""] * len(encoded)
+    seed = secrets.randbits(32) if settings.seed is None else settings.seed
+    for start in range(0, len(encoded), batch_size):
+        if interruption.requested:
+            return
+        rows, withheld = encoded[start : start + batch_size], beginnings[start : start + batch_size]
+        batch = Batch(rows, withheld, [row_seed(seed, start + index) for index in range(len(rows))])
+        began = time.perf_counter()
+        outputs = continue_batch(batch)
+        seconds = time.perf_counter() - began
+        for prompt, row, beginning, new_ids in zip(prompts[start:], rows, withheld, outputs, strict=False):
+            ended = bool(new_ids) and new_ids[-1] in end_ids
+            cut_short = interruption.requested and len(new_ids) < settings.max_length
+            yield Completion(
+                prompt=prompt,
+                text=decode_new(tokenizer, row, new_ids)[len(beginning) :],
+                tokens=len(new_ids),
+                finish_reason="end" if ended else "interrupted" if cut_short else "length",
+                tokens_per_second=len(new_ids) / seconds,
+                seed=seed,
+            )
 
 
 def check_length(positions: int | None, prompt: str, ids: list[int], max_length: int) -> None:

@@ -1,13 +1,14 @@
 """Measure GGUF files of one model: what they lose, how large they are, how fast they decode, and in how much memory.
 
     python benchmarks/quantization.py MODEL --text FILE [--types q8_0,q4_k] [--tokens 20000] [--rounds 5]
-        [--threads N] [--calibration SPEC] [--llama-cpp PYTHON] [--write]
+        [--threads N] [--calibration SPEC] [--llama-cpp PYTHON] [--folders gptq4,gptq8,awq4] [--write]
 
 Bits per byte: the folder on torch, the dequantized file on torch, and the file on the engine, on the same rows of
 held-out text. Speed: tokens per second of one text, in a process of its own for every file and round, in turns with the
 folder in bfloat16 on torch, and with `--llama-cpp` with llama.cpp on a Llama of SmolLM2-135M's shape in the same type;
 figures are ratios of runs of the same round, the load is told. Memory: resident, above the process before loading.
-`--llama-cpp` names a Python that has llama-cpp-python.
+`--llama-cpp` names a Python that has llama-cpp-python. `--folders` adds compressed-tensors folders (extra `quantize`):
+bits per byte on torch, and size; `--types ''` leaves GGUF files out.
 """
 
 import argparse
@@ -171,7 +172,7 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict[str, di
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     before = bits_per_byte(on_torch(model), rows, num_bytes)
     found: dict[str, dict[str, Any]] = {"folder": {"torch": before, "bytes": num_bytes, "sha256": digest}}
-    for kind in arguments.types.split(","):
+    for kind in kinds(arguments.types):
         settings = Settings(kind, calibration=arguments.calibration if kind.startswith("q4") else None)
         report = export_gguf(arguments.model, folder, settings)
         path = folder / report.file
@@ -185,7 +186,31 @@ def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict[str, di
             "engine": bits_per_byte(on_engine(path, arguments.threads), rows, num_bytes),
         }
         show_quality(kind, found)
+    for name in kinds(arguments.folders):
+        found[name] = measure_folder(arguments, folder / name, rows, num_bytes)
+        change = 100 * (found[name]["torch"] / before - 1)
+        size, torch_bits = found[name]["file_bytes"], found[name]["torch"]
+        print(f"{name:<6} {size:>12,} bytes of weights  torch {torch_bits:.5f} ({change:+.3f}%)")
     return found
+
+
+def kinds(words: str) -> list[str]:
+    """Return the names of a list that commas divide."""
+    return [word for word in words.split(",") if word]
+
+
+def measure_folder(
+    arguments: argparse.Namespace, folder: Path, rows: list[list[int]], num_bytes: int
+) -> dict[str, Any]:
+    """Write a compressed-tensors folder, named by its method and bits, and return its size and bits per byte."""
+    from fanformer.inference.loading import load_model
+    from fanformer.quantization.compressed_tensors import Settings, export_compressed
+
+    method, bits = folder.name.rstrip("0123456789"), folder.name.lstrip("abcdefghijklmnopqrstuvwxyz")
+    if not bits:
+        sys.exit(f"--folders {folder.name}: expected a method and bits, such as gptq4 or awq4")
+    report = export_compressed(arguments.model, folder, Settings(method, int(bits), calibration=arguments.calibration))
+    return {"file_bytes": report.bytes, "torch": bits_per_byte(on_torch(load_model(folder, "cpu")), rows, num_bytes)}
 
 
 def show_quality(kind: str, found: dict[str, dict[str, Any]]) -> None:
@@ -201,7 +226,7 @@ def show_quality(kind: str, found: dict[str, dict[str, Any]]) -> None:
 def measure_speed(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return every round's figures of the folder, of each file and of llama.cpp, taken in turns."""
     contestants: dict[str, tuple[str, ...]] = {"folder": (sys.executable, "--decode", arguments.model)}
-    for kind in arguments.types.split(","):
+    for kind in kinds(arguments.types):
         contestants[kind] = sys.executable, "--decode", str(folder / f"model-{kind}.gguf")
         if arguments.llama_cpp is not None:
             from quantization_llama import write_llama
@@ -250,7 +275,7 @@ def to_result(quality: dict[str, dict[str, Any]], speed: dict[str, list[dict[str
         if kind == "folder":
             continue
         result[f"file_bytes_{kind}"] = Figure(row["file_bytes"], "bytes", interval=EXACT)
-        for where in ("torch", "engine"):
+        for where in [where for where in ("torch", "engine") if where in row]:
             result[f"bits_per_byte_{kind}_{where}"] = Figure(row[where], "bits per byte", interval=EXACT)
     for name, rounds in speed.items():
         key = name.replace(" ", "_").replace(".", "_")
@@ -268,6 +293,7 @@ def write(arguments: argparse.Namespace, result: Any, details: dict[str, Any]) -
     from fanformer.evaluation.ledger import Entry, command_line, hardware, versions, write_entry
 
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    packages = ["ggml-python"] * bool(arguments.types) + ["llmcompressor"] * bool(arguments.folders)
     entry = Entry(
         name=f"gguf-{Path(arguments.model).absolute().name}-{day}",
         what=f"GGUF files of {Path(arguments.model).name}: bits per byte, size, decoding and memory",
@@ -275,10 +301,15 @@ def write(arguments: argparse.Namespace, result: Any, details: dict[str, Any]) -
         command=command_line(["python", *sys.argv]),
         date=day,
         seeds=[],
-        configuration={"types": arguments.types, "tokens": arguments.tokens, "threads": arguments.threads},
+        configuration={
+            "types": arguments.types,
+            "folders": arguments.folders,
+            "tokens": arguments.tokens,
+            "threads": arguments.threads,
+        },
         data={"source": Path(arguments.text).name, "fingerprint": details["quality"]["folder"]["sha256"]},
         hardware=hardware(),
-        versions=versions() | {"ggml-python": version("ggml-python")},
+        versions=versions() | {package: version(package) for package in packages},
         result=result,
         details=details,
     )
@@ -291,6 +322,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="model folder")
     parser.add_argument("--text", help="held-out text: a file, glob or hf:NAME")
     parser.add_argument("--types", default="f16,q8_0,q6_k,q5_k,q4_k,q4_0")
+    parser.add_argument("--folders", default="", help="compressed-tensors folders, such as gptq4,gptq8,awq4")
     parser.add_argument("--tokens", type=int, default=20_000, help="most tokens of the text (default 20000)")
     parser.add_argument(
         "--rounds", type=int, default=5, help="processes for every file; 0 leaves speed out (default 5)"

@@ -29,7 +29,16 @@ def test_file_is_written_reported_and_measured(command, saved_model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "onnx"], "`--format` must be gguf, got 'onnx'."),
+        (["--format", "onnx"], "`--format` must be gguf, gptq or awq, got 'onnx'."),
+        ([], "`--format` or `--scan` is needed, and not both: gguf, gptq or awq write a model."),
+        (["--format", "gptq", "--type", "q8_0"], "`--type` has no effect on `--format gptq`: leave it out."),
+        (["--format", "gguf", "--bits", "8"], "`--bits` has no effect on `--format gguf`: leave it out."),
+        (["--scan", "--overwrite"], "`--overwrite` has no effect on `--scan`: leave it out."),
+        (["--format", "awq", "--bits", "3"], "`--bits` must be 4 or 8, got 3."),
+        (
+            ["--scan", "--group-size", "48"],
+            "`--group-size` must be a power of two from 16 on, such as 32, 64 or 128, got 48.",
+        ),
         (["--format", "gguf", "--type", "q3_k"], "`--type` is 'q3_k': did you mean `q6_k`?"),
         (
             ["--format", "gguf", "--type", "f16", "--calibration", "stdlib"],
@@ -57,3 +66,23 @@ def test_help_names_the_types_and_defaults_that_there_are(command):
     text = command("quantize", "--help").out
     assert "|".join(OFFERED) in text
     assert f"[default: {DEFAULT_TOKENS}]" in text
+
+
+def test_scan_prints_and_saves_a_line_for_every_part(command, saved_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    outcome = command("quantize", saved_model, "--scan", "--calibration", text, "--output-dir", tmp_path / "out")
+    assert (outcome.code, outcome.err) == (0, "")
+    saved = json.loads((tmp_path / "out/sensitivity.json").read_text())
+    names = ["embedding", "qkv_input", "q", "k", "v", "o", "gate_up_input", "gate", "up", "down", "head"]
+    assert [part["part"] for part in saved["parts"]] == names
+    assert [line.split()[0] for line in outcome.out.splitlines()[2:-1]] == names
+    assert all(part["bits_per_byte"] != saved["bits_per_byte"] for part in saved["parts"])
+
+
+def test_without_held_out_data_text_is_asked_for(command, saved_model, tmp_path):
+    outcome = command("quantize", saved_model, "--scan", "--output-dir", tmp_path / "out")
+    assert outcome.refusal() == (
+        f"error: `--calibration` is needed, since {saved_model} has no run.yaml: give text that it was not trained on "
+        "as `--calibration SPEC`."
+    )

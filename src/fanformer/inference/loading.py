@@ -1,5 +1,6 @@
 """A saved model and its tokenizer from a folder, checked first: what would load as garbage is an error with a name."""
 
+import importlib.util
 import json
 import re
 import struct
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
-from fanformer.errors import CheckpointError
+from fanformer.errors import CheckpointError, DependencyError
 from fanformer.inference.devices import resolve_device, resolve_dtype
 from fanformer.inference.gguf_architecture import Architecture
 from fanformer.inference.gguf_file import is_gguf
@@ -51,6 +52,7 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     Raises:
         CheckpointError: if anything is missing, damaged, of another kind, or does not fit together.
         ConfigError: if the device is not there or the dtype not known.
+        DependencyError: if it is quantized and compressed-tensors is not installed.
     """
     model = load_model(folder, device, dtype)
     return LoadedModel(model, load_tokenizer(folder, model.config.vocab_size))
@@ -65,6 +67,7 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
         return gguf_loading.read_model(folder, kind).to(placed)
     config = load_config(folder)
     path = Path(folder)
+    _check_quantization(path, config)
     _check_fit(path, config, check_weights(path))
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
@@ -252,6 +255,18 @@ def _check_safetensors(file: Path) -> dict[str, SavedTensor]:
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file.absolute()} is corrupt: {reason}; copy it again.") from error
+
+
+def _check_quantization(path: Path, config: PreTrainedConfig) -> None:
+    """Name the package that quantized weights are read with where it is missing."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise DependencyError(
+            f"{path.absolute()} is quantized, and reading it needs compressed-tensors, which is not installed: "
+            "pip install compressed-tensors (the extra fanformer[quantize] has it)"
+        )
 
 
 def _check_fit(path: Path, config: PreTrainedConfig, saved: dict[str, SavedTensor]) -> None:

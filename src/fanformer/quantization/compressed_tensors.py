@@ -1,0 +1,450 @@
+"""GPTQ and AWQ through llm-compressor: a model folder in the compressed-tensors format, with a report of every layer.
+
+Sources: GPTQ, arXiv:2210.17323; AWQ, arXiv:2306.00978. A layer's output error is measured with the same sums of
+squares that GPTQ works from: |X (W - W_q)^T| / |X W^T| over the calibration inputs X.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fanformer.data.durable import replace_json, replace_text
+from fanformer.data.packing import PackedRows
+from fanformer.errors import CheckpointError, ConfigError, DependencyError
+from fanformer.evaluation.loss import default_sequence_length, every_nth
+from fanformer.inference.gguf_file import ARCHITECTURE
+from fanformer.inference.loading import load, load_config
+from fanformer.quantization.gguf_importance import DEFAULT_TOKENS
+from fanformer.quantization.held_out import held_out_stream
+from fanformer.quantization.linear_layers import (
+    check_bits_and_group,
+    fill_intermediate,
+    fitting_group,
+    matrices_by_part,
+)
+
+METHODS = ("gptq", "awq")
+REPORT_FILE = "quantization.json"
+_KEPT_HIGH = ("embedding", "head")
+_CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a folder is to be quantized.
+
+    Attributes:
+        method: one of METHODS. "awq" scales channels where a scale can be folded, and then does what "gptq" does.
+        bits: of a weight, 4 or 8.
+        group_size: weights to a scale; halved for layers whose rows it does not fill.
+        calibration: text to run; None takes what the training held out.
+        calibration_tokens: how much of it.
+        overwrite: whether a quantized folder that is there may be replaced.
+    """
+
+    method: str
+    bits: int = 4
+    group_size: int = 64
+    calibration: str | None = None
+    calibration_tokens: int = DEFAULT_TOKENS
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one matrix."""
+
+    name: str
+    part: str
+    shape: tuple[int, int]
+    method: str
+    """gptq, awq+gptq, round-to-nearest (where GPTQ's matrix could not be inverted) or none."""
+    bits: int | None
+    """None where it is as it was."""
+    group_size: int | None
+    weight_error: float
+    """Norm of the difference over norm of the weights (for AWQ, of the scaled ones)."""
+    output_error: float
+    """The same of the layer's outputs on the calibration text."""
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder holds, matrix by matrix."""
+
+    method: str
+    bits: int
+    group_size: int
+    calibration: str
+    calibration_tokens: int
+    bytes: int
+    """Of the folder's weights."""
+    bytes_before: int
+    notes: tuple[str, ...]
+    """What holds for the model as a whole."""
+    layers: tuple[LayerReport, ...]
+
+
+def export_compressed(
+    folder: str | Path,
+    output: str | Path,
+    settings: Settings,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Quantize the linear layers of a FANformer's blocks, and write a folder in the format compressed-tensors.
+
+    Embedding, head, norms, gates and biases stay as they are. Weights are symmetric, a scale for each group.
+
+    Args:
+        folder: a model folder of the family `fanformer`, with its tokenizer.
+        output: the folder to write; its REPORT_FILE is the report.
+        settings: how.
+        on_progress: called with what is being done, how much of it is done, and how much there is.
+
+    Raises:
+        CheckpointError: if the folder cannot be loaded, or has no tokenizer.
+        ConfigError: if the model is of another kind or quantized already, a setting is wrong, or `output` is taken.
+        DataError: if the calibration text is missing or too short.
+        DependencyError: if the extra `quantize` is not installed.
+    """
+    source, target = Path(folder), Path(output)
+    _check(source, target, settings)
+    model, tokenizer = load(source, device="cpu", dtype="float32")
+    batches, tokens = _calibration_batches(source, model, tokenizer, settings)
+    filled = fill_intermediate(model, settings.group_size)
+    groups = _planned_groups(model, settings.group_size)
+    if not any(groups.values()):
+        raise ConfigError(
+            f"no layer of {source.absolute()} has rows that groups of {settings.group_size} or less fill: "
+            "nothing can be quantized."
+        )
+    with _quiet_library():
+        layers = _run(model, tokenizer, batches, groups, settings, on_progress or (lambda what, done, total: None))
+        return _write(source, target, model, tokenizer, settings, tokens, filled, layers)
+
+
+def _write(
+    source: Path,
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    tokens: int,
+    filled: str,
+    layers: tuple[LayerReport, ...],
+) -> Report:
+    """Write the folder aside, and then in one step to its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(target.name + ".new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside, save_compressed=True)
+        # the library saves the configuration that it finds in the folder the model came from
+        saved = json.loads((aside / "config.json").read_text(encoding="utf-8"))
+        replace_json(aside / "config.json", saved | {"intermediate_size": model.config.intermediate_size})
+        (aside / "recipe.yaml").unlink(missing_ok=True)  # says less than the report
+        tokenizer.save_pretrained(aside)
+        report = Report(
+            method=settings.method,
+            bits=settings.bits,
+            group_size=settings.group_size,
+            calibration=settings.calibration or "what the run held out",
+            calibration_tokens=tokens,
+            bytes=_weight_bytes(aside),
+            bytes_before=_weight_bytes(source),
+            notes=(filled,) if filled else (),
+            layers=layers,
+        )
+        replace_json(aside / REPORT_FILE, asdict(report))
+        replace_text(aside / _CARD, _card(source, report))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _check(source: Path, target: Path, settings: Settings) -> None:
+    """Refuse, before any work, what cannot be quantized or written."""
+    if settings.method not in METHODS:
+        raise ConfigError(f"`method` must be one of {', '.join(METHODS)}, got {settings.method!r}.")
+    check_bits_and_group(settings.bits, settings.group_size)
+    _check_target(source, target, settings.overwrite)
+    config = load_config(source)
+    if config.model_type != ARCHITECTURE:
+        raise ConfigError(
+            f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: llm-compressor's own examples "
+            "quantize other models."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source.absolute()} is quantized already: give the folder that it was made from.")
+    _check_library()
+
+
+def _check_library() -> None:
+    if importlib.util.find_spec("llmcompressor") is None:
+        raise DependencyError(
+            "`--format gptq` and `awq` need llm-compressor, which is not installed: pip install 'fanformer[quantize]' "
+            "into an environment of its own (it holds transformers at 5.17)"
+        )
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if target.absolute() == source.absolute():
+        raise ConfigError(f"`--output-dir` is the model's own folder {target.absolute()}: give another.")
+    if not (target / REPORT_FILE).is_file():
+        raise ConfigError(f"{target.absolute()} is there and holds no quantized model: give another `--output-dir`.")
+    if not overwrite:
+        raise ConfigError(f"{target.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
+
+
+def _calibration_batches(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> tuple[list[dict[str, Tensor]], int]:
+    """Return packed rows as batches of one, evenly spread over the text, and how many tokens they are."""
+    stream = held_out_stream(folder, tokenizer, settings.calibration, settings.calibration_tokens)
+    length = min(default_sequence_length(model), len(stream.tokens) - 1)
+    rows = PackedRows(stream, length)
+    chosen = every_nth(len(rows), settings.calibration_tokens // length)
+    batches = [
+        {name: values[None] for name, values in rows[index].items() if name in ("input_ids", "position_ids")}
+        for index in chosen
+    ]
+    return batches, len(chosen) * length
+
+
+def _planned_groups(model: PreTrainedModel, wanted: int) -> dict[str, int | None]:
+    """Return the group size of every matrix of the blocks, None where no size fills its rows."""
+    return {
+        name: fitting_group(module.weight.shape[1], wanted)
+        for part, modules in matrices_by_part(model).items()
+        if part not in _KEPT_HIGH
+        for name, module in modules.items()
+    }
+
+
+def foldable_scales(model: PreTrainedModel) -> list[tuple[str, list[str]]]:
+    """Return where AWQ's scale of a layer's inputs can be folded into what makes them: (that module, its readers).
+
+    - The norm in front of attention (the first block's, or every block's with "pre") into whatever reads it.
+    - With "pre", the norm in front of the FFN too; otherwise the residual reads it as well.
+    - Up's rows into down's columns, for what is between them is a product.
+
+    Nothing else folds: an activation, or cosine and sine, stand between W_a and W_b; and V's norm undoes a scale of V's
+    rows (without it, several query heads share them).
+    """
+    found = []
+    for number, layer in enumerate(model.model.layers):
+        attention, mlp, prefix = layer.self_attn, layer.mlp, f"model.layers.{number}"
+        if not isinstance(layer.input_layernorm, nn.Identity):
+            found.append((f"{prefix}.input_layernorm", _readers(attention, f"{prefix}.self_attn")))
+        if not layer.residual_after_norm:
+            found.append((f"{prefix}.post_attention_layernorm", _readers(mlp, f"{prefix}.mlp")))
+        down = "down_proj" if isinstance(mlp.down_proj, nn.Linear) else "down_proj.input.factor"
+        found.append((f"{prefix}.mlp.up_proj", [f"{prefix}.mlp.{down}"]))
+    return found
+
+
+def _readers(branch: nn.Module, prefix: str) -> list[str]:
+    """Return the linear layers that read what goes into attention or the FFN."""
+    if getattr(branch, "fan_layer", None) is not None:
+        return [f"{prefix}.fan_layer.projection"]
+    shared = "qkv_input" if hasattr(branch, "qkv_input") else "gate_up_input"
+    if getattr(branch, shared).factor is not None:
+        return [f"{prefix}.{shared}.factor"]
+    starts = ("q_proj", "k_proj", "v_proj") if shared == "qkv_input" else ("gate_proj", "up_proj")
+    return [
+        f"{prefix}.{name}"
+        for name, module in branch.named_modules()
+        if name.startswith(starts) and isinstance(module, nn.Linear) and module.weight.numel()
+    ]
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: list[dict[str, Tensor]],
+    groups: dict[str, int | None],
+    settings: Settings,
+    tell: Callable[[str, int, int], None],
+) -> tuple[LayerReport, ...]:
+    """Quantize `model` in place, and return what became of every matrix."""
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+
+    total = sum(size is not None for size in groups.values())
+    measured: dict[str, tuple[float, float]] = {}
+
+    def note(name: str, weight_error: float, output_error: float) -> None:
+        measured[name] = weight_error, output_error
+        tell("layers", len(measured), total)
+
+    gptq = _gptq_modifier(groups, settings.bits, note)
+    recipe: list[Any] = [gptq]
+    scaled: dict[str, str] = {}
+    if settings.method == "awq":
+        awq, scaled = _awq_modifier(model, groups)
+        recipe.insert(0, awq)
+    tell("layers", 0, total)
+    oneshot(
+        model=model,
+        dataset=DataLoader(batches, batch_size=None),
+        processor=tokenizer,
+        recipe=recipe,
+        num_calibration_samples=len(batches),
+        pipeline="independent",
+    )
+    missing = [name for name, size in groups.items() if size is not None and name not in measured]
+    if missing:
+        raise CheckpointError(f"the calibration text never reached `{missing[0]}`: the layer was not quantized.")
+    return tuple(_layer_reports(model, groups, settings, measured, scaled, set(gptq._rtn_fallback_module_names)))
+
+
+def _layer_reports(
+    model: PreTrainedModel,
+    groups: dict[str, int | None],
+    settings: Settings,
+    measured: dict[str, tuple[float, float]],
+    scaled: dict[str, str],
+    fallback: set[str],
+) -> Iterator[LayerReport]:
+    for part, modules in matrices_by_part(model).items():
+        for name, module in modules.items():
+            size = groups.get(name)
+            rows, columns = module.weight.shape
+            notes, method = [], "none"
+            if part in _KEPT_HIGH:
+                notes.append("kept as it is")
+            elif size is None:
+                notes.append(f"kept as it is: no group from {settings.group_size} down fills rows of {columns}")
+            else:
+                method = "round-to-nearest" if name in fallback else "gptq"
+                if name in fallback:
+                    notes.append("GPTQ's matrix could not be inverted")
+                if size != settings.group_size:
+                    notes.append(f"groups of {settings.group_size} do not fill rows of {columns}")
+                if name in scaled:
+                    method = f"awq+{method}"
+                    notes.append(f"scale folded into {scaled[name]}")
+            weight_error, output_error = measured.get(name, (0.0, 0.0))
+            yield LayerReport(
+                name=name,
+                part=part,
+                shape=(rows, columns),
+                method=method,
+                bits=None if size is None else settings.bits,
+                group_size=size,
+                weight_error=weight_error,
+                output_error=output_error,
+                note="; ".join(notes),
+            )
+
+
+def _exactly(name: str) -> str:
+    """Return a module's name in the library's notation for patterns."""
+    return f"re:^{re.escape(name)}$"
+
+
+def _gptq_modifier(groups: dict[str, int | None], bits: int, note: Callable[[str, float, float], None]) -> Any:
+    """Return a GPTQ modifier that tells of every layer what it lost."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    class MeasuringGPTQModifier(GPTQModifier):
+        """Compares weights before and after, by the sums of squares that GPTQ itself uses."""
+
+        def compress_module_list(self, module_list: list[nn.Module]) -> None:
+            """Quantize layer after layer."""
+            for module in module_list:
+                before = module.weight.detach().double()
+                squares = self._hessians[module].detach().double()
+                super().compress_module_list([module])
+                lost = module.weight.detach().double() - before
+                weight_error = _ratio(lost.square().sum(), before.square().sum())
+                output_error = _ratio(((lost @ squares) * lost).sum(), ((before @ squares) * before).sum())
+                note(self._module_names[module], weight_error, output_error)
+
+    schemes = {}
+    for size in sorted({size for size in groups.values() if size is not None}):
+        names = [name for name, own in groups.items() if own == size]
+        weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=size)
+        schemes[f"group_{size}"] = QuantizationScheme(targets=[_exactly(name) for name in names], weights=weights)
+    return MeasuringGPTQModifier(config_groups=schemes)
+
+
+def _ratio(lost: Tensor, total: Tensor) -> float:
+    return float((lost / total).clamp_min(0).sqrt()) if total > 0 else 0.0
+
+
+def _awq_modifier(model: PreTrainedModel, groups: dict[str, int | None]) -> tuple[Any, dict[str, str]]:
+    """Return an AWQ modifier for what folds, and for every layer whose inputs it scales what the scale folds into."""
+    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+
+    mappings: list[Any] = []
+    scaled: dict[str, str] = {}
+    for source, readers in foldable_scales(model):
+        if any(groups[name] is not None for name in readers):
+            mappings.append(AWQMapping(_exactly(source), [_exactly(name) for name in readers]))
+            scaled |= {name: source.removeprefix("model.layers.") for name in readers}
+    return AWQModifier(mappings=mappings), scaled
+
+
+@contextlib.contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep llm-compressor's log off the terminal, and let AWQ run where there is no accelerator.
+
+    Version 0.14 pins the memory that AWQ caches, which torch refuses on a machine without one; nothing needs it there.
+    """
+    from loguru import logger
+
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # read at its import, which logs already
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    for package in ("llmcompressor", "compressed_tensors"):
+        logger.disable(package)
+    pin_memory = IntermediatesCache.pin_memory
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = pin_memory
+        for package in ("llmcompressor", "compressed_tensors"):
+            logger.enable(package)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _card(source: Path, report: Report) -> str:
+    """Return the model card: the original's, and what was done to it."""
+    original = source / _CARD
+    card = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [fanformer, causal-lm]\n---\n\n"
+    card += f"# {source.absolute().name}\n"
+    if original.is_file():
+        card = original.read_text(encoding="utf-8")
+    return f"""{card.rstrip()}
+
+## Quantized
+
+These weights are quantized with `fanformer quantize --format {report.method} --bits {report.bits} --group-size
+{report.group_size}` (llm-compressor, format compressed-tensors); what stands above was measured before. Embedding,
+head, norms, gates and biases are as they were. {report.bytes:,} bytes, before {report.bytes_before:,};
+`{REPORT_FILE}` says what every layer lost. Reading them needs `pip install compressed-tensors`.
+"""

@@ -1,0 +1,79 @@
+"""GPTQ and AWQ folders: what is refused before any work; tests/ci quantizes a model where the extra is installed."""
+
+import importlib.util
+import json
+
+import pytest
+
+from fanformer.errors import CheckpointError, ConfigError, DataError, DependencyError
+from fanformer.quantization.compressed_tensors import Settings, export_compressed
+from fanformer.quantization.held_out import held_out_stream
+
+installed = importlib.util.find_spec("llmcompressor") is not None
+
+
+@pytest.mark.skipif(installed, reason="the extra `quantize` is installed")
+def test_missing_extra_is_named(saved_model, tmp_path):
+    with pytest.raises(DependencyError, match=r"pip install 'fanformer\[quantize\]'"):
+        export_compressed(saved_model, tmp_path / "out", Settings("gptq"))
+
+
+def test_quantized_folder_is_refused(model_copy, tmp_path):
+    config = json.loads((model_copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (model_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is quantized already: give the folder that it was made from"):
+        export_compressed(model_copy, tmp_path / "out", Settings("gptq"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is not None, reason="compressed-tensors is installed"
+)
+def test_reading_a_quantized_folder_names_the_package(model_copy):
+    from fanformer.inference.loading import load
+
+    config = json.loads((model_copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (model_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DependencyError, match="is quantized, and reading it needs compressed-tensors"):
+        load(model_copy)
+
+
+def test_taken_folder_is_refused(saved_model, tmp_path):
+    (tmp_path / "mine.txt").write_text("a")
+    with pytest.raises(ConfigError, match="holds no quantized model: give another `--output-dir`"):
+        export_compressed(saved_model, tmp_path, Settings("gptq", overwrite=True))
+    (tmp_path / "quantization.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is there already: give another `--output-dir`, or `--overwrite`"):
+        export_compressed(saved_model, tmp_path, Settings("gptq"))
+    with pytest.raises(ConfigError, match="is the model's own folder"):
+        export_compressed(saved_model, saved_model, Settings("gptq", overwrite=True))
+
+
+def test_unknown_method_is_refused(saved_model, tmp_path):
+    with pytest.raises(ConfigError, match="`method` must be one of gptq, awq, got 'rtn'"):
+        export_compressed(saved_model, tmp_path / "out", Settings("rtn"))
+
+
+@pytest.mark.skipif(not installed, reason="needs the extra `quantize`")
+def test_missing_tokenizer_is_one_line(model_copy, tmp_path):
+    (model_copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer in"):
+        export_compressed(model_copy, tmp_path / "out", Settings("gptq", calibration="stdlib"))
+
+
+def test_too_little_text_is_refused(loaded, tmp_path):
+    (tmp_path / "short.txt").write_text("a cat")
+    with pytest.raises(DataError, match=r"short.txt` has \d+ tokens, expected at least 1024: give more text"):
+        held_out_stream(tmp_path, loaded.tokenizer, str(tmp_path / "short.txt"), 4096)
+    with pytest.raises(ConfigError, match="`--calibration-tokens` must be at least 1024, got 10"):
+        held_out_stream(tmp_path, loaded.tokenizer, "stdlib", 10)
+
+
+def test_held_out_data_of_a_run_is_found_and_its_loss_told(loaded, tmp_path):
+    (tmp_path / "run.yaml").write_text("configuration: {eval_data: null}\ndata: {folder: gone}\n")
+    with pytest.raises(DataError, match=r"what the run held out cannot be read .*: give text that it was not trained"):
+        held_out_stream(tmp_path, loaded.tokenizer, None, 4096)
+    (tmp_path / "run.yaml").write_text("data: []\n")
+    with pytest.raises(ConfigError, match="does not say where its data is"):
+        held_out_stream(tmp_path, loaded.tokenizer, None, 4096)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
+from fanformer.inference.compiling import compile_options
+from fanformer.inference.footprint import footprint
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.architectures import SMOLLM2_135M, architecture
 from fanformer.training.environment import keep_freed_memory
@@ -46,17 +47,15 @@ def random_ids(batch: int, length: int) -> Tensor:
 
 def operations(model: PreTrainedModel, context: float) -> float:
     """Return the operations of a forward pass for one token that attends to `context` tokens."""
-    config, lookup, head = model.config, model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2 and (p is not lookup or p is head))
-    return 2 * weights + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    measured = footprint(model.config)
+    return 2 * measured.matrix_weights + measured.attention_operations / measured.sequence_length * context
 
 
 def bytes_a_token(model: PreTrainedModel, context: float) -> float:
-    """Return the bytes that decoding one token reads: every weight but the lookup table's, keys and values."""
-    config, lookup, head = model.config, model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters() if p is not lookup or p is head)
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return weights + cached * context * head.element_size()
+    """Return the bytes that decoding a token in float32 reads: weights but a lookup table's, keys and values."""
+    measured = footprint(model.config)
+    lookup = 0 if model.config.tie_word_embeddings else measured.parts["embedding"]
+    return 4 * (measured.total - lookup) + measured.cache_bytes_per_token["float32"] * context
 
 
 def ceilings() -> dict[str, float]:
@@ -98,7 +97,7 @@ class Trainee:
         self.model = model.train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
         if compiled:
-            options = {"cpp.threads": torch.get_num_threads()}
+            options = compile_options("cpu", torch.get_num_threads())
             for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False, options=options)
 
@@ -115,13 +114,6 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
     above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return above / sum((a - mean_x) ** 2 for a in x)
-
-
-def product_rate_of(shape: tuple[int, int, int]) -> float:
-    """Return the GFLOP/s of a float32 linear layer of (tokens, inputs, outputs)."""
-    tokens, inputs, outputs = shape
-    x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
-    return 2 * tokens * inputs * outputs / min(seconds_of(lambda: F.linear(x, weight)) for _ in range(9)) / 1e9
 
 
 def arguments_of(text: str, **defaults: Any) -> argparse.Namespace:

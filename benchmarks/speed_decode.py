@@ -15,19 +15,16 @@ from typing import Any
 import torch
 from speed import OURS, THEIRS, arguments_of, build, bytes_a_token, ceilings, finish, random_ids, release, seconds_of
 from torch import Tensor
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from fanformer.evaluation.ledger import Figure, range_of
+from fanformer.inference.compiling import compiled_decoding
 
 
 @torch.inference_mode()
 def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> Tensor:
-    """Continue `ids` (batch, context) by so many tokens."""
-    options: dict[str, Any] = {}
-    if compiled:
-        compiling = CompileConfig(mode=None, dynamic=False, options={"cpp.threads": torch.get_num_threads()})
-        compiling._compile_all_devices = True  # on the CPU too
-        options = {"cache_implementation": "static", "max_cache_len": capacity, "compile_config": compiling}
+    """Continue `ids` (batch, context) by so many tokens, on a cache that holds at least `capacity`."""
+    options: dict[str, Any] = compiled_decoding("cpu", capacity) if compiled else {}
     settings = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled, **options
     )

@@ -22,6 +22,12 @@ def why_not_compile(device: str) -> str | None:
     return None
 
 
+def compile_options(device: str, threads: int) -> dict[str, Any] | None:
+    """Return torch.compile's `options` for a kind of device and a number of CPU threads."""
+    # The number of threads is fixed in the compiled code, but only part of its cache's key where it is given.
+    return {"cpp.threads": threads} if device == "cpu" else None
+
+
 def compiled_decoding(device: str, positions: int) -> dict[str, Any]:
     """Return fields of a GenerationConfig with which every step but the first runs compiled, on a cache of fixed size.
 
@@ -37,9 +43,9 @@ def compiled_decoding(device: str, positions: int) -> dict[str, Any]:
     reason = why_not_compile(device)
     if reason is not None:
         raise ConfigError(f"`compile` is on, but {reason}: leave it off.")
-    # The number of threads is fixed in the compiled code, but only part of its cache's key where it is given.
-    kind = {"mode": None, "options": {"cpp.threads": torch.get_num_threads()}} if device == "cpu" else {}
-    compiling = CompileConfig(dynamic=False, **kind)
+    options = compile_options(device, torch.get_num_threads())
+    # torch takes options or a mode; transformers' own mode captures graphs, which only CUDA has
+    compiling = CompileConfig(dynamic=False, **({} if options is None else {"mode": None, "options": options}))
     compiling._compile_all_devices = True  # on the CPU too
     capacity = -(-positions // _CACHE_STEP) * _CACHE_STEP
     return {"cache_implementation": "static", "max_cache_len": capacity, "compile_config": compiling}

@@ -25,8 +25,7 @@ from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.evaluation.loss import default_sequence_length, every_nth
 from fanformer.inference.gguf_file import ARCHITECTURE
 from fanformer.inference.loading import load, load_config
-from fanformer.quantization.gguf_importance import DEFAULT_TOKENS
-from fanformer.quantization.held_out import held_out_stream
+from fanformer.quantization.held_out import DEFAULT_TOKENS, held_out_stream
 from fanformer.quantization.linear_layers import (
     check_bits_and_group,
     fill_intermediate,

@@ -19,9 +19,10 @@ from fanformer.inference.gguf_blocks import BlockType, Bytes, Floats, dequantize
 from fanformer.inference.gguf_file import ARCHITECTURE, ARRAY, STRING
 from fanformer.inference.gguf_tokenizer import END_IDS, MERGES, PIPELINE, TEMPLATE, TOKEN_TYPES, TOKENS, strip_json
 from fanformer.inference.loading import load
-from fanformer.quantization.gguf_importance import DEFAULT_TOKENS, importance
+from fanformer.quantization.gguf_importance import importance
 from fanformer.quantization.gguf_plan import Plan, PlannedTensor, make_plan
 from fanformer.quantization.gguf_writer import Value, write_gguf
+from fanformer.quantization.held_out import DEFAULT_TOKENS
 
 _UINT32, _INT32, _BOOL = 4, 5, 7
 _QUANTIZATION_VERSION = 2

@@ -14,10 +14,7 @@ from fanformer.data.documents import open_source
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import ConfigError, DataError
 from fanformer.inference.gguf_blocks import Floats
-
-DEFAULT_TOKENS = 65536
-FEWEST_TOKENS = 1024
-"""Below this many tokens, chance decides which channels count."""
+from fanformer.quantization.held_out import DEFAULT_TOKENS, FEWEST_TOKENS
 
 
 def importance(

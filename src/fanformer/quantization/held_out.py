@@ -11,8 +11,10 @@ from fanformer.data.prepared import TokenStream, open_prepared
 from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
 from fanformer.errors import ConfigError, DataError
-from fanformer.quantization.gguf_importance import FEWEST_TOKENS
 
+DEFAULT_TOKENS = 65536
+FEWEST_TOKENS = 1024
+"""Below this many tokens, chance decides which channels count."""
 _RUN_FILE, _OTHER_HELD_OUT = "run.yaml", "held-out"  # as `fanformer train` leaves them
 
 

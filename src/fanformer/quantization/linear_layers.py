@@ -1,55 +1,34 @@
 """The matrices of a FANformer by what they are for, and rounding them in groups: what every integer format rests on."""
 
-import re
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
+from fanformer.inference.footprint import part_of
 
-PARTS = (
-    "embedding",
-    "fan_layer",
-    "qkv_input",
-    "q",
-    "k",
-    "v",
-    "o",
-    "gate_up_input",
-    "gate",
-    "up",
-    "down",
-    "head",
-)
-"""What a matrix can be for, in the order of the forward pass; not every model has all of them."""
 SMALLEST_GROUP = 16
 """Below this many weights to a scale of 32 bits, the scales take more than half of the room."""
-_PART = re.compile(r"\.(fan_layer|qkv_input|[qkvo]_proj|gate_up_input|gate_proj|up_proj|down_proj)\.")
 
 
 def matrices_by_part(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]:
-    """Return the modules that hold a matrix, by part and by name; parts without one are left out.
+    """Return the modules that hold a matrix, by part (as `fanformer info` names them) and by name, in their order.
 
     Args:
         model: a FANformer. Matrices without a number (P = 0) are left out; a tied head is the embedding.
     """
-    found: dict[str, dict[str, nn.Module]] = {part: {} for part in PARTS}
+    found: dict[str, dict[str, nn.Module]] = defaultdict(dict)
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)) or not module.weight.numel():
             continue
-        if module is model.get_input_embeddings():
-            part = "embedding"
-        elif module is model.get_output_embeddings():
-            if model.config.tie_word_embeddings:
-                continue
-            part = "head"
-        else:
-            matched = _PART.search(f".{name}.")
-            assert matched is not None, f"`{name}` is no known matrix of a FANformer"
-            part = matched[1].removesuffix("_proj")
+        if module is model.get_output_embeddings() and model.config.tie_word_embeddings:
+            continue
+        part = part_of(f"{name}.weight")
+        assert part != "other", f"`{name}` is no known matrix of a FANformer"
         found[part][name] = module
-    return {part: modules for part, modules in found.items() if modules}
+    return dict(found)
 
 
 def fitting_group(in_features: int, wanted: int) -> int | None:

@@ -21,6 +21,7 @@ from fanformer.data.packing import PackedRows
 from fanformer.errors import ConfigError
 from fanformer.evaluation.ledger import versions
 from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
+from fanformer.inference.compiling import compile_options
 from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
 from fanformer.inference.loading import load_config, load_model
@@ -364,8 +365,7 @@ class Run:
         )
         set_recompute(self.model, self.config.recompute)
         if self.environment.compile:
-            # The number of threads is fixed in the compiled code, but only part of its cache's key where it is given.
-            options = {"cpp.threads": self.environment.threads} if self.environment.device == "cpu" else None
+            options = compile_options(self.environment.device, self.environment.threads)
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)
         trainer = Trainer(

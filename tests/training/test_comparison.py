@@ -36,7 +36,7 @@ class Watcher:
     def begin(self, name, done, total):
         self.begun.append(name)
 
-    def progress(self, share, text):
+    def progress(self, name, share, text):
         pass
 
     def end(self, name, text):
@@ -213,6 +213,35 @@ def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, t
     outcomes = run_comparison(small(corpus, tokens=25600), out, watcher)  # not refused: no lock is left behind
     assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"], watcher.ended
     assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
+
+
+@pytest.mark.slow
+def test_trainings_side_by_side_come_to_the_same_in_the_same_order(corpus, tmp_path):
+    comparison = small(corpus, learning_rates=[0.01, 0.005], seeds=2)
+    alone = run_comparison(comparison, tmp_path / "alone", Watcher())
+    together = run_comparison(comparison, tmp_path / "together", Watcher(), jobs=3)
+    assert [outcome.trial.name for outcome in together] == [outcome.trial.name for outcome in alone]
+    assert [outcome.loss for outcome in together] == [outcome.loss for outcome in alone]
+
+
+class Impatient(Watcher):
+    """Ends everything when the first training has ended."""
+
+    def end(self, name, text):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_what_ends_a_sweep_ends_all_trainings_side_by_side_and_it_goes_on_from_there(corpus, tmp_path):
+    comparison = small(corpus, architectures=["fanformer@60k"], tokens=[128, 64000])
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(comparison, tmp_path / "out", Impatient(), jobs=2)
+    assert trial_processes(tmp_path / "out") == []
+    (first,) = (tmp_path / "out").rglob(RESULT_FILE)
+    date = first.stat().st_mtime_ns
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher(), jobs=2)
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"]
+    assert first.stat().st_mtime_ns == date
 
 
 @pytest.mark.slow

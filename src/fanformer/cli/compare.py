@@ -47,6 +47,7 @@ _SECONDS_TO_START = 20.0
 @click.option("--queue", type=click.Path(path_type=Path), help="YAML file with a list of comparisons to run instead.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Where to work.  [default: runs/compare]")
 @click.option("--record-dir", type=click.Path(path_type=Path), help="Ledger to write every training to as well.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings at a time.")
 @click.option("--background", is_flag=True, help="Go on without this terminal.")
 @click.option("--status", is_flag=True, help="Say how far it is, and change nothing.")
 def compare(
@@ -55,6 +56,7 @@ def compare(
     queue: Path | None,
     output_dir: Path | None,
     record_dir: Path | None,
+    jobs: int,
     background: bool,
     status: bool,
     **flags: Any,
@@ -80,7 +82,7 @@ def compare(
     elif background:
         start_in_background(words, folder_of(queue, output_dir))
     else:
-        run(read(architectures, given, settings, queue, output_dir, record_dir), words)
+        run(read(architectures, given, settings, queue, output_dir, record_dir), words, jobs)
 
 
 def folder_of(queue: Path | None, output_dir: Path | None) -> Path:
@@ -122,14 +124,14 @@ def read(
     return Queue((QueueEntry(folder.absolute().name, folder, comparison),), folder, record_dir)
 
 
-def run(queue: "Queue", words: Sequence[str]) -> None:
+def run(queue: "Queue", words: Sequence[str], jobs: int) -> None:
     """Train, draw the progress, and print what came out."""
     from fanformer.cli.report import SweepReporter
     from fanformer.evaluation.ledger import command_line
     from fanformer.training.queue import RECORD_FILE, run_queue
 
     with SweepReporter() as reporter:
-        outcomes = run_queue(queue, reporter, command_line(["fanformer", *words]), publish=publish)
+        outcomes = run_queue(queue, reporter, command_line(["fanformer", *words]), publish=publish, jobs=jobs)
     for entry in queue.entries:
         if entry.comparison is not None and (entry.folder / RECORD_FILE).is_file():
             print_result(entry.folder)
@@ -227,6 +229,5 @@ def show_status(folder: Path) -> None:
         state = "stopped" if entry["state"] == "running" and not running else entry["state"]
         count = "" if entry["planned"] is None else f"  {entry['done']} of {entry['planned']} trainings"
         click.echo(f"{name}: {state}{count}" + (f"  {entry['text']}" if entry["text"] else ""))
-    if running and content["training"] is not None:
-        training = content["training"]
+    for training in content["trainings"] if running else ():
         click.echo(f"now: {training['name']}  {training['share']:.0%}  {training['text']}")

@@ -89,38 +89,42 @@ def _clock(seconds: float) -> str:
 
 
 class SweepReporter(_Terminal):
-    """Draws a list of trainings: a bar for all of them and one for the training under way."""
+    """Draws a list of trainings: a bar for all of them and one for each training under way."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._started = self._begun = time.monotonic()
-        self._trained, self._count = 0, ""
+        self._started = time.monotonic()
+        self._begun: dict[str, float] = {}
+        self._trained = self._ended = self._total = 0
 
     def entry(self, name: str, number: int, total: int) -> None:
         """Print which comparison begins."""
-        self._started, self._trained = time.monotonic(), 0
+        self._started, self._trained, self._ended = time.monotonic(), 0, 0
         if total > 1:
             self.note(f"{name} ({number} of {total})")
 
     def begin(self, name: str, done: int, total: int) -> None:
         """Show that a training begins, and when all will be done, judged by those that this process did."""
-        self._count, self._begun = f"{done + 1}/{total}", time.monotonic()
+        self._begun[name], self._total = time.monotonic(), total
         left = ""
         if self._trained:
             left = f"{_clock((total - done) * (time.monotonic() - self._started) / self._trained)} left"
         self._show("all", "all", done / total, f"{done} of {total} trainings  {left}")
-        self._show("one", name, 0.0, "")
+        self._show(name, name, 0.0, "")
 
-    def progress(self, share: float, text: str) -> None:
-        """Show how far that training is."""
-        if self.bar is not None and "one" in self.tasks:
-            self.bar.update(self.tasks["one"], completed=share, figures=text)
+    def progress(self, name: str, share: float, text: str) -> None:
+        """Show how far a training is."""
+        self._show(name, name, share, text)
 
     def end(self, name: str, text: str) -> None:
         """Print how a training ended; one that was done before took no time and does not count for the time left."""
-        seconds = time.monotonic() - self._begun
+        seconds = time.monotonic() - self._begun.pop(name)
+        self._ended += 1
+        if self.bar is not None:
+            self.bar.remove_task(self.tasks.pop(name))
         if seconds < 0.5:
             self._started = time.monotonic()
         else:
             self._trained += 1
-        self.note(f"{self._count:>7}  {name}  {text}  ({_clock(seconds)})")
+        count = f"{self._ended}/{self._total}"
+        self.note(f"{count:>7}  {name}  {text}  ({_clock(seconds)})")

@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,7 @@ def run_comparison(
     deadline: float | None = None,
     shared: Path | None = None,
     known: Callable[[Trial], Result | None] = lambda trial: None,
+    jobs: int = 1,
 ) -> list[Outcome]:
     """Train everything that is not trained yet and return all outcomes.
 
@@ -257,6 +260,7 @@ def run_comparison(
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
         shared: for data and trainings, which other comparisons may have in common; default: `folder`.
         known: returns what is known of a training from elsewhere, which is then not done again.
+        jobs: trainings at a time. What they come to does not depend on it; how fast they are does.
 
     Raises:
         ConfigError, DataError: on bad input, before the first training.
@@ -265,7 +269,8 @@ def run_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     shared = shared or folder
     data = _open_data(comparison, shared, observer) if comparison.rule is None else None
-    return _Sweep(comparison, folder, shared / TRIALS_FOLDER, data, observer, on_outcome, deadline, known).run()
+    sweep = _Sweep(comparison, folder, shared / TRIALS_FOLDER, data, observer, on_outcome, deadline, known, jobs)
+    return sweep.run()
 
 
 def _data_folder(config: RunConfig, vocab_size: int) -> str:
@@ -324,8 +329,9 @@ class _Sweep:
         on_outcome: OnOutcome | None,
         deadline: float | None,
         known: Callable[[Trial], Result | None],
+        jobs: int,
     ):
-        self.comparison, self.folder, self.trials = comparison, folder, trials
+        self.comparison, self.folder, self.trials, self.jobs = comparison, folder, trials, jobs
         self.data, self.observer = data, observer
         self.on_outcome, self.deadline, self.known = on_outcome, deadline, known
         self.machine = self._decide() if comparison.rule is None else {}
@@ -356,18 +362,22 @@ class _Sweep:
         cells = comparison.cells
         rates = sorted(comparison.learning_rates)
         self.planned = len(cells) * (len(rates) + len(comparison.seeds) - 1)
-        for rate in rates:
-            for spec, variant in cells:
-                self._train(spec, variant, rate, comparison.seeds[0])
+        first, *others = comparison.seeds
+        self._train_all(
+            [(self._trial(spec, variant, rate, first), variant) for rate in rates for spec, variant in cells]
+        )
         for spec, variant in cells:
             self._extend(spec, variant, rates)
-        for seed in comparison.seeds[1:]:
-            for spec, variant in cells:
-                best = best_rate(list(self.outcomes.values()), spec, variant)
-                if best is None:
-                    self.planned -= 1
-                else:
-                    self._train(spec, variant, best, seed)
+        best = {cell: best_rate(list(self.outcomes.values()), *cell) for cell in cells}
+        repeated = {cell: rate for cell, rate in best.items() if rate is not None}
+        self.planned -= len(others) * (len(cells) - len(repeated))
+        self._train_all(
+            [
+                (self._trial(spec, variant, rate, seed), variant)
+                for seed in others
+                for (spec, variant), rate in repeated.items()
+            ]
+        )
         return list(self.outcomes.values())
 
     def _extend(self, spec: str, variant: int, rates: Sequence[float]) -> None:
@@ -381,32 +391,50 @@ class _Sweep:
             added = float(f"{best * step if best == tried[-1] else best / step:.3g}")
             tried = sorted([*tried, added])
             self.planned += 1
-            self._train(spec, variant, added, self.comparison.seeds[0])
+            self._train_all([(self._trial(spec, variant, added, self.comparison.seeds[0]), variant)])
 
-    def _train(self, spec: str, variant: int, rate: float, seed: int) -> None:
+    def _trial(self, spec: str, variant: int, rate: float, seed: int) -> Trial:
         block = architecture(spec).block
         if self.data is None:
             task = self.comparison.rule_task(variant).to_dict()
             rule = {"task": task.pop("name"), **task}
-            trial = Trial(spec, rate, seed, self.comparison.run, rule=rule, block=block)
-        else:
-            settings = {**self.comparison.shared_settings(variant), **self.machine}
-            trial = Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
+            return Trial(spec, rate, seed, self.comparison.run, rule=rule, block=block)
+        settings = {**self.comparison.shared_settings(variant), **self.machine}
+        return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
+
+    def _train_all(self, trials: Sequence[tuple[Trial, int]]) -> None:
+        """Train each with its variant, `jobs` of them at a time, and keep the outcomes in the order given.
+
+        Raises:
+            OutOfTimeError: at the deadline.
+        """
+        halt = threading.Event()
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="training") as pool:
+            waiting = {pool.submit(self._train, trial, variant, halt): trial for trial, variant in trials}
+            try:
+                for future in as_completed(waiting):
+                    outcome, text = future.result()
+                    self.outcomes[outcome.trial.name] = outcome
+                    self.observer.end(outcome.trial.name, text)
+                    if self.on_outcome is not None:
+                        self.on_outcome(outcome, self.data)
+            finally:  # whatever ends this ends the trainings under way, which save
+                halt.set()
+                pool.shutdown(cancel_futures=True)
+        names = [trial.name for trial, _ in trials]
+        self.outcomes |= {name: self.outcomes.pop(name) for name in names}
+
+    def _train(self, trial: Trial, variant: int, halt: threading.Event) -> tuple[Outcome, str]:
+        """Return a training's outcome, and the same in words."""
         folder = self.trials / trial.name
         self.observer.begin(trial.name, len(self.outcomes), self.planned)
         try:
             result = self.known(trial) if read_result(folder) is None else None
             if result is None:
-                result = run_trial_in_process(trial, folder, self.observer, self.deadline)
-            outcome = Outcome(trial, variant, result)
-            text = _in_words(result)
+                result = run_trial_in_process(trial, folder, self.observer, self.deadline, halt)
         except TrialFailedError as error:
-            outcome = Outcome(trial, variant, None, str(error))
-            text = f"failed: {error}"
-        self.outcomes[trial.name] = outcome
-        self.observer.end(trial.name, text)
-        if self.on_outcome is not None:
-            self.on_outcome(outcome, self.data)
+            return Outcome(trial, variant, None, str(error)), f"failed: {error}"
+        return Outcome(trial, variant, result), _in_words(result)
 
 
 def _in_words(result: Result) -> str:

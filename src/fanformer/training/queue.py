@@ -1,4 +1,4 @@
-"""A list of comparisons, trained one after another: `python -m fanformer.training.queue FILE [--minutes M]`.
+"""A list of comparisons, done one after another: `python -m fanformer.training.queue FILE [--minutes M] [--jobs N]`.
 
 The same file goes on where an earlier process stopped, whatever ended it. A bad entry costs one line and stops no
 other. Needs no command line library, so that it runs where only torch, transformers and numpy are installed.
@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -186,21 +187,23 @@ class _Status:
             entry.name: {"state": "waiting", "done": 0, "planned": None, "text": ""} for entry in queue.entries
         }
         self.current, self._written = "", 0.0
-        self.training: dict[str, Any] | None = None
+        self.trainings: dict[str, dict[str, Any]] = {}
+        self._lock = threading.RLock()  # trainings side by side tell from a thread each
         for entry in queue.entries:
             if entry.error is not None:
                 self.entries[entry.name] |= {"state": "cannot be done", "text": entry.error}
 
     def write(self) -> None:
         """Write the file."""
-        self._written = time.monotonic()
-        content = {
-            "pid": os.getpid(),
-            "updated": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "entries": self.entries,
-            "training": self.training,
-        }
-        replace_json(self.path, content)
+        with self._lock:
+            self._written = time.monotonic()
+            content = {
+                "pid": os.getpid(),
+                "updated": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "entries": self.entries,
+                "trainings": [{"name": name, **training} for name, training in self.trainings.items()],
+            }
+            replace_json(self.path, content)
 
     def entry(self, name: str, number: int, total: int) -> None:
         """Tell that an entry begins."""
@@ -211,7 +214,7 @@ class _Status:
 
     def entry_ended(self, outcome: EntryOutcome, state: str) -> None:
         """Tell how an entry ended."""
-        self.training = None
+        self.trainings.clear()
         self.entries[outcome.name] |= {"state": state, "text": outcome.error or ""}
         self.write()
 
@@ -225,22 +228,25 @@ class _Status:
 
     def begin(self, name: str, done: int, total: int) -> None:
         """Tell that a training begins."""
-        self.entries[self.current] |= {"done": done, "planned": total}
-        self.training = {"name": name, "share": 0.0, "text": ""}
-        self.write()
+        with self._lock:
+            self.entries[self.current] |= {"done": done, "planned": total}
+            self.trainings[name] = {"share": 0.0, "text": ""}
+            self.write()
         self.observer.begin(name, done, total)
 
-    def progress(self, share: float, text: str) -> None:
+    def progress(self, name: str, share: float, text: str) -> None:
         """Tell how far a training is."""
-        if self.training is not None:
-            self.training |= {"share": share, "text": text}
-        if time.monotonic() - self._written > _SECONDS_BETWEEN_STATUS:
-            self.write()
-        self.observer.progress(share, text)
+        with self._lock:
+            self.trainings[name] = {"share": share, "text": text}
+            if time.monotonic() - self._written > _SECONDS_BETWEEN_STATUS:
+                self.write()
+        self.observer.progress(name, share, text)
 
     def end(self, name: str, text: str) -> None:
         """Tell how a training ended."""
-        self.entries[self.current]["done"] += 1
+        with self._lock:
+            self.trainings.pop(name, None)
+            self.entries[self.current]["done"] += 1
         self.observer.end(name, text)
 
 
@@ -250,8 +256,9 @@ def run_queue(
     command: str,
     deadline: float | None = None,
     publish: Publish | None = None,
+    jobs: int = 1,
 ) -> list[EntryOutcome]:
-    """Run what is not done yet, one training at a time.
+    """Run what is not done yet, entry after entry.
 
     Args:
         queue: what to run.
@@ -259,14 +266,17 @@ def run_queue(
         command: that runs the queue, for the records.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
         publish: called with every comparison's record as it grows, and at its end.
+        jobs: trainings at a time.
 
     Returns:
         An outcome for each entry that was begun.
 
     Raises:
-        ConfigError: if another process runs this queue.
+        ConfigError: if another process runs this queue, or `jobs` is below 1.
         OutOfTimeError: at the deadline.
     """
+    if jobs < 1:
+        raise ConfigError(f"`jobs`, the trainings at a time, must be at least 1, got {jobs}.")
     queue.output_dir.mkdir(parents=True, exist_ok=True)
     lock, what = queue.output_dir / LOCK_FILE, f"the queue {queue.output_dir.absolute()}"
     outcomes = []
@@ -279,7 +289,7 @@ def run_queue(
                 observer.note(f"{entry.name}: {entry.error}")
                 continue
             status.entry(entry.name, number, len(queue.entries))
-            outcomes.append(_Running(queue, entry, entry.comparison, command, status, publish).run(deadline))
+            outcomes.append(_Running(queue, entry, entry.comparison, command, status, publish).run(deadline, jobs))
     return outcomes
 
 
@@ -317,7 +327,7 @@ class _Running:
         self._published = time.monotonic()
         self.unpublished: str | None = None
 
-    def run(self, deadline: float | None) -> EntryOutcome:
+    def run(self, deadline: float | None, jobs: int) -> EntryOutcome:
         """Train what is left of the entry, and return how it ended.
 
         Raises:
@@ -326,7 +336,7 @@ class _Running:
         error, state = None, "stopped"
         try:
             folder, root = self.entry.folder, self.queue.output_dir
-            run_comparison(self.comparison, folder, self.status, self._on_outcome, deadline, root, self._known)
+            run_comparison(self.comparison, folder, self.status, self._on_outcome, deadline, root, self._known, jobs)
             error = self._lacking()
             state = "done" if error is None else "done in part"
         except (FANformerError, OSError) as raised:
@@ -393,10 +403,12 @@ class LineObserver:
     """Prints a queue as plain lines."""
 
     def __init__(self) -> None:
-        self._done = ""
+        self._done = 0
+        self._total = 0
 
     def entry(self, name: str, number: int, total: int) -> None:
         """Print that an entry begins."""
+        self._done = 0
         self.note(f"{name} ({number} of {total})")
 
     def note(self, text: str) -> None:
@@ -407,15 +419,16 @@ class LineObserver:
         """Leave out how much of the data is read."""
 
     def begin(self, name: str, done: int, total: int) -> None:
-        """Remember how many trainings are done."""
-        self._done = f"{done + 1}/{total}"
+        """Remember how many trainings are planned."""
+        self._total = total
 
-    def progress(self, share: float, text: str) -> None:
+    def progress(self, name: str, share: float, text: str) -> None:
         """Leave out how far a training is."""
 
     def end(self, name: str, text: str) -> None:
         """Print how a training ended."""
-        self.note(f"  {self._done}  {name}  {text}")
+        self._done += 1
+        self.note(f"  {self._done}/{self._total}  {name}  {text}")
 
 
 def read_status(output_dir: Path) -> tuple[dict[str, Any], bool]:
@@ -444,13 +457,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
     parser.add_argument("--output-dir", type=Path, help="where to work instead of the file's")
     parser.add_argument("--record-dir", type=Path, help="ledger to write to instead of the file's")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
     given = parser.parse_args(arguments)
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     command = command_line(["python", "-m", "fanformer.training.queue", str(given.file)])
     try:
         queue = read_queue(given.file)
         queue = relocate(queue, given.output_dir, given.record_dir)
-        outcomes = run_queue(queue, LineObserver(), command, deadline)
+        outcomes = run_queue(queue, LineObserver(), command, deadline, jobs=given.jobs)
     except OutOfTimeError:
         print("the time is over: the same command goes on", flush=True)  # noqa: T201
         return os.EX_TEMPFAIL

@@ -1,10 +1,12 @@
-"""Trainings one after another, each in a process of its own; what is done is not done again, whatever ends the work."""
+"""Trainings, each in a process of its own; what is done is not done again, whatever ends the work."""
 
 import json
+import math
 import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +21,8 @@ from fanformer.training.trial import TRIAL_FILE, Result, Trial, read_result
 LOG_FILE = "trial.log"
 _GRACE_SECONDS = 90.0
 """Longest time a training gets to save after it was asked to stop."""
+_SECONDS_BETWEEN_LOOKS = 0.5
+"""How often a silent training's process looks whether it is to stop."""
 
 
 class SweepObserver(Protocol):
@@ -33,8 +37,8 @@ class SweepObserver(Protocol):
     def begin(self, name: str, done: int, total: int) -> None:
         """Tell that a training begins, and how many are done of those planned now."""
 
-    def progress(self, share: float, text: str) -> None:
-        """Tell how far that training is, in [0, 1]."""
+    def progress(self, name: str, share: float, text: str) -> None:
+        """Tell how far a training is, in [0, 1]."""
 
     def end(self, name: str, text: str) -> None:
         """Tell how a training ended."""
@@ -48,7 +52,9 @@ class TrialFailedError(FANformerError):
     """A training that could not be done; the message is the training's own."""
 
 
-def run_trial_in_process(trial: Trial, folder: Path, observer: SweepObserver, deadline: float | None) -> Result:
+def run_trial_in_process(
+    trial: Trial, folder: Path, observer: SweepObserver, deadline: float | None, halt: threading.Event | None = None
+) -> Result:
     """Train in a process of its own, going on where an earlier one stopped, and return the result.
 
     Args:
@@ -56,6 +62,7 @@ def run_trial_in_process(trial: Trial, folder: Path, observer: SweepObserver, de
         folder: of this training; made if need be.
         observer: hears how far it is.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
+        halt: set by another thread to stop as at the deadline.
 
     Raises:
         OutOfTimeError: at the deadline; the training has saved and can go on.
@@ -76,9 +83,9 @@ def run_trial_in_process(trial: Trial, folder: Path, observer: SweepObserver, de
         )
     error = None
     try:
-        for line in _lines(process, deadline):
+        for line in _lines(process, deadline, halt):
             if "progress" in line:
-                observer.progress(line["progress"], line["text"])
+                observer.progress(trial.name, line["progress"], line["text"])
             error = line.get("error", error)
     finally:
         _stop(process)
@@ -97,21 +104,23 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
 
 
-def _lines(process: "subprocess.Popen[bytes]", deadline: float | None) -> Iterator[dict[str, Any]]:
+def _lines(
+    process: "subprocess.Popen[bytes]", deadline: float | None, halt: threading.Event | None
+) -> Iterator[dict[str, Any]]:
     """Yield what a training tells, until it ends.
 
     Raises:
-        OutOfTimeError: at the deadline.
+        OutOfTimeError: at the deadline, or where `halt` is set.
     """
     assert process.stdout is not None, "it was opened as a pipe"
     unfinished = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = math.inf if deadline is None else deadline - time.monotonic()
+            if left <= 0 or (halt is not None and halt.is_set()):
                 raise OutOfTimeError
-            if not selector.select(left):
+            if not selector.select(min(left, _SECONDS_BETWEEN_LOOKS)):
                 continue
             content = os.read(process.stdout.fileno(), 1 << 16)
             if not content:

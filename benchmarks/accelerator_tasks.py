@@ -22,7 +22,11 @@ try:
     import fanformer.model  # noqa: F401
 except ModuleNotFoundError:
     sys.path.insert(0, str(REPOSITORY / "src"))
-from fanformer.evaluation.scoring import Score, Scorer  # noqa: E402  # needs the path above
+from fanformer.evaluation import scoring  # noqa: E402  # needs the path above
+from fanformer.evaluation.scoring import Score, Scorer  # noqa: E402
+
+TOKENS_PER_PASS = 16384
+"""On an accelerator, which the passes of a CPU would leave idle."""
 
 Requests = dict[str, list[tuple[list[int], list[int]]]]
 """Of each task, token ids of contexts and of their continuations."""
@@ -103,6 +107,8 @@ def score(model_folder: Path, requests: Requests, device: str, seconds: float) -
     from transformers import AutoModelForCausalLM
 
     start = time.monotonic()
+    if device == "cuda":
+        scoring.TOKENS_PER_PASS = TOKENS_PER_PASS
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
     scorer = Scorer(model)
@@ -141,7 +147,6 @@ def main() -> int:
         verb.add_argument("--data-dir", type=Path, required=True)
     given = parser.parse_args()
     if given.verb == "score":
-
         content = score(given.model, read_json(given.requests), given.device, given.seconds)
         write_json(given.out, content)
         return 1 if content["left_out"] else 0

@@ -150,6 +150,7 @@ def finish(
     result: Mapping[str, Figure],
     details: Mapping[str, Any] | None = None,
     data: dict[str, Any] | None = None,
+    scale: str | None = "92m",
 ) -> None:
     """Print the figures, and write them to the ledger where that is asked for."""
     for key, figure in result.items():
@@ -166,7 +167,7 @@ def finish(
         command=command_line(["python", *sys.argv]),
         date=date,
         seeds=[0],
-        configuration={key: value for key, value in vars(arguments).items() if key != "write"},
+        configuration={"scale": scale} | {key: value for key, value in vars(arguments).items() if key != "write"},
         data=data,
         hardware=hardware(),
         versions=versions(),

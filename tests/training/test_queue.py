@@ -7,6 +7,8 @@ import time
 import pytest
 import yaml
 
+from fanformer.data.documents import open_source
+from fanformer.data.shards import prepare
 from fanformer.errors import ConfigError
 from fanformer.evaluation.ledger import read_ledger
 from fanformer.training.queue import RECORD_FILE, LineObserver, main, read_queue, read_status, run_queue
@@ -136,3 +138,16 @@ def test_a_report_that_cannot_be_written_stops_no_training(corpus, tmp_path):
     (outcome,) = run_queue(queue, LineObserver(), "a command", publish=publish)
     assert (outcome.finished, outcome.error) == (2, "the report could not be written, ZeroDivisionError: no page")
     assert json.loads((tmp_path / "out" / "one" / RECORD_FILE).read_text())["finished"] == 2
+
+
+@pytest.mark.slow
+def test_the_accelerators_queue_trains_on_prepared_data_with_its_own_preset(repository, corpus, tmp_path):
+    fields = yaml.safe_load((repository / "benchmarks" / "queues" / "accelerator.yaml").read_text())
+    prepare(open_source(str(corpus)), tmp_path / "prepared", tokenizer=None, vocab_size=320)
+    own = {"device": "cpu", "precision": "float32", "compile": "off", "batch_size": 4, "sequence_length": 32}
+    given = {**fields["defaults"], **fields["entries"][0], "data": str(tmp_path / "prepared"), "tokens": 256}
+    given |= {"architectures": ["fanformer@60k", "llama@60k"], "run": own, "evaluations": 1, "eval_tokens": 128}
+    path = tmp_path / "queue.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "entries": [given]}))
+    (outcome,) = run_queue(read_queue(path), LineObserver(), "a command")
+    assert (outcome.finished, outcome.error) == (2, None)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fanformer import __version__
 from fanformer.data.deduplication import SeenTexts
 from fanformer.data.documents import PREPARED_METADATA, DocumentSource
 from fanformer.data.durable import is_disk_full, replace_json, sync
@@ -170,8 +171,8 @@ def saved_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what has a say in the tokens."""
-    packages = ("fanformer", "tokenizers", "transformers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    own = {"python": platform.python_version(), "fanformer": __version__}  # which may lie on the path, not installed
+    return own | {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")}
 
 
 def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> BatchEncoder:

@@ -173,14 +173,15 @@ def _candidate_entry(
     """Return the entry of a candidate beside all its baselines; the claims' figures are those against the best one."""
     baselines = {one.architecture: one for one in found if one.variant == arm.variant}
     best = min(against, key=lambda pair: baselines[pair.baseline].figures["bits_per_byte"].value)
-    figures = dict(best.figures)
+    # the speed of trainings says nothing here: they may have shared the machine; benchmarks/ measures it in turns
+    figures = {name: figure for name, figure in best.figures.items() if name != "train_tokens_per_second_ratio"}
     shown = [arm, *(baselines[pair.baseline] for pair in against)]
     seeds = [outcome.trial.seed for outcome in arm.outcomes]
     for one in shown:
         slug = _slug(one.architecture)
         # an arm that lost a seed has its own entries only: its figure would be over other seeds than the entry's
         if [outcome.trial.seed for outcome in one.outcomes] == seeds:
-            figures |= {f"{name}_of_{slug}": one.figures[name] for name in ("bits_per_byte", "tokens_per_second")}
+            figures[f"bits_per_byte_of_{slug}"] = one.figures["bits_per_byte"]
     for pair in against:
         if pair is not best:
             name = "bits_per_byte_difference"

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fanformer.data.documents import is_prepared_folder
 from fanformer.errors import ConfigError, did_you_mean
 
 # Fields that say how long a run is; the last may stand beside one of the others, as a limit.
@@ -239,6 +240,8 @@ def resolve(
 ) -> RunConfig:
     """Join preset, configuration file and overrides, later ones winning, into one checked configuration.
 
+    A preset's length is left out where another one is given, and its tokenizer where the data are prepared.
+
     Args:
         preset: name of the preset to start from; a `preset` key of the file or the overrides replaces it.
         config_file: YAML with fields of RunConfig, `model` being a mapping (such as a run's own run.yaml).
@@ -253,6 +256,8 @@ def resolve(
     merged: dict[str, Any] = {"preset": chosen.name, "model": dict(chosen.model), **chosen.run}
     if any(given.get(name) is not None for name in _LENGTHS):  # the preset's own length is for runs that name none
         merged = {key: value for key, value in merged.items() if key not in _LENGTHS}
+    if is_prepared_folder(str(given.get("data"))):  # which has a tokenizer of its own
+        merged.pop("tokenizer", None)
     for key, value in [*from_file.items(), *(overrides or {}).items()]:
         if key == "model":
             merged["model"].update(value or {})

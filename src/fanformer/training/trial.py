@@ -149,7 +149,8 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "seed": trial.seed,
     }
     config = resolve(overrides={**trial.settings, **own})
-    config = replace(config, model={"vocab_size": config.model["vocab_size"], "max_position_embeddings": 1})
+    given = {name: config.model[name] for name in ("vocab_size",) if name in config.model}
+    config = replace(config, model={**given, "max_position_embeddings": 1})
     run_folder = config.folder
     try:
         outcome = train(config, lines, lambda fields: chosen.build({name: fields[name] for name in _NEEDED}))

@@ -46,11 +46,11 @@ class Limits:
 PARTS = {
     "machine": Limits(5, 60),
     "ceilings": Limits(10, 60),
-    "checks": Limits(60, 200),
-    "training_regional": Limits(40, 200),
-    "inference_eager": Limits(20, 150),
-    "training_whole": Limits(80, 300),
+    "checks": Limits(90, 200),
+    "training_whole": Limits(160, 300),
+    "inference_eager": Limits(40, 150),
     "inference_compiled": Limits(80, 300),
+    "training_regional": Limits(40, 200),
     "tests": Limits(90, 240),
     "queue": Limits(60, 24 * 3600),
 }

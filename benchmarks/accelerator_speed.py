@@ -259,6 +259,46 @@ def _ready(name: str, context: Context, workload: Workload, whole: bool) -> tupl
     }
 
 
+KERNELS = {
+    "attention": ("flash", "fmha", "attention"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma"),
+    "optimizer": ("multi_tensor", "adam"),
+    "fused by the compiler": ("triton",),
+    "copies": ("memcpy", "memset"),
+}
+"""Words in the names of kernels that tell what they do; the first that fits counts."""
+
+
+def kind_of_kernel(name: str) -> str:
+    """Return what a kernel does, as its name says."""
+    words = name.lower()
+    return next((kind for kind, known in KERNELS.items() if any(word in words for word in known)), "other")
+
+
+def kernels(trainee: Trainee, steps: int = 3) -> dict[str, Any]:
+    """Return where the device's time of a training step goes: seconds by kind, and the ten longest kernels.
+
+    On the CPU, for the dry run, the time of operators.
+    """
+    cuda = trainee.device == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    trainee.train(1)
+    synchronize(trainee.device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        trainee.train(steps)
+        synchronize(trainee.device)
+    found = {
+        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 / steps
+        for event in profiler.key_averages()
+    }
+    by_kind: dict[str, float] = {}
+    for name, seconds in found.items():
+        kind = kind_of_kernel(name)
+        by_kind[kind] = by_kind.get(kind, 0.0) + seconds
+    longest = sorted(found, key=lambda name: -found[name])[:10]
+    return {"seconds_by_kind": by_kind, "longest": {name[:120]: found[name] for name in longest}}
+
+
 def training(context: Context, whole: bool) -> dict[str, Any]:
     """Time training steps of both models in turns: bf16 autocast, fused AdamW, sdpa, the same loss, random tokens.
 
@@ -293,6 +333,9 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
     for name, trainee in trainees.items():
         figures[name] |= _rates(seconds[name], figures[name]["flops_per_token"], workload, peak)
         figures[name] |= {"timed_steps": len(seconds[name]) * workload.block_steps, "last_loss": trainee.loss.item()}
+    context.save(figures)
+    for name, trainee in trainees.items() if whole else ():
+        figures[name]["kernels"] = kernels(trainee)
     trainees.clear()
     release()
     return figures | _ratio(seconds, "tokens_per_second")

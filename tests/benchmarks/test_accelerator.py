@@ -69,6 +69,11 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
             assert figures["last_loss"] == pytest.approx(math.log(256), abs=0.5)  # random tokens stay unpredictable
             tokens = figures["iterations_per_second"] * 2 * 32
             assert figures["tokens_per_second"] == pytest.approx(tokens)
+    for name in ("fanformer", "llama"):
+        profile = parts["training_whole"][name]["kernels"]
+        assert sum(profile["seconds_by_kind"].values()) > 0
+        assert len(profile["longest"]) == 10
+        assert "kernels" not in parts["training_regional"][name]
     for part in ("inference_eager", "inference_compiled"):
         for batch in ("batch_1", "batch_2"):
             assert parts[part][batch]["fanformer"]["first_token_seconds"] > 0
@@ -138,7 +143,7 @@ def test_part_without_time_is_skipped_with_the_reason(accelerator, tmp_path):
     path = tmp_path / "results.json"
     accelerator.write_results(path, {**ABOUT, "parts": {}})
     accelerator.run(["checks"], path, time.time() + 3, dry_run=False, queue=tmp_path)
-    assert accelerator.read_results(path)["parts"]["checks"]["skipped"] == "takes about 60 s, 3 s left"
+    assert accelerator.read_results(path)["parts"]["checks"]["skipped"] == "takes about 90 s, 3 s left"
 
 
 def test_failed_checks_and_tests_are_problems(accelerator):

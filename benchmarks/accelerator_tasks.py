@@ -22,56 +22,26 @@ try:
     import fanformer.model  # noqa: F401
 except ModuleNotFoundError:
     sys.path.insert(0, str(REPOSITORY / "src"))
-from fanformer.evaluation import scoring  # noqa: E402  # needs the path above
+from fanformer.data.tokenizer import load_tokenizer  # noqa: E402  # needs the path above
 from fanformer.evaluation.scoring import Score, Scorer  # noqa: E402
+from fanformer.evaluation.tasks import evaluate_scored, parse_tasks  # noqa: E402
 
-TOKENS_PER_PASS = 16384
-"""On an accelerator, which the passes of a CPU would leave idle."""
+ON_ACCELERATOR = 16384
+"""Tokens computed together where the passes of a CPU would leave most of it idle."""
 
-Requests = dict[str, list[tuple[list[int], list[int]]]]
-"""Of each task, token ids of contexts and of their continuations."""
-
-
-class Recorder:
-    """Stands where a Scorer does, keeps what is asked and answers nothing."""
-
-    def __init__(self) -> None:
-        self.requests: Requests = {}
-        self.truncated: dict[str, int] = {}
-
-    def score(
-        self,
-        task: str,
-        requests: Sequence[tuple[list[int], list[int]]],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Score]:
-        """Keep the requests."""
-        self.requests[task] = list(requests)
-        return [Score(0.0, False)] * len(requests)
+Pairs = Sequence[tuple[list[int], list[int]]]
+"""Token ids of contexts and of their continuations."""
 
 
-class Replayer:
-    """Stands where a Scorer does, and answers with what another machine computed."""
+class InPlaceOfScorer:
+    """Stands where a Scorer does, and answers without a model."""
 
-    def __init__(self, scores: dict[str, Any]) -> None:
-        self.scores: dict[str, list[list[Any]]] = scores["scores"]
-        self.truncated: dict[str, int] = scores["truncated"]
+    def __init__(self, answer: Callable[[str, Pairs], list[Score]], truncated: dict[str, int]) -> None:
+        self.answer, self.truncated = answer, truncated
 
-    def score(
-        self,
-        task: str,
-        requests: Sequence[tuple[list[int], list[int]]],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Score]:
-        """Return the scores of a task.
-
-        Raises:
-            SystemExit: if there are not as many as requests.
-        """
-        found = self.scores.get(task, [])
-        if len(found) != len(requests):
-            raise SystemExit(f"{task}: {len(requests)} requests, {len(found)} scores: make both from the same files")
-        return [Score(*score) for score in found]
+    def score(self, task: str, requests: Pairs, on_progress: object = None) -> list[Score]:
+        """Return the scores of a task."""
+        return self.answer(task, requests)
 
 
 def read_json(path: Path) -> Any:
@@ -87,31 +57,46 @@ def write_json(path: Path, content: Any) -> None:
     path.write_bytes(lzma.compress(text) if path.suffix == ".xz" else text)
 
 
-def run_upstream(scorer: Any, tokenizer: Path, tasks: str, data_dir: Path) -> dict[str, dict[str, Any]]:
-    """Let upstream ask for everything, and return its figures."""
-    from fanformer.data.tokenizer import load_tokenizer
-    from fanformer.evaluation.harness import CausalAdapter, run_tasks
-    from fanformer.evaluation.tasks import TASKS, parse_tasks
+def ask(tokenizer: Path, tasks: str, data_dir: Path) -> dict[str, Pairs]:
+    """Return what tasks ask for."""
+    requests: dict[str, Pairs] = {}
 
-    names = parse_tasks(tasks)
-    figures = run_tasks(
-        CausalAdapter(scorer, load_tokenizer(str(tokenizer))), [TASKS[name] for name in names], data_dir, None, None
-    )
-    ours = {theirs: name for name, theirs in TASKS.items()}
-    return {ours.get(name, name): entry for name, entry in figures.items()}
+    def keep(task: str, pairs: Pairs) -> list[Score]:
+        requests[task] = pairs
+        return [Score(0.0, False)] * len(pairs)
+
+    evaluate_scored(InPlaceOfScorer(keep, {}), load_tokenizer(str(tokenizer)), parse_tasks(tasks), data_dir)
+    return requests
 
 
-def score(model_folder: Path, requests: Requests, device: str, seconds: float) -> dict[str, Any]:
+def figures(tokenizer: Path, scores: dict[str, Any], tasks: str, data_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the tasks' figures from the scores of another machine.
+
+    Raises:
+        SystemExit: if there are not as many scores as requests.
+    """
+
+    def replay(task: str, pairs: Pairs) -> list[Score]:
+        found = scores["scores"].get(task, [])
+        if len(found) != len(pairs):
+            raise SystemExit(f"{task}: {len(pairs)} requests, {len(found)} scores: make both from the same files")
+        return [Score(*values) for values in found]
+
+    scorer = InPlaceOfScorer(replay, scores["truncated"])
+    return evaluate_scored(scorer, load_tokenizer(str(tokenizer)), parse_tasks(tasks), data_dir)
+
+
+def score(model_folder: Path, requests: dict[str, Pairs], device: str, seconds: float) -> dict[str, Any]:
     """Return the scores of every task that is done before the time is over, the smallest tasks first."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    import fanformer.model  # noqa: F401  # registers the architecture
+
     start = time.monotonic()
-    if device == "cuda":
-        scoring.TOKENS_PER_PASS = TOKENS_PER_PASS
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
-    scorer = Scorer(model)
+    scorer = Scorer(model, tokens_per_pass=ON_ACCELERATOR if device == "cuda" else None)
     scores: dict[str, list[Score]] = {}
     for task in sorted(requests, key=lambda name: (name.startswith("blimp"), len(requests[name]))):
         if time.monotonic() - start > seconds:
@@ -132,13 +117,13 @@ def main() -> int:
     """Run the command; the status is 1 where there was no time for every task."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    ask, compute, finish = (verbs.add_parser(verb) for verb in ("requests", "score", "figures"))
+    request, compute, finish = (verbs.add_parser(verb) for verb in ("requests", "score", "figures"))
     compute.add_argument("model", type=Path)
     compute.add_argument("requests", type=Path)
     compute.add_argument("out", type=Path)
     compute.add_argument("--device", default="cuda")
     compute.add_argument("--seconds", type=float, default=float("inf"), help="start no task later than this")
-    for verb in (ask, finish):
+    for verb in (request, finish):
         verb.add_argument("tokenizer", type=Path)
         if verb is finish:
             verb.add_argument("scores", type=Path)
@@ -151,14 +136,11 @@ def main() -> int:
         write_json(given.out, content)
         return 1 if content["left_out"] else 0
     if given.verb == "requests":
-        recorder = Recorder()
-        run_upstream(recorder, given.tokenizer, given.tasks, given.data_dir)
-        write_json(given.out, recorder.requests)
+        write_json(given.out, ask(given.tokenizer, given.tasks, given.data_dir))
         return 0
     scores = read_json(given.scores)
-    figures = run_upstream(Replayer(scores), given.tokenizer, given.tasks, given.data_dir)
     about = {name: scores[name] for name in ("model", "dtype", "device", "seconds")}
-    write_json(given.out, {**about, "tasks": figures})
+    write_json(given.out, {**about, "tasks": figures(given.tokenizer, scores, given.tasks, given.data_dir)})
     return 0
 
 

@@ -100,14 +100,17 @@ class Scorer:
         self,
         model: PreTrainedModel,
         cache_folder: Path | None = None,
+        tokens_per_pass: int | None = None,
     ) -> None:
         """Prepare for scoring.
 
         Args:
             model: a causal language model in evaluation mode.
             cache_folder: where finished passes of this model are kept; None keeps none.
+            tokens_per_pass: computed together, filling included; None is TOKENS_PER_PASS.
         """
         self.model, self.cache_folder = model, cache_folder
+        self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS
         self.longest = int(getattr(model.config, "max_position_embeddings", 2048))
         self.truncated: dict[str, int] = {}
         """Requests of each task that were cut, on the left as upstream does, to fit the model."""
@@ -182,7 +185,7 @@ class Scorer:
     def _finished(self, task: str, rows: list[_Row]) -> FinishedPasses | None:
         if self.cache_folder is None:
             return None
-        digest = hashlib.sha256(f"{TOKENS_PER_PASS} {WIDTH}\n{json.dumps(rows)}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.tokens_per_pass} {WIDTH}\n{json.dumps(rows)}".encode()).hexdigest()
         return FinishedPasses(self.cache_folder / f"{task}-{digest[:16]}.jsonl")
 
     def _passes(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], int, int]]:
@@ -190,7 +193,7 @@ class Scorer:
         start = 0
         while start < len(rows):
             width = min(-(-len(rows[start].inputs) // WIDTH) * WIDTH, self.longest)
-            number_of_rows = max(1, TOKENS_PER_PASS // width)
+            number_of_rows = max(1, self.tokens_per_pass // width)
             yield rows[start : start + number_of_rows], number_of_rows, width
             start += number_of_rows
 

@@ -4,11 +4,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fanformer.errors import ConfigError, DataError, DependencyError, did_you_mean
+
+if TYPE_CHECKING:
+    from fanformer.evaluation.scoring import Scorer
 
 TASKS = {
     "arc_easy": "arc_easy",
@@ -114,12 +117,25 @@ def evaluate_tasks(
         DependencyError: as `check_tasks`.
     """
     check_tasks(names, data_dir, limit, num_fewshot)
-    from fanformer.evaluation.harness import CausalAdapter, run_tasks
     from fanformer.evaluation.scoring import Scorer, model_fingerprint
 
     kept = None if cache_folder is None else cache_folder / model_fingerprint(model)[:16]
-    adapter = CausalAdapter(Scorer(model, kept), tokenizer, on_progress)
-    upstream = [TASKS[name] for name in names]
-    figures = run_tasks(adapter, upstream, data_dir, limit, num_fewshot)
+    return evaluate_scored(Scorer(model, kept), tokenizer, names, data_dir, limit, num_fewshot, on_progress)
+
+
+def evaluate_scored(
+    scorer: "Scorer",
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return what `evaluate_tasks` does, of whatever scores; `check_tasks` is the caller's."""
+    from fanformer.evaluation.harness import CausalAdapter, run_tasks
+
+    adapter = CausalAdapter(scorer, tokenizer, on_progress)
+    figures = run_tasks(adapter, [TASKS[name] for name in names], data_dir, limit, num_fewshot)
     ours = {theirs: name for name, theirs in TASKS.items()}
     return {ours.get(name, name): entry for name, entry in figures.items()}

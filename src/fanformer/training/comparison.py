@@ -11,7 +11,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -410,9 +410,9 @@ class _Sweep:
         """
         halt = threading.Event()
         with ThreadPoolExecutor(self.jobs, thread_name_prefix="training") as pool:
-            waiting = {pool.submit(self._train, trial, variant, halt): trial for trial, variant in trials}
+            waiting = [pool.submit(self._train, trial, variant, halt) for trial, variant in trials]
             try:
-                for future in as_completed(waiting):
+                for future in waiting:  # in their order, whichever ends first: what is made of them depends on it
                     outcome, text = future.result()
                     self.outcomes[outcome.trial.name] = outcome
                     self.observer.end(outcome.trial.name, text)
@@ -421,8 +421,6 @@ class _Sweep:
             finally:  # whatever ends this ends the trainings under way, which save
                 halt.set()
                 pool.shutdown(cancel_futures=True)
-        names = [trial.name for trial, _ in trials]
-        self.outcomes |= {name: self.outcomes.pop(name) for name in names}
 
     def _train(self, trial: Trial, variant: int, halt: threading.Event) -> tuple[Outcome, str]:
         """Return a training's outcome, and the same in words."""

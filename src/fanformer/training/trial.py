@@ -149,8 +149,8 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "seed": trial.seed,
     }
     config = resolve(overrides={**trial.settings, **own})
-    given = {name: config.model[name] for name in ("vocab_size",) if name in config.model}
-    config = replace(config, model={**given, "max_position_embeddings": 1})
+    size = {name: value for name, value in config.model.items() if name == "vocab_size"}
+    config = replace(config, model={**size, "max_position_embeddings": 1})
     run_folder = config.folder
     try:
         outcome = train(config, lines, lambda fields: chosen.build({name: fields[name] for name in _NEEDED}))

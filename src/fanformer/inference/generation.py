@@ -21,6 +21,7 @@ from transformers import (
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError
 from fanformer.inference.compiling import compiled_decoding
+from fanformer.inference.fast_decoding import fast_decoding
 from fanformer.inference.interruption import Interruption
 from fanformer.inference.prompts import Batch, Completion, check_text, continue_in_batches, read_prompts
 from fanformer.inference.settings import GenerationSettings
@@ -207,23 +208,24 @@ def _continue_batch(
     width = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
     present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=present,
-        generation_config=GenerationConfig(
-            max_new_tokens=settings.max_length,
-            min_new_tokens=settings.min_length,
-            do_sample=False,  # the noise that _processors adds makes the most likely token a sample
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=padding,
-            eos_token_id=end_ids or None,
-            **options,
-        ),
-        logits_processor=_processors(tokenizer, batch, width, settings),
-        stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
-        streamer=streamer,
-    )
+    with fast_decoding(model):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=present,
+            generation_config=GenerationConfig(
+                max_new_tokens=settings.max_length,
+                min_new_tokens=settings.min_length,
+                do_sample=False,  # the noise that _processors adds makes the most likely token a sample
+                num_beams=1,
+                use_cache=True,
+                pad_token_id=padding,
+                eos_token_id=end_ids or None,
+                **options,
+            ),
+            logits_processor=_processors(tokenizer, batch, width, settings),
+            stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
+            streamer=streamer,
+        )
     results = []
     for new_ids in output[:, width:].tolist():
         end = next((index for index, token_id in enumerate(new_ids) if token_id in end_ids), len(new_ids))

@@ -28,6 +28,7 @@ from fanformer.inference.loading import load_config, load_model
 from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training import artifacts
+from fanformer.training.blocked_attention import attend_in_blocks
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
 from fanformer.training.configuration import RunConfig
@@ -365,6 +366,7 @@ class Run:
         )
         set_recompute(self.model, self.config.recompute)
         if self.environment.compile:
+            attend_in_blocks(self.model)
             options = compile_options(self.environment.device, self.environment.threads)
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)

@@ -55,8 +55,11 @@ bench: setup-dev
 	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/speed_packing.py --write \
 		--data '../shared/data/text-large/train-*.jsonl.xz'
 	$(BIN)/python benchmarks/speed_scaling.py --write
+	$(BIN)/python benchmarks/speed_settings.py --write
+	$(BIN)/python benchmarks/speed_profile.py --write
+	$(BIN)/python benchmarks/speed_start.py --write
 
-# docs/evidence.md and its pictures, from benchmarks/results and benchmarks/claims.yaml alone.
+# docs/evidence.md with its pictures, and docs/performance.md, from the ledger and what claims and performance.yaml ask.
 evidence: setup-dev
 	$(BIN)/python benchmarks/evidence.py
 

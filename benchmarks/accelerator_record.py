@@ -69,6 +69,9 @@ def _training(part: Mapping[str, Any]) -> dict[str, Figure]:
         found["model_flops_utilisation"] = _rate(mine, share, "share of the measured peak")
     if "peak_memory_gib" in mine:
         found["peak_memory_bytes"] = Figure(round(mine["peak_memory_gib"] * 2**30), "bytes", interval=EXACT)
+        if "peak_memory_gib" in part.get("llama", {}):
+            ratio = mine["peak_memory_gib"] / part["llama"]["peak_memory_gib"]
+            found["peak_memory_ratio"] = Figure(ratio, "times Llama's", interval=EXACT)
     if "ratio_of_tokens_per_second" in part:
         found["train_tokens_per_second_ratio"] = _ratio(part["ratio_of_tokens_per_second"])
     return found

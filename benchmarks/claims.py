@@ -50,6 +50,8 @@ class Claim:
         candidate: for the difference of two entries, the word in the name of the first ...
         baseline: ... and what stands in its place in the name of the second.
         counts_from: figures that must reach a value, in both entries, for the difference to count.
+        against: what it is compared with, where the claim does not say so.
+        limit: figure of the same entry that says how near it is to what the machine can do.
         note: what a reader should know, such as that the part is not built yet.
     """
 
@@ -69,6 +71,8 @@ class Claim:
     candidate: str | None = None
     baseline: str | None = None
     counts_from: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    against: str | None = None
+    limit: str | None = None
     note: str | None = None
 
 

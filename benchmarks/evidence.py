@@ -1,4 +1,4 @@
-"""Make docs/evidence.md and its pictures from the ledger and claims.yaml, and from nothing else.
+"""Make docs/evidence.md with its pictures, and docs/performance.md, from the ledger, claims.yaml and performance.yaml.
 
     python benchmarks/evidence.py [--check]
 
@@ -14,14 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from claims import NOT_MEASURED, Claim, Row, judge, load_claims, problems, scale_of, thresholds
+from claims import NOT_MEASURED, Row, judge, load_claims, problems, scale_of
+from performance import performance_page
+from tables import code, hardware_text, interval_text, number, seeds_text, table_row, threshold_text
 
 from fanformer.errors import DataError, FANformerError
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, Kind, read_ledger
+from fanformer.evaluation.ledger import Entry, Kind, read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEDGER, CLAIMS = Path("benchmarks/results"), Path("benchmarks/claims.yaml")
 PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
+SPEEDS, SPEED_PAGE = Path("benchmarks/performance.yaml"), Path("docs/performance.md")
 # colours that stay apart in every common kind of colour blindness (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MEASURES = {
@@ -41,7 +44,6 @@ KINDS = {
     "benchmark": "Benchmarks",
 }
 NO_COMMAND = "not written yet"
-SIGNS = {"at_least": "at least", "at_most": "at most", "more_than": "more than", "less_than": "less than"}
 HEAD = """# Evidence
 
 Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
@@ -63,8 +65,8 @@ def build(repository: Path, output: Path) -> None:
     """
     entries = read_ledger(repository / LEDGER)
     paths = {path.stem: path.relative_to(repository) for path in (repository / LEDGER).rglob("*.json")}
-    rows = judge(load_claims(repository / CLAIMS), entries)
-    lacking = problems(rows, entries)
+    rows, speeds = (judge(load_claims(repository / file), entries) for file in (CLAIMS, SPEEDS))
+    lacking = problems([*rows, *speeds], entries)
     if lacking:
         raise DataError(f"the evidence page cannot be made: {'; '.join(lacking)}.")
     folder = output / PICTURES
@@ -83,6 +85,7 @@ def build(repository: Path, output: Path) -> None:
         parts.append("## Curves\n")
         parts += [f"{name}\n\n![{name}: loss over tokens](evidence/{name}.svg)\n" for name in pictures]
     (output / PAGE).write_text("\n".join(parts), encoding="utf-8")
+    (output / SPEED_PAGE).write_text(performance_page(speeds, entries, paths), encoding="utf-8")
 
 
 def claims_table(rows: Sequence[Row], paths: dict[str, Path]) -> str:
@@ -180,52 +183,6 @@ def trainings_table(entries: Sequence[Entry], paths: dict[str, Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_row(cells: Sequence[str]) -> str:
-    """Return cells as a line of a Markdown table; none may be empty."""
-    assert all(cell.strip() for cell in cells), f"an empty cell in {cells}"
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def code(text: str) -> str:
-    """Return a text as code, also where it holds a backtick."""
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
-
-
-def number(value: float) -> str:
-    """Return a number with its digits grouped; fractions with four significant digits."""
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def interval_text(figure: Figure) -> str:
-    """Return a figure's interval and what it is."""
-    if figure.low is None or figure.high is None:
-        return EXACT if figure.interval == EXACT else "none: one measurement"
-    return f"{number(figure.low)} to {number(figure.high)} ({figure.interval})"
-
-
-def threshold_text(claim: Claim) -> str:
-    """Return what a claim demands."""
-    text = ", ".join(f"{SIGNS[name]} {number(limit)}" for name, limit in thresholds(claim).items())
-    return f"{text} (aim {claim.aim})" if claim.aim else text
-
-
-def seeds_text(entry: Entry) -> str:
-    """Return an entry's seeds."""
-    return ", ".join(map(str, entry.seeds)) or "nothing random"
-
-
-def hardware_text(entry: Entry) -> str:
-    """Return an entry's hardware in a few words."""
-    hardware = entry.hardware
-    gpus = [str(gpu) for gpu in hardware.get("gpus", [])]
-    processor = str(hardware["cpu"]).replace("(R)", "").replace("not recorded", "CPU not recorded")
-    memory = hardware.get("memory_bytes")
-    words = [*gpus, processor, f"{hardware['cores']} cores"]
-    return ", ".join([*words, f"{memory / 2**30:.0f} GiB"] if isinstance(memory, int) else words)
-
-
 def series(entries: Sequence[Entry]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return the curves that belong in one picture, by the picture's and the curve's name.
 
@@ -276,7 +233,8 @@ def difference(repository: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as made:
         build(repository, Path(made))
         roots = (Path(made), repository)
-        names = {path.relative_to(root) for root in roots for path in (root / PICTURES).glob("*.svg")} | {PAGE}
+        names = {path.relative_to(root) for root in roots for path in (root / PICTURES).glob("*.svg")}
+        names |= {PAGE, SPEED_PAGE}
         content = {name: [path.read_bytes() if path.exists() else None for path in (root / name for root in roots)]
                    for name in names}  # fmt: skip
     return sorted(name.as_posix() for name, (new, old) in content.items() if new != old)
@@ -295,7 +253,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     word = "out of date" if arguments.check else "written"
-    print(f"{word}: {', '.join(stale)}" if stale else f"{PAGE} is what the ledger gives")
+    print(f"{word}: {', '.join(stale)}" if stale else f"{PAGE} and {SPEED_PAGE} are what the ledger gives")
     return 1 if arguments.check and stale else 0
 
 

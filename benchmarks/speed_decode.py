@@ -1,6 +1,6 @@
 """Decoding tokens a second on the CPU by context and by batch, ours beside Llama in SmolLM2-135M's shape.
 
-    python benchmarks/speed_decode.py [--contexts 128 1024 4096] [--batches 1 8] [--new 24] [--rounds 5] [--write]
+    python benchmarks/speed_decode.py [--contexts 128 1024 4096 8192] [--batches 1 8 64] [--new 24] [--rounds 5] [--write]
 
 Greedy `generate` of transformers on both, float32: eager with its growing cache, as a user of transformers has it, and
 as `fanformer generate --compile` does it, the step compiled on a cache of fixed size, their model's as well as ours. A
@@ -52,7 +52,7 @@ def measure(
 
 def main() -> None:
     """Measure and print."""
-    arguments = arguments_of(__doc__ or "", contexts=(128, 1024, 4096), batches=(1, 8), new=24, rounds=5)
+    arguments = arguments_of(__doc__ or "", contexts=(128, 1024, 4096, 8192), batches=(1, 8, 64), new=24, rounds=5)
     result: dict[str, Figure] = {}
     ceiling = ceilings()
     result["bandwidth"] = Figure(ceiling["read_gb_per_second"], "GB/s")

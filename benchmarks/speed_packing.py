@@ -76,9 +76,12 @@ def main() -> None:
     seconds = in_turns({name: partial(train_on, trainee, rows) for name, rows in batches.items()}, arguments.rounds)
     a_token = {name: [value / real[name] for value in values] for name, values in seconds.items()}
     computed = sum(batch["input_ids"].numel() for batch in padded)
+    waste = computed / real["padded"]
+    over = [b / a / waste for a, b in zip(a_token["packed"], a_token["padded"], strict=True)]
     result = {
         "times_faster_packed": times_faster(a_token, "packed", "padded"),
-        "positions_per_token_padded": Figure(computed / real["padded"], "positions", interval="exact"),
+        "times_faster_over_waste": range_of(over, "times"),
+        "positions_per_token_padded": Figure(waste, "positions", interval="exact"),
         "positions_per_token_packed": Figure(1.0, "positions", interval="exact"),
     }
     for name, values in a_token.items():
@@ -86,7 +89,8 @@ def main() -> None:
     lengths = sorted(map(len, documents))
     details = {"median_length": lengths[len(lengths) // 2], "cut": sum(n == arguments.length for n in lengths)}
     data = {"source": arguments.data, "fingerprint": f"first {arguments.documents} documents"}
-    finish("speed-packing", "training on packed and on padded rows", arguments, result, details, data)
+    what = "training on packed and on padded rows"
+    finish("speed-packing", what, arguments, result, details, data, scale="nano")
 
 
 if __name__ == "__main__":

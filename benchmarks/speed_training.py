@@ -2,8 +2,8 @@
 
     python benchmarks/speed_training.py [--batch 2] [--length 512] [--rounds 5] [--write]
 
-The same loss code, fused AdamW, SDPA and compiled blocks for all, float32, steps in turns. Beside the ratios it says
-how much of the machine each step reaches: its operations over those of a large matrix product in the same time.
+The same loss code, fused AdamW, attention and compiled blocks for all, float32, steps in turns. Beside the ratios it
+says how much of the machine each step reaches: its operations over those of a large matrix product in the same time.
 """
 
 from speed import (

@@ -31,7 +31,8 @@ def evidence(claims):
 def copy(repository, tmp_path):
     """A copy of what the page is made from."""
     shutil.copytree(repository / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    shutil.copy(repository / "benchmarks" / "claims.yaml", tmp_path / "benchmarks")
+    for name in ("claims.yaml", "performance.yaml"):
+        shutil.copy(repository / "benchmarks" / name, tmp_path / "benchmarks")
     return tmp_path
 
 

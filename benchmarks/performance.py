@@ -1,0 +1,93 @@
+"""The page docs/performance.md: how fast, against whom, and how far from the machine's limit; from the ledger alone."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from claims import FAILS, HOLDS, NOT_MEASURED, Row
+from tables import code, hardware_text, interval_text, number, table_row, threshold_text
+
+from fanformer.evaluation.ledger import Entry
+
+WORDS = {HOLDS: "reached", FAILS: "not reached"}
+HEAD = """# Performance
+
+Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
+[benchmarks/performance.yaml](../benchmarks/performance.yaml). Ratios are of steps that took turns in one run, medians,
+with the lowest and the highest; above 1 ours is faster. *Of the limit* is, for training, operations over those of a
+large product in the same time, and for decoding the bytes that must be read over the measured bandwidth.
+
+`make bench` runs what a CPU can measure, `python benchmarks/accelerator.py` what needs a GPU.
+"""
+SECTIONS = {
+    "speed-settings-*": (
+        "What each setting of training on a CPU is worth",
+        "A step with one thing changed over a step with everything on; above 1 the setting pays.",
+    ),
+    "speed-profile-*": (
+        "What takes the time on a CPU",
+        "Shares of torch's profile. *Fused* is everything but large products: norms, activations, Fourier features, "
+        "rotation, gates, and in decoding the products of a single row too.",
+    ),
+}
+
+
+def performance_page(rows: Sequence[Row], entries: Sequence[Entry], paths: Mapping[str, Path]) -> str:
+    """Return the page: a line for each question with its newest answer, then settings and profiles."""
+    names = ("question", "against", "aim", "answer", "measured", "interval", "of the limit", "hardware", "command")
+    lines = [HEAD, "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    answered: set[str] = set()
+    for row in rows:
+        if row.claim.id in answered:
+            continue
+        answered.add(row.claim.id)
+        lines.append(table_row(_cells(row, paths)))
+    for pattern, (title, words) in SECTIONS.items():
+        found = [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
+        if found:
+            newest = max(found, key=lambda entry: (entry.date, entry.name))
+            source = f"{code(newest.command)}, {hardware_text(newest)}, [raw](../{paths[newest.name].as_posix()})"
+            table = profile_table(newest) if pattern.startswith("speed-profile") else settings_table(newest)
+            lines += ["", f"## {title}\n", f"{words}\n\n{source}\n", *table]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, paths: Mapping[str, Path]) -> list[str]:
+    claim, entry, figure = row.claim, row.entry, row.figure
+    begin = [claim.claim, claim.against or "-", threshold_text(claim)]
+    if entry is None or figure is None:
+        return [*begin, NOT_MEASURED, "-", "-", "-", "-", code(claim.command)]
+    share = entry.result.get(claim.limit) if claim.limit is not None else None
+    return [
+        *begin,
+        f"**{WORDS.get(row.verdict, row.verdict)}**",
+        f"[{number(figure.value)}](../{paths[entry.name].as_posix()})",
+        interval_text(figure),
+        "-" if share is None else f"{share.value:.0%}",
+        hardware_text(entry),
+        code(entry.command),
+    ]
+
+
+def settings_table(entry: Entry) -> list[str]:
+    """Return a line for each setting of a speed-settings entry, what costs the most to lose first."""
+    prefix = "times_as_long_"
+    found = {name.removeprefix(prefix): figure for name, figure in entry.result.items() if name.startswith(prefix)}
+    lines = ["| changed | times as long | interval |", "|---|---:|---|"]
+    for name in sorted(found, key=lambda one: -found[one].value):
+        lines.append(table_row([name.replace("_", " "), number(found[name].value), interval_text(found[name])]))
+    return lines
+
+
+def profile_table(entry: Entry) -> list[str]:
+    """Return a column for each thing that a speed-profile entry took apart, a line for each kind of operator."""
+    prefix = "milliseconds_"
+    columns = [name.removeprefix(prefix) for name in entry.result if name.startswith(prefix)]
+    kinds = [name[len("share_of_") : -len(columns[0]) - 1] for name in entry.result if name.endswith(f"_{columns[0]}")]
+    kinds = [kind for kind in kinds if f"share_of_{kind}_{columns[0]}" in entry.result]
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines.append(table_row(["whole, ms", *(number(entry.result[prefix + name].value) for name in columns)]))
+    for kind in kinds:
+        shares = [f"{entry.result[f'share_of_{kind}_{name}'].value:.0%}" for name in columns]
+        lines.append(table_row([kind.replace("_", " "), *shares]))
+    return lines

@@ -13,13 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerator import REPOSITORY, Context, one_line
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
+from fanformer.data.packing import IGNORED_LABEL
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.architectures import SMOLLM2_135M
+from fanformer.training.chunked_loss import skip_logits
 
 FLOPS_FORMULA = (
     "forward, per token: 2 * weights of matrix products (LM head included, embedding lookup not) + 4 * H * K * T / 2 "
@@ -219,6 +222,7 @@ class Trainee:
 
     def __init__(self, model: PreTrainedModel, workload: Workload, device: str, whole: bool | None) -> None:
         self.model, self.device = model.to(device).train(), device
+        skip_logits(model)  # as a run does
         self.batches = random_ids(model, (8, workload.batch, workload.length), device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
         if whole:
@@ -233,8 +237,15 @@ class Trainee:
         """Take optimizer steps over the batches, one after another and again from the start."""
         for _ in range(steps):
             ids = self.batches[self.steps % len(self.batches)]
+            following = F.pad(ids[:, 1:], (0, 1), value=IGNORED_LABEL)
             with torch.autocast(self.device, torch.bfloat16):
-                self.loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+                self.loss = self.model(
+                    input_ids=ids,
+                    labels=following,
+                    shift_labels=following,
+                    num_items_in_batch=ids.shape[0] * (ids.shape[1] - 1),
+                    use_cache=False,
+                ).loss
             self.loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

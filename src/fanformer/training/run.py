@@ -31,6 +31,7 @@ from fanformer.training import artifacts
 from fanformer.training.blocked_attention import attend_in_blocks
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
+from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import RunConfig
 from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, resume_data
 from fanformer.training.environment import Environment, decide, use_deterministic_operations
@@ -364,6 +365,7 @@ class Run:
             f"{self.environment.device}{shared}, {self.environment.precision} ({reasons['precision']}), "
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
+        skip_logits(self.model)
         set_recompute(self.model, self.config.recompute)
         if self.environment.compile:
             attend_in_blocks(self.model)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.training.packed_attention import choose_attention, document_bounds
 
 # Distances are |out - reference| / |reference| over all elements. Float32 sums in another order move logits by about
 # 1e-6; a tf32 product would move them by 3e-4, and must not pass. Gradients of gates and biases are sums that cancel.
@@ -127,6 +128,19 @@ def packed_documents_equal_separate_ones(device: str, attention: str) -> float:
     return max(distance(packed, separate), worst(gradients(model, packed), gradients(reference, separate)))
 
 
+def varlen_attention_equals_sdpa(device: str) -> float:
+    """Compare attention by the documents' bounds with attention by their mask, logits and gradients, in bfloat16."""
+    ours, theirs = small_model(device), small_model(device)
+    choose_attention(ours, "varlen", device, "bfloat16", compiled=False)
+    ids = token_ids(device, 1, sum(DOCUMENTS))
+    positions = torch.cat([torch.arange(length) for length in DOCUMENTS])[None].to(device)
+    with torch.autocast(device, torch.bfloat16):
+        bounds = document_bounds(ours, positions)
+        left = ours(ids, position_ids=positions, use_cache=False, **bounds).logits
+        right = theirs(ids, position_ids=positions, use_cache=False).logits
+    return max(distance(left, right), worst(gradients(ours, left), gradients(theirs, right)))
+
+
 def sdpa_equals_eager_attention(device: str) -> float:
     """Compare the fused attention, logits and gradients, with the one spelt out."""
     ours, theirs, ids = small_model(device), small_model(device, "eager"), token_ids(device, 2, 127)
@@ -186,6 +200,8 @@ def planned(context: Context) -> Iterable[tuple[str, float, Callable[[], float]]
     for attention in ("sdpa", "eager") + (("flex_attention",) if device == "cuda" else ()):  # flex: no CPU backward
         name = f"packed_documents_equal_separate_ones.{attention}"
         yield name, GRADIENT, partial(packed_documents_equal_separate_ones, device, attention)
+    if device == "cuda":
+        yield "varlen_attention_equals_sdpa", BFLOAT16, partial(varlen_attention_equals_sdpa, device)
     for precision in ("float32", "bfloat16"):
         name = f"resumed_training_equals_uninterrupted.{precision}"
         yield name, EXACT, partial(resumed_training_equals_uninterrupted, device, precision)

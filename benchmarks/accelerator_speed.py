@@ -23,6 +23,7 @@ from fanformer.data.packing import IGNORED_LABEL
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.architectures import SMOLLM2_135M
 from fanformer.training.chunked_loss import skip_logits
+from fanformer.training.packed_attention import choose_attention, document_bounds
 
 FLOPS_FORMULA = (
     "forward, per token: 2 * weights of matrix products (LM head included, embedding lookup not) + 4 * H * K * T / 2 "
@@ -220,7 +221,15 @@ def ceilings(context: Context) -> dict[str, Any]:
 class Trainee:
     """A model with its optimizer, ready to be stepped and timed."""
 
-    def __init__(self, model: PreTrainedModel, workload: Workload, device: str, whole: bool | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        workload: Workload,
+        device: str,
+        whole: bool | None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.inputs = inputs or {}
         self.model, self.device = model.to(device).train(), device
         skip_logits(model)  # as a run does
         self.batches = random_ids(model, (8, workload.batch, workload.length), device)
@@ -245,6 +254,7 @@ class Trainee:
                     shift_labels=following,
                     num_items_in_batch=ids.shape[0] * (ids.shape[1] - 1),
                     use_cache=False,
+                    **self.inputs,
                 ).loss
             self.loss.backward()
             self.optimizer.step()
@@ -350,6 +360,48 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
     trainees.clear()
     release()
     return figures | _ratio(seconds, "tokens_per_second")
+
+
+def packed_positions(batch: int, length: int, device: str) -> Tensor:
+    """Return the positions (batch, length) of rows full of documents, a quarter of a row each on average."""
+    generator = torch.Generator().manual_seed(2)
+    starts = torch.rand(batch, length, generator=generator) < 4 / length
+    starts[:, 0] = True
+    index = torch.arange(length).expand(batch, length)
+    return (index - index.where(starts, 0).cummax(-1).values).to(device)
+
+
+def packing(context: Context) -> dict[str, Any]:
+    """Time training steps of our model on packed rows by each attention that a run can take, in turns."""
+    workload = DRY if context.dry_run else FULL
+    device, figures, seconds = context.device, {}, {}
+    positions = packed_positions(workload.batch, workload.length, device)
+    trainees: dict[str, Trainee] = {}
+    for wanted in ("sdpa",) if context.dry_run else ("sdpa", "varlen", "flex_attention"):
+        try:
+            model = build(NAMES[0], workload)
+            choose_attention(model, wanted, device, "bfloat16", compiled=True)
+            bounds = document_bounds(model, positions)
+            inputs = {"position_ids": positions, **bounds}
+            trainee = Trainee(model, workload, device, None if context.dry_run else False, inputs)
+            figures[wanted] = {"warm_up_seconds": timed(partial(trainee.train, workload.warm_up_steps), device)}
+            trainees[wanted], seconds[wanted] = trainee, []
+        except Exception as error:  # the others are still worth timing
+            figures[wanted] = {"error": one_line(error)}
+        context.save(figures)
+    for _ in range(workload.blocks):
+        for wanted, trainee in trainees.items():
+            block = timed(partial(trainee.train, workload.block_steps), device)
+            seconds[wanted].append(block / workload.block_steps)
+    tokens = workload.batch * workload.length
+    for wanted, values in seconds.items():
+        figures[wanted] |= {"seconds_per_step": values, "tokens_per_second": tokens / statistics.median(values)}
+        if wanted != "sdpa" and "sdpa" in seconds:
+            ratios = [a / b for a, b in zip(seconds["sdpa"], values, strict=True)]
+            figures[wanted]["times_sdpa"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    trainees.clear()
+    release()
+    return figures
 
 
 def _rates(seconds: list[float], flops: int, workload: Workload, peak: float | None) -> dict[str, float]:

@@ -74,6 +74,7 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
         assert sum(profile["seconds_by_kind"].values()) > 0
         assert len(profile["longest"]) == 10
         assert "kernels" not in parts["training_regional"][name]
+    assert parts["packing"]["sdpa"]["tokens_per_second"] > 0
     for part in ("inference_eager", "inference_compiled"):
         for batch in ("batch_1", "batch_2"):
             assert parts[part][batch]["fanformer"]["first_token_seconds"] > 0

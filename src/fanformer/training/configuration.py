@@ -138,6 +138,11 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = _setting(
         "auto", "auto compiles where the planned run is long enough to pay for it"
     )
+    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention"] = _setting(
+        "auto",
+        "how packed rows are attended to; auto takes blocks of queries in compiled code on a CPU, else torch's SDPA; "
+        "the others need CUDA and never multiply what belongs to two documents",
+    )
     threads: int | None = _setting(None, "CPU threads; default: one a physical core")
     recompute: Literal["none", "low-rank", "block"] = _setting(
         "none",

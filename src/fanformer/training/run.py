@@ -28,7 +28,6 @@ from fanformer.inference.loading import load_config, load_model
 from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training import artifacts
-from fanformer.training.blocked_attention import attend_in_blocks
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
@@ -37,6 +36,7 @@ from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, 
 from fanformer.training.environment import Environment, decide, use_deterministic_operations
 from fanformer.training.folder import claimed
 from fanformer.training.launch import is_restarted
+from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
 from fanformer.training.publishing import check_push_possible, push
 from fanformer.training.recompute import set_recompute
@@ -367,9 +367,11 @@ class Run:
         )
         skip_logits(self.model)
         set_recompute(self.model, self.config.recompute)
-        if self.environment.compile:
-            attend_in_blocks(self.model)
-            options = compile_options(self.environment.device, self.environment.threads)
+        machine = self.environment
+        why = choose_attention(self.model, self.config.attention, machine.device, machine.precision, machine.compile)
+        self._note(f"attention {self.config.attention} ({why})")
+        if machine.compile:
+            options = compile_options(machine.device, machine.threads)
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)
         trainer = Trainer(

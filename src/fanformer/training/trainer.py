@@ -39,6 +39,7 @@ from fanformer.training.clock import Due, RunClock
 from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import Environment
 from fanformer.training.optimizers import create_optimizer
+from fanformer.training.packed_attention import document_bounds
 from fanformer.training.parallel import Processes, whole
 from fanformer.training.records import read_records
 from fanformer.training.schedule import RunLength, learning_rate_factor
@@ -289,7 +290,11 @@ class Trainer:
         losses = []
         for number, batch in enumerate(batches):
             seed_pass(config.seed, self.state.step, number, processes.rank)
-            inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            given = batch | document_bounds(self.model, batch["position_ids"])
+            inputs = {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in given.items()
+            }
             if self.autocast_dtype is not None:
                 autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype)
             with processes.accumulating(self.wrapped, last=number == len(batches) - 1):

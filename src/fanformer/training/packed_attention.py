@@ -1,0 +1,134 @@
+"""How a run attends to packed rows: which backend, and where in a batch the documents begin and end."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+from fanformer.errors import ConfigError, DependencyError
+from fanformer.training.blocked_attention import attend_in_blocks
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+_VARLEN = "varlen"
+_BY_BOUNDS = (_VARLEN, "flash_attention_2", "flash_attention_3")
+"""Implementations that are told the documents' bounds instead of a mask."""
+
+
+def choose_attention(model: PreTrainedModel, wanted: str, device: str, precision: str, compiled: bool) -> str:
+    """Set how `model` attends in training.
+
+    Args:
+        model: of `transformers`, attending by SDPA.
+        wanted: "auto" takes blocks of queries (blocked_attention.py) in compiled code on a CPU, and SDPA elsewhere.
+            "sdpa" takes SDPA everywhere. "varlen" (torch's FlashAttention for sequences of their own length),
+            "flash_attention_2" and "flash_attention_3" (their packages) and "flex_attention" never multiply what
+            belongs to two documents; they need CUDA, all but the last bfloat16.
+        device: kind of the run's device.
+        precision: of the products.
+        compiled: whether the blocks will be compiled.
+
+    Returns:
+        Why, in words.
+
+    Raises:
+        ConfigError: if what is asked for does not run on this device or in this precision.
+        DependencyError: if it is not installed.
+    """
+    if wanted == "auto":
+        if device == "cpu" and compiled:
+            attend_in_blocks(model)
+            return "in blocks of queries where rows have 257 to 1,024 tokens"
+        return "torch's default"
+    if wanted == "sdpa":
+        return "as asked"
+    if device != "cuda":
+        raise ConfigError(f"`attention` {wanted} needs CUDA, got device {device}: use auto or sdpa.")
+    if wanted != "flex_attention" and precision != "bfloat16":
+        raise ConfigError(f"`attention` {wanted} needs bfloat16, got precision {precision}: set --precision bfloat16.")
+    if wanted == "varlen":
+        known = {} if varlen_attn is None else inspect.signature(varlen_attn).parameters
+        if not {"window_size", "enable_gqa", "scale"} <= set(known):
+            raise DependencyError(f"`attention` varlen needs torch 2.13 or later, got {torch.__version__}: use sdpa.")
+        model.set_attn_implementation(_VARLEN)
+        return "as asked"
+    try:
+        model.set_attn_implementation(wanted)
+    except ImportError as error:
+        raise DependencyError(f"`attention` {wanted} is not installed: {' '.join(str(error).split())[:200]}") from error
+    return "as asked"
+
+
+def document_bounds(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
+    """Return what `model`'s attention is told of the packed documents beside their positions; nothing for most.
+
+    Args:
+        model: of `transformers`.
+        position_ids: (B, T), beginning anew at 0 with every document and row.
+
+    Returns:
+        In the names of `transformers`: `cu_seq_lens_q` and `cu_seq_lens_k` (documents + 1,) int32, where each document
+        begins in the B T tokens of all rows and where the last one ends, and twice the length of the longest possible.
+    """
+    if model.config._attn_implementation not in _BY_BOUNDS:
+        return {}
+    starts = torch.nonzero(position_ids.flatten() == 0).flatten()
+    bounds = torch.cat((starts, starts.new_tensor([position_ids.numel()]))).to(torch.int32)
+    longest = position_ids.shape[1]  # not of this batch: it is a constant of the compiled code
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally within each document; without their bounds, as in evaluation, by SDPA and its mask.
+
+    Args:
+        module: the attention layer.
+        query: (B, H, T, K).
+        key: (B, G, T, K), G a divisor of H.
+        value: (B, G, T, K).
+        attention_mask: (B or 1, 1, T, S) or None; not used where the bounds are given.
+        cu_seq_lens_q: as `document_bounds` gives them, like the next.
+        max_length_q: T.
+        **options: as `transformers` gives them to an attention function.
+
+    Returns:
+        (B, T, H, K), and None for the weights.
+    """
+    if cu_seq_lens_q is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output, None
+    batch, heads, length, _ = query.shape
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    flat = [tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in (query, key, value)]  # (B T, heads, K)
+    output = varlen_attn(
+        *flat,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=options["scaling"],
+        window_size=(-1, 0),  # causal
+        enable_gqa=key.shape[1] != heads,
+    )  # (B T, H, K)
+    return output.view(batch, length, heads, -1), None
+
+
+AttentionInterface.register(_VARLEN, varlen_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_VARLEN, sdpa_mask)

@@ -4,49 +4,67 @@
 
 Greedy `generate` of transformers on both, float32: eager with its growing cache, as a user of transformers has it, and
 as `fanformer generate --compile` does it, the step compiled on a cache of fixed size, their model's as well as ours. A
-round takes the time of a long and of a one-token continuation of the same prompt; their difference is decoding alone,
-the second is the time to the first token. Each rate stands beside the bytes that a token must read over the machine's
-measured bandwidth.
+round continues the prompt once: the time to its first token, and the median time between the others. Each rate stands
+beside the bytes that a token must read over the machine's measured bandwidth.
 """
 
+import statistics
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from speed import OURS, THEIRS, arguments_of, build, bytes_a_token, ceilings, finish, random_ids, release, seconds_of
+from speed import OURS, THEIRS, arguments_of, build, bytes_a_token, ceilings, finish, random_ids, release
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from fanformer.evaluation.ledger import Figure, range_of
 from fanformer.inference.compiling import compiled_decoding
 from fanformer.inference.fast_decoding import fast_decoding
 
 
+class Clock(BaseStreamer):
+    """Takes the time of every token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take the time; the first call is for the prompt."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing: the last token has had its time."""
+
+
 @torch.inference_mode()
-def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> Tensor:
-    """Continue `ids` (batch, context) by so many tokens, on a cache that holds at least `capacity`."""
+def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> list[float]:
+    """Continue `ids` (batch, context) by so many tokens, on a cache for `capacity`; return when each came, from 0."""
     options: dict[str, Any] = compiled_decoding("cpu", capacity) if compiled else {}
-    faster = fast_decoding(model) if compiled else nullcontext()
     settings = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled, **options
     )
-    with faster:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    clock = Clock()
+    with fast_decoding(model) if compiled else nullcontext():
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+    return [value - clock.times[0] for value in clock.times[1:]]
 
 
 def measure(
-    ways: dict[str, Callable[[int], object]], new: int, rounds: int
+    ways: dict[str, Callable[[int], list[float]]], new: int, rounds: int
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Return for each way, in turns, the seconds a decoded token, and the seconds to the first one."""
     figures: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            first, whole = seconds_of(partial(way, 1)), seconds_of(partial(way, 1 + new))
+            came = way(1 + new if turn else 3)
             if turn:  # the first compiles
-                figures[name][0].append((whole - first) / new)
-                figures[name][1].append(first)
+                figures[name][0].append(statistics.median(b - a for a, b in pairwise(came)))
+                figures[name][1].append(came[0])
     return figures
 
 
@@ -61,7 +79,7 @@ def main() -> None:
     models = {name: build(name, max_position_embeddings=16384).eval() for name in (OURS, THEIRS)}
     for batch, context in cases:
         ids, capacity = random_ids(batch, context), context + arguments.new + 8
-        ways: dict[str, Callable[[int], object]] = {}
+        ways: dict[str, Callable[[int], list[float]]] = {}
         for name, model in models.items():
             for compiled in (False, True):
                 way = f"{name} {'compiled' if compiled else 'eager'}"
@@ -80,6 +98,7 @@ def main() -> None:
         for name, other in (("generate", theirs), ("compiled", compiled_theirs)):
             ratios = [b / a for a, b in zip(ours, other, strict=True)]
             result[f"times_smollm2_135m_{name}_{case}"] = range_of(ratios, "times")
+        print(f"{case}: done", flush=True)
         release()
     finish("speed-decode", "decoding tokens a second on the CPU beside Llama", arguments, result, {"ceilings": ceiling})
 

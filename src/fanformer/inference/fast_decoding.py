@@ -38,8 +38,10 @@ class FewRowsLinear(nn.Linear):
         flat = x.reshape(rows, self.in_features)
         if summed:
             y = (self.weight.float() * flat.float()).sum(-1)[None].to(x.dtype)  # (1, out)
+        elif (more := _padded(rows) - rows) == 0:
+            y = (self.weight @ flat.t()).t()  # (rows, out)
         else:
-            y = (self.weight @ F.pad(flat, (0, 0, 0, _padded(rows) - rows)).t())[:, :rows].t()  # (rows, out)
+            y = (self.weight @ F.pad(flat, (0, 0, 0, more)).t())[:, :rows].t()  # (rows, out)
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)

@@ -83,11 +83,12 @@ def profile_table(entry: Entry) -> list[str]:
     """Return a column for each thing that a speed-profile entry took apart, a line for each kind of operator."""
     prefix = "milliseconds_"
     columns = [name.removeprefix(prefix) for name in entry.result if name.startswith(prefix)]
-    kinds = [name[len("share_of_") : -len(columns[0]) - 1] for name in entry.result if name.endswith(f"_{columns[0]}")]
-    kinds = [kind for kind in kinds if f"share_of_{kind}_{columns[0]}" in entry.result]
+    first, last = "share_of_", f"_{columns[0]}"
+    shares = [name for name in entry.result if name.startswith(first) and name.endswith(last)]
+    kinds = [name.removeprefix(first).removesuffix(last) for name in shares]
     lines = ["| | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---:|" * len(columns)]
     lines.append(table_row(["whole, ms", *(number(entry.result[prefix + name].value) for name in columns)]))
     for kind in kinds:
-        shares = [f"{entry.result[f'share_of_{kind}_{name}'].value:.0%}" for name in columns]
-        lines.append(table_row([kind.replace("_", " "), *shares]))
+        values = [f"{entry.result[f'{first}{kind}_{name}'].value:.0%}" for name in columns]
+        lines.append(table_row([kind.replace("_", " "), *values]))
     return lines

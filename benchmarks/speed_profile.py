@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from speed import EQUAL, OURS, THEIRS, Trainee, arguments_of, build, finish, random_ids, release, seconds_of
+from speed import EQUAL, OURS, THEIRS, Trainee, arguments_of, build, finish, random_ids, release
 from speed_decode import continue_by
 
 from fanformer.evaluation.ledger import Figure
@@ -65,7 +65,7 @@ def main() -> None:
     prompt, capacity = random_ids(1, arguments.context), arguments.context + arguments.new + 8
     for name in (OURS, THEIRS):
         model = build(name).eval()
-        seconds_of(partial(continue_by, model, prompt, True, capacity, arguments.new))
+        continue_by(model, prompt, True, capacity, arguments.new)
         first = seconds_by_kind(partial(continue_by, model, prompt, True, capacity, 1))
         whole = seconds_by_kind(partial(continue_by, model, prompt, True, capacity, 1 + arguments.new))
         decoding = {kind: max(0.0, value - first[kind]) for kind, value in whole.items()}

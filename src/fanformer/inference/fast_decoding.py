@@ -38,10 +38,8 @@ class FewRowsLinear(nn.Linear):
         flat = x.reshape(rows, self.in_features)
         if summed:
             y = (self.weight.float() * flat.float()).sum(-1)[None].to(x.dtype)  # (1, out)
-        elif (more := _padded(rows) - rows) == 0:
-            y = (self.weight @ flat.t()).t()  # (rows, out)
         else:
-            y = (self.weight @ F.pad(flat, (0, 0, 0, more)).t())[:, :rows].t()  # (rows, out)
+            y = (self.weight @ F.pad(flat, (0, 0, 0, _padded(rows) - rows)).t())[:, :rows].t()  # (rows, out)
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -77,8 +75,7 @@ def grouped_sdpa(
     groups = key.shape[1]
     plain = all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
     if attention_mask is None or attention_mask.shape[1] != 1 or length != 1 or groups == heads or not plain:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     packed = query.reshape(batch, groups, heads // groups, width)
     output = F.scaled_dot_product_attention(
         packed, key, value, attn_mask=attention_mask, dropout_p=options.get("dropout", 0.0), scale=options["scaling"]

@@ -44,8 +44,7 @@ def blocked_sdpa(
     square = key.shape[2] == length and _SHORTEST <= length <= _LONGEST
     plain = not options.get("dropout") and (attention_mask is None or attention_mask.dtype == torch.bool)
     if not (trained and square and plain and query.device.type == "cpu"):
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = key.shape[1]
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()

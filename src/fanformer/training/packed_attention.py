@@ -111,8 +111,7 @@ def varlen_attention(
         (B, T, H, K), and None for the weights.
     """
     if cu_seq_lens_q is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, length, _ = query.shape
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype

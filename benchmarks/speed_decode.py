@@ -44,13 +44,14 @@ class Clock(BaseStreamer):
 @torch.inference_mode()
 def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> list[float]:
     """Continue `ids` (batch, context) by so many tokens, on a cache for `capacity`; return when each came, from 0."""
-    options: dict[str, Any] = compiled_decoding("cpu", capacity) if compiled else {}
+    options: dict[str, Any] = compiled_decoding(model, capacity) if compiled else {}
     settings = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled, **options
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled
     )
     clock = Clock()
     with fast_decoding(model) if compiled else nullcontext():
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock, **options)
     return [value - clock.times[0] for value in clock.times[1:]]
 
 

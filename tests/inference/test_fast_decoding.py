@@ -114,14 +114,13 @@ def test_logits_while_decoding_are_the_plain_ones(tiny_model, token_ids, archite
             output_logits=True,
             return_dict_in_generate=True,
             disable_compile=not options,
-            **options,
         )
         with torch.inference_mode():
-            return model.generate(ids, attention_mask=present, generation_config=settings)
+            return model.generate(ids, attention_mask=present, generation_config=settings, **options)
 
     plain = continue_by({})
     with fast_decoding(model):
-        fast = continue_by(compiled_decoding("cpu", 32) if compiled else {})
+        fast = continue_by(compiled_decoding(model, 32) if compiled else {})
     assert torch.equal(plain.sequences, fast.sequences)
     for expected, found in zip(plain.logits, fast.logits, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)

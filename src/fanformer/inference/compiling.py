@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from fanformer.errors import ConfigError
 
@@ -28,18 +28,20 @@ def compile_options(device: str, threads: int) -> dict[str, Any] | None:
     return {"cpp.threads": threads} if device == "cpu" else None
 
 
-def compiled_decoding(device: str, positions: int) -> dict[str, Any]:
-    """Return fields of a GenerationConfig with which every step but the first runs compiled, on a cache of fixed size.
+def compiled_decoding(model: PreTrainedModel, positions: int) -> dict[str, Any]:
+    """Return arguments of `generate` with which every step but the first runs compiled, on a cache of fixed size.
 
-    On CUDA the step is captured as a graph.
+    On CUDA the step is captured as a graph. The cache is for one call. That which `generate` makes by itself is never
+    shorter than any before it, and every step reads all of it: one long text would slow down every later one.
 
     Args:
-        device: kind of the model's device.
+        model: a causal language model.
         positions: tokens that a text has at most.
 
     Raises:
         ConfigError: if torch cannot compile here.
     """
+    device = model.device.type
     reason = why_not_compile(device)
     if reason is not None:
         raise ConfigError(f"`compile` is on, but {reason}: leave it off.")
@@ -48,4 +50,7 @@ def compiled_decoding(device: str, positions: int) -> dict[str, Any]:
     compiling = CompileConfig(dynamic=False, **({} if options is None else {"mode": None, "options": options}))
     compiling._compile_all_devices = True  # on the CPU too
     capacity = -(-positions // _CACHE_STEP) * _CACHE_STEP
-    return {"cache_implementation": "static", "max_cache_len": capacity, "compile_config": compiling}
+    return {
+        "past_key_values": StaticCache(config=model.config, max_cache_len=capacity),
+        "compile_config": compiling,
+    }

@@ -175,7 +175,7 @@ def continue_ids(
         skip = len(batch.beginnings[0])
         streamer = TextStreamer(tokenizer, on_text, skip=skip) if on_text is not None else None
         positions = max(map(len, batch.rows)) + settings.max_length
-        options = compiled_decoding(model.device.type, positions) if compiled else {}
+        options = compiled_decoding(model, positions) if compiled else {}
         return _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, options)
 
     return continue_in_batches(
@@ -202,7 +202,7 @@ def _continue_batch(
     interruption: Interruption,
     options: dict[str, Any],
 ) -> list[list[int]]:
-    """Return for each row its new token ids, an end token included; `options` are fields of a GenerationConfig."""
+    """Return for each row its new token ids, an end token included; `options` are arguments of `generate`."""
     rows = batch.rows
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))
@@ -220,11 +220,11 @@ def _continue_batch(
                 use_cache=True,
                 pad_token_id=padding,
                 eos_token_id=end_ids or None,
-                **options,
             ),
             logits_processor=_processors(tokenizer, batch, width, settings),
             stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
             streamer=streamer,
+            **options,
         )
     results = []
     for new_ids in output[:, width:].tolist():

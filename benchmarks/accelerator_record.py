@@ -67,6 +67,8 @@ def _training(part: Mapping[str, Any]) -> dict[str, Figure]:
     if "utilisation" in mine:
         share = mine["utilisation"] * mine["seconds_per_step"]
         found["model_flops_utilisation"] = _rate(mine, share, "share of the measured peak")
+    if "roofline_seconds" in mine:
+        found["share_of_roofline"] = _rate(mine, mine["roofline_seconds"]["total"], "of the roofline's time")
     if "peak_memory_gib" in mine:
         found["peak_memory_bytes"] = Figure(round(mine["peak_memory_gib"] * 2**30), "bytes", interval=EXACT)
         if "peak_memory_gib" in part.get("llama", {}):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerator import REPOSITORY, Context, one_line
+from roofline import roofline_seconds
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -350,9 +351,13 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
             block = timed(partial(trainee.train, workload.block_steps), context.device)
             seconds[name].append(block / workload.block_steps)
             longest = max(longest, block)
-    peak = context.earlier.get("ceilings", {}).get("bf16_product_tflops")
+    limits = context.earlier.get("ceilings", {})
+    peak = limits.get("bf16_product_tflops")
     for name, trainee in trainees.items():
         figures[name] |= _rates(seconds[name], figures[name]["flops_per_token"], workload, peak)
+        if "bandwidth_gb_per_second" in limits:
+            rates = limits["bf16_product_tflops"] * 1e12, limits["bandwidth_gb_per_second"] * 1e9
+            figures[name]["roofline_seconds"] = roofline_seconds(trainee.model, *figures["batch"], *rates)
         figures[name] |= {"timed_steps": len(seconds[name]) * workload.block_steps, "last_loss": trainee.loss.item()}
     context.save(figures)
     for name, trainee in trainees.items() if whole else ():

@@ -66,6 +66,7 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
             figures = parts[part][name]
             assert figures["timed_steps"] == 2
             assert figures["utilisation"] > 0
+            assert figures["roofline_seconds"]["total"] > 0
             assert figures["last_loss"] == pytest.approx(math.log(256), abs=0.5)  # random tokens stay unpredictable
             tokens = figures["iterations_per_second"] * 2 * 32
             assert figures["tokens_per_second"] == pytest.approx(tokens)
@@ -80,7 +81,12 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
             assert parts[part][batch]["fanformer"]["first_token_seconds"] > 0
             assert parts[part][batch]["ratio_of_tokens_per_second"]["median"] > 0
 
-    wanted = {"train_iterations_per_second", "model_flops_utilisation", "train_tokens_per_second_ratio"}
+    wanted = {
+        "train_iterations_per_second",
+        "model_flops_utilisation",
+        "share_of_roofline",
+        "train_tokens_per_second_ratio",
+    }
     assert wanted | {"inference_tokens_per_second_ratio", "parts_done", "checks_held"} <= set(entry.result)
     faster = max(parts[name]["fanformer"]["iterations_per_second"] for name in ("training_regional", "training_whole"))
     assert entry.result["train_iterations_per_second"].value == pytest.approx(faster)

@@ -1,9 +1,6 @@
 """GGUF files and the engine in an environment that has the extra `gguf` and other readers, which the core lacks."""
 
-import os
-import subprocess
-import sys
-import venv
+import json
 from pathlib import Path
 
 import pytest
@@ -23,45 +20,21 @@ FUZZED_ENGINE = "tests/inference/test_fuzzing.py::test_mutated_gguf_files_never_
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
+def python(python_with):
     """An interpreter that has PINS beside what this one has; ggml is compiled for it, in minutes."""
-    folder = tmp_path_factory.mktemp("gguf") / "env"
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    [site] = (folder / "lib").glob("python*/site-packages")
-    # a plain path in a .pth file is searched, but .pth files inside it are not
-    borrowed = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "borrowed.pth").write_text(borrowed + "\n")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *PINS]
-    subprocess.run(install, check=True, timeout=1500)
-    return python
+    return python_with(*PINS)
 
 
 @pytest.mark.timeout(3600)
-def test_everything_that_needs_the_extra_passes_and_nothing_is_skipped(python, repository):
-    environment = {**os.environ, "PYTHONPATH": str(repository / "src"), "OMP_NUM_THREADS": "1"}
+def test_everything_that_needs_the_extra_passes_and_nothing_is_skipped(fanformer, repository):
     for chosen in (["-m", "not ci", *FILES], [FUZZED_ENGINE]):
-        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *chosen]
-        done = subprocess.run(
-            [str(python), *words], cwd=repository, env=environment, capture_output=True, text=True, timeout=1700
-        )
-        assert done.returncode == 0, done.stdout[-5000:]
-        assert "SKIPPED" not in done.stdout, done.stdout[-5000:]
+        words = ["-q", "-p", "no:cacheprovider", "-rs", *chosen]
+        assert "SKIPPED" not in fanformer(*words, program=("-m", "pytest"), folder=repository, timeout=1700)
 
 
 @pytest.mark.timeout(900)
-def test_the_nano_model_is_quantized_and_writes(python, repository, tmp_path):
+def test_the_nano_model_is_quantized_and_writes(fanformer, tmp_path):
     """Train the nano preset for a few steps, write it in every type, run each, and measure the loss of bits."""
-    import json
-
-    environment = {**os.environ, "PYTHONPATH": str(repository / "src"), "OMP_NUM_THREADS": "1"}
-
-    def fanformer(*words):
-        command = [str(python), "-m", "fanformer.cli.main", *map(str, words)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     Path(tmp_path / "mine.txt").write_text("a line of text, number one and two and three.\n" * 500)
     train = ("--preset", "nano", "--data", "mine.txt", "--max-steps", 10, "--sequence-length", 64)
     fanformer("train", *train, "--output-dir", "out")

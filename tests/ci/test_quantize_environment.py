@@ -1,10 +1,6 @@
 """GPTQ and AWQ in an environment that has the extra `quantize`, with the transformers that llm-compressor wants."""
 
 import json
-import os
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -52,31 +48,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
+def python(python_with):
     """An interpreter that has PINS in front of what this one has."""
-    folder = tmp_path_factory.mktemp("quantize") / "env"
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    [site] = (folder / "lib").glob("python*/site-packages")
-    # a plain path in a .pth file is searched, but .pth files inside it are not
-    borrowed = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "borrowed.pth").write_text(borrowed + "\n")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *PINS]
-    subprocess.run(install, check=True, timeout=1500)
-    return python
-
-
-@pytest.fixture
-def fanformer(python, repository, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(repository / "src"), "OMP_NUM_THREADS": "1"}
-
-    def run(*words, program=("-m", "fanformer.cli.main"), folder=tmp_path):
-        command = [str(python), *program, *map(str, words)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-        return done.stdout
-
-    return run
+    return python_with(*PINS)
 
 
 @pytest.mark.timeout(1800)

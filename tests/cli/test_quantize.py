@@ -29,8 +29,8 @@ def test_file_is_written_reported_and_measured(command, saved_model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "onnx"], "`--format` must be gguf, gptq or awq, got 'onnx'."),
-        ([], "`--format` or `--scan` is needed, and not both: gguf, gptq or awq write a model."),
+        (["--format", "onnx"], "`--format` must be gguf, gptq, awq or gptq-v1, got 'onnx'."),
+        ([], "`--format` or `--scan` is needed, and not both: gguf, gptq, awq or gptq-v1 write a model."),
         (["--format", "gptq", "--type", "q8_0"], "`--type` has no effect on `--format gptq`: leave it out."),
         (["--format", "gguf", "--bits", "8"], "`--bits` has no effect on `--format gguf`: leave it out."),
         (["--scan", "--overwrite"], "`--overwrite` has no effect on `--scan`: leave it out."),

@@ -6,8 +6,10 @@ import json
 import pytest
 
 from fanformer.errors import CheckpointError, ConfigError, DataError, DependencyError
-from fanformer.quantization.compressed_tensors import Settings, export_compressed
+from fanformer.inference.loading import load
+from fanformer.quantization.compressed_tensors import export_compressed
 from fanformer.quantization.held_out import held_out_stream
+from fanformer.quantization.quantized_folder import Settings
 
 installed = importlib.util.find_spec("llmcompressor") is not None
 
@@ -26,16 +28,20 @@ def test_quantized_folder_is_refused(model_copy, tmp_path):
         export_compressed(model_copy, tmp_path / "out", Settings("gptq"))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("compressed_tensors") is not None, reason="compressed-tensors is installed"
+@pytest.mark.parametrize(
+    ("method", "module", "packages", "extra"),
+    [
+        ("compressed-tensors", "compressed_tensors", "compressed-tensors", "quantize"),
+        ("gptq", "gptqmodel", "gptqmodel optimum", "gptq"),
+    ],
 )
-def test_reading_a_quantized_folder_names_the_package(model_copy):
-    from fanformer.inference.loading import load
-
+def test_reading_a_quantized_folder_names_the_package(model_copy, method, module, packages, extra):
+    if importlib.util.find_spec(module) is not None:
+        pytest.skip(f"{module} is installed")
     config = json.loads((model_copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    config["quantization_config"] = {"quant_method": method}
     (model_copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DependencyError, match="is quantized, and reading it needs compressed-tensors"):
+    with pytest.raises(DependencyError, match=rf"pip install {packages} \(the extra fanformer\[{extra}\] has it\)"):
         load(model_copy)
 
 

@@ -11,8 +11,8 @@ from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fanformer.quantization.compressed_tensors import Report as LayersReport
     from fanformer.quantization.gguf_export import Report
+    from fanformer.quantization.quantized_folder import Report as LayersReport
     from fanformer.quantization.sensitivity import Scan
 
 _TYPES = "f32|f16|bf16|q8_0|q4_0|q4_k|q5_k|q6_k"
@@ -21,17 +21,18 @@ _OWN_OPTIONS = {
     "gguf": {"kind", "embedding_type", "head_type", "overwrite"},
     "gptq": {"bits", "group_size", "overwrite"},
     "awq": {"bits", "group_size", "overwrite"},
+    "gptq-v1": {"bits", "group_size", "overwrite"},
     "scan": {"bits", "group_size"},
 }
 
 
 @click.command(cls=Verb, example="fanformer quantize runs/nano --format gguf --type q8_0 --output-dir runs/nano-gguf")
 @click.argument("folder", metavar="DIR")
-@click.option("--format", "file_format", metavar="gguf|gptq|awq", help="Kind of file.")
+@click.option("--format", "file_format", metavar="gguf|gptq|awq|gptq-v1", help="Kind of file.")
 @click.option("--scan", is_flag=True, help="Measure what each part would lose, and write no model.")
 @click.option("--type", "kind", default="q8_0", metavar=_TYPES, help="gguf: number format of the matrices.")
-@click.option("--bits", default=4, metavar="4|8", help="gptq, awq, scan: bits of a weight.")
-@click.option("--group-size", default=64, help="gptq, awq, scan: weights to a scale.")
+@click.option("--bits", default=4, metavar="4|8", help="gptq, awq, gptq-v1, scan: bits of a weight.")
+@click.option("--group-size", default=64, help="gptq, awq, gptq-v1, scan: weights to a scale.")
 @click.option(
     "--output-dir", required=True, metavar="OUT", help="Folder to write; gguf: for model-TYPE.gguf, or that file."
 )
@@ -72,13 +73,14 @@ def quantize(
 
     gguf: a file that `fanformer generate`, `chat` and `eval` take where they take a folder; types with blocks need
     `pip install 'fanformer[gguf]'`. gptq and awq: a folder in the format compressed-tensors; they need
-    `pip install 'fanformer[quantize]'`. Norms, gates and biases are never cut.
+    `pip install 'fanformer[quantize]'`. gptq-v1: a folder in GPTQ's classic layout, for
+    `pip install 'fanformer[gptq]'`. Norms, gates and biases are never cut.
     """
     if scan == (file_format is not None):
-        raise ConfigError("`--format` or `--scan` is needed, and not both: gguf, gptq or awq write a model.")
+        raise ConfigError("`--format` or `--scan` is needed, and not both: gguf, gptq, awq or gptq-v1 write a model.")
     wanted = file_format or "scan"
     if wanted not in _OWN_OPTIONS:
-        raise ConfigError(f"`--format` must be gguf, gptq or awq, got {wanted!r}.")
+        raise ConfigError(f"`--format` must be gguf, gptq, awq or gptq-v1, got {wanted!r}.")
     _check_options(context, wanted)
     if wanted == "scan":
         _scan(folder, output_dir, bits, group_size, calibration, calibration_tokens)
@@ -118,11 +120,14 @@ def _quantize_layers(
 ) -> None:
     from pathlib import Path
 
-    from fanformer.quantization.compressed_tensors import REPORT_FILE, Settings, export_compressed
+    from fanformer.quantization.compressed_tensors import export_compressed
+    from fanformer.quantization.gptq_v1 import METHOD, export_gptq_v1
+    from fanformer.quantization.quantized_folder import REPORT_FILE, Settings
 
+    export = export_gptq_v1 if method == METHOD else export_compressed
     settings = Settings(method, bits, group_size, calibration, calibration_tokens, overwrite)
     with writing(Path(output_dir)), counted_progress("layers") as show:
-        report = export_compressed(folder, output_dir, settings, on_progress=show)
+        report = export(folder, output_dir, settings, on_progress=show)
     show_layers(report)
     click.echo(f"{output_dir}: {report.bytes:,} bytes of weights, before {report.bytes_before:,}")
     click.echo(f"{Path(output_dir) / REPORT_FILE}: this report")

@@ -1,9 +1,13 @@
 """A saved model and its tokenizer from a folder, checked first: what would load as garbage is an error with a name."""
 
 import importlib.util
+import io
 import json
+import os
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +25,7 @@ from transformers import (
 )
 
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
-from fanformer.errors import CheckpointError, DependencyError
+from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.inference.devices import resolve_device, resolve_dtype
 from fanformer.inference.gguf_architecture import Architecture
 from fanformer.inference.gguf_file import is_gguf
@@ -52,7 +56,7 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     Raises:
         CheckpointError: if anything is missing, damaged, of another kind, or does not fit together.
         ConfigError: if the device is not there or the dtype not known.
-        DependencyError: if it is quantized and compressed-tensors is not installed.
+        DependencyError: if it is quantized and the package that reads it is not installed.
     """
     model = load_model(folder, device, dtype)
     return LoadedModel(model, load_tokenizer(folder, model.config.vocab_size))
@@ -67,18 +71,23 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
         return gguf_loading.read_model(folder, kind).to(placed)
     config = load_config(folder)
     path = Path(folder)
-    _check_quantization(path, config)
+    method = _check_quantization(path, config)
     _check_fit(path, config, check_weights(path))
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=kind or "auto",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # so that they come back in the report, which raises
-        output_loading_info=True,
-    )
+    packed = method == "gptq"
+    if packed and kind == torch.float32:
+        raise ConfigError(f"`dtype` must be float16 or bfloat16 for {path.absolute()}, which is in the GPTQ layout.")
+    with quiet_gptqmodel() if packed else nullcontext():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=kind or "auto",
+            device_map={"": placed} if packed else None,  # its kernels are chosen for where it is loaded
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that they come back in the report, which raises
+            output_loading_info=True,
+        )
     _check_report(path, model, report)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -86,6 +95,14 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
                 f"{path.absolute()} is of no use: `{name}` holds values that are not finite (its training diverged)."
             )
     return model.to(placed).eval()
+
+
+@contextmanager
+def quiet_gptqmodel() -> Iterator[None]:
+    """Keep GPTQModel's log and bars out of what is printed, and let it run where there are few cores."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))  # with one it refuses to load
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def load_config(folder: str | Path) -> PreTrainedConfig:
@@ -257,16 +274,26 @@ def _check_safetensors(file: Path) -> dict[str, SavedTensor]:
         raise CheckpointError(f"{file.absolute()} is corrupt: {reason}; copy it again.") from error
 
 
-def _check_quantization(path: Path, config: PreTrainedConfig) -> None:
-    """Name the package that quantized weights are read with where it is missing."""
+_READERS = {
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors", "quantize"),
+    "gptq": ("gptqmodel", "gptqmodel optimum", "gptq"),
+}
+"""For a way of quantizing the module and the packages that read it, and the extra that has them."""
+
+
+def _check_quantization(path: Path, config: PreTrainedConfig) -> str | None:
+    """Return how the weights are quantized, of _READERS; name the package that reads them where it is missing."""
     quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
-        return
-    if importlib.util.find_spec("compressed_tensors") is None:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in _READERS:
+        return None
+    module, packages, extra = _READERS[method]
+    if importlib.util.find_spec(module) is None:
         raise DependencyError(
-            f"{path.absolute()} is quantized, and reading it needs compressed-tensors, which is not installed: "
-            "pip install compressed-tensors (the extra fanformer[quantize] has it)"
+            f"{path.absolute()} is quantized, and reading it needs {packages.split()[0]}, which is not installed: "
+            f"pip install {packages} (the extra fanformer[{extra}] has it)"
         )
+    return str(method)
 
 
 def _check_fit(path: Path, config: PreTrainedConfig, saved: dict[str, SavedTensor]) -> None:

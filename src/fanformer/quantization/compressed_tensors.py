@@ -6,12 +6,9 @@ squares that GPTQ works from: |X (W - W_q)^T| / |X W^T| over the calibration inp
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,81 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fanformer.data.durable import replace_json, replace_text
-from fanformer.data.packing import PackedRows
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
-from fanformer.evaluation.loss import default_sequence_length, every_nth
-from fanformer.inference.gguf_file import ARCHITECTURE
-from fanformer.inference.loading import load, load_config
-from fanformer.quantization.held_out import DEFAULT_TOKENS, held_out_stream
-from fanformer.quantization.linear_layers import (
-    check_bits_and_group,
-    fill_intermediate,
-    fitting_group,
-    matrices_by_part,
+from fanformer.inference.loading import load
+from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
+from fanformer.quantization.quantized_folder import (
+    LayerReport,
+    Report,
+    Settings,
+    calibration_batches,
+    check,
+    layer_report,
+    planned_groups,
+    update_config,
+    write_folder,
 )
 
 METHODS = ("gptq", "awq")
-REPORT_FILE = "quantization.json"
-_KEPT_HIGH = ("embedding", "head")
-_CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a folder is to be quantized.
-
-    Attributes:
-        method: one of METHODS. "awq" scales channels where a scale can be folded, and then does what "gptq" does.
-        bits: of a weight, 4 or 8.
-        group_size: weights to a scale; halved for layers whose rows it does not fill.
-        calibration: text to run; None takes what the training held out.
-        calibration_tokens: how much of it.
-        overwrite: whether a quantized folder that is there may be replaced.
-    """
-
-    method: str
-    bits: int = 4
-    group_size: int = 64
-    calibration: str | None = None
-    calibration_tokens: int = DEFAULT_TOKENS
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one matrix."""
-
-    name: str
-    part: str
-    shape: tuple[int, int]
-    method: str
-    """gptq, awq+gptq, round-to-nearest (where GPTQ's matrix could not be inverted) or none."""
-    bits: int | None
-    """None where it is as it was."""
-    group_size: int | None
-    weight_error: float
-    """Norm of the difference over norm of the weights (for AWQ, of the scaled ones)."""
-    output_error: float
-    """The same of the layer's outputs on the calibration text."""
-    note: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a folder holds, matrix by matrix."""
-
-    method: str
-    bits: int
-    group_size: int
-    calibration: str
-    calibration_tokens: int
-    bytes: int
-    """Of the folder's weights."""
-    bytes_before: int
-    notes: tuple[str, ...]
-    """What holds for the model as a whole."""
-    layers: tuple[LayerReport, ...]
 
 
 def export_compressed(
@@ -119,78 +57,31 @@ def export_compressed(
         DependencyError: if the extra `quantize` is not installed.
     """
     source, target = Path(folder), Path(output)
-    _check(source, target, settings)
-    model, tokenizer = load(source, device="cpu", dtype="float32")
-    batches, tokens = _calibration_batches(source, model, tokenizer, settings)
-    filled = fill_intermediate(model, settings.group_size)
-    groups = _planned_groups(model, settings.group_size)
-    if not any(groups.values()):
-        raise ConfigError(
-            f"no layer of {source.absolute()} has rows that groups of {settings.group_size} or less fill: "
-            "nothing can be quantized."
-        )
-    with _quiet_library():
-        layers = _run(model, tokenizer, batches, groups, settings, on_progress or (lambda what, done, total: None))
-        return _write(source, target, model, tokenizer, settings, tokens, filled, layers)
-
-
-def _write(
-    source: Path,
-    target: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: Settings,
-    tokens: int,
-    filled: str,
-    layers: tuple[LayerReport, ...],
-) -> Report:
-    """Write the folder aside, and then in one step to its place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(target.name + ".new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        model.save_pretrained(aside, save_compressed=True)
-        # the library saves the configuration that it finds in the folder the model came from
-        saved = json.loads((aside / "config.json").read_text(encoding="utf-8"))
-        replace_json(aside / "config.json", saved | {"intermediate_size": model.config.intermediate_size})
-        (aside / "recipe.yaml").unlink(missing_ok=True)  # says less than the report
-        tokenizer.save_pretrained(aside)
-        report = Report(
-            method=settings.method,
-            bits=settings.bits,
-            group_size=settings.group_size,
-            calibration=settings.calibration or "what the run held out",
-            calibration_tokens=tokens,
-            bytes=_weight_bytes(aside),
-            bytes_before=_weight_bytes(source),
-            notes=(filled,) if filled else (),
-            layers=layers,
-        )
-        replace_json(aside / REPORT_FILE, asdict(report))
-        replace_text(aside / _CARD, _card(source, report))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return report
-
-
-def _check(source: Path, target: Path, settings: Settings) -> None:
-    """Refuse, before any work, what cannot be quantized or written."""
     if settings.method not in METHODS:
         raise ConfigError(f"`method` must be one of {', '.join(METHODS)}, got {settings.method!r}.")
-    check_bits_and_group(settings.bits, settings.group_size)
-    _check_target(source, target, settings.overwrite)
-    config = load_config(source)
-    if config.model_type != ARCHITECTURE:
-        raise ConfigError(
-            f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: llm-compressor's own examples "
-            "quantize other models."
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{source.absolute()} is quantized already: give the folder that it was made from.")
+    check(source, target, settings, "llm-compressor")
     _check_library()
+    model, tokenizer = load(source, device="cpu", dtype="float32")
+    batches, tokens = calibration_batches(source, model, tokenizer, settings)
+    filled = fill_intermediate(model, settings.group_size)
+    groups = planned_groups(model, settings.group_size, source)
+    with _quiet_library():
+        layers = _run(model, tokenizer, batches, groups, settings, on_progress or (lambda what, done, total: None))
+
+        def write_model(aside: Path) -> tuple[LayerReport, ...]:
+            model.save_pretrained(aside, save_compressed=True)
+            # the library saves the configuration that it finds in the folder the model came from
+            update_config(aside, lambda saved: saved.update(intermediate_size=model.config.intermediate_size))
+            (aside / "recipe.yaml").unlink(missing_ok=True)  # says less than the report
+            return layers
+
+        notes = (filled,) if filled else ()
+        return write_folder(source, target, settings, tokenizer, tokens, notes, write_model, _READING)
+
+
+_READING = (
+    "Made by llm-compressor, in the format compressed-tensors; reading it needs `pip install compressed-tensors`."
+)
 
 
 def _check_library() -> None:
@@ -199,42 +90,6 @@ def _check_library() -> None:
             "`--format gptq` and `awq` need llm-compressor, which is not installed: pip install 'fanformer[quantize]' "
             "into an environment of its own (it holds transformers at 5.17)"
         )
-
-
-def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if target.absolute() == source.absolute():
-        raise ConfigError(f"`--output-dir` is the model's own folder {target.absolute()}: give another.")
-    if not (target / REPORT_FILE).is_file():
-        raise ConfigError(f"{target.absolute()} is there and holds no quantized model: give another `--output-dir`.")
-    if not overwrite:
-        raise ConfigError(f"{target.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
-
-
-def _calibration_batches(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> tuple[list[dict[str, Tensor]], int]:
-    """Return packed rows as batches of one, evenly spread over the text, and how many tokens they are."""
-    stream = held_out_stream(folder, tokenizer, settings.calibration, settings.calibration_tokens)
-    length = min(default_sequence_length(model), len(stream.tokens) - 1)
-    rows = PackedRows(stream, length)
-    chosen = every_nth(len(rows), settings.calibration_tokens // length)
-    batches = [
-        {name: values[None] for name, values in rows[index].items() if name in ("input_ids", "position_ids")}
-        for index in chosen
-    ]
-    return batches, len(chosen) * length
-
-
-def _planned_groups(model: PreTrainedModel, wanted: int) -> dict[str, int | None]:
-    """Return the group size of every matrix of the blocks, None where no size fills its rows."""
-    return {
-        name: fitting_group(module.weight.shape[1], wanted)
-        for part, modules in matrices_by_part(model).items()
-        if part not in _KEPT_HIGH
-        for name, module in modules.items()
-    }
 
 
 def foldable_scales(model: PreTrainedModel) -> list[tuple[str, list[str]]]:
@@ -324,34 +179,16 @@ def _layer_reports(
 ) -> Iterator[LayerReport]:
     for part, modules in matrices_by_part(model).items():
         for name, module in modules.items():
-            size = groups.get(name)
-            rows, columns = module.weight.shape
-            notes, method = [], "none"
-            if part in _KEPT_HIGH:
-                notes.append("kept as it is")
-            elif size is None:
-                notes.append(f"kept as it is: no group from {settings.group_size} down fills rows of {columns}")
-            else:
-                method = "round-to-nearest" if name in fallback else "gptq"
-                if name in fallback:
-                    notes.append("GPTQ's matrix could not be inverted")
-                if size != settings.group_size:
-                    notes.append(f"groups of {settings.group_size} do not fill rows of {columns}")
-                if name in scaled:
-                    method = f"awq+{method}"
-                    notes.append(f"scale folded into {scaled[name]}")
-            weight_error, output_error = measured.get(name, (0.0, 0.0))
-            yield LayerReport(
-                name=name,
-                part=part,
-                shape=(rows, columns),
-                method=method,
-                bits=None if size is None else settings.bits,
-                group_size=size,
-                weight_error=weight_error,
-                output_error=output_error,
-                note="; ".join(notes),
-            )
+            notes = []
+            method = "round-to-nearest" if name in fallback else "gptq"
+            if name in fallback:
+                notes.append("GPTQ's matrix could not be inverted")
+            if name in scaled:
+                method = f"awq+{method}"
+                notes.append(f"scale folded into {scaled[name]}")
+            size, errors = groups.get(name), measured.get(name, (0.0, 0.0))
+            shape = module.weight.shape[0], module.weight.shape[1]
+            yield layer_report(name, part, shape, settings, size, method, errors, notes)
 
 
 def _exactly(name: str) -> str:
@@ -425,25 +262,3 @@ def _quiet_library() -> Iterator[None]:
         IntermediatesCache.pin_memory = pin_memory
         for package in ("llmcompressor", "compressed_tensors"):
             logger.enable(package)
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _card(source: Path, report: Report) -> str:
-    """Return the model card: the original's, and what was done to it."""
-    original = source / _CARD
-    card = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [fanformer, causal-lm]\n---\n\n"
-    card += f"# {source.absolute().name}\n"
-    if original.is_file():
-        card = original.read_text(encoding="utf-8")
-    return f"""{card.rstrip()}
-
-## Quantized
-
-These weights are quantized with `fanformer quantize --format {report.method} --bits {report.bits} --group-size
-{report.group_size}` (llm-compressor, format compressed-tensors); what stands above was measured before. Embedding,
-head, norms, gates and biases are as they were. {report.bytes:,} bytes, before {report.bytes_before:,};
-`{REPORT_FILE}` says what every layer lost. Reading them needs `pip install compressed-tensors`.
-"""

@@ -31,25 +31,25 @@ def matrices_by_part(model: PreTrainedModel) -> dict[str, dict[str, nn.Module]]:
     return dict(found)
 
 
-def fitting_group(in_features: int, wanted: int) -> int | None:
+def fitting_group(in_features: int, wanted: int, smallest: int = SMALLEST_GROUP) -> int | None:
     """Return the size of groups that fill rows of `in_features`: `wanted`, or halved until it does.
 
     Halves rather than any divisor, since kernels have groups of 128, 64 and 32.
 
     Returns:
-        None where no size down to SMALLEST_GROUP fills the rows.
+        None where no size down to `smallest` fills the rows.
     """
     size = wanted
     while in_features % size:
-        if size % 2 or size // 2 < SMALLEST_GROUP:
+        if size % 2 or size // 2 < smallest:
             return None
         size //= 2
     return size
 
 
 @torch.no_grad()
-def fill_intermediate(model: PreTrainedModel, group_size: int) -> str:
-    """Let F grow to whole groups, in place, where no group fills it: zeros that leave the function as it is.
+def fill_intermediate(model: PreTrainedModel, group_size: int, smallest: int = SMALLEST_GROUP) -> str:
+    """Let F grow to whole groups, in place, where no group from `smallest` on fills it, without a change of function.
 
     The added rows of gate and up are zeros with bias 0, so what reaches the added columns of down is 0.
 
@@ -57,7 +57,7 @@ def fill_intermediate(model: PreTrainedModel, group_size: int) -> str:
         What was done, for a report; empty where nothing was.
     """
     wide = model.config.intermediate_size
-    if fitting_group(wide, group_size) is not None:
+    if fitting_group(wide, group_size, smallest) is not None:
         return ""
     filled = -(-wide // group_size) * group_size
     for layer in model.model.layers:

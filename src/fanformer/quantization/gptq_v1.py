@@ -1,0 +1,302 @@
+"""GPTQ through GPTQModel: a model folder in the classic GPTQ layout (version 1), with a report of every layer.
+
+The layout (qweight, qzeros, scales, g_idx) is what AutoGPTQ wrote and what servers and `transformers` read; GPTQModel's
+kernels compute on the packed weights, on a CPU too.
+
+Source: GPTQ, arXiv:2210.17323.
+"""
+
+import importlib.util
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fanformer.errors import CheckpointError, ConfigError, DependencyError
+from fanformer.inference.gguf_file import ARCHITECTURE
+from fanformer.inference.loading import load, quiet_gptqmodel
+from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
+from fanformer.quantization.quantized_folder import (
+    KEPT_HIGH,
+    LayerReport,
+    Report,
+    Settings,
+    calibration_batches,
+    check,
+    layer_report,
+    planned_groups,
+    update_config,
+    write_folder,
+)
+
+METHOD = "gptq-v1"
+_SMALLEST_GROUP = 32
+_OUTPUTS = 16
+"""The kernels that read the layout on a CPU have no smaller groups, and outputs in so many."""
+_FEWEST_TOKENS = 10
+"""GPTQModel leaves shorter texts out."""
+_READING = (
+    "Made by GPTQModel, in the GPTQ layout of version 1; `transformers` reads it in float16 or bfloat16 where "
+    "`gptqmodel` and `optimum` are installed."
+)
+
+
+def export_gptq_v1(
+    folder: str | Path,
+    output: str | Path,
+    settings: Settings,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Quantize the linear layers of a FANformer's blocks by GPTQModel, and write a folder in the GPTQ layout.
+
+    Embedding, head, norms and gates become bfloat16. Weights are symmetric, a scale for each group, and all groups are
+    of one size: readers of the layout have one for the whole model.
+
+    Args:
+        folder: a model folder of the family `fanformer`, with its tokenizer.
+        output: the folder to write; its REPORT_FILE is the report.
+        settings: how.
+        on_progress: called with what is being done, how much of it is done, and how much there is.
+
+    Raises:
+        CheckpointError: if the folder cannot be loaded, or has no tokenizer.
+        ConfigError: if the model is of another kind or quantized already, a setting is wrong, or `output` is taken.
+        DataError: if the calibration text is missing or too short.
+        DependencyError: if the extra `gptq` is not installed.
+    """
+    source, target = Path(folder), Path(output)
+    check(source, target, settings, "GPTQModel")
+    if settings.group_size < _SMALLEST_GROUP:
+        raise ConfigError(
+            f"`--group-size` must be at least {_SMALLEST_GROUP} for gptq-v1, got {settings.group_size}: its kernels "
+            "have no smaller groups."
+        )
+    _check_library()
+    model, tokenizer = load(source, device="cpu", dtype="float32")
+    batches, tokens = calibration_batches(source, model, tokenizer, settings)
+    group_size = common_group(model, settings.group_size)
+    used = replace(settings, group_size=group_size)
+    filled = fill_intermediate(model, group_size, smallest=group_size)
+    groups = planned_groups(model, group_size, source, smallest=group_size)
+    groups |= {name: None for name in groups if model.get_submodule(name).weight.shape[0] % _OUTPUTS}
+    squares = _input_squares(model, batches, [name for name, size in groups.items() if size is not None])
+    tell = on_progress or (lambda what, done, total: None)
+
+    def write_model(aside: Path) -> tuple[LayerReport, ...]:
+        with tempfile.TemporaryDirectory(dir=target.parent) as whole, quiet_gptqmodel():
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            _run(Path(whole), aside, texts_of(batches), groups, settings.bits, tell)
+            for code in Path(whole).glob("*.py"):
+                shutil.copy(code, aside)
+        (aside / "quant_log.csv").unlink(missing_ok=True)  # says less than the report
+        return tuple(_layer_reports(model, aside, groups, used, squares))
+
+    notes = ["what is kept as it is becomes bfloat16", *([filled] if filled else [])]
+    if group_size != settings.group_size:
+        notes.append(f"groups of {group_size}: more rows are whole groups of it than of {settings.group_size}")
+    return write_folder(source, target, used, tokenizer, tokens, tuple(notes), write_model, _READING)
+
+
+def _check_library() -> None:
+    if importlib.util.find_spec("gptqmodel") is None:
+        raise DependencyError(
+            "`--format gptq-v1` needs GPTQModel, which is not installed: pip install 'fanformer[gptq]' "
+            "into an environment of its own (it wants the newest torch)"
+        )
+
+
+def common_group(model: PreTrainedModel, wanted: int) -> int:
+    """Return the size of groups that fills the rows of most matrices: `wanted`, or halved, but at least 32.
+
+    Rows of F can be filled up.
+    """
+    rows = [
+        module.weight.shape[1]
+        for part, modules in matrices_by_part(model).items()
+        if part not in KEPT_HIGH
+        for name, module in modules.items()
+        if "down_proj" not in name or module.weight.shape[1] != model.config.intermediate_size
+    ]
+    sizes = [wanted]
+    while sizes[-1] >= 2 * _SMALLEST_GROUP:
+        sizes.append(sizes[-1] // 2)
+    return max(sizes, key=lambda size: sum(row % size == 0 for row in rows))
+
+
+def texts_of(batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Return the documents, or pieces of documents, that packed rows hold: ids (T) of each, T at least 10.
+
+    GPTQModel knows no packed rows: in one, documents would attend to each other.
+    """
+    found = []
+    for batch in batches:
+        ids, positions = batch["input_ids"][0], batch["position_ids"][0]
+        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
+        if starts[0] != 0:
+            starts.insert(0, 0)
+        found += [ids[a:b] for a, b in pairwise(starts) if b - a >= _FEWEST_TOKENS]
+    return found
+
+
+@torch.inference_mode()
+def _input_squares(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return X^T X (in_features, in_features) of each named layer's inputs X over the calibration text."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        rows = x.flatten(0, -2)
+        found[name] = found.get(name, 0) + rows.T @ rows
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+        for name in names
+    ]
+    try:
+        for batch in batches:
+            model(**batch, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _run(
+    whole: Path,
+    aside: Path,
+    texts: Sequence[Tensor],
+    groups: Mapping[str, int | None],
+    bits: int,
+    tell: Callable[[str, int, int], None],
+) -> None:
+    """Quantize the folder `whole` into the folder `aside`."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.models import auto
+    from gptqmodel.models.base import BaseQModel
+
+    class Definition(BaseQModel):
+        """Where the library finds the layers of a FANformer."""
+
+        pre_lm_head_norm_module = "model.norm"
+        module_tree = _module_tree(list(groups))
+
+    if ARCHITECTURE not in auto.SUPPORTED_MODELS:
+        auto.SUPPORTED_MODELS.append(ARCHITECTURE)
+    auto.MODEL_MAP[ARCHITECTURE] = Definition
+    sizes = {size for size in groups.values() if size is not None}
+    kept: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name, size in groups.items() if size is None}
+    how = QuantizeConfig(bits=bits, group_size=sizes.pop(), desc_act=False, sym=True, dynamic=kept or None)
+    quantizer = GPTQModel.load(str(whole), how)
+    layers = len({name.split(".")[2] for name in groups})
+    done: set[int] = set()
+
+    def count(layer_idx: int, **_: Any) -> None:
+        done.add(layer_idx)
+        tell("blocks", len(done), layers)
+
+    quantizer.layer_callback = count
+    tell("blocks", 0, layers)
+    examples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in texts]
+    quantizer.quantize(examples, batch_size=1, calibration_data_min_length=_FEWEST_TOKENS)
+    quantizer.save(str(aside))
+    # GPTQModel and vLLM know by `dynamic` what is kept, transformers by this
+    cut = sorted({name.split(".", 3)[3] for name, size in groups.items() if size is not None})
+    update_config(aside, lambda saved: saved["quantization_config"].update(modules_in_block_to_quantize=[cut]))
+
+
+def _module_tree(names: Sequence[str]) -> list[Any]:
+    """Return GPTQModel's description of a block: its matrices in the order in which they run, each a step of its own.
+
+    So every matrix is rounded for what the rounded ones before it give.
+    """
+    branches: dict[str, list[str]] = {}
+    for name in names:
+        _, _, _, branch, path = name.split(".", 4)
+        steps = branches.setdefault(branch, [])
+        if path not in steps:
+            steps.append(path)
+    return [
+        "model",
+        "layers",
+        "#",
+        {
+            branch: tuple(f"{path}:{number}" for number, path in enumerate(_in_order(steps)))
+            for branch, steps in branches.items()
+        },
+    ]
+
+
+_ORDER = ("fan_layer", "qkv_input", "gate_up_input", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj",
+          "down_proj")  # fmt: skip
+
+
+def _in_order(paths: Sequence[str]) -> list[str]:
+    """Sort the matrices of a branch by when they run; of a layer with two factors, `input` runs first."""
+    return sorted(paths, key=lambda path: (_ORDER.index(path.split(".")[0]), ".input." not in f".{path}", path))
+
+
+@torch.no_grad()
+def _layer_reports(
+    model: PreTrainedModel,
+    folder: Path,
+    groups: Mapping[str, int | None],
+    settings: Settings,
+    squares: Mapping[str, Tensor],
+) -> Iterator[LayerReport]:
+    """Yield what every matrix of `model` became in `folder`."""
+    for part, modules in matrices_by_part(model).items():
+        for name, module in modules.items():
+            weight, size = module.weight, groups.get(name)
+            odd = name in groups and size is None and weight.shape[0] % _OUTPUTS > 0
+            notes = [f"{weight.shape[0]} outputs, and the kernels have {_OUTPUTS} at a time"] if odd else []
+            errors = (0.0, 0.0)
+            if size is not None:
+                lost = stored_weight(folder, name, settings.bits).float() - weight
+                inputs = squares[name]
+                errors = (
+                    _ratio(lost.square().sum(), weight.square().sum()),
+                    _ratio(((lost @ inputs) * lost).sum(), ((weight @ inputs) * weight).sum()),
+                )
+            shape = weight.shape[0], weight.shape[1]
+            yield layer_report(name, part, shape, settings, size, "gptq", errors, notes)
+
+
+def _ratio(lost: Tensor, total: Tensor) -> float:
+    return float((lost / total).clamp_min(0).sqrt()) if total > 0 else 0.0
+
+
+def stored_weight(folder: Path, name: str, bits: int) -> Tensor:
+    """Return the matrix (out_features, in_features) that a layer of a GPTQ folder stands for, in float32.
+
+    qweight (in * bits / 32, out) packs a column's integers, the first in the lowest bits; qzeros (groups, out * bits /
+    32) packs a group's zero points, in this version less 1; g_idx (in) is each row's group.
+
+    Raises:
+        CheckpointError: if the folder has no such layer.
+    """
+    parts: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            stored = set(tensors.keys())
+            for kind in ("qweight", "qzeros", "scales", "g_idx"):
+                if f"{name}.{kind}" in stored:
+                    parts[kind] = tensors.get_tensor(f"{name}.{kind}")
+    if len(parts) != 4:
+        raise CheckpointError(f"GPTQModel left `{name}` out of {folder.absolute()}: expected it quantized.")
+    places = torch.arange(0, 32, bits)
+    mask = 2**bits - 1
+    integers = ((parts["qweight"][:, None] >> places[:, None]) & mask).flatten(0, 1)  # (in, out)
+    zeros = ((parts["qzeros"][:, :, None] >> places) & mask).flatten(1)[:, : integers.shape[1]] + 1  # (groups, out)
+    group = parts["g_idx"].long()
+    return ((integers - (zeros & mask)[group]) * parts["scales"].float()[group]).T

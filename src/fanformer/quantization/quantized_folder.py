@@ -1,0 +1,262 @@
+"""What every quantized model folder shares: settings, refusals, calibration text, the report and the model card."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fanformer.data.durable import replace_json, replace_text
+from fanformer.data.packing import PackedRows
+from fanformer.errors import ConfigError
+from fanformer.evaluation.loss import default_sequence_length, every_nth
+from fanformer.inference.gguf_file import ARCHITECTURE
+from fanformer.inference.loading import load_config
+from fanformer.quantization.held_out import DEFAULT_TOKENS, held_out_stream
+from fanformer.quantization.linear_layers import SMALLEST_GROUP, check_bits_and_group, fitting_group, matrices_by_part
+
+REPORT_FILE = "quantization.json"
+KEPT_HIGH = ("embedding", "head")
+"""Parts whose matrices stay as they are."""
+_CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a folder is to be quantized.
+
+    Attributes:
+        method: which of the formats' methods.
+        bits: of a weight, 4 or 8.
+        group_size: weights to a scale; halved for layers whose rows it does not fill.
+        calibration: text to run; None takes what the training held out.
+        calibration_tokens: how much of it.
+        overwrite: whether a quantized folder that is there may be replaced.
+    """
+
+    method: str
+    bits: int = 4
+    group_size: int = 64
+    calibration: str | None = None
+    calibration_tokens: int = DEFAULT_TOKENS
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one matrix."""
+
+    name: str
+    part: str
+    shape: tuple[int, int]
+    method: str
+    """gptq, awq+gptq, round-to-nearest (where GPTQ's matrix could not be inverted) or none."""
+    bits: int | None
+    """None where it is as it was."""
+    group_size: int | None
+    weight_error: float
+    """Norm of the difference over norm of the weights (for AWQ, of the scaled ones)."""
+    output_error: float
+    """The same of the layer's outputs on the calibration text."""
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder holds, matrix by matrix."""
+
+    method: str
+    bits: int
+    group_size: int
+    calibration: str
+    calibration_tokens: int
+    bytes: int
+    """Of the folder's weights."""
+    bytes_before: int
+    notes: tuple[str, ...]
+    """What holds for the model as a whole."""
+    layers: tuple[LayerReport, ...]
+
+
+def check(source: Path, target: Path, settings: Settings, library: str) -> None:
+    """Refuse, before any work, what cannot be quantized or written.
+
+    Raises:
+        CheckpointError: if `source` is no model folder.
+        ConfigError: if its model is of another kind or quantized already, a setting is wrong, or `target` is taken.
+    """
+    check_bits_and_group(settings.bits, settings.group_size)
+    _check_target(source, target, settings.overwrite)
+    config = load_config(source)
+    if config.model_type != ARCHITECTURE:
+        raise ConfigError(
+            f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: {library}'s own examples "
+            "quantize other models."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{source.absolute()} is quantized already: give the folder that it was made from.")
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if target.absolute() == source.absolute():
+        raise ConfigError(f"`--output-dir` is the model's own folder {target.absolute()}: give another.")
+    if not (target / REPORT_FILE).is_file():
+        raise ConfigError(f"{target.absolute()} is there and holds no quantized model: give another `--output-dir`.")
+    if not overwrite:
+        raise ConfigError(f"{target.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
+
+
+def calibration_batches(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> tuple[list[dict[str, Tensor]], int]:
+    """Return packed rows as batches of one, evenly spread over the text, and how many tokens they are.
+
+    A batch has `input_ids` and `position_ids`, (1, T) each.
+    """
+    stream = held_out_stream(folder, tokenizer, settings.calibration, settings.calibration_tokens)
+    length = min(default_sequence_length(model), len(stream.tokens) - 1)
+    rows = PackedRows(stream, length)
+    chosen = every_nth(len(rows), settings.calibration_tokens // length)
+    batches = [
+        {name: values[None] for name, values in rows[index].items() if name in ("input_ids", "position_ids")}
+        for index in chosen
+    ]
+    return batches, len(chosen) * length
+
+
+def planned_groups(
+    model: PreTrainedModel, wanted: int, source: Path, smallest: int = SMALLEST_GROUP
+) -> dict[str, int | None]:
+    """Return the group size of every matrix of the blocks, None where no size from `smallest` on fills its rows.
+
+    Raises:
+        ConfigError: if that is so for all of them.
+    """
+    groups = {
+        name: fitting_group(module.weight.shape[1], wanted, smallest)
+        for part, modules in matrices_by_part(model).items()
+        if part not in KEPT_HIGH
+        for name, module in modules.items()
+    }
+    if not any(groups.values()):
+        raise ConfigError(
+            f"no layer of {source.absolute()} has rows that groups of {wanted} or less fill: nothing can be quantized."
+        )
+    return groups
+
+
+def layer_report(
+    name: str,
+    part: str,
+    shape: tuple[int, int],
+    settings: Settings,
+    group_size: int | None,
+    method: str,
+    errors: tuple[float, float],
+    notes: Sequence[str] = (),
+) -> LayerReport:
+    """Return what became of a matrix, with what every format says in front of `notes`."""
+    kept = group_size is None
+    if part in KEPT_HIGH:
+        common = ["kept as it is"]
+    elif kept:
+        common = ["kept as it is"] if notes else [f"kept as it is: no group that there is fills rows of {shape[1]}"]
+    elif group_size != settings.group_size:
+        common = [f"groups of {settings.group_size} do not fill rows of {shape[1]}"]
+    else:
+        common = []
+    return LayerReport(
+        name=name,
+        part=part,
+        shape=shape,
+        method="none" if kept else method,
+        bits=None if kept else settings.bits,
+        group_size=group_size,
+        weight_error=errors[0],
+        output_error=errors[1],
+        note="; ".join([*common, *notes]),
+    )
+
+
+def write_folder(
+    source: Path,
+    target: Path,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: int,
+    notes: tuple[str, ...],
+    write_model: Callable[[Path], tuple[LayerReport, ...]],
+    reading: str,
+) -> Report:
+    """Write a folder aside, and then in one step to its place.
+
+    Args:
+        source: the folder that was quantized.
+        target: where to write.
+        settings: how it was quantized.
+        tokenizer: its tokenizer.
+        tokens: how many tokens calibrated it.
+        notes: what holds for the model as a whole.
+        write_model: writes weights, configuration and code into a folder and returns what became of every matrix.
+        reading: for the model card, the format and what it is read with.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(target.name + ".new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        layers = write_model(aside)
+        tokenizer.save_pretrained(aside)
+        report = Report(
+            method=settings.method,
+            bits=settings.bits,
+            group_size=settings.group_size,
+            calibration=settings.calibration or "what the run held out",
+            calibration_tokens=tokens,
+            bytes=_weight_bytes(aside),
+            bytes_before=_weight_bytes(source),
+            notes=notes,
+            layers=layers,
+        )
+        replace_json(aside / REPORT_FILE, asdict(report))
+        replace_text(aside / _CARD, _card(source, report, reading))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def update_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a folder's configuration."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change(saved)
+    replace_json(folder / "config.json", saved)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _card(source: Path, report: Report, reading: str) -> str:
+    """Return the model card: the original's, and what was done to it."""
+    original = source / _CARD
+    card = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [fanformer, causal-lm]\n---\n\n"
+    card += f"# {source.absolute().name}\n"
+    if original.is_file():
+        card = original.read_text(encoding="utf-8")
+    return f"""{card.rstrip()}
+
+## Quantized
+
+These weights are quantized with `fanformer quantize --format {report.method} --bits {report.bits} --group-size
+{report.group_size}`; what stands above was measured before. Embedding, head, norms, gates and biases are not cut.
+{report.bytes:,} bytes, before {report.bytes_before:,}; `{REPORT_FILE}` says what every layer lost. {reading}
+"""

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from fanformer.evaluation.ledger import Figure, range_of
-from fanformer.inference.compiling import compiled_decoding
+from fanformer.inference.compiling import compiled_decoding, fixed_cache
 from fanformer.inference.fast_decoding import fast_decoding
 
 
@@ -44,14 +44,15 @@ class Clock(BaseStreamer):
 @torch.inference_mode()
 def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> list[float]:
     """Continue `ids` (batch, context) by so many tokens, on a cache for `capacity`; return when each came, from 0."""
-    options: dict[str, Any] = compiled_decoding(model, capacity) if compiled else {}
+    options: dict[str, Any] = compiled_decoding("cpu") if compiled else {}
     settings = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled, **options
     )
     clock = Clock()
     with fast_decoding(model) if compiled else nullcontext():
+        cache = fixed_cache(model, capacity) if compiled else None
         mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock, **options)
+        model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock, past_key_values=cache)
     return [value - clock.times[0] for value in clock.times[1:]]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fanformer.inference.compiling import compiled_decoding
+from fanformer.inference.compiling import compiled_decoding, fixed_cache
 from fanformer.inference.fast_decoding import FewRowsLinear, fast_decoding, grouped_sdpa
 
 
@@ -105,7 +105,7 @@ def test_logits_while_decoding_are_the_plain_ones(tiny_model, token_ids, archite
     present = torch.ones_like(ids)
     present[0, :3] = 0  # padded on the left
 
-    def continue_by(options):
+    def continue_by(options, cache=None):
         settings = GenerationConfig(
             max_new_tokens=6,
             min_new_tokens=6,
@@ -114,13 +114,14 @@ def test_logits_while_decoding_are_the_plain_ones(tiny_model, token_ids, archite
             output_logits=True,
             return_dict_in_generate=True,
             disable_compile=not options,
+            **options,
         )
         with torch.inference_mode():
-            return model.generate(ids, attention_mask=present, generation_config=settings, **options)
+            return model.generate(ids, attention_mask=present, generation_config=settings, past_key_values=cache)
 
     plain = continue_by({})
     with fast_decoding(model):
-        fast = continue_by(compiled_decoding(model, 32) if compiled else {})
+        fast = continue_by(*((compiled_decoding("cpu"), fixed_cache(model, 32)) if compiled else ({},)))
     assert torch.equal(plain.sequences, fast.sequences)
     for expected, found in zip(plain.logits, fast.logits, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.inference.compiling import compiled_decoding
+from fanformer.inference.compiling import fixed_cache
 from fanformer.inference.generation import GumbelNoise, encode_prompt, generate
 from fanformer.inference.interruption import Interruption
 from fanformer.inference.prompts import withhold_spaces
@@ -256,7 +256,7 @@ def test_compiled_decoding_writes_the_same_texts(loaded):
 
 def test_a_long_text_leaves_no_long_cache_behind(loaded):
     model, _ = loaded
-    caches = [compiled_decoding(model, positions)["past_key_values"] for positions in (1000, 20)]
+    caches = [fixed_cache(model, positions) for positions in (1000, 20)]
     ids = torch.tensor([[5, 6, 7]])
     for cache in caches:
         model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2)

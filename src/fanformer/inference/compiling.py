@@ -28,20 +28,17 @@ def compile_options(device: str, threads: int) -> dict[str, Any] | None:
     return {"cpp.threads": threads} if device == "cpu" else None
 
 
-def compiled_decoding(model: PreTrainedModel, positions: int) -> dict[str, Any]:
-    """Return arguments of `generate` with which every step but the first runs compiled, on a cache of fixed size.
+def compiled_decoding(device: str) -> dict[str, Any]:
+    """Return fields of a GenerationConfig with which every step on a `fixed_cache` but the first runs compiled.
 
-    On CUDA the step is captured as a graph. The cache is for one call. That which `generate` makes by itself is never
-    shorter than any before it, and every step reads all of it: one long text would slow down every later one.
+    On CUDA the step is captured as a graph.
 
     Args:
-        model: a causal language model.
-        positions: tokens that a text has at most.
+        device: kind of the model's device.
 
     Raises:
         ConfigError: if torch cannot compile here.
     """
-    device = model.device.type
     reason = why_not_compile(device)
     if reason is not None:
         raise ConfigError(f"`compile` is on, but {reason}: leave it off.")
@@ -49,8 +46,14 @@ def compiled_decoding(model: PreTrainedModel, positions: int) -> dict[str, Any]:
     # torch takes options or a mode; transformers' own mode captures graphs, which only CUDA has
     compiling = CompileConfig(dynamic=False, **({} if options is None else {"mode": None, "options": options}))
     compiling._compile_all_devices = True  # on the CPU too
+    return {"compile_config": compiling}
+
+
+def fixed_cache(model: PreTrainedModel, positions: int) -> StaticCache:
+    """Return a cache of fixed size for one call of `generate`, with room for so many tokens a row.
+
+    That which `generate` makes by itself is never shorter than any before it, and every step reads all of it: one long
+    text would slow down every later one.
+    """
     capacity = -(-positions // _CACHE_STEP) * _CACHE_STEP
-    return {
-        "past_key_values": StaticCache(config=model.config, max_cache_len=capacity),
-        "compile_config": compiling,
-    }
+    return StaticCache(config=model.config, max_cache_len=capacity)

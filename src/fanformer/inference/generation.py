@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    StaticCache,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -20,7 +21,7 @@ from transformers import (
 
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError
-from fanformer.inference.compiling import compiled_decoding
+from fanformer.inference.compiling import compiled_decoding, fixed_cache
 from fanformer.inference.fast_decoding import fast_decoding
 from fanformer.inference.interruption import Interruption
 from fanformer.inference.prompts import Batch, Completion, check_text, continue_in_batches, read_prompts
@@ -175,8 +176,8 @@ def continue_ids(
         skip = len(batch.beginnings[0])
         streamer = TextStreamer(tokenizer, on_text, skip=skip) if on_text is not None else None
         positions = max(map(len, batch.rows)) + settings.max_length
-        options = compiled_decoding(model, positions) if compiled else {}
-        return _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, options)
+        cache = fixed_cache(model, positions) if compiled else None
+        return _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, cache)
 
     return continue_in_batches(
         prompts,
@@ -200,9 +201,10 @@ def _continue_batch(
     end_ids: list[int],
     streamer: TextStreamer | None,
     interruption: Interruption,
-    options: dict[str, Any],
+    cache: StaticCache | None,
 ) -> list[list[int]]:
-    """Return for each row its new token ids, an end token included; `options` are arguments of `generate`."""
+    """Return for each row its new token ids, an end token included; with a fixed cache the step is compiled."""
+    compiling = compiled_decoding(model.device.type) if cache is not None else {}
     rows = batch.rows
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))
@@ -220,11 +222,12 @@ def _continue_batch(
                 use_cache=True,
                 pad_token_id=padding,
                 eos_token_id=end_ids or None,
+                **compiling,
             ),
             logits_processor=_processors(tokenizer, batch, width, settings),
             stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
             streamer=streamer,
-            **options,
+            past_key_values=cache,
         )
     results = []
     for new_ids in output[:, width:].tolist():

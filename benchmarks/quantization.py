@@ -169,7 +169,7 @@ def write(arguments: argparse.Namespace, found: dict[str, dict[str, Any]], param
         date=day,
         seeds=[],
         configuration={
-            "model": Path(arguments.model).absolute().parent.name,
+            "model": Path(arguments.model).absolute().name,
             "scale": f"{parameters / 1e6:.3g}M parameters",
             "types": arguments.types,
             "folders": arguments.folders,

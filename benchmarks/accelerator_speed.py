@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 from accelerator import REPOSITORY, Context, one_line
 from roofline import roofline_seconds
+from speed import kind_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -291,12 +292,6 @@ KERNELS = {
 """Words in the names of kernels that tell what they do; the first that fits counts."""
 
 
-def kind_of_kernel(name: str) -> str:
-    """Return what a kernel does, as its name says."""
-    words = name.lower()
-    return next((kind for kind, known in KERNELS.items() if any(word in words for word in known)), "other")
-
-
 def kernels(trainee: Trainee, steps: int = 3) -> dict[str, Any]:
     """Return where the device's time of a training step goes: seconds by kind, and the ten longest kernels.
 
@@ -315,7 +310,7 @@ def kernels(trainee: Trainee, steps: int = 3) -> dict[str, Any]:
     }
     by_kind: dict[str, float] = {}
     for name, seconds in found.items():
-        kind = kind_of_kernel(name)
+        kind = kind_of(name.lower(), KERNELS)
         by_kind[kind] = by_kind.get(kind, 0.0) + seconds
     longest = sorted(found, key=lambda name: -found[name])[:10]
     return {"seconds_by_kind": by_kind, "longest": {name[:120]: found[name] for name in longest}}
@@ -342,15 +337,7 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
             figures[name] = {"error": one_line(error)}
         context.save(figures)
         gc.collect()
-    seconds: dict[str, list[float]] = {name: [] for name in trainees}
-    longest = 0.0
-    for _ in range(workload.blocks):
-        if context.seconds_left < 2 * longest * len(trainees) + 5:
-            break
-        for name, trainee in trainees.items():
-            block = timed(partial(trainee.train, workload.block_steps), context.device)
-            seconds[name].append(block / workload.block_steps)
-            longest = max(longest, block)
+    seconds = _in_turns(trainees, workload, context)
     limits = context.earlier.get("ceilings", {})
     peak = limits.get("bf16_product_tflops")
     for name, trainee in trainees.items():
@@ -367,6 +354,20 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
     return figures | _ratio(seconds, "tokens_per_second")
 
 
+def _in_turns(trainees: Mapping[str, Trainee], workload: Workload, context: Context) -> dict[str, list[float]]:
+    """Return the seconds per step of every block; the trainees take turns, as long as there is time."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainees}
+    longest = 0.0
+    for _ in range(workload.blocks):
+        if context.seconds_left < 2 * longest * len(trainees) + 5:
+            break
+        for name, trainee in trainees.items():
+            block = timed(partial(trainee.train, workload.block_steps), context.device)
+            seconds[name].append(block / workload.block_steps)
+            longest = max(longest, block)
+    return seconds
+
+
 def packed_positions(batch: int, length: int, device: str) -> Tensor:
     """Return the positions (batch, length) of rows full of documents, a quarter of a row each on average."""
     generator = torch.Generator().manual_seed(2)
@@ -379,7 +380,8 @@ def packed_positions(batch: int, length: int, device: str) -> Tensor:
 def packing(context: Context) -> dict[str, Any]:
     """Time training steps of our model on packed rows by each attention that a run can take, in turns."""
     workload = DRY if context.dry_run else FULL
-    device, figures, seconds = context.device, {}, {}
+    device: str = context.device
+    figures: dict[str, Any] = {}
     positions = packed_positions(workload.batch, workload.length, device)
     trainees: dict[str, Trainee] = {}
     for wanted in ("sdpa",) if context.dry_run else ("sdpa", "varlen", "flex_attention"):
@@ -390,16 +392,15 @@ def packing(context: Context) -> dict[str, Any]:
             inputs = {"position_ids": positions, **bounds}
             trainee = Trainee(model, workload, device, None if context.dry_run else False, inputs)
             figures[wanted] = {"warm_up_seconds": timed(partial(trainee.train, workload.warm_up_steps), device)}
-            trainees[wanted], seconds[wanted] = trainee, []
+            trainees[wanted] = trainee
         except Exception as error:  # the others are still worth timing
             figures[wanted] = {"error": one_line(error)}
         context.save(figures)
-    for _ in range(workload.blocks):
-        for wanted, trainee in trainees.items():
-            block = timed(partial(trainee.train, workload.block_steps), device)
-            seconds[wanted].append(block / workload.block_steps)
+    seconds = _in_turns(trainees, workload, context)
     tokens = workload.batch * workload.length
     for wanted, values in seconds.items():
+        if not values:
+            continue
         figures[wanted] |= {"seconds_per_step": values, "tokens_per_second": tokens / statistics.median(values)}
         if wanted != "sdpa" and "sdpa" in seconds:
             ratios = [a / b for a, b in zip(seconds["sdpa"], values, strict=True)]

@@ -111,6 +111,11 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def kind_of(name: str, kinds: Mapping[str, Sequence[str]]) -> str:
+    """Return the first of `kinds` of which a word is in the name of an operator or a kernel, or "other"."""
+    return next((kind for kind, words in kinds.items() if any(word in name for word in words)), "other")
+
+
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """Return the slope of log time over log size, by least squares."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from speed import EQUAL, OURS, THEIRS, Trainee, arguments_of, build, finish, random_ids, release
+from speed import EQUAL, OURS, THEIRS, Trainee, arguments_of, build, finish, kind_of, random_ids, release
 from speed_decode import continue_by
 
 from fanformer.evaluation.ledger import Figure
@@ -27,18 +27,13 @@ KINDS = {
 """Words in the names of operators that tell what they do; the first that fits counts."""
 
 
-def kind_of(operator: str) -> str:
-    """Return what an operator does, as its name says."""
-    return next((kind for kind, known in KINDS.items() if any(word in operator for word in known)), "other")
-
-
 def seconds_by_kind(function: Callable[[], object]) -> dict[str, float]:
     """Return the seconds that a call spends in each kind of operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         function()
     seconds = dict.fromkeys((*KINDS, "other"), 0.0)
     for event in profiler.key_averages():
-        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+        seconds[kind_of(event.key, KINDS)] += event.self_cpu_time_total / 1e6
     return seconds
 
 

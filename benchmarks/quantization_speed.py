@@ -169,6 +169,7 @@ def main() -> None:
         folder = Path(name)
         sizes = write_models(folder, arguments.types, bool(arguments.llama_cpp))
         found = measure(folder, arguments.types, arguments.rounds, arguments.threads, arguments.llama_cpp or None)
+    arguments.llama_cpp = bool(arguments.llama_cpp)  # where it lies on this machine says nothing
     bandwidth = read_bandwidth(arguments.threads)
     result = {"bandwidth": Figure(bandwidth / 1e9, "GB/s")}
     seconds = {name: [1 / item["tokens_per_second"] for item in rounds] for name, rounds in found.items()}

@@ -27,6 +27,7 @@ from fanformer.quantization.quantized_folder import (
     check,
     layer_report,
     planned_groups,
+    relative_errors,
     update_config,
     write_folder,
 )
@@ -210,10 +211,8 @@ def _gptq_modifier(groups: dict[str, int | None], bits: int, note: Callable[[str
                 before = module.weight.detach().double()
                 squares = self._hessians[module].detach().double()
                 super().compress_module_list([module])
-                lost = module.weight.detach().double() - before
-                weight_error = _ratio(lost.square().sum(), before.square().sum())
-                output_error = _ratio(((lost @ squares) * lost).sum(), ((before @ squares) * before).sum())
-                note(self._module_names[module], weight_error, output_error)
+                errors = relative_errors(before, module.weight.detach().double(), squares)
+                note(self._module_names[module], *errors)
 
     schemes = {}
     for size in sorted({size for size in groups.values() if size is not None}):
@@ -221,10 +220,6 @@ def _gptq_modifier(groups: dict[str, int | None], bits: int, note: Callable[[str
         weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=size)
         schemes[f"group_{size}"] = QuantizationScheme(targets=[_exactly(name) for name in names], weights=weights)
     return MeasuringGPTQModifier(config_groups=schemes)
-
-
-def _ratio(lost: Tensor, total: Tensor) -> float:
-    return float((lost / total).clamp_min(0).sqrt()) if total > 0 else 0.0
 
 
 def _awq_modifier(model: PreTrainedModel, groups: dict[str, int | None]) -> tuple[Any, dict[str, str]]:

@@ -34,6 +34,7 @@ from fanformer.quantization.quantized_folder import (
     check,
     layer_report,
     planned_groups,
+    relative_errors,
     update_config,
     write_folder,
 )
@@ -86,8 +87,7 @@ def export_gptq_v1(
     group_size = common_group(model, settings.group_size)
     used = replace(settings, group_size=group_size)
     filled = fill_intermediate(model, group_size, smallest=group_size)
-    groups = planned_groups(model, group_size, source, smallest=group_size)
-    groups |= {name: None for name in groups if model.get_submodule(name).weight.shape[0] % _OUTPUTS}
+    groups = planned_groups(model, group_size, source, smallest=group_size, outputs=_OUTPUTS)
     squares = _input_squares(model, batches, [name for name, size in groups.items() if size is not None])
     tell = on_progress or (lambda what, done, total: None)
 
@@ -262,18 +262,9 @@ def _layer_reports(
             notes = [f"{weight.shape[0]} outputs, and the kernels have {_OUTPUTS} at a time"] if odd else []
             errors = (0.0, 0.0)
             if size is not None:
-                lost = stored_weight(folder, name, settings.bits).float() - weight
-                inputs = squares[name]
-                errors = (
-                    _ratio(lost.square().sum(), weight.square().sum()),
-                    _ratio(((lost @ inputs) * lost).sum(), ((weight @ inputs) * weight).sum()),
-                )
+                errors = relative_errors(weight, stored_weight(folder, name, settings.bits), squares[name])
             shape = weight.shape[0], weight.shape[1]
             yield layer_report(name, part, shape, settings, size, "gptq", errors, notes)
-
-
-def _ratio(lost: Tensor, total: Tensor) -> float:
-    return float((lost / total).clamp_min(0).sqrt()) if total > 0 else 0.0
 
 
 def stored_weight(folder: Path, name: str, bits: int) -> Tensor:

@@ -132,15 +132,17 @@ def calibration_batches(
 
 
 def planned_groups(
-    model: PreTrainedModel, wanted: int, source: Path, smallest: int = SMALLEST_GROUP
+    model: PreTrainedModel, wanted: int, source: Path, smallest: int = SMALLEST_GROUP, outputs: int = 1
 ) -> dict[str, int | None]:
     """Return the group size of every matrix of the blocks, None where no size from `smallest` on fills its rows.
+
+    None as well where the number of rows is no multiple of `outputs`.
 
     Raises:
         ConfigError: if that is so for all of them.
     """
     groups = {
-        name: fitting_group(module.weight.shape[1], wanted, smallest)
+        name: None if module.weight.shape[0] % outputs else fitting_group(module.weight.shape[1], wanted, smallest)
         for part, modules in matrices_by_part(model).items()
         if part not in KEPT_HIGH
         for name, module in modules.items()
@@ -150,6 +152,23 @@ def planned_groups(
             f"no layer of {source.absolute()} has rows that groups of {wanted} or less fill: nothing can be quantized."
         )
     return groups
+
+
+def relative_errors(before: Tensor, after: Tensor, squares: Tensor) -> tuple[float, float]:
+    """Return what a matrix lost, and what its outputs did: norms of the differences over norms of the originals.
+
+    Args:
+        before: W, (out_features, in_features).
+        after: what stands for W now.
+        squares: X^T X of the calibration inputs X, (in_features, in_features).
+    """
+    lost = after - before
+    weight_error = _root(lost.square().sum(), before.square().sum())
+    return weight_error, _root(((lost @ squares) * lost).sum(), ((before @ squares) * before).sum())
+
+
+def _root(lost: Tensor, total: Tensor) -> float:
+    return float((lost / total).clamp_min(0).sqrt()) if total > 0 else 0.0
 
 
 def layer_report(

@@ -51,7 +51,7 @@ PARTS = {
     "inference_eager": Limits(40, 150),
     "inference_compiled": Limits(80, 300),
     "packing": Limits(60, 200),
-    "training_regional": Limits(40, 200),
+    "training_regional": Limits(50, 200),
     "tests": Limits(90, 240),
     "queue": Limits(60, 24 * 3600),
 }

@@ -233,7 +233,7 @@ class Trainee:
     ) -> None:
         self.inputs = inputs or {}
         self.model, self.device = model.to(device).train(), device
-        skip_logits(model)  # as a run does
+        skip_logits(model, None if whole is None else {"dynamic": False})  # as a run does
         self.batches = random_ids(model, (8, workload.batch, workload.length), device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
         if whole:
@@ -293,7 +293,7 @@ KERNELS = {
 
 
 def kernels(trainee: Trainee, steps: int = 3) -> dict[str, Any]:
-    """Return where the device's time of a training step goes: seconds by kind, and the ten longest kernels.
+    """Return where the device's time of a training step goes: seconds by kind, and each of the longest kernels.
 
     On the CPU, for the dry run, the time of operators.
     """
@@ -305,15 +305,19 @@ def kernels(trainee: Trainee, steps: int = 3) -> dict[str, Any]:
         trainee.train(steps)
         synchronize(trainee.device)
     found = {
-        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 / steps
+        event.key: (
+            (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 / steps,
+            event.count / steps,
+        )
         for event in profiler.key_averages()
     }
     by_kind: dict[str, float] = {}
-    for name, seconds in found.items():
+    for name, (seconds, _) in found.items():
         kind = kind_of(name.lower(), KERNELS)
         by_kind[kind] = by_kind.get(kind, 0.0) + seconds
-    longest = sorted(found, key=lambda name: -found[name])[:10]
-    return {"seconds_by_kind": by_kind, "longest": {name[:120]: found[name] for name in longest}}
+    longest = sorted(found, key=lambda name: -found[name][0])[:40]
+    calls = {"calls": sum(count for _, count in found.values())}
+    return calls | {"seconds_by_kind": by_kind, "longest": [[*found[name], name[:160]] for name in longest]}
 
 
 def training(context: Context, whole: bool) -> dict[str, Any]:
@@ -347,7 +351,7 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
             figures[name]["roofline_seconds"] = roofline_seconds(trainee.model, *figures["batch"], *rates)
         figures[name] |= {"timed_steps": len(seconds[name]) * workload.block_steps, "last_loss": trainee.loss.item()}
     context.save(figures)
-    for name, trainee in trainees.items() if whole else ():
+    for name, trainee in trainees.items():
         figures[name]["kernels"] = kernels(trainee)
     trainees.clear()
     release()

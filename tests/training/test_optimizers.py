@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from fanformer.training.configuration import resolve
@@ -87,6 +88,15 @@ def test_tied_embeddings_are_one_parameter_of_one_group(tiny_model):
     optimizer = create_optimizer(model, resolve("nano", overrides={"optimizer": "adamw"}))
     listed = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_a_tied_embedding_learns_at_the_heads_rate(tiny_model):
+    config = resolve("nano", overrides={"learning_rate": 0.01, "embedding_learning_rate_scale": 30.0})
+    for tied, expected in ((True, 0.01), (False, 0.3)):
+        model = tiny_model(tie_word_embeddings=tied)
+        groups = create_optimizer(model, config).param_groups
+        found = [g["lr"] for g in groups if any(p is model.model.embed_tokens.weight for p in g["params"])]
+        assert found == pytest.approx([expected])
 
 
 def test_muon_with_adamw_moves_every_parameter_and_restores_its_state_bit_for_bit(tiny_model, token_ids, tmp_path):

@@ -37,9 +37,11 @@ def test_bounds_are_where_documents_begin_and_the_last_ends(tiny_model):
     assert bounds["max_length_q"] == bounds["max_length_k"] == 8
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_attention_by_bounds_is_attention_by_mask(tiny_model, token_ids, monkeypatch, autocast):
+@pytest.mark.parametrize(("autocast", "grouped"), [(False, True), (True, True), (False, False)])
+def test_attention_by_bounds_is_attention_by_mask(tiny_model, token_ids, monkeypatch, autocast, grouped):
     monkeypatch.setattr(packed_attention, "varlen_attn", flash_of_documents)
+    if not grouped:
+        monkeypatch.setattr(packed_attention, "_VARLEN_KNOWS", {"window_size", "scale"})
     ids = token_ids(2, 8)
 
     def outcome(implementation):
@@ -98,8 +100,8 @@ def test_what_cannot_run_is_refused(tiny_model, wanted, monkeypatch):
 def test_what_is_not_installed_is_named(tiny_model, monkeypatch):
     with pytest.raises(DependencyError, match="`attention` flash_attention_2 is not installed: "):
         choose_attention(tiny_model(), "flash_attention_2", "cuda", "bfloat16", True)
-    monkeypatch.setattr(packed_attention, "varlen_attn", lambda query, key, value, is_causal: None)
-    with pytest.raises(DependencyError, match=r"`attention` varlen needs torch 2\.13 or later, got "):
+    monkeypatch.setattr(packed_attention, "_VARLEN_KNOWS", {"is_causal"})
+    with pytest.raises(DependencyError, match=r"`attention` varlen needs torch 2\.11 or later, got "):
         choose_attention(tiny_model(), "varlen", "cuda", "bfloat16", True)
 
 

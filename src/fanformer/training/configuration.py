@@ -103,7 +103,9 @@ class RunConfig:
         "sqrt(m / n)",
     )
     muon_learning_rate_scale: float = _setting(1.0, "Muon's learning rate over AdamW's")
-    embedding_learning_rate_scale: float = _setting(1.0, "the embedding's learning rate over the others'")
+    embedding_learning_rate_scale: float = _setting(
+        1.0, "the embedding's learning rate over the head's; 1 where they are tied"
+    )
     weight_decay: float = _setting(0.1, "decoupled weight decay of matrices")
     beta1: float = _setting(0.9, "AdamW's decay of the gradient average")
     beta2: float = _setting(0.95, "AdamW's decay of the squared-gradient average")

@@ -154,8 +154,10 @@ def create_optimizer(model: PreTrainedModel, config: RunConfig) -> torch.optim.O
     roles = split_parameters(model)
     plain = {role: [parameter for parameter, _ in members] for role, members in roles.items()}
     rate, decay = config.learning_rate, config.weight_decay
+    # A tied embedding is the head too, which the steps of an embedding would destroy.
+    embedding_scale = config.embedding_learning_rate_scale if plain["head"] else 1.0
     groups: list[dict[str, Any]] = [
-        {"params": plain["embedding"], "lr": rate * config.embedding_learning_rate_scale, "weight_decay": 0.0},
+        {"params": plain["embedding"], "lr": rate * embedding_scale, "weight_decay": 0.0},
         {"params": plain["head"], "lr": rate, "weight_decay": decay},
         {"params": plain["vectors"], "lr": rate, "weight_decay": 0.0},
     ]

@@ -17,6 +17,7 @@ try:
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
+_VARLEN_KNOWS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 _VARLEN = "varlen"
 _BY_BOUNDS = (_VARLEN, "flash_attention_2", "flash_attention_3")
 """Implementations that are told the documents' bounds instead of a mask."""
@@ -54,9 +55,8 @@ def choose_attention(model: PreTrainedModel, wanted: str, device: str, precision
     if wanted != "flex_attention" and precision != "bfloat16":
         raise ConfigError(f"`attention` {wanted} needs bfloat16, got precision {precision}: set --precision bfloat16.")
     if wanted == "varlen":
-        known = {} if varlen_attn is None else inspect.signature(varlen_attn).parameters
-        if not {"window_size", "enable_gqa", "scale"} <= set(known):
-            raise DependencyError(f"`attention` varlen needs torch 2.13 or later, got {torch.__version__}: use sdpa.")
+        if not {"window_size", "scale"} <= _VARLEN_KNOWS:
+            raise DependencyError(f"`attention` varlen needs torch 2.11 or later, got {torch.__version__}: use sdpa.")
         model.set_attn_implementation(_VARLEN)
         return "as asked"
     try:
@@ -115,6 +115,10 @@ def varlen_attention(
     batch, heads, length, _ = query.shape
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    shared = key.shape[1] != heads
+    grouped = {"enable_gqa": True} if shared and "enable_gqa" in _VARLEN_KNOWS else {}
+    if shared and not grouped:  # torch 2.11
+        key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
     flat = [tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in (query, key, value)]  # (B T, heads, K)
     output = varlen_attn(
         *flat,
@@ -124,7 +128,7 @@ def varlen_attention(
         max_length_q,
         scale=options["scaling"],
         window_size=(-1, 0),  # causal
-        enable_gqa=key.shape[1] != heads,
+        **grouped,
     )  # (B T, H, K)
     return output.view(batch, length, heads, -1), None
 

@@ -365,13 +365,13 @@ class Run:
             f"{self.environment.device}{shared}, {self.environment.precision} ({reasons['precision']}), "
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
-        skip_logits(self.model)
-        set_recompute(self.model, self.config.recompute)
         machine = self.environment
+        options = compile_options(machine.device, machine.threads)
+        skip_logits(self.model, {"options": options} if machine.compile else None)
+        set_recompute(self.model, self.config.recompute)
         why = choose_attention(self.model, self.config.attention, machine.device, machine.precision, machine.compile)
         self._note(f"attention {self.config.attention} ({why})")
         if machine.compile:
-            options = compile_options(machine.device, machine.threads)
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)
         trainer = Trainer(

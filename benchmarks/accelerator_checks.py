@@ -1,6 +1,7 @@
 """What accelerator.py proves: the device computes what the CPU does, and every fast path what the slow one does.
 
-Models are small, in float32 unless said otherwise, with biases, gates and norms moved off their initial values.
+Models are small, in float32 unless said otherwise; biases, gates, norms and the matrices that end a branch are moved
+off their initial values, so that everything matters.
 """
 
 import shutil
@@ -50,6 +51,8 @@ def small_model(device: str, attention: str = "sdpa", **fields: Any) -> FANforme
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif not parameter.any():
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
         model.lm_head.weight.mul_(10)  # so that greedy text does not repeat one token
     model.set_attn_implementation(attention)
     return model.to(device)

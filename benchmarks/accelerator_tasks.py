@@ -3,17 +3,22 @@
     python benchmarks/accelerator_tasks.py requests TOKENIZER OUT --tasks A,B --data-dir DIR   where the files are
     python benchmarks/accelerator_tasks.py score MODEL REQUESTS SCORES [--device cuda]         where the accelerator is
     python benchmarks/accelerator_tasks.py figures TOKENIZER SCORES OUT --tasks A,B --data-dir DIR   where the files are
+    python benchmarks/accelerator_tasks.py compare TOKENIZER SCORES BASELINE OUT --tasks A,B --data-dir DIR   likewise
 
 The first writes what the tasks ask for as token ids, the second what a model makes of it, and the third the figures
-that `fanformer eval --tasks` would have given. TOKENIZER is any folder with the model's tokenizer.
+that `fanformer eval --tasks` would have given; the fourth makes an entry of the ledger of the differences between two
+models' scores, in the folder OUT. TOKENIZER is any folder with the models' tokenizer.
 """
 
 import argparse
+import datetime
 import json
 import lzma
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ try:
 except ModuleNotFoundError:
     sys.path.insert(0, str(REPOSITORY / "src"))
 from fanformer.data.tokenizer import load_tokenizer  # noqa: E402  # needs the path above
+from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, versions, write_entry  # noqa: E402
 from fanformer.evaluation.scoring import Score, Scorer  # noqa: E402
 from fanformer.evaluation.tasks import evaluate_scored, parse_tasks  # noqa: E402
 
@@ -106,6 +112,8 @@ def score(model_folder: Path, requests: dict[str, Pairs], device: str, seconds: 
         "model": model_folder.name,
         "dtype": str(dtype),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else device,
+        "hardware": hardware(),
+        "versions": versions(),
         "seconds": time.monotonic() - start,
         "left_out": sorted(set(requests) - set(scores)),
         "truncated": scorer.truncated,
@@ -113,20 +121,102 @@ def score(model_folder: Path, requests: dict[str, Pairs], device: str, seconds: 
     }
 
 
+METRICS = {"acc": "accuracy", "answer_bits_per_byte": "answer_bits_per_byte"}
+"""Metrics of a task -> what they are called in the ledger."""
+CONFIDENT = 1.96
+"""Standard errors to each side of a difference that make an interval of 95%."""
+
+
+def differences(mine: Mapping[str, dict[str, Any]], theirs: Mapping[str, dict[str, Any]]) -> dict[str, Figure]:
+    """Return both models' figures of every task and the differences, the two of ARC also as one task.
+
+    The interval takes the two models' errors as independent, though they answer the same questions: it is too wide
+    rather than too narrow.
+    """
+    found: dict[str, Figure] = {}
+    groups = {name: [name] for name in mine}
+    if {"arc_easy", "arc_challenge"} <= set(mine):
+        groups["arc"] = ["arc_easy", "arc_challenge"]
+    for name, tasks in groups.items():
+        documents = sum(mine[task]["documents"] for task in tasks)
+        for metric, word in METRICS.items():
+            unit = "share right" if metric == "acc" else "bits per byte"
+            values, errors = [], []
+            for figures in (mine, theirs):
+                shares = [(figures[task]["documents"] / documents, figures[task]) for task in tasks]
+                values.append(sum(share * one[metric] for share, one in shares))
+                errors.append(math.hypot(*(share * one[f"{metric}_stderr"] for share, one in shares)))
+            between, reach = values[0] - values[1], CONFIDENT * math.hypot(*errors)
+            interval = f"95% interval over {documents:,} questions"
+            found[f"{name}_{word}_difference"] = Figure(between, unit, between - reach, between + reach, interval)
+            for whose, value, error in zip(("candidate", "baseline"), values, errors, strict=True):
+                low, high = value - CONFIDENT * error, value + CONFIDENT * error
+                found[f"{name}_{word}_of_{whose}"] = Figure(value, unit, low, high, interval)
+    return found
+
+
+def sentences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return BLiMP's figures over those of its paradigms that both models were asked: good sentence against bad one.
+
+    The interval of the difference is over pairs of sentences, on which both models are right, one or none.
+    """
+    tasks = sorted(name for name in mine if name.startswith("blimp") and name in theirs)
+    right = [
+        [good[0] > bad[0] for task in tasks for good, bad in zip(of[task][::2], of[task][1::2], strict=True)]
+        for of in (mine, theirs)
+    ]
+    if not tasks:
+        return {}
+    number = len(right[0])
+    interval = f"95% interval over {number:,} pairs of {len(tasks)} paradigms"
+    found = {}
+    each = [float(a) - float(b) for a, b in zip(*right, strict=True)]
+    for word, values in (("difference", each), ("of_candidate", right[0]), ("of_baseline", right[1])):
+        value = statistics.fmean(values)
+        reach = CONFIDENT * statistics.pstdev(values) / math.sqrt(number)
+        found[f"blimp_accuracy_{word}"] = Figure(value, "share right", value - reach, value + reach, interval)
+    return found
+
+
+def compare(tokenizer: Path, paths: Sequence[Path], tasks: str, data_dir: Path, about: Mapping[str, Any]) -> Entry:
+    """Return the ledger's entry of two models' scores."""
+    mine, theirs = (read_json(path) for path in paths)
+    if mine["device"] != theirs["device"] or mine["dtype"] != theirs["dtype"]:
+        raise SystemExit("the two models were scored in another dtype or on another device: score both alike")
+    result = differences(*(figures(tokenizer, scores, tasks, data_dir) for scores in (mine, theirs)))
+    result |= sentences(mine["scores"], theirs["scores"])
+    return Entry(
+        kind="evaluation",
+        command=command_line(["python", *sys.argv]),
+        date=datetime.date.today().isoformat(),
+        hardware=mine["hardware"],
+        versions=mine["versions"],
+        data=None,
+        result=result,
+        **about,
+    )
+
+
 def main() -> int:
     """Run the command; the status is 1 where there was no time for every task."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    request, compute, finish = (verbs.add_parser(verb) for verb in ("requests", "score", "figures"))
+    request, compute, finish, both = (verbs.add_parser(verb) for verb in ("requests", "score", "figures", "compare"))
     compute.add_argument("model", type=Path)
     compute.add_argument("requests", type=Path)
     compute.add_argument("out", type=Path)
     compute.add_argument("--device", default="cuda")
     compute.add_argument("--seconds", type=float, default=float("inf"), help="start no task later than this")
-    for verb in (request, finish):
+    both.add_argument("--name", required=True, help="of the entry")
+    both.add_argument("--what", required=True, help="one sentence: which model beside which")
+    both.add_argument("--scale", default="92m")
+    both.add_argument("--seed", type=int, default=0, help="of the two trainings")
+    for verb in (request, finish, both):
         verb.add_argument("tokenizer", type=Path)
-        if verb is finish:
+        if verb in (finish, both):
             verb.add_argument("scores", type=Path)
+        if verb is both:
+            verb.add_argument("baseline", type=Path)
         verb.add_argument("out", type=Path)
         verb.add_argument("--tasks", required=True)
         verb.add_argument("--data-dir", type=Path, required=True)
@@ -137,6 +227,12 @@ def main() -> int:
         return 1 if content["left_out"] else 0
     if given.verb == "requests":
         write_json(given.out, ask(given.tokenizer, given.tasks, given.data_dir))
+        return 0
+    if given.verb == "compare":
+        about = {"name": given.name, "what": given.what, "seeds": [given.seed]}
+        about["configuration"] = {"scale": given.scale, "tasks": given.tasks, "num_fewshot": 0}
+        paths = (given.scores, given.baseline)
+        write_entry(given.out, compare(given.tokenizer, paths, given.tasks, given.data_dir, about))
         return 0
     scores = read_json(given.scores)
     about = {name: scores[name] for name in ("model", "dtype", "device", "seconds")}

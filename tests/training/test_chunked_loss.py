@@ -73,16 +73,17 @@ def test_compiled_parts_are_the_same():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-def test_default_parts_are_a_power_of_two():
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1024), (torch.bfloat16, 2048)])
+def test_default_parts_are_a_power_of_two(dtype, rows):
     seen = []
 
     def part(x, weight, labels, scale):
         seen.append(len(x))
         return chunked_loss._part(x, weight, labels, scale)
 
-    x, weight = torch.randn(4096, 2), torch.randn(49152, 2)
+    x, weight = torch.randn(4096, 2, dtype=dtype), torch.randn(49152, 2, dtype=dtype)
     chunked_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.long), 1, part=part)
-    assert seen == [1024] * 4
+    assert seen == [rows] * (4096 // rows)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

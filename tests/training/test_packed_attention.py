@@ -68,13 +68,26 @@ def test_without_bounds_the_mask_counts(tiny_model, token_ids):
 
 
 @pytest.mark.parametrize(
-    ("device", "compiled", "expected"),
-    [("cpu", True, "blocked_sdpa"), ("cpu", False, "sdpa"), ("cuda", True, "sdpa")],
+    ("device", "precision", "compiled", "expected"),
+    [
+        ("cpu", "float32", True, "blocked_sdpa"),
+        ("cpu", "float32", False, "sdpa"),
+        ("cuda", "bfloat16", True, "flex_attention"),
+        ("cuda", "bfloat16", False, "sdpa"),
+        ("cuda", "float32", True, "sdpa"),
+    ],
 )
-def test_auto_takes_blocks_in_compiled_code_on_a_cpu(tiny_model, device, compiled, expected):
+def test_auto_takes_what_is_fastest_in_compiled_code(tiny_model, device, precision, compiled, expected):
     model = tiny_model()
-    choose_attention(model, "auto", device, "float32", compiled)
+    choose_attention(model, "auto", device, precision, compiled)
     assert model.config._attn_implementation == expected
+
+
+@pytest.mark.parametrize("fields", [{"attention_dropout": 0.1}, {"head_dim": 24}, {"head_dim": 8}])
+def test_auto_takes_flex_attention_only_where_it_runs(tiny_model, fields):
+    model = tiny_model(**fields)
+    assert choose_attention(model, "auto", "cuda", "bfloat16", True) == "torch's default"
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_what_is_asked_for_is_taken(tiny_model, monkeypatch):

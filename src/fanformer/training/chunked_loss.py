@@ -1,8 +1,8 @@
 """The loss without the logits of a whole batch: a few rows at a time, their gradients at once.
 
 At 16 x 1,024 tokens and 49,152 words the logits take 3 GiB in float32, and cross entropy holds them two or three times;
-in parts of 256 MiB they cost what one part costs. The products are the same. Between them there is a pass over the
-logits for the sum and one for the gradient where the parts are compiled, and about ten where they are not.
+in parts they cost what one part costs. The products are the same. Between them there is a pass over the logits for the
+sum and one for the gradient where the parts are compiled, and about ten where they are not.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ from fanformer.data.packing import IGNORED_LABEL
 WHOLE_BYTES = 2**30
 """Logits of a batch that take no more than this in float32 are computed as a whole."""
 
-_PART_BYTES = 2**28
-
+_PART_BYTES = 2**29
+"""Logits of a part and their gradient, in the dtype of the products."""
 
 Part = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """What `_part` is, or what torch made of it."""
@@ -99,13 +99,13 @@ def chunked_cross_entropy(
         weight: (V, D), the LM head.
         labels: (N,) int64, -100 where nothing is predicted.
         count: what the sum is divided by.
-        rows: positions at a time; default a power of two, so many as make 256 MiB of float32 logits at most.
+        rows: positions at a time; default a power of two, so many as make half a GiB of logits and their gradient.
         part: what computes some rows, should that be compiled.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if rows is None:  # a power of two: mostly all parts are equal, and compiled once
-        rows = 1 << max(1, _PART_BYTES // (4 * weight.shape[0])).bit_length() - 1
+        rows = 1 << max(1, _PART_BYTES // (2 * x.itemsize * weight.shape[0])).bit_length() - 1
     with torch.autocast(x.device.type, enabled=False):
         loss: Tensor = _ChunkedCrossEntropy.apply(x, weight, labels, 1.0 / count, rows, part)
     return loss
@@ -114,8 +114,8 @@ def chunked_cross_entropy(
 def skip_logits(model: PreTrainedModel, compile_options: Mapping[str, Any] | None = None) -> None:
     """Let `model` compute a batch's loss in parts, and return no logits, where that pays.
 
-    That is where the logits would take over 1 GiB and, with the parts compiled, at any size. It needs `shift_labels` and
-    `num_items_in_batch`, as in training; all else is as it was.
+    That is where the logits would take over 1 GiB and, with the parts compiled, at any size. It needs `shift_labels`
+    and `num_items_in_batch`, as in training; all else is as it was.
 
     Args:
         model: a causal language model of `transformers` whose logits are its LM head's outputs, without a bias.

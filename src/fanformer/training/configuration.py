@@ -142,7 +142,8 @@ class RunConfig:
     )
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention"] = _setting(
         "auto",
-        "how packed rows are attended to; auto takes blocks of queries in compiled code on a CPU, else torch's SDPA; "
+        "how packed rows are attended to; auto takes blocks of queries in compiled code on a CPU, flex_attention in "
+        "compiled code on CUDA in bfloat16, else torch's SDPA; "
         "the others need CUDA and never multiply what belongs to two documents",
     )
     threads: int | None = _setting(None, "CPU threads; default: one a physical core")

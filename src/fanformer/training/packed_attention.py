@@ -28,10 +28,11 @@ def choose_attention(model: PreTrainedModel, wanted: str, device: str, precision
 
     Args:
         model: of `transformers`, attending by SDPA.
-        wanted: "auto" takes blocks of queries (blocked_attention.py) in compiled code on a CPU, and SDPA elsewhere.
-            "sdpa" takes SDPA everywhere. "varlen" (torch's FlashAttention for sequences of their own length),
-            "flash_attention_2" and "flash_attention_3" (their packages) and "flex_attention" never multiply what
-            belongs to two documents; they need CUDA, all but the last bfloat16.
+        wanted: "auto" takes what is fastest in compiled code, and SDPA elsewhere: blocks of queries
+            (blocked_attention.py) on a CPU, "flex_attention" on CUDA in bfloat16 where it takes the model. "sdpa" takes
+            SDPA everywhere. "varlen" (torch's FlashAttention for sequences of their own length), "flash_attention_2"
+            and "flash_attention_3" (their packages) and "flex_attention" never multiply what belongs to two documents;
+            they need CUDA, all but the last bfloat16.
         device: kind of the run's device.
         precision: of the products.
         compiled: whether the blocks will be compiled.
@@ -47,6 +48,9 @@ def choose_attention(model: PreTrainedModel, wanted: str, device: str, precision
         if device == "cpu" and compiled:
             attend_in_blocks(model)
             return "in blocks of queries where rows have 257 to 1,024 tokens"
+        if device == "cuda" and compiled and precision == "bfloat16" and _flex_takes(model):
+            model.set_attn_implementation("flex_attention")
+            return "flex_attention, which skips what belongs to two documents"
         return "torch's default"
     if wanted == "sdpa":
         return "as asked"
@@ -64,6 +68,14 @@ def choose_attention(model: PreTrainedModel, wanted: str, device: str, precision
     except ImportError as error:
         raise DependencyError(f"`attention` {wanted} is not installed: {' '.join(str(error).split())[:200]}") from error
     return "as asked"
+
+
+def _flex_takes(model: PreTrainedModel) -> bool:
+    """Return whether flex_attention runs a model: it has no dropout, and wants heads of 16, 32, 64 ... channels."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = width >= 16 and width & (width - 1) == 0
+    return model._supports_flex_attn and fits and not getattr(config, "attention_dropout", 0.0)
 
 
 def document_bounds(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:

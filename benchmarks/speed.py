@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fanformer.data.packing import IGNORED_LABEL
 from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
 from fanformer.inference.compiling import compile_options
 from fanformer.inference.footprint import footprint
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.architectures import SMOLLM2_135M, architecture
 from fanformer.training.blocked_attention import attend_in_blocks
+from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.environment import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,21 +95,28 @@ def times_faster(seconds: Mapping[str, Sequence[float]], ours: str, theirs: str)
 
 
 class Trainee:
-    """A model that takes training steps as a run does: AdamW, float32, each block compiled by itself."""
+    """A model that takes training steps as a run does: AdamW, float32, each block and the loss compiled by itself."""
 
-    def __init__(self, model: PreTrainedModel, *, compiled: bool = True, blocks: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, compiled: bool = True, blocks: bool = True, loss: bool = True
+    ) -> None:
         self.model = model.train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
+        options = compile_options("cpu", torch.get_num_threads())
+        skip_logits(model, {"options": options} if compiled and loss else None)
         if compiled and blocks:
             attend_in_blocks(model)
         if compiled:
-            options = compile_options("cpu", torch.get_num_threads())
             for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False, options=options)
 
     def step(self, **batch: Tensor) -> None:
-        """Take one step."""
-        self.model(**batch, use_cache=False).loss.backward()
+        """Take one step; `labels` are shifted here where `shift_labels` are not given."""
+        following = batch.pop("shift_labels", None)
+        if following is None:
+            following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
+        counted = int((following != IGNORED_LABEL).sum())
+        self.model(**batch, shift_labels=following, num_items_in_batch=counted, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -139,6 +149,7 @@ def arguments_of(text: str, **defaults: Any) -> argparse.Namespace:
         )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default torch's")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/NAME-DATE.json")
+    parser.add_argument("--part", help="what is measured of it: the file is then NAME-PART-DATE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -168,6 +179,7 @@ def finish(
     if not arguments.write:
         return
     date = datetime.now(UTC).strftime("%Y-%m-%d")
+    name = f"{name}-{arguments.part}" if arguments.part else name
     entry = Entry(
         name=f"{name}-{date}",
         what=what,
@@ -175,7 +187,8 @@ def finish(
         command=command_line(["python", *sys.argv]),
         date=date,
         seeds=[0],
-        configuration={"scale": scale} | {key: value for key, value in vars(arguments).items() if key != "write"},
+        configuration={"scale": scale}
+        | {key: value for key, value in vars(arguments).items() if key not in ("write", "part")},
         data=data,
         hardware=hardware(),
         versions=versions(),

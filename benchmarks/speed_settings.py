@@ -2,8 +2,9 @@
 
     python benchmarks/speed_settings.py [--batch 2] [--length 512] [--rounds 5] [--write]
 
-The default model on packed rows, float32, compiled blocks, attention in blocks, all threads; AdamW. Every other way
-changes one thing, and steps take turns. What keeping freed memory is worth needs processes of its own: malloc.py.
+The default model on packed rows, float32, blocks and loss compiled, attention in blocks, all threads; AdamW. Every
+other way changes one thing, and steps take turns. What keeping freed memory is worth needs processes of its own:
+malloc.py.
 """
 
 import contextlib
@@ -55,6 +56,7 @@ def main() -> None:
         "attention_not_in_blocks": partial(
             step, Trainee(build(OURS), blocks=False), packed, torch.float32, all_threads
         ),
+        "loss_not_compiled": partial(step, Trainee(build(OURS), loss=False), packed, torch.float32, all_threads),
         "bfloat16_products": partial(step, Trainee(build(OURS)), packed, torch.bfloat16, all_threads),
         "one_thread": partial(step, one_thread, packed, torch.float32, 1),
         "one_document_a_row": partial(step, full, single, torch.float32, all_threads),

@@ -8,6 +8,7 @@ from fanformer.errors import ConfigError
 from fanformer.inference.chat import Conversation
 from fanformer.inference.generation import generate
 from fanformer.inference.interruption import Interruption
+from fanformer.inference.prompts import Remembered
 from fanformer.inference.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(max_length=10, min_length=10, seed=1)
@@ -64,3 +65,62 @@ def test_message_too_long_for_an_answer_is_refused_and_not_kept(templated):
     with pytest.raises(ConfigError, match="and max_length 10 more do not fit the model's 128 positions"):
         answer(conversation, "!?" * 200)
     assert conversation.messages == []
+
+
+class Reader:
+    """Counts the tokens that a model reads."""
+
+    def __init__(self, model):
+        self.tokens = 0
+        model.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, arguments, inputs):
+        self.tokens += inputs["input_ids"].shape[1]
+
+
+def test_earlier_turns_are_not_read_again(templated):
+    messages = ["hi", "so?", "and then"]
+    reader = Reader(templated[0])
+    talked = Conversation(*templated, SETTINGS)
+    expected = []
+    for message in messages:  # each answer as of a model that has read nothing yet
+        talked._remembered = Remembered()
+        expected.append(answer(talked, message))
+    everything, reader.tokens = reader.tokens, 0
+    talked = Conversation(*templated, SETTINGS)
+    assert [answer(talked, message) for message in messages] == expected
+    ids = talked._remembered.ids
+    assert talked._remembered.kept.get_seq_length() == len(ids)
+    # some are: random answers have other tokens as a text than the model wrote
+    assert len(ids) <= reader.tokens < everything / 1.4
+
+
+def test_another_beginning_is_read_anew(templated):
+    talked, fresh = Conversation(*templated, SETTINGS), Conversation(*templated, SETTINGS)
+    answer(talked, "the cat sat on the mat")
+    talked.reset()
+    talked._answers = 0
+    assert answer(talked, "a small model") == answer(fresh, "a small model")
+
+
+def test_a_failed_answer_leaves_nothing_to_go_on_from(templated):
+    talked, fresh = Conversation(*templated, SETTINGS), Conversation(*templated, SETTINGS)
+    answer(talked, "hi"), answer(fresh, "hi")
+
+    def fail(text):
+        raise RuntimeError("no terminal")
+
+    with pytest.raises(RuntimeError, match="no terminal"):
+        talked.answer("so?", fail, Interruption())
+    assert talked._remembered.kept is None
+    assert answer(talked, "so?") == answer(fresh, "so?")
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "shared"),
+    [([], [1, 2], 0), ([1, 2, 3], [1, 2, 3, 4], 3), ([1, 2, 3], [1, 2], 1), ([1, 2, 3], [1, 5, 3], 1), ([1], [1], 0)],
+)
+def test_what_is_shared_is_a_beginning_that_leaves_a_token(known, asked, shared):
+    remembered = Remembered(known, "cache")
+    assert remembered.take(asked) == (shared, "cache")
+    assert remembered == Remembered()

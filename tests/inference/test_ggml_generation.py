@@ -13,6 +13,7 @@ from fanformer.errors import CheckpointError, ConfigError
 from fanformer.inference import generation
 from fanformer.inference.chat import Conversation
 from fanformer.inference.interruption import Interruption
+from fanformer.inference.prompts import Remembered
 from fanformer.inference.settings import GenerationSettings
 from fanformer.inference.text_models import generation_of, load_text_model
 from tests.gguf_models import export, save
@@ -174,6 +175,52 @@ def test_conversation_sees_what_transformers_would_show(saved_model, loaded, tin
             talk.answer(line, pieces.append, Interruption())
         answers.append("".join(pieces))
     assert answers[0] == answers[1]
+
+
+def test_earlier_turns_are_not_read_again(engine, monkeypatch):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    read, forward = [], engine.model.forward
+
+    def count(tokens):
+        read.append(len(tokens[0]))
+        return forward(tokens)
+
+    monkeypatch.setattr(engine.model, "forward", count)
+
+    def talk(forgetful, between=lambda: None):
+        read.clear()
+        conversation, pieces = Conversation(*engine, GenerationSettings(max_length=8, min_length=8, seed=1)), []
+        for line in ("the cat sat on the mat", "so?", "def add(a, b):"):
+            conversation.answer(line, pieces.append, Interruption())
+            if forgetful:
+                conversation._remembered = Remembered()
+            between()
+        return "".join(pieces), sum(read)
+
+    expected, everything = talk(True)
+    found, new = talk(False)
+    assert found == expected
+    assert new < everything - 20
+    assert (
+        talk(False, between=lambda: write(engine, ["other"]))[0] == expected
+    )  # the same engine, used for another text
+
+
+def test_more_room_is_made_by_reading_anew(engine):
+    assert engine.model.begin(1, 20) == 0
+    engine.model.forward([[5, 6, 7, 8]])
+    assert engine.model.begin(1, 30, keep=3) == 3
+    assert engine.model.length(0) == 3
+    again = engine.model.forward([[8]])[0]
+    engine.model.begin(1, 30)
+    np.testing.assert_allclose(again, engine.model.forward([[5, 6, 7, 8]])[0], rtol=1e-4, atol=1e-5)
+    cells = engine.model._state.cells
+    assert engine.model.begin(2, 20, keep=0) == 0
+    assert engine.model.begin(1, 20) == 0
+    engine.model.forward([[5, 6]])
+    if cells < engine.model.config.max_position_embeddings:
+        assert engine.model.begin(1, cells + 1, keep=2) == 0
 
 
 def test_templates_that_fail_are_one_line(engine, monkeypatch):

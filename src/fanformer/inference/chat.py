@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fanformer.errors import ConfigError
 from fanformer.inference.interruption import Interruption
+from fanformer.inference.prompts import Remembered
 from fanformer.inference.settings import GenerationSettings
 from fanformer.inference.text_models import generation_of
 
@@ -20,6 +21,7 @@ class Conversation:
     """Messages so far, and the model that answers the next one.
 
     A tokenizer without a chat template belongs to a base model: each message is then a text of its own to continue.
+    With one, what earlier turns had in common with this one is not read again.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Conversation:
         self._tokenizer = tokenizer
         self._settings = settings
         self._answers = 0
+        self._remembered = Remembered()
 
     def reset(self) -> None:
         """Forget all messages."""
@@ -67,7 +70,14 @@ class Conversation:
         ids, forgotten = self._fit(messages)
         completion = next(
             self._generation.continue_ids(
-                self._model, self._tokenizer, [message], [ids], settings, on_text, interruption=interruption
+                self._model,
+                self._tokenizer,
+                [message],
+                [ids],
+                settings,
+                on_text,
+                interruption=interruption,
+                remembered=self._remembered,
             )
         )
         self.messages = [*messages[forgotten:], {"role": "assistant", "content": completion.text}]

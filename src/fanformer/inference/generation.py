@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -18,13 +20,14 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError
 from fanformer.inference.compiling import compiled_decoding, fixed_cache
 from fanformer.inference.fast_decoding import fast_decoding
 from fanformer.inference.interruption import Interruption
-from fanformer.inference.prompts import Batch, Completion, check_text, continue_in_batches, read_prompts
+from fanformer.inference.prompts import Batch, Completion, Remembered, check_text, continue_in_batches, read_prompts
 from fanformer.inference.settings import GenerationSettings
 from fanformer.inference.streaming import StopWhenInterrupted, TextStreamer
 
@@ -165,10 +168,12 @@ def continue_ids(
     batch_size: int = 8,
     interruption: Interruption | None = None,
     compiled: bool = False,
+    remembered: Remembered | None = None,
 ) -> Iterator[Completion]:
     """Continue prompts that are token ids already; `prompts` are their texts, the rest as in `iterate`.
 
-    `beginnings` is what the token ids leave out at the end of each text: the first new token must begin with it.
+    `beginnings` is what the token ids leave out at the end of each text: the first new token must begin with it. With
+    `remembered` a single prompt is read from where it differs from the text before it; not together with `compiled`.
     """
     end_ids, stop = end_token_ids(model, tokenizer), interruption or Interruption()
 
@@ -176,8 +181,13 @@ def continue_ids(
         skip = len(batch.beginnings[0])
         streamer = TextStreamer(tokenizer, on_text, skip=skip) if on_text is not None else None
         positions = max(map(len, batch.rows)) + settings.max_length
-        cache = fixed_cache(model, positions) if compiled else None
-        return _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, cache)
+        cache: Cache | None = fixed_cache(model, positions) if compiled else None
+        if remembered is not None:
+            cache = _cache_of(model, batch.rows[0], remembered)
+        found = _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, cache)
+        if remembered is not None and cache is not None:
+            remembered.ids, remembered.kept = (batch.rows[0] + found[0])[: cache.get_seq_length()], cache
+        return found
 
     return continue_in_batches(
         prompts,
@@ -192,6 +202,18 @@ def continue_ids(
     )
 
 
+def _cache_of(model: PreTrainedModel, ids: list[int], remembered: Remembered) -> DynamicCache:
+    """Return a cache with the keys and values of the beginning that `ids` shares with what is remembered."""
+    shared, cache = remembered.take(ids)
+    # layers of another kind keep less than the whole text, and cannot be cut
+    if not shared or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return DynamicCache(config=model.config)
+    excess = cache.get_seq_length() - shared
+    if excess:
+        cache.crop(-excess)
+    return cache
+
+
 @torch.inference_mode()
 def _continue_batch(
     model: PreTrainedModel,
@@ -201,10 +223,10 @@ def _continue_batch(
     end_ids: list[int],
     streamer: TextStreamer | None,
     interruption: Interruption,
-    cache: StaticCache | None,
+    cache: Cache | None,
 ) -> list[list[int]]:
     """Return for each row its new token ids, an end token included; with a fixed cache the step is compiled."""
-    compiling = compiled_decoding(model.device.type) if cache is not None else {}
+    compiling = compiled_decoding(model.device.type) if isinstance(cache, StaticCache) else {}
     rows = batch.rows
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))

@@ -73,6 +73,8 @@ class Engine:
         quantized = any(info.kind.block_elements > 1 for info in file.tensors.values())
         self._cache_kind = F16 if quantized else F32
         self._state: _State | None = None
+        self.texts = 0
+        """How many times texts have begun: what `keep` of `begin` refers to is that of the last."""
 
     @classmethod
     def open(cls, path: str | Path, threads: int | None = None) -> "Engine":
@@ -89,12 +91,16 @@ class Engine:
         """Memory of keys and values, of the streams that have begun; what padding tokens write is in it."""
         return 0 if self._state is None else self._state.num_bytes
 
-    def begin(self, streams: int, positions: int) -> None:
+    def begin(self, streams: int, positions: int, keep: int = 0) -> int:
         """Forget all streams, and make room for new ones.
 
         Args:
             streams: B, texts that go on together.
             positions: tokens that each of them has at most.
+            keep: first tokens of a single stream that the new one begins with.
+
+        Returns:
+            How many of those are still there: none where more room had to be made.
 
         Raises:
             ConfigError: if the model has fewer positions.
@@ -110,7 +116,15 @@ class Engine:
             self._state = None  # frees the old cache before the new one is made
             parts = self.model, self._weights, self._embedding, self._runtime
             self._state = _State(*parts, self._cache_kind, streams, cells)
-        self._state.lengths = [0] * streams
+            keep = 0
+        assert not keep or (streams == 1 and keep <= self._state.lengths[0])
+        self._state.lengths = [keep] * streams
+        self.texts += 1
+        return keep
+
+    def length(self, stream: int) -> int:
+        """Return how many tokens a stream has."""
+        return self._begun().lengths[stream]
 
     def forget(self, stream: int, length: int) -> None:
         """Keep only the first `length` tokens of a stream."""

@@ -15,7 +15,7 @@ from fanformer.inference.ggml_engine import Engine
 from fanformer.inference.gguf_tensors import open_model
 from fanformer.inference.gguf_tokenizer import GGUFTokenizer
 from fanformer.inference.interruption import Interruption
-from fanformer.inference.prompts import Batch, Completion, check_text, continue_in_batches, read_prompts
+from fanformer.inference.prompts import Batch, Completion, Remembered, check_text, continue_in_batches, read_prompts
 from fanformer.inference.sampling import Sampler
 from fanformer.inference.settings import GenerationSettings
 
@@ -110,6 +110,7 @@ def continue_ids(
     beginnings: Sequence[str] | None = None,
     batch_size: int = 8,
     interruption: Interruption | None = None,
+    remembered: Remembered | None = None,
 ) -> Iterator[Completion]:
     """Continue prompts that are token ids already, as `generation.continue_ids` does."""
     stop = interruption or Interruption()
@@ -121,7 +122,7 @@ def continue_ids(
             Sampler(settings, seed, tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, beginning))
             for seed, beginning in zip(batch.seeds, batch.beginnings, strict=True)
         ]
-        return _continue_batch(model, tokenizer, batch.rows, settings.max_length, samplers, writer, stop)
+        return _continue_batch(model, tokenizer, batch.rows, settings.max_length, samplers, writer, stop, remembered)
 
     return continue_in_batches(
         prompts,
@@ -144,11 +145,16 @@ def _continue_batch(
     samplers: Sequence[Sampler],
     writer: TextWriter | None,
     interruption: Interruption,
+    remembered: Remembered | None = None,
 ) -> list[list[int]]:
     """Return the new token ids of each row, an end token included."""
-    model.begin(len(rows), max(map(len, rows)) + max_length)
+    shared = 0
+    if remembered is not None:
+        shared, text = remembered.take(rows[0])
+        shared = shared if text == model.texts else 0
+    kept = model.begin(len(rows), max(map(len, rows)) + max_length, shared)
     found: list[list[int]] = [[] for _ in rows]
-    following: list[list[int]] = list(rows)
+    following: list[list[int]] = [row[kept:] for row in rows]
     for _ in range(max_length):
         active = [stream for stream, ids in enumerate(following) if ids]
         logits = model.forward(following)
@@ -164,6 +170,8 @@ def _continue_batch(
             break
     if writer is not None:
         writer.finish()
+    if remembered is not None:
+        remembered.ids, remembered.kept = (rows[0] + found[0])[: model.length(0)], model.texts
     return found
 
 

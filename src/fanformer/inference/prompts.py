@@ -4,8 +4,8 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from fanformer.errors import ConfigError
 from fanformer.inference.decoding import Decoder, decode_new
@@ -27,6 +27,27 @@ class Completion:
     """New tokens of this prompt over the seconds that its batch took."""
     seed: int
     """The seed that was used, given or drawn."""
+
+
+@dataclass
+class Remembered:
+    """What a model has read and written, kept so that a text with the same beginning goes on from there."""
+
+    ids: list[int] = field(default_factory=list)
+    """The tokens whose keys and values are kept."""
+    kept: Any = None
+    """Where they are: a cache of torch, or which text of the ggml engine's they belong to."""
+
+    def take(self, ids: Sequence[int]) -> tuple[int, Any]:
+        """Return how many of `ids` need not be read again, and where they are; nothing is remembered until told anew.
+
+        The last token always has to be read: what follows it is asked for.
+        """
+        known, kept = self.ids, self.kept
+        self.ids, self.kept = [], None
+        limit = min(len(known), len(ids) - 1)
+        shared = next((index for index in range(limit) if known[index] != ids[index]), limit)
+        return (shared if kept is not None else 0), kept
 
 
 def check_text(prompt: str) -> None:

@@ -1,6 +1,6 @@
 """Check FANformer on an accelerator and measure it beside Llama in SmolLM2-135M's shape: one command, no network.
 
-    python benchmarks/accelerator.py [--minutes 9] [--output DIR] [--parts A,B] [--queue FILE] [--dry-run]
+    python benchmarks/accelerator.py [--minutes 9] [--output DIR] [--parts A,B] [--queue FILE] [--jobs N] [--dry-run]
 
 Needs torch, transformers, accelerate, tokenizers and numpy (and pytest, if tests/ is to be run); the package itself
 need not be installed. Every part runs in a process of its own, and the results, an entry of the ledger, are complete
@@ -84,7 +84,9 @@ class Context:
     save: Callable[[Mapping[str, Any]], None]
     """Keeps what a part knows so far, should it not live to its end."""
     queue: Path
-    """The trainings of the last part."""
+    """The trainings of the last part ..."""
+    jobs: int
+    """... and how many of them run side by side."""
     output: Path
     """The folder of the results."""
 
@@ -108,6 +110,7 @@ def run_parts(
     dry_run: bool,
     deadline: float,
     queue: Path,
+    jobs: int = 1,
 ) -> None:
     """Run parts one after another; each one's figures, or its error in one line, go to `path` as soon as it ends."""
     for name in names:
@@ -120,7 +123,7 @@ def run_parts(
 
         start = time.perf_counter()
         try:
-            figures = functions[name](Context(device, dry_run, deadline, earlier, save, queue, path.parent))
+            figures = functions[name](Context(device, dry_run, deadline, earlier, save, queue, jobs, path.parent))
             json.dumps(figures, allow_nan=False)
         except Exception as error:  # whatever a part dies of is a result, and the next part goes on
             figures = {**results["parts"].get(name, {}), "error": one_line(error)}
@@ -173,6 +176,7 @@ def train_queue(context: Context, output_dir: Path) -> dict[str, Any]:
     paths = os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     minutes = max(0.1, (context.seconds_left - QUEUE_ENDS_IN) / 60)
     command = [sys.executable, "-m", "fanformer.training.queue", str(context.queue), "--minutes", f"{minutes:.2f}"]
+    command += ["--jobs", str(context.jobs)]
     finished = subprocess.run(
         [*command, "--output-dir", str(output_dir), "--record-dir", str(context.output)],
         cwd=REPOSITORY,
@@ -213,15 +217,16 @@ def worker(arguments: argparse.Namespace) -> int:
         arguments.dry_run,
         arguments.deadline,
         arguments.queue,
+        arguments.jobs,
     )
     return 0
 
 
-def run_worker(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Path) -> None:
+def run_worker(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Path, jobs: int = 1) -> None:
     """Run parts in a process of their own; what it leaves without a result gets the reason."""
     limit = max(1.0, min(sum(PARTS[name].longest for name in names), deadline - time.time()))
     command = [sys.executable, __file__, "--worker", str(path), "--parts", ",".join(names), "--deadline", str(deadline)]
-    command += ["--queue", str(queue)]
+    command += ["--queue", str(queue), "--jobs", str(jobs)]
     process = subprocess.Popen(command + ["--dry-run"] * dry_run, process_group=0)
     start = time.perf_counter()
     try:
@@ -243,10 +248,10 @@ def run_worker(names: list[str], path: Path, deadline: float, dry_run: bool, que
     write_results(path, results)
 
 
-def run(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Path) -> None:
+def run(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Path, jobs: int = 1) -> None:
     """Run every part that the time left has room for; a dry run needs one process for all."""
     if dry_run:
-        run_worker(names, path, deadline, dry_run, queue)
+        run_worker(names, path, deadline, dry_run, queue, jobs)
         return
     for name in names:
         left = deadline - time.time()
@@ -257,7 +262,7 @@ def run(names: list[str], path: Path, deadline: float, dry_run: bool, queue: Pat
             write_results(path, results)
         else:
             print(f"{name}, {left:.0f} s left", flush=True)
-            run_worker([name], path, deadline, dry_run, queue)
+            run_worker([name], path, deadline, dry_run, queue, jobs)
 
 
 def problems(figures: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -326,6 +331,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget (default 9)")
     parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results)")
     parser.add_argument("--queue", type=Path, help="trainings of the last part (default benchmarks/queues)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (default 1)")
     parser.add_argument("--parts", type=parts, default=list(PARTS), help="comma-separated parts to run (default all)")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU; writes only with --output")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -354,7 +360,7 @@ def main() -> int:
         path = folder / f"accelerator-{date:%Y-%m-%d}-{slug}.json"
         about = {"date": date.isoformat(timespec="seconds"), "device": device, "asked": arguments.parts}
         write_results(path, {**about, "parts": {}, "dry_run": arguments.dry_run, "reference": REFERENCE})
-        run(arguments.parts, path, deadline, arguments.dry_run, arguments.queue.absolute())
+        run(arguments.parts, path, deadline, arguments.dry_run, arguments.queue.absolute(), arguments.jobs)
         results = read_results(path)
         print("\n".join(["", *table(results)]))
         if folder != Path(scratch):

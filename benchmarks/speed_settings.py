@@ -43,6 +43,7 @@ def step(trainee: Trainee, batch: dict[str, Tensor], dtype: torch.dtype, count: 
 def main() -> None:
     """Measure and print."""
     arguments = arguments_of(__doc__ or "", batch=2, length=512, rounds=5)
+    torch._dynamo.config.recompile_limit = 64  # the models share the code of their layers, compiled for each way
     ids = random_ids(arguments.batch, arguments.length)
     single = {"input_ids": ids, "labels": ids}
     packed = {**single, "position_ids": packed_positions(arguments.batch, arguments.length)}

@@ -59,10 +59,6 @@ def test_settings_and_folder_are_checked_as_in_generate(command, tmp_path):
     assert "no config.json" in command("chat", tmp_path).refusal()
 
 
-BACKSPACE = b"\x7f"
-"""A key that does nothing on an empty line."""
-
-
 @pytest.fixture
 def terminal():
     """Start a script with a terminal as its input and output; gives a function that waits for words in its output."""
@@ -75,7 +71,8 @@ def terminal():
         children.append((child, master))
         seen = ""
 
-        def wait_for(words, key=b""):
+        def wait_for(words, otherwise=lambda: None):
+            """Wait for words; do something whenever there is silence for five seconds."""
             nonlocal seen
             deadline = time.monotonic() + 120
             while words not in seen:
@@ -83,7 +80,7 @@ def terminal():
                 if select.select([master], [], [], 5)[0]:
                     seen += os.read(master, 1000).decode()
                 else:
-                    os.write(master, key)
+                    otherwise()
             seen = seen.partition(words)[2]
 
         return child, master, wait_for
@@ -96,7 +93,10 @@ def terminal():
 
 
 def interrupt_reader(child):
-    """Send SIGINT once the child sleeps in the line editor; a signal just before that waits for the next key."""
+    """Send SIGINT once the child sleeps in the line editor.
+
+    A signal just before that waits for the next one: the editor looks for signals only where one ends its sleep.
+    """
     status = Path(f"/proc/{child.pid}/stat")
     asleep = 0
     while status.exists() and asleep < 10:
@@ -121,17 +121,17 @@ def test_first_interrupt_at_the_prompt_warns_and_the_second_leaves(terminal):
     wait_for("got hello")
     wait_for("> ")
     interrupt_reader(child)
-    wait_for("Ctrl-C again leaves.", key=BACKSPACE)
+    wait_for("Ctrl-C again leaves.", otherwise=lambda: interrupt_reader(child))
     wait_for("> ")
     os.write(master, b"still here\n")
     wait_for("got still here")
     wait_for("> ")
     interrupt_reader(child)
-    wait_for("Ctrl-C again leaves.", key=BACKSPACE)
+    wait_for("Ctrl-C again leaves.", otherwise=lambda: interrupt_reader(child))
     wait_for("> ")
     interrupt_reader(child)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=5)
+        child.wait(timeout=20)
     if child.poll() is None:
-        os.write(master, BACKSPACE)
+        interrupt_reader(child)
     assert child.wait(timeout=120) == 130

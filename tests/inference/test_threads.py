@@ -1,11 +1,13 @@
 """How many threads the engine takes: asked for, fixed by the environment, or the cores that others leave free."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from fanformer.errors import ConfigError
-from fanformer.inference.threads import allowed_cores, choose_threads, free_cores
+from fanformer.inference.threads import allowed_cores, choose_threads, free_cores, spin_briefly
 
 
 @pytest.fixture
@@ -60,3 +62,30 @@ def test_number_that_is_asked_for_must_be_there(monkeypatch):
     for wanted in (0, 5):
         with pytest.raises(ConfigError, match=rf"`threads` must be from 1 to the 4 cores that are there, got {wanted}"):
             choose_threads(wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "4000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_wait_briefly_unless_the_environment_says_how(given, expected):
+    environment = dict(given)
+    spin_briefly(environment)
+    assert environment == expected
+
+
+def test_a_training_is_told_before_torch_is_imported():
+    code = (
+        "import os, sys; from fanformer.cli import train; assert 'torch' not in sys.modules;"
+        "train.spin_briefly(os.environ); import ctypes, torch; libc = ctypes.CDLL(None);"
+        "libc.getenv.restype = ctypes.c_char_p; print(libc.getenv(b'GOMP_SPINCOUNT'))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "b'4000'"

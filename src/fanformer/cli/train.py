@@ -1,6 +1,7 @@
 """`fanformer train`: train a model, and draw what happens."""
 
 import dataclasses
+import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from fanformer.cli.options import Verb
+from fanformer.inference.threads import spin_briefly
 from fanformer.training.configuration import (
     RunConfig,
     parse_count,
@@ -126,6 +128,7 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
 
 def run_and_report(config: RunConfig) -> None:
     """Train, draw the progress, and print the result; shared with HybridFun.py."""
+    spin_briefly(os.environ)
     from fanformer.cli.report import TerminalReporter
     from fanformer.training.run import train as train_model
 

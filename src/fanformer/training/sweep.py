@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import fanformer
 from fanformer.data.durable import replace_json
 from fanformer.errors import FANformerError
+from fanformer.inference.threads import spin_briefly
 from fanformer.training.trial import TRIAL_FILE, Result, Trial, read_result
 
 LOG_FILE = "trial.log"
@@ -98,10 +99,12 @@ def run_trial_in_process(
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of a training: this package is found though it may not be installed."""
+    """Return the environment of a training: it finds this package, installed or not, and lets others compute too."""
     home = str(Path(fanformer.__file__).parents[1])
     paths = os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    spin_briefly(environment)
+    return environment
 
 
 def _lines(

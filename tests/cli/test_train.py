@@ -40,6 +40,17 @@ def test_train_then_generate_on_any_text_file(command, text, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [("precision", "bfloat16"), ("precision", "float32"), ("compile", "on"), ("device", "cpu"), ("optimizer", "muon"),
+     ("schedule", "cosine")],
+)  # fmt: skip
+def test_a_flag_of_few_values_takes_them(command, flag, value):
+    outcome = command("train", f"--{flag}", value, "--max-steps", "2", "--epochs", "1")
+    assert "the length of a run is set once" in outcome.err, outcome  # so nothing was said against the value
+    assert value in command("train", "--help").out
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--preset", "nanoo"], "did you mean `nano`?"),

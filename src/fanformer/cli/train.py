@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
@@ -55,9 +55,12 @@ def _flag(name: str) -> Callable[[Any], Any]:
     help_text = item.metadata["help"][:1].upper() + item.metadata["help"][1:]
     if "default" not in help_text and item.default is not None:
         help_text += f"  [default: {item.default}, or the preset's]"
-    text = item.type if isinstance(item.type, str) else str(item.type)
-    kind = str if name in _PARSERS else int if "int" in text else float if "float" in text else str
-    return click.option(f"--{name.replace('_', '-')}", name, type=kind, default=None, help=f"{help_text}.")
+    hint = get_type_hints(RunConfig)[name]
+    types = (hint, *get_args(hint))
+    choices = f"[{'|'.join(get_args(hint))}]" if get_origin(hint) is Literal else None  # RunConfig checks them
+    kind = str if name in _PARSERS else int if int in types else float if float in types else str
+    flag = f"--{name.replace('_', '-')}"
+    return click.option(flag, name, type=kind, metavar=choices, default=None, help=f"{help_text}.")
 
 
 def _training_flags(function: Any) -> Any:
@@ -87,7 +90,7 @@ def _training_flags(function: Any) -> Any:
     "fan_ratio",
     type=float,
     default=None,
-    help="Share of Q, K and V given to cos, and again to sin.  [default: 0.15]",
+    help="Share of the channels where FAN stands given to cos, and again to sin.  [default: 0.15]",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run, or model.FIELD.")
 def train(

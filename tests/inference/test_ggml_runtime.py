@@ -79,6 +79,46 @@ def test_memory_of_no_size_is_refused(graph):
     assert not Memory(graph._runtime, {"a": (I64, (3,))}).raw("a").any()
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k", "iq4_nl"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_packed_matrices_give_the_products_of_plain_ones(kind, tokens):
+    runtime, shape, number = Runtime(2), (256, 24), TYPES[kind].number
+    if not runtime.packs(number, shape):
+        pytest.skip(f"this processor does not pack {kind}")
+    rng = np.random.default_rng(0)
+    raw = quantize(rng.standard_normal(shape[::-1]).astype(np.float32), TYPES[kind])
+    x = rng.standard_normal((tokens, shape[0])).astype(np.float32)
+    found = []
+    for packed in (False, True):
+        memory, graph = Memory(runtime, {"w": (number, shape)}, packed=packed), Graph(runtime, 9)
+        memory.write("w", raw)
+        graph.finish(graph.matmul(memory.nodes["w"], graph.input("x", F32, shape[0], tokens)))
+        found.append(graph.run({"x": x})[0, 0])
+    # activations are rounded to 8 bits, by another rule for several tokens of q4_k
+    assert np.linalg.norm(found[1] - found[0]) < 0.02 * np.linalg.norm(found[0])
+    assert np.linalg.norm(found[0]) > 10
+    with pytest.raises(AssertionError, match=r"expected a tensor whose bytes lie as they were written"):
+        memory.raw("w")
+    with pytest.raises(AssertionError, match=r"expected \d+ bytes"):
+        memory.write("w", raw[1:])
+
+
+def test_only_matrices_that_ggml_packs_are_packed(graph):
+    runtime = graph._runtime
+    assert not runtime.packs(F32, (256, 24))
+    assert not runtime.packs(TYPES["q4_0"].number, (256, 23))  # eight rows lie side by side
+    with pytest.raises(AssertionError, match=r"expected a matrix to pack"):
+        Memory(runtime, {"w": (F32, (256, 24))}, packed=True)
+
+
+def test_ggml_logs_warnings_alone(graph, capfd):
+    runtime, number = graph._runtime, TYPES["q4_0"].number
+    if not runtime.packs(number, (256, 24)):
+        pytest.skip("this processor does not pack q4_0, which ggml would log")
+    Memory(runtime, {"w": (number, (256, 24))}, packed=True).write("w", np.zeros(24 * 8 * 18, np.uint8))
+    assert capfd.readouterr().err == ""
+
+
 def test_graph_whose_memory_moved_is_of_no_use_any_more():
     runtime = Runtime(1)
     small, large = Graph(runtime, 9), Graph(runtime, 9)

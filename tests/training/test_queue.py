@@ -145,8 +145,9 @@ def test_the_accelerators_queue_trains_on_prepared_data_with_its_own_preset(repo
     fields = yaml.safe_load((repository / "benchmarks" / "queues" / "accelerator.yaml").read_text())
     prepare(open_source(str(corpus)), tmp_path / "prepared", tokenizer=None, vocab_size=320)
     own = {"device": "cpu", "precision": "float32", "compile": "off", "batch_size": 4, "sequence_length": 32}
-    given = {**fields["defaults"], **fields["entries"][0], "data": str(tmp_path / "prepared"), "tokens": 256, "seeds": 1}
-    given |= {"architectures": ["fanformer@60k", "llama@60k"], "run": own, "evaluations": 1, "eval_tokens": 128}
+    small = {"tokens": 256, "seeds": 1, "evaluations": 1, "eval_tokens": 128, "run": own}
+    given = {**fields["defaults"], **fields["entries"][0], **small, "data": str(tmp_path / "prepared")}
+    given["architectures"] = ["fanformer@60k", "llama@60k"]
     path = tmp_path / "queue.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "entries": [given]}))
     (outcome,) = run_queue(read_queue(path), LineObserver(), "a command")

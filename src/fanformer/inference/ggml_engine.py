@@ -159,7 +159,7 @@ class Engine:
                 elif ends[stream]:
                     found[stream].append(logits[stream, :1])
         empty = np.empty((0, self.model.vocab_size), dtype=np.float32)
-        return [np.concatenate(rows) if rows else empty for rows in found]
+        return [np.concatenate(rows) if len(rows) > 1 else (rows or [empty])[0] for rows in found]
 
     def _begun(self) -> "_State":
         if self._state is None:
@@ -210,7 +210,7 @@ class _State:
             # values lie the other way round, so that the sum over positions reads them one after the other
             shapes[f"v{layer}"] = kind, (1, self._all_cells * self._width * streams)
         self._cache = Memory(runtime, shapes)
-        self.num_bytes = sum(self._cache.raw(name).nbytes for name in shapes)
+        self.num_bytes = sum(map(self._cache.num_bytes, shapes))
         self._graphs: dict[tuple[int, int, bool], Graph] = {}
         self._graph(CHUNK, cells, False)  # the largest first: it decides how much memory the others share
 
@@ -287,9 +287,12 @@ class _Builder:
 
     def _linear(self, x: Node, name: str) -> Node:
         """Return the outputs of all linear layers that are joined under `name`."""
-        linear = self._weights.linear(name)
-        y = self._graph.concat([self._graph.matmul(matrix, x) for matrix in linear.matrices])
-        return y if linear.bias is None else self._graph.add(y, linear.bias)
+        g, linear, parts = self._graph, self._weights.linear(name), []
+        for matrix in linear.matrices:
+            y = g.matmul(matrix.node, x)
+            parts.append(y if y.shape[0] == matrix.rows else g.contiguous(g.slice_rows(y, 0, matrix.rows)))
+        y = g.concat(parts)
+        return y if linear.bias is None else g.add(y, linear.bias)
 
     def _first_factor(self, x: Node, name: str, readers: int, branch: str) -> list[Node]:
         """Return what stands between the factors for each reader of `x`, one after the other; at full rank, `x`."""

@@ -6,9 +6,13 @@ here what ggml only asserts, and memory is freed by the objects that own it.
 Shapes are ggml's: the row length first, `[K, H, N]`.
 """
 
+import contextlib
 import ctypes
+import functools
+import itertools
+import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,6 +28,7 @@ F32, F16, I32, I64 = 0, 1, 26, 27
 _BYTES = {F32: 4, F16: 2, I32: 4, I64: 8}
 _DTYPES: dict[int, Any] = {F32: np.float32, F16: np.float16, I32: np.int32, I64: np.int64}
 _ROPE_PAIRS_BY_HALVES = 2  # GGML_ROPE_TYPE_NEOX: channels i and i + K/2 turn together
+_PACKED = b"CPU_REPACK"
 _UNARY = {"silu": "ggml_silu", "gelu": "ggml_gelu_erf", "cos": "ggml_cos", "sin": "ggml_sin"}
 
 
@@ -117,6 +122,44 @@ def _node(pointer: Any) -> Node:
     return Node(pointer, int(tensor.type), tuple(tensor.ne), tuple(tensor.nb))
 
 
+@contextlib.contextmanager
+def _context(ggml: ModuleType, tensors: int) -> Iterator[Any]:
+    """Yield room for the descriptions of so many tensors, which have no memory."""
+    size = tensors * ggml.ggml_tensor_overhead()
+    context = ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
+    if not context:
+        raise EngineError(f"ggml has no memory for the list of {tensors} tensors: free some.")
+    try:
+        yield context
+    finally:
+        ggml.ggml_free(context)
+
+
+@functools.cache
+def _log(ggml: ModuleType) -> Any:
+    """Return what ggml calls with a line of its log: warnings and errors go to standard error, the rest nowhere."""
+
+    def write(level: int, text: bytes | None, _: Any) -> None:
+        if level >= ggml.GGML_LOG_LEVEL_WARN and level != ggml.GGML_LOG_LEVEL_CONT and text:
+            sys.stderr.write(text.decode(errors="replace"))
+
+    return ggml.ggml_log_callback(write)  # kept alive by the cache, for C keeps only its address
+
+
+def _packed_buffer_type(ggml: ModuleType, device: Any) -> Any:
+    """Return the kind of memory in which ggml rearranges matrices for this processor; None if it was built without."""
+    register = ggml.ggml_backend_cpu_reg()
+    address = ggml.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return None
+    list_of = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
+    found = list_of(device)
+    for index in itertools.takewhile(lambda index: found[index], itertools.count()):
+        if ggml.ggml_backend_buft_name(found[index]) == _PACKED:
+            return found[index]
+    return None
+
+
 class Runtime:
     """A CPU with a number of threads, and the memory in which graphs keep what they are computing."""
 
@@ -129,6 +172,7 @@ class Runtime:
         ggml = library()
         _require(threads >= 1, f"at least one thread, got {threads}")
         self.threads = threads
+        ggml.ggml_log_set(_log(ggml), None)
         self.backend = ggml.ggml_backend_cpu_init()
         if not self.backend:
             raise EngineError("ggml's CPU backend does not start: free some memory.")
@@ -136,11 +180,37 @@ class Runtime:
         ggml.ggml_backend_cpu_set_n_threads(self.backend, threads)
         # ggml_backend_cpu_buffer_type would do, but ggml-python 0.0.45 cuts the pointer that it returns to 32 bits
         self.buffer_type = ggml.ggml_backend_get_default_buffer_type(self.backend)
+        self.packed_type = _packed_buffer_type(ggml, self._device())
         self.allocator = ggml.ggml_gallocr_new(self.buffer_type)
         weakref.finalize(self, ggml.ggml_gallocr_free, self.allocator)
         self.generation = 0
         """Counts how often the memory moved: graphs made before that are of no use any more."""
         self._compute_bytes = 0
+
+    @staticmethod
+    def _device() -> Any:
+        ggml = library()
+        return ggml.ggml_backend_reg_dev_get(ggml.ggml_backend_cpu_reg(), 0)
+
+    def packs(self, kind: int, shape: Sequence[int]) -> bool:
+        """Whether this processor multiplies by such a matrix faster when blocks of several rows lie side by side.
+
+        Args:
+            kind: ggml type of the matrix.
+            shape: of the matrix, the row length first.
+        """
+        if self.packed_type is None or len(shape) != 2:
+            return False
+        ggml = library()
+        with _context(ggml, 3) as context:
+            weight = ggml.ggml_new_tensor_2d(context, kind, *shape)
+            product = ggml.ggml_mul_mat(context, weight, ggml.ggml_new_tensor_2d(context, F32, shape[0], 1))
+            buffer = ggml.ggml_backend_buft_alloc_buffer(self.packed_type, 0)
+            try:
+                weight.contents.buffer = buffer
+                return bool(ggml.ggml_backend_dev_supports_op(self._device(), product))
+            finally:
+                ggml.ggml_backend_buffer_free(buffer)
 
     def place(self, graph: Any) -> None:
         """Give the tensors of a graph their memory, which all graphs share."""
@@ -156,17 +226,21 @@ class Runtime:
 class Memory:
     """Tensors in one block of memory that starts as zeros, such as a model's weights; freed with this object."""
 
-    def __init__(self, runtime: Runtime, tensors: Mapping[str, tuple[int, Sequence[int]]]) -> None:
+    def __init__(
+        self, runtime: Runtime, tensors: Mapping[str, tuple[int, Sequence[int]]], packed: bool = False
+    ) -> None:
         """Make the tensors.
 
         Args:
             runtime: whose memory it is.
             tensors: ggml type and shape of each name, the row length first.
+            packed: whether ggml rearranges what is written, which `Runtime.packs` must say of every tensor.
 
         Raises:
             EngineError: if there is not enough memory.
         """
         ggml = library()
+        self._packed = packed
         parameters = ggml.ggml_init_params(
             mem_size=(len(tensors) + 1) * ggml.ggml_tensor_overhead(), mem_buffer=None, no_alloc=True
         )
@@ -179,17 +253,29 @@ class Memory:
             _require(all(length > 0 for length in shape) and 1 <= len(shape) <= 4, f"a shape, got {shape}")
             lengths = (ctypes.c_int64 * len(shape))(*shape)
             self.nodes[name] = _node(ggml.ggml_new_tensor(self._context, kind, len(shape), lengths))
-        self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, runtime.buffer_type)
+            _require(not packed or runtime.packs(kind, shape), f"a matrix to pack, got {shape}")
+        buffer_type = runtime.packed_type if packed else runtime.buffer_type
+        self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, buffer_type)
         if not self._buffer:
             needed = sum(_size(kind, shape) for kind, shape in tensors.values())
             raise EngineError(f"no memory for {needed:,} bytes: free some, or use a smaller model or context.")
         weakref.finalize(self, ggml.ggml_backend_buffer_free, self._buffer)
         ggml.ggml_backend_buffer_clear(self._buffer, 0)
 
+    def num_bytes(self, name: str) -> int:
+        """Return the size of a tensor."""
+        return _size(self.nodes[name].kind, self.nodes[name].shape)
+
     def raw(self, name: str) -> Bytes:
-        """Return the bytes of a tensor, writable, valid as long as this object."""
-        node = self.nodes[name]
-        return _bytes_at(node, _size(node.kind, node.shape))
+        """Return the bytes of a tensor that is not packed, writable, valid as long as this object."""
+        _require(not self._packed, "a tensor whose bytes lie as they were written")
+        return _bytes_at(self.nodes[name], self.num_bytes(name))
+
+    def write(self, name: str, raw: Bytes) -> None:
+        """Fill a tensor with its bytes in the order of the file."""
+        _require(raw.nbytes == self.num_bytes(name) and raw.flags.c_contiguous, f"{self.num_bytes(name)} bytes")
+        pointer = raw.ctypes.data_as(ctypes.c_void_p)
+        library().ggml_backend_tensor_set(self.nodes[name].pointer, pointer, 0, raw.nbytes)
 
 
 def _bytes_at(node: Node, count: int) -> Bytes:
@@ -219,7 +305,7 @@ class Graph:
         self._room = most_nodes
         self._inputs: dict[str, Node] = {}
         self._views: dict[str, NDArray[Any]] = {}
-        self._output: Node | None = None
+        self._result: Floats = np.empty(0, np.float32)
         self._generation = -1
 
     @property
@@ -253,7 +339,7 @@ class Graph:
         self.expand(output)
         self._runtime.place(self._graph)
         self._generation = self._runtime.generation
-        self._output = output
+        self._result = _bytes_at(output, _size(F32, output.shape)).view(np.float32).reshape(output.shape[::-1])
         for name, node in self._inputs.items():
             raw = _bytes_at(node, _size(node.kind, node.shape))
             self._views[name] = raw.view(_DTYPES[node.kind]).reshape(node.shape[::-1])
@@ -264,7 +350,7 @@ class Graph:
         Args:
             inputs: an array for every input, of a shape that broadcasts to the input's, row length last.
         """
-        _require(self._output is not None and self.usable, "a finished graph whose memory has not moved")
+        _require(self.usable, "a finished graph whose memory has not moved")
         _require(inputs.keys() == self._views.keys(), f"the inputs {', '.join(self._views)}")
         for name, values in inputs.items():
             view = self._views[name]
@@ -272,9 +358,7 @@ class Graph:
         status = self._ggml.ggml_backend_graph_compute(self._runtime.backend, self._graph)
         if status != 0:
             raise EngineError(f"ggml could not compute (status {status}): free some memory.")
-        assert self._output is not None
-        raw = _bytes_at(self._output, _size(F32, self._output.shape))
-        return raw.view(np.float32).reshape(self._output.shape[::-1]).copy()
+        return self._result.copy()
 
     def matmul(self, weight: Node, x: Node) -> Node:
         """Return sum over i of weight[i, j] x[i, n], `[J, N]`; later dimensions of `weight` repeat over `x`'s."""

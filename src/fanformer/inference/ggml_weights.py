@@ -4,22 +4,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fanformer.inference.ggml_runtime import F32, MATRIX_TYPES, Memory, Node, Runtime
+from fanformer.inference.ggml_runtime import F32, Memory, Node, Runtime
 from fanformer.inference.gguf_architecture import Architecture
 from fanformer.inference.gguf_blocks import TYPES, BlockType, Bytes, dequantize
 from fanformer.inference.gguf_file import GGUFFile, TensorInfo
 from fanformer.inference.gguf_tensors import tensor_specs
 
 _BF16 = "bf16"
+_Tensors = dict[str, tuple[int, tuple[int, ...]]]
+"""ggml type and shape of tensors by name, the row length first."""
+_PACKED_ROWS = 8
 _CHECKED_AT_ONCE = 1 << 16
 """Numbers that are made of blocks at a time to check them: few, so that checking takes next to no memory."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One or several tensors of a file below each other."""
+
+    node: Node
+    rows: int
+    """How many of the node's are the model's: those after them are 0."""
 
 
 @dataclass(frozen=True)
 class Linear:
     """A linear map: matrices whose outputs follow each other, and the bias of all of them."""
 
-    matrices: tuple[Node, ...]
+    matrices: tuple["Matrix", ...]
     bias: Node | None
     widths: tuple[int, ...]
     """Outputs of each of the tensors that were joined; 0 for one that the model does not have."""
@@ -27,6 +39,9 @@ class Linear:
 
 class Weights:
     """All tensors of a model but the embedding; matrices that read the same input are one, so that one product does.
+
+    Where the processor multiplies faster that way, ggml keeps blocks of eight rows side by side; rows of zeros fill up
+    the last eight.
 
     BF16 becomes F16: ggml would round what it multiplies such matrices with to 8 bits. F16 keeps 11, and holds every
     bfloat16 from 6e-5 to 65504 exactly; what is smaller moves by 3e-8 at most.
@@ -47,16 +62,27 @@ class Weights:
         groups = _groups(model, file)
         vectors = [file.tensors[spec.name] for spec in tensor_specs(model) if spec.role == "vector"]
         vectors = [info for info in vectors if not info.name.endswith(".bias")]
-        tensors: dict[str, tuple[int, tuple[int, ...]]] = {info.name: (F32, info.shape) for info in vectors}
-        for group in groups:
-            tensors |= group.tensors()
-        self._memory = Memory(runtime, tensors)
-        self.nodes = self._memory.nodes
-        self.num_bytes = sum(self._memory.raw(name).nbytes for name in tensors)
+        plain: _Tensors = {info.name: (F32, info.shape) for info in vectors}
+        plain |= {f"{group.name}.bias": (F32, (sum(group.widths),)) for group in groups if group.biased}
+        packed: _Tensors = {}
+        for run in [run for group in groups for run in group.runs]:
+            kind, length, rows = run.kind.number, run.row_length, run.rows
+            full = -(-rows // _PACKED_ROWS) * _PACKED_ROWS
+            if run.kind.block_elements > 1 and runtime.packs(kind, (length, full)):
+                packed[run.name] = kind, (length, full)
+            else:
+                plain[run.name] = kind, (length, rows)
+        self._memory = Memory(runtime, plain)
+        self._packed = Memory(runtime, packed, packed=True) if packed else None
+        self.nodes = dict(self._memory.nodes)
+        self.num_bytes = sum(map(self._memory.num_bytes, plain))
+        if self._packed is not None:
+            self.nodes |= self._packed.nodes
+            self.num_bytes += sum(map(self._packed.num_bytes, packed))
         self._joined: dict[str, Linear] = {}
         for group in groups:
             self._fill(file, group)
-            matrices = tuple(self.nodes[name] for name, _ in group.runs)
+            matrices = tuple(Matrix(self.nodes[run.name], run.rows) for run in group.runs)
             self._joined[group.name] = Linear(matrices, self.nodes.get(f"{group.name}.bias"), group.widths)
         for info in vectors:
             values = file.read_floats(info)
@@ -73,18 +99,45 @@ class Weights:
         return name in self._joined or name in self.nodes
 
     def _fill(self, file: GGUFFile, group: "_Group") -> None:
-        for name, infos in group.runs:
-            target, start = self._memory.raw(name), 0
-            for info in infos:
+        for run in group.runs:
+            packed = self._packed if self._packed is not None and run.name in self._packed.nodes else None
+            target = self._memory.raw(run.name) if packed is None else np.zeros(packed.num_bytes(run.name), np.uint8)
+            start = 0
+            for info in run.infos:
                 count = _stored(info.kind).row_bytes(info.shape[-1]) * info.shape[0]
                 _read(file, info, target[start : start + count])
                 start += count
+            if packed is not None:
+                packed.write(run.name, target)
         if group.biased:
             bias, start = self._memory.raw(f"{group.name}.bias").view(np.float32), 0
             for width, name in zip(group.widths, group.names, strict=True):
                 if f"{name}.bias" in file.tensors:
                     bias[start : start + width] = file.read_floats(file.tensors[f"{name}.bias"])
                 start += width
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tensors of a file that follow each other in a group and have one type: they become one matrix."""
+
+    name: str
+    infos: list[TensorInfo]
+
+    @property
+    def kind(self) -> BlockType:
+        """The type in memory."""
+        return _stored(self.infos[0].kind)
+
+    @property
+    def row_length(self) -> int:
+        """Inputs."""
+        return self.infos[0].shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        return sum(info.shape[0] for info in self.infos)
 
 
 class _Group:
@@ -95,23 +148,14 @@ class _Group:
         found = [file.tensors.get(f"{item}.weight") for item in names]
         self.widths = tuple(0 if info is None else info.shape[0] for info in found)
         self.biased = any(f"{item}.bias" in file.tensors for item in names)
-        self.runs: list[tuple[str, list[TensorInfo]]] = []
+        self.runs: list[_Run] = []
         for info in found:
             if info is None:
                 continue
-            if self.runs and self.runs[-1][1][-1].kind == info.kind:
-                self.runs[-1][1].append(info)
+            if self.runs and self.runs[-1].infos[-1].kind == info.kind:
+                self.runs[-1].infos.append(info)
             else:
-                self.runs.append((f"{name}/{len(self.runs)}", [info]))
-
-    def tensors(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Return ggml type and shape of every tensor that the group needs."""
-        found: dict[str, tuple[int, tuple[int, ...]]] = {}
-        for name, infos in self.runs:
-            found[name] = MATRIX_TYPES[_stored(infos[0].kind).name], (infos[0].shape[1], sum(i.shape[0] for i in infos))
-        if self.biased:
-            found[f"{self.name}.bias"] = F32, (sum(self.widths),)
-        return found
+                self.runs.append(_Run(f"{name}/{len(self.runs)}", [info]))
 
 
 def _stored(kind: BlockType) -> BlockType:

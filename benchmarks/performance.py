@@ -22,7 +22,9 @@ large product in the same time, and for decoding the bytes that must be read ove
 SECTIONS = {
     "speed-settings-*": (
         "What each setting of training on a CPU is worth",
-        "A step with one thing changed over a step with everything on; above 1 the setting pays.",
+        "A step in float32 with one thing changed over one with everything on: above 1 the setting pays, below 1 the "
+        "change does. bfloat16 products are fast where the processor has them, which `--precision auto` measures; what "
+        "keeping freed memory is worth is measured by `benchmarks/malloc.py`.",
     ),
     "speed-profile-*": (
         "What takes the time on a CPU",

@@ -186,7 +186,7 @@ def continue_ids(
             cache = _cache_of(model, batch.rows[0], remembered)
         found = _continue_batch(model, tokenizer, batch, settings, end_ids, streamer, stop, cache)
         if remembered is not None and cache is not None:
-            remembered.ids, remembered.kept = (batch.rows[0] + found[0])[: cache.get_seq_length()], cache
+            remembered.keep(batch.rows[0], found[0], cache.get_seq_length(), cache)
         return found
 
     return continue_in_batches(

@@ -171,7 +171,7 @@ def _continue_batch(
     if writer is not None:
         writer.finish()
     if remembered is not None:
-        remembered.ids, remembered.kept = (rows[0] + found[0])[: model.length(0)], model.texts
+        remembered.keep(rows[0], found[0], model.length(0), model.texts)
     return found
 
 

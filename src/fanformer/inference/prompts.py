@@ -49,6 +49,17 @@ class Remembered:
         shared = next((index for index in range(limit) if known[index] != ids[index]), limit)
         return (shared if kept is not None else 0), kept
 
+    def keep(self, row: Sequence[int], new: Sequence[int], length: int, kept: Any) -> None:
+        """Remember a text that was continued.
+
+        Args:
+            row: the tokens that were there.
+            new: those written after them.
+            length: how many of all these the model has read.
+            kept: where they are.
+        """
+        self.ids, self.kept = [*row, *new][:length], kept
+
 
 def check_text(prompt: str) -> None:
     """Raise ConfigError if the prompt is not valid Unicode."""

@@ -4,6 +4,7 @@ llama.cpp's keys hold the tokens and merges. What they cannot say (how text is c
 is in `tokenizer.fanformer.pipeline`: the folder's tokenizer.json without its tokens and merges.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
@@ -22,6 +24,7 @@ TEMPLATE = "tokenizer.chat_template"
 TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of a token, in llama.cpp's numbers."""
+_TEXTS_AT_ONCE = 256
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
@@ -236,14 +239,35 @@ def rebuild_json(pipeline: str, tokens: Sequence[str], types: Sequence[int], mer
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"`{PIPELINE}` must be a tokenizer.json with a model")
     outside = set(content.pop("outside_vocabulary"))
-    vocabulary: dict[str, int] = {}
-    for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind != UNUSED and number not in outside:
-            if token in vocabulary:
-                raise ValueError(f"token {token!r} is there twice")
-            vocabulary[token] = number
-    content["model"] |= {"vocab": vocabulary, "merges": [merge.split(" ") for merge in merges]}
-    return json.dumps(content)
+    known = zip(range(len(tokens)), types, strict=True)
+    ids = np.fromiter((number for number, kind in known if kind != UNUSED and number not in outside), np.int64)
+    _check_unique(tokens, ids)
+    content["model"] = content.pop("model")  # the last, so that its vocabulary and merges can be written behind it
+    text = io.StringIO()
+    text.write(json.dumps(content).removesuffix("}}"))
+    # a few at a time: of a hundred thousand small objects at once, megabytes would stay with the process
+    text.write(', "vocab": {')
+    for at in range(0, len(ids), _TEXTS_AT_ONCE):
+        part = json.dumps({tokens[number]: number for number in ids[at : at + _TEXTS_AT_ONCE].tolist()})
+        text.write(f"{',' * (at > 0)}{part[1:-1]}")
+    text.write('}, "merges": [')
+    for at in range(0, len(merges), _TEXTS_AT_ONCE):
+        part = json.dumps([merges[index].split(" ") for index in range(at, min(at + _TEXTS_AT_ONCE, len(merges)))])
+        text.write(f"{',' * (at > 0)}{part[1:-1]}")
+    text.write("]}}")
+    return text.getvalue()
+
+
+def _check_unique(tokens: Sequence[str], ids: NDArray[np.int64]) -> None:
+    """Raise ValueError if two of these ids have the same text."""
+    hashes = np.fromiter((hash(tokens[number]) for number in map(int, ids)), np.int64, len(ids))
+    if len(np.unique(hashes)) == len(ids):
+        return
+    seen: set[str] = set()
+    for number in ids.tolist():
+        if tokens[number] in seen:
+            raise ValueError(f"token {tokens[number]!r} is there twice")
+        seen.add(tokens[number])
 
 
 def strip_json(content: dict[str, Any], num_tokens: int) -> tuple[str, list[str], list[int], list[str]]:

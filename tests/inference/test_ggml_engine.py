@@ -205,6 +205,15 @@ def test_what_does_not_fit_is_refused_before_ggml_sees_it(wide):
         engine.forward([ids(5), [1]])
 
 
+def test_threads_are_as_many_as_the_weights_are_worth(wide, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("fanformer.inference.threads.free_cores", lambda: 2)
+    path = export(wide, "q8_0")
+    assert Engine.open(path).threads == 1
+    monkeypatch.setattr("fanformer.inference.ggml_engine._BYTES_A_THREAD", 1000)
+    assert Engine.open(path).threads == 2
+
+
 def test_weights_that_are_not_finite_are_refused(saved_model, tmp_path):
     path = export(saved_model, "q8_0")
     engine = Engine.open(path, 1)

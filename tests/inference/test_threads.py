@@ -45,6 +45,16 @@ def test_busy_cores_are_left_to_others(eight_cores, monkeypatch, load, free):
     assert choose_threads(None) == free
 
 
+@pytest.mark.parametrize(("useful", "threads"), [(0, 1), (1, 1), (3, 3), (50, 5)])
+def test_little_work_takes_few_threads(monkeypatch, useful, threads):
+    monkeypatch.setattr("fanformer.inference.threads.allowed_cores", lambda: 8)
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    assert choose_threads(None, useful) == threads
+    assert choose_threads(6, useful) == 6
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert choose_threads(None, useful) == 7
+
+
 def test_environment_fixes_the_number(monkeypatch):
     monkeypatch.setattr("fanformer.inference.threads.allowed_cores", lambda: 4)
     for text, threads in (("1", 1), ("3", 3), ("64", 4)):

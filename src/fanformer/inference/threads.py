@@ -40,8 +40,12 @@ def free_cores(load: float | None = None) -> int:
     return max(1, allowed_cores() - round(load))
 
 
-def choose_threads(wanted: int | None) -> int:
+def choose_threads(wanted: int | None, useful: int | None = None) -> int:
     """Return the number of threads to use: `wanted`, else `OMP_NUM_THREADS`, else the free cores.
+
+    Args:
+        wanted: what the user asked for.
+        useful: how many the work is large enough for: no more of the free cores are taken.
 
     Raises:
         ConfigError: if it is asked for and below 1 or above the allowed cores, or if OMP_NUM_THREADS is no number.
@@ -52,7 +56,7 @@ def choose_threads(wanted: int | None) -> int:
         return wanted
     fixed = os.environ.get("OMP_NUM_THREADS")
     if fixed is None:
-        return free_cores()
+        return free_cores() if useful is None else max(1, min(free_cores(), useful))
     if not fixed.isdigit() or int(fixed) < 1:
         raise ConfigError(f"`OMP_NUM_THREADS` must be a number from 1 on, got {fixed!r}: unset it.")
     return min(int(fixed), allowed_cores())

@@ -1,10 +1,11 @@
-"""What GGUF files and compressed-tensors folders of one model lose, and how large they are.
+"""What GGUF files and quantized folders of one model lose, and how large they are.
 
     python benchmarks/quantization.py MODEL --text FILE [--types q8_0,q4_k] [--folders gptq4,gptq8,awq4]
         [--tokens 20000] [--threads N] [--calibration SPEC] [--write]
 
 Bits per byte: the folder on torch, the dequantized file on torch, and the file on the engine, on the same rows of
-held-out text. Files need the extra `gguf`, folders the extra `quantize`; `--types ''` leaves files out.
+held-out text. Files need the extra `gguf`, folders the extra `quantize`, and gptq-v1-4 and gptq-v1-8 the extra `gptq`,
+in environments of their own; `--types ''` leaves files out.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -119,15 +121,18 @@ def kinds(words: str) -> list[str]:
 def measure_folder(
     arguments: argparse.Namespace, folder: Path, rows: list[list[int]], num_bytes: int
 ) -> dict[str, Any]:
-    """Write a compressed-tensors folder, named by its method and bits, and return its size and bits per byte."""
+    """Write a quantized folder, named by its method and bits, and return its size and bits per byte."""
     from fanformer.inference.loading import load_model
     from fanformer.quantization.compressed_tensors import export_compressed
+    from fanformer.quantization.gptq_v1 import METHOD, export_gptq_v1
     from fanformer.quantization.quantized_folder import Settings
 
-    method, bits = folder.name.rstrip("0123456789"), folder.name.lstrip("abcdefghijklmnopqrstuvwxyz")
-    if not bits:
-        sys.exit(f"--folders {folder.name}: expected a method and bits, such as gptq4 or awq4")
-    report = export_compressed(arguments.model, folder, Settings(method, int(bits), calibration=arguments.calibration))
+    asked = re.fullmatch(r"([a-z]+|gptq-v1(?=-))-?(\d+)", folder.name)
+    if asked is None:
+        sys.exit(f"--folders {folder.name}: expected a method and bits, such as gptq4, awq4 or gptq-v1-4")
+    settings = Settings(asked[1], int(asked[2]), calibration=arguments.calibration)
+    export = export_gptq_v1 if settings.method == METHOD else export_compressed
+    report = export(arguments.model, folder, settings)
     return {"file_bytes": report.bytes, "torch": bits_per_byte(on_torch(load_model(folder, "cpu")), rows, num_bytes)}
 
 
@@ -159,17 +164,24 @@ def to_result(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
 def write(arguments: argparse.Namespace, found: dict[str, dict[str, Any]], parameters: int) -> None:
     """Add the run to the ledger."""
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    what = [name for name, asked in (("gguf", arguments.types), ("folders", arguments.folders)) if asked]
-    packages = ["ggml-python"] * bool(arguments.types) + ["llmcompressor"] * bool(arguments.folders)
+    model = Path(arguments.model).absolute().name
+    classic = [name for name in kinds(arguments.folders) if name.startswith("gptq-v1")]
+    asked = {
+        "gguf": bool(arguments.types),
+        "folders": len(classic) < len(kinds(arguments.folders)),
+        "gptq-v1": bool(classic),
+    }
+    libraries = {"gguf": "ggml-python", "folders": "llmcompressor", "gptq-v1": "gptqmodel"}
+    what = [name for name, wanted in asked.items() if wanted]
     entry = Entry(
-        name=f"quantization-loss-{'-'.join(what)}-{day}",
-        what=f"what {' and '.join(what)} of a trained model lose",
+        name=f"quantization-loss-{'-'.join(what)}-{model}-{day}",
+        what=f"what a trained model loses as {' and '.join(what)}",
         kind="benchmark",
         command=command_line(["python", *sys.argv]),
         date=day,
         seeds=[],
         configuration={
-            "model": Path(arguments.model).absolute().name,
+            "model": model,
             "scale": f"{parameters / 1e6:.3g}M parameters",
             "types": arguments.types,
             "folders": arguments.folders,
@@ -178,7 +190,7 @@ def write(arguments: argparse.Namespace, found: dict[str, dict[str, Any]], param
         },
         data={"source": Path(arguments.text).name, "fingerprint": found["folder"]["sha256"]},
         hardware=hardware(),
-        versions=versions() | {package: version(package) for package in packages},
+        versions=versions() | {libraries[name]: version(libraries[name]) for name in what},
         result=to_result(found),
         details=found,
     )
@@ -191,7 +203,7 @@ def main() -> None:
     parser.add_argument("model", help="model folder")
     parser.add_argument("--text", required=True, help="held-out text: a file, glob or hf:NAME")
     parser.add_argument("--types", default="f16,q8_0,q6_k,q5_k,q4_k,q4_0")
-    parser.add_argument("--folders", default="", help="compressed-tensors folders, such as gptq4,gptq8,awq4")
+    parser.add_argument("--folders", default="", help="quantized folders, such as gptq4,gptq8,awq4")
     parser.add_argument("--tokens", type=int, default=20_000, help="most tokens of the text (default 20000)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--calibration", metavar="SPEC", help="text for the 4-bit types' weights, and for the folders")

@@ -66,6 +66,8 @@ def test_a_trained_model_is_quantized_and_computes_on_packed_weights(fanformer, 
     before = json.loads(fanformer("eval", "out", "--text", "mine.txt", "--device", "cpu", "--json", "-"))
     words = ("--format", "gptq-v1", "--calibration", "mine.txt", "--calibration-tokens", 4096)
     assert "embed_tokens" in fanformer("quantize", "out", *words, "--output-dir", "small")
+    assert not (tmp_path / "logs").exists()
+    assert not (tmp_path / "small" / "logs").exists()
     report = json.loads((tmp_path / "small" / "quantization.json").read_text())
     cut = [item for item in report["layers"] if item["method"] == "gptq"]
     assert {item["part"] for item in cut} == {"qkv_input", "q", "k", "v", "o", "gate", "up", "down"}

@@ -182,6 +182,7 @@ def _run(
 ) -> None:
     """Quantize the folder `whole` into the folder `aside`."""
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.looper import loop_processor
     from gptqmodel.models import auto
     from gptqmodel.models.base import BaseQModel
 
@@ -197,6 +198,7 @@ def _run(
     sizes = {size for size in groups.values() if size is not None}
     kept: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name, size in groups.items() if size is None}
     how = QuantizeConfig(bits=bits, group_size=sizes.pop(), desc_act=False, sym=True, dynamic=kept or None)
+    loop_processor._PROJECT_LOG_DIR = whole / "logs"  # else a folder `logs` stays where the user happens to be
     quantizer = GPTQModel.load(str(whole), how)
     layers = len({name.split(".")[2] for name in groups})
     done: set[int] = set()

@@ -47,6 +47,7 @@ def test_busy_cores_are_left_to_others(eight_cores, monkeypatch, load, free):
 
 @pytest.mark.parametrize(("useful", "threads"), [(0, 1), (1, 1), (3, 3), (50, 5)])
 def test_little_work_takes_few_threads(monkeypatch, useful, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("fanformer.inference.threads.allowed_cores", lambda: 8)
     monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.0, 0.0))
     assert choose_threads(None, useful) == threads

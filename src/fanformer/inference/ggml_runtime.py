@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.errors import DependencyError, FANformerError
-from fanformer.inference.gguf_blocks import BY_NUMBER, TYPES, BlockType, Bytes, Floats
+from fanformer.inference.gguf_blocks import BY_NUMBER, BlockType, Bytes, Floats
 
 F32, F16, I32, I64 = 0, 1, 26, 27
 """ggml's numbers of the types that graphs compute with."""
@@ -477,7 +477,3 @@ class Graph:
             gate, up = self.slice_rows(gate_up, 0, width), self.slice_rows(gate_up, width, width)
             return self.multiply(gate, up)
         return self._make({"silu": "ggml_swiglu", "gelu": "ggml_geglu_erf"}[function], gate_up.pointer)
-
-
-MATRIX_TYPES = {name: kind.number for name, kind in TYPES.items()}
-"""ggml's numbers of the types that weights have."""

@@ -31,7 +31,7 @@ class Matrix:
 class Linear:
     """A linear map: matrices whose outputs follow each other, and the bias of all of them."""
 
-    matrices: tuple["Matrix", ...]
+    matrices: tuple[Matrix, ...]
     bias: Node | None
     widths: tuple[int, ...]
     """Outputs of each of the tensors that were joined; 0 for one that the model does not have."""

@@ -5,13 +5,14 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
 from fanformer.cli.options import Verb
 from fanformer.inference.threads import spin_briefly
 from fanformer.training.configuration import (
+    FIELD_TYPES,
     RunConfig,
     parse_count,
     parse_duration,
@@ -55,7 +56,7 @@ def _flag(name: str) -> Callable[[Any], Any]:
     help_text = item.metadata["help"][:1].upper() + item.metadata["help"][1:]
     if "default" not in help_text and item.default is not None:
         help_text += f"  [default: {item.default}, or the preset's]"
-    hint = get_type_hints(RunConfig)[name]
+    hint = FIELD_TYPES[name]
     types = (hint, *get_args(hint))
     choices = f"[{'|'.join(get_args(hint))}]" if get_origin(hint) is Literal else None  # RunConfig checks them
     kind = str if name in _PARSERS else int if int in types else float if float in types else str

@@ -169,7 +169,7 @@ class Engine:
                 elif ends[stream]:
                     found[stream].append(logits[stream, :1])
         empty = np.empty((0, self.model.vocab_size), dtype=np.float32)
-        return [np.concatenate(rows) if len(rows) > 1 else (rows or [empty])[0] for rows in found]
+        return [np.concatenate(rows) if rows else empty for rows in found]
 
     def _begun(self) -> "_State":
         if self._state is None:
@@ -220,7 +220,7 @@ class _State:
             # values lie the other way round, so that the sum over positions reads them one after the other
             shapes[f"v{layer}"] = kind, (1, self._all_cells * self._width * streams)
         self._cache = Memory(runtime, shapes)
-        self.num_bytes = sum(map(self._cache.num_bytes, shapes))
+        self.num_bytes = self._cache.total_bytes
         self._graphs: dict[tuple[int, int, bool], Graph] = {}
         self._graph(CHUNK, cells, False)  # the largest first: it decides how much memory the others share
 

@@ -6,13 +6,12 @@ here what ggml only asserts, and memory is freed by the objects that own it.
 Shapes are ggml's: the row length first, `[K, H, N]`.
 """
 
-import contextlib
 import ctypes
 import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -122,17 +121,17 @@ def _node(pointer: Any) -> Node:
     return Node(pointer, int(tensor.type), tuple(tensor.ne), tuple(tensor.nb))
 
 
-@contextlib.contextmanager
-def _context(ggml: ModuleType, tensors: int) -> Iterator[Any]:
-    """Yield room for the descriptions of so many tensors, which have no memory."""
-    size = tensors * ggml.ggml_tensor_overhead()
+def _new_context(size: int, what: str) -> Any:
+    """Return room of so many bytes for the descriptions of tensors and graphs, to be freed by `ggml_free`.
+
+    Raises:
+        EngineError: if there is no memory for `what`.
+    """
+    ggml = library()
     context = ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
     if not context:
-        raise EngineError(f"ggml has no memory for the list of {tensors} tensors: free some.")
-    try:
-        yield context
-    finally:
-        ggml.ggml_free(context)
+        raise EngineError(f"ggml has no memory for {what}: free some.")
+    return context
 
 
 @functools.cache
@@ -146,18 +145,14 @@ def _log(ggml: ModuleType) -> Any:
     return ggml.ggml_log_callback(write)  # kept alive by the cache, for C keeps only its address
 
 
-def _packed_buffer_type(ggml: ModuleType, device: Any) -> Any:
+def _packed_buffer_type(ggml: ModuleType, register: Any, device: Any) -> Any:
     """Return the kind of memory in which ggml rearranges matrices for this processor; None if it was built without."""
-    register = ggml.ggml_backend_cpu_reg()
     address = ggml.ggml_backend_reg_get_proc_address(register, b"ggml_backend_dev_get_extra_bufts")
     if not address:
         return None
-    list_of = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
-    found = list_of(device)
-    for index in itertools.takewhile(lambda index: found[index], itertools.count()):
-        if ggml.ggml_backend_buft_name(found[index]) == _PACKED:
-            return found[index]
-    return None
+    found = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
+    types = itertools.takewhile(bool, map(found.__getitem__, itertools.count()))
+    return next((each for each in types if ggml.ggml_backend_buft_name(each) == _PACKED), None)
 
 
 class Runtime:
@@ -180,17 +175,14 @@ class Runtime:
         ggml.ggml_backend_cpu_set_n_threads(self.backend, threads)
         # ggml_backend_cpu_buffer_type would do, but ggml-python 0.0.45 cuts the pointer that it returns to 32 bits
         self.buffer_type = ggml.ggml_backend_get_default_buffer_type(self.backend)
-        self.packed_type = _packed_buffer_type(ggml, self._device())
+        register = ggml.ggml_backend_cpu_reg()
+        self._device = ggml.ggml_backend_reg_dev_get(register, 0)
+        self.packed_type = _packed_buffer_type(ggml, register, self._device)
         self.allocator = ggml.ggml_gallocr_new(self.buffer_type)
         weakref.finalize(self, ggml.ggml_gallocr_free, self.allocator)
         self.generation = 0
         """Counts how often the memory moved: graphs made before that are of no use any more."""
         self._compute_bytes = 0
-
-    @staticmethod
-    def _device() -> Any:
-        ggml = library()
-        return ggml.ggml_backend_reg_dev_get(ggml.ggml_backend_cpu_reg(), 0)
 
     def packs(self, kind: int, shape: Sequence[int]) -> bool:
         """Whether this processor multiplies by such a matrix faster when blocks of several rows lie side by side.
@@ -202,15 +194,14 @@ class Runtime:
         if self.packed_type is None or len(shape) != 2:
             return False
         ggml = library()
-        with _context(ggml, 3) as context:
-            weight = ggml.ggml_new_tensor_2d(context, kind, *shape)
-            product = ggml.ggml_mul_mat(context, weight, ggml.ggml_new_tensor_2d(context, F32, shape[0], 1))
-            buffer = ggml.ggml_backend_buft_alloc_buffer(self.packed_type, 0)
-            try:
-                weight.contents.buffer = buffer
-                return bool(ggml.ggml_backend_dev_supports_op(self._device(), product))
-            finally:
-                ggml.ggml_backend_buffer_free(buffer)
+        context = _new_context(3 * ggml.ggml_tensor_overhead(), "a product")
+        weight = ggml.ggml_new_tensor_2d(context, kind, *shape)
+        product = ggml.ggml_mul_mat(context, weight, ggml.ggml_new_tensor_2d(context, F32, shape[0], 1))
+        weight.contents.buffer = buffer = ggml.ggml_backend_buft_alloc_buffer(self.packed_type, 0)
+        supported = bool(ggml.ggml_backend_dev_supports_op(self._device, product))
+        ggml.ggml_backend_buffer_free(buffer)
+        ggml.ggml_free(context)
+        return supported
 
     def place(self, graph: Any) -> None:
         """Give the tensors of a graph their memory, which all graphs share."""
@@ -241,12 +232,8 @@ class Memory:
         """
         ggml = library()
         self._packed = packed
-        parameters = ggml.ggml_init_params(
-            mem_size=(len(tensors) + 1) * ggml.ggml_tensor_overhead(), mem_buffer=None, no_alloc=True
-        )
-        self._context = ggml.ggml_init(parameters)
-        if not self._context:
-            raise EngineError(f"ggml has no memory for the list of {len(tensors)} tensors: free some.")
+        size = (len(tensors) + 1) * ggml.ggml_tensor_overhead()
+        self._context = _new_context(size, f"the list of {len(tensors)} tensors")
         weakref.finalize(self, ggml.ggml_free, self._context)
         self.nodes: dict[str, Node] = {}
         for name, (kind, shape) in tensors.items():
@@ -261,6 +248,11 @@ class Memory:
             raise EngineError(f"no memory for {needed:,} bytes: free some, or use a smaller model or context.")
         weakref.finalize(self, ggml.ggml_backend_buffer_free, self._buffer)
         ggml.ggml_backend_buffer_clear(self._buffer, 0)
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of all tensors together."""
+        return sum(map(self.num_bytes, self.nodes))
 
     def num_bytes(self, name: str) -> int:
         """Return the size of a tensor."""
@@ -284,6 +276,11 @@ def _bytes_at(node: Node, count: int) -> Bytes:
     return np.frombuffer(memoryview((ctypes.c_uint8 * count).from_address(address)), dtype=np.uint8)
 
 
+def _array(node: Node) -> NDArray[Any]:
+    """Return a value's numbers, writable, its shape the other way round."""
+    return _bytes_at(node, _size(node.kind, node.shape)).view(_DTYPES[node.kind]).reshape(node.shape[::-1])
+
+
 class Graph:
     """A computation that is built once, then run again and again with other inputs; operations check their shapes."""
 
@@ -297,9 +294,7 @@ class Graph:
         ggml = self._ggml = library()
         self._runtime = runtime
         size = most_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(most_nodes, False)
-        self._context = ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
-        if not self._context:
-            raise EngineError("ggml has no memory for a graph: free some.")
+        self._context = _new_context(size, "a graph")
         weakref.finalize(self, ggml.ggml_free, self._context)
         self._graph = ggml.ggml_new_graph_custom(self._context, most_nodes, False)
         self._room = most_nodes
@@ -339,10 +334,8 @@ class Graph:
         self.expand(output)
         self._runtime.place(self._graph)
         self._generation = self._runtime.generation
-        self._result = _bytes_at(output, _size(F32, output.shape)).view(np.float32).reshape(output.shape[::-1])
-        for name, node in self._inputs.items():
-            raw = _bytes_at(node, _size(node.kind, node.shape))
-            self._views[name] = raw.view(_DTYPES[node.kind]).reshape(node.shape[::-1])
+        self._result = _array(output)
+        self._views = {name: _array(node) for name, node in self._inputs.items()}
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Floats:
         """Compute and return the output, its shape the other way round: the row length last.

@@ -75,10 +75,10 @@ class Weights:
         self._memory = Memory(runtime, plain)
         self._packed = Memory(runtime, packed, packed=True) if packed else None
         self.nodes = dict(self._memory.nodes)
-        self.num_bytes = sum(map(self._memory.num_bytes, plain))
+        self.num_bytes = self._memory.total_bytes
         if self._packed is not None:
             self.nodes |= self._packed.nodes
-            self.num_bytes += sum(map(self._packed.num_bytes, packed))
+            self.num_bytes += self._packed.total_bytes
         self._joined: dict[str, Linear] = {}
         for group in groups:
             self._fill(file, group)

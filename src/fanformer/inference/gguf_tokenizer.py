@@ -6,7 +6,7 @@ is in `tokenizer.fanformer.pipeline`: the folder's tokenizer.json without its to
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -242,25 +242,32 @@ def rebuild_json(pipeline: str, tokens: Sequence[str], types: Sequence[int], mer
     known = zip(range(len(tokens)), types, strict=True)
     ids = np.fromiter((number for number, kind in known if kind != UNUSED and number not in outside), np.int64)
     _check_unique(tokens, ids)
-    content["model"] = content.pop("model")  # the last, so that its vocabulary and merges can be written behind it
+    model = content.pop("model")
+    # the last, so that its vocabulary and merges can be written behind it
+    content["model"] = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
     text = io.StringIO()
     text.write(json.dumps(content).removesuffix("}}"))
-    # a few at a time: of a hundred thousand small objects at once, megabytes would stay with the process
     text.write(', "vocab": {')
-    for at in range(0, len(ids), _TEXTS_AT_ONCE):
-        part = json.dumps({tokens[number]: number for number in ids[at : at + _TEXTS_AT_ONCE].tolist()})
-        text.write(f"{',' * (at > 0)}{part[1:-1]}")
+    text.writelines(_in_pieces(len(ids), lambda part: {tokens[number]: number for number in ids[part].tolist()}))
     text.write('}, "merges": [')
-    for at in range(0, len(merges), _TEXTS_AT_ONCE):
-        part = json.dumps([merges[index].split(" ") for index in range(at, min(at + _TEXTS_AT_ONCE, len(merges)))])
-        text.write(f"{',' * (at > 0)}{part[1:-1]}")
+    text.writelines(_in_pieces(len(merges), lambda part: [merge.split(" ") for merge in merges[part]]))
     text.write("]}}")
     return text.getvalue()
 
 
+def _in_pieces(count: int, values: Callable[[slice], Any]) -> Iterator[str]:
+    """Yield JSON of `count` values without the brackets around them; `values` returns those of a slice.
+
+    A few at a time: of a hundred thousand small objects at once, megabytes would stay with the process.
+    """
+    for at in range(0, count, _TEXTS_AT_ONCE):
+        piece = json.dumps(values(slice(at, at + _TEXTS_AT_ONCE)))[1:-1]
+        yield f",{piece}" if at else piece
+
+
 def _check_unique(tokens: Sequence[str], ids: NDArray[np.int64]) -> None:
     """Raise ValueError if two of these ids have the same text."""
-    hashes = np.fromiter((hash(tokens[number]) for number in map(int, ids)), np.int64, len(ids))
+    hashes = np.fromiter((hash(tokens[number]) for number in ids), np.int64, len(ids))
     if len(np.unique(hashes)) == len(ids):
         return
     seen: set[str] = set()

@@ -161,7 +161,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), _HINTS[item.name])
+            _check_type(item.name, getattr(self, item.name), FIELD_TYPES[item.name])
         for name in ("batch_size", "sequence_length", "keep_last", "eval_tokens", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -218,7 +218,8 @@ class RunConfig:
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)} | {"model": dict(self.model)}
 
 
-_HINTS = get_type_hints(RunConfig)
+FIELD_TYPES = get_type_hints(RunConfig)
+"""Type of every field of RunConfig by its name."""
 
 
 def _as_word(value: Any, hint: Any) -> Any:
@@ -271,10 +272,10 @@ def resolve(
             merged["model"].update(value or {})
         elif key.startswith("model."):
             merged["model"][key.removeprefix("model.")] = value
-        elif key in _HINTS:
-            merged[key] = _as_word(value, _HINTS[key])
+        elif key in FIELD_TYPES:
+            merged[key] = _as_word(value, FIELD_TYPES[key])
         else:
-            raise ConfigError(f"`{key}` is not a field of the run configuration: {did_you_mean(key, _HINTS)}")
+            raise ConfigError(f"`{key}` is not a field of the run configuration: {did_you_mean(key, FIELD_TYPES)}")
     return RunConfig(**merged)
 
 

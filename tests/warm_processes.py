@@ -201,10 +201,11 @@ def _become(request: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> 
         kind = getattr(resource, name)
         resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
     if request["strike"] is not None:
-        _strike_at_change(Strike(**request["strike"]), Path(request["cwd"]).resolve())
+        strike_at_change(Strike(**request["strike"]), Path(request["cwd"]).resolve())
 
 
-def _strike_at_change(strike: Strike, below: Path) -> None:
+def strike_at_change(strike: Strike, below: Path) -> None:
+    """Let this process send itself a signal right before one of its changes below a folder."""
     left = strike.change
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

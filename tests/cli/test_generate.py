@@ -56,7 +56,7 @@ def test_no_prompt_begins_a_new_text(command, saved_model):
     ("words", "message"),
     [
         (["--top-p", "3"], "`top_p` must be in (0, 1], got 3.0: 1 draws from all tokens."),
-        (["--temperature", "-1"], "`temperature` must be at least 0 and finite, got -1.0: 0 is greedy."),
+        (["--temperature", "-1"], "`temperature` must be in [0, 1.7e+38], got -1.0: 0 is greedy."),
         (["--min-length", "200"], "`min_length` must be between 0 and max_length (100), got 200."),
         (["--batch-size", "0"], "`batch_size` must be at least 1, got 0."),
         (["--device", "tpu"], "`device` must be auto, cpu, cuda, cuda:N or mps, got 'tpu'."),

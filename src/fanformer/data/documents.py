@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanformer.data.durable import printable
 from fanformer.data.readers import (
     COMPRESSIONS,
     Fields,
@@ -134,7 +135,7 @@ class StdlibSource(DocumentSource):
         """Return the Python version and a hash over the names and texts of all files."""
         digest = hashlib.sha256()
         for name, text in self._contents.items():
-            digest.update(f"{name}\0{len(text)}\0{text}".encode())
+            digest.update(f"{printable(name)}\0{len(text)}\0{text}".encode())
         return {
             "kind": "stdlib",
             "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -154,16 +155,16 @@ class FileSource(DocumentSource):
         Args:
             spec: as the user wrote it.
             paths: the files.
-            root: folder that the documents' names are relative to.
+            root: folder that the documents' names are relative to; a name that is not UTF-8 is taken as `printable`.
             fields: fields or columns to read.
 
         Raises:
             DataError: if a file is unreadable.
             DependencyError: if a package that reads such files is missing.
         """
-        self.spec = spec
+        self.spec = printable(spec)
         self._fields = fields
-        self._files = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+        self._files = sorted((printable(path.relative_to(root).as_posix()), path) for path in paths)
         self.parts = [name for name, _ in self._files]
         for _, path in self._files:
             require_extras(path)

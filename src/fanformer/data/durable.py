@@ -1,4 +1,8 @@
-"""Files that are on the disk when we say so: replaced as a whole, synced, hashed; and how a full disk shows."""
+"""Files that are on the disk when we say so: replaced as a whole, synced, hashed; and how a full disk shows.
+
+Names of files need not be UTF-8; Python has their other bytes as lone surrogates (PEP 383), which no file of UTF-8 can
+hold: `printable` is what they are called in ours.
+"""
 
 import errno
 import hashlib
@@ -20,10 +24,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def printable(name: str) -> str:
+    r"""Return a name as text that can be written: each lone surrogate as an escape such as \udce9."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Give a file new content in one step: a reader, or the disk after a power cut, has the old or the new."""
+    """Give a file new content in one step: a reader, or the disk after a power cut, has the old or the new.
+
+    The file is UTF-8; what of the text cannot be is written as `printable` has it.
+    """
     aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.data.durable import printable
+from fanformer.data.file_patterns import matching_files
 from fanformer.data.readers import (
     COMPRESSIONS,
     Fields,
@@ -247,8 +248,7 @@ def open_source(
 
 
 def _open_glob(spec: str, pattern: Path, fields: Fields) -> FileSource:
-    paths = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
-    files = [path for path in paths if path.is_file()]
+    files = matching_files(pattern)
     if not files:
         raise DataError(f"data `{spec}`: no file matches {pattern}: quote the pattern and check the folder")
     # the folder in front of the first wildcard: names must not change when another file comes to match

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanformer.data.decompression import COMPRESSIONS, require_regular
 from fanformer.data.durable import printable
 from fanformer.data.file_patterns import matching_files
 from fanformer.data.readers import (
-    COMPRESSIONS,
     Fields,
     file_kind,
     plain_name,
@@ -160,7 +160,7 @@ class FileSource(DocumentSource):
             fields: fields or columns to read.
 
         Raises:
-            DataError: if a file is unreadable.
+            DataError: if one is unreadable, or no regular file.
             DependencyError: if a package that reads such files is missing.
         """
         self.spec = printable(spec)
@@ -168,11 +168,8 @@ class FileSource(DocumentSource):
         self._files = sorted((printable(path.relative_to(root).as_posix()), path) for path in paths)
         self.parts = [name for name, _ in self._files]
         for _, path in self._files:
+            require_regular(path)
             require_extras(path)
-            try:
-                path.open("rb").close()
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         if all(file_kind(path) == "text" and path.suffix not in COMPRESSIONS for _, path in self._files):
             self.total_bytes = sum(path.stat().st_size for _, path in self._files)
 

@@ -134,9 +134,7 @@ def prepare(
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, got {value}")
     if printable(str(output_dir)) != str(output_dir):  # the tokenizer and the weights are saved by libraries in Rust
-        raise DataError(
-            f"{output_dir} must have a name in UTF-8, got {str(output_dir)!a}: choose another --output-dir"
-        )
+        raise DataError(f"{output_dir} must have a name in UTF-8, got {str(output_dir)!a}: choose another --output-dir")
     selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
     options = Options(vocab_size, held_out_fraction, shard_tokens, licence, workers)
     partial = output_dir.with_name(output_dir.name + ".partial")

@@ -8,10 +8,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LARGEST_JSON = 1 << 30
+"""Bytes of a description or journal; one of a million files has 200 MB."""
 _READ_BYTES = 1 << 24  # large, so that a background thread that hashes seldom wants the interpreter
 
 
@@ -46,6 +49,22 @@ def replace_json(path: Path, content: Any) -> None:
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Return the JSON value that a file holds.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds no JSON, or more of it than Python or LARGEST_JSON allow.
+    """
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{size:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_pieces(path: Path) -> Iterator[bytes]:
     """Yield the content of a file in pieces that fit into memory."""
     with path.open("rb", buffering=0) as file:
@@ -61,6 +80,14 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def error_number(error: BaseException) -> int | None:
+    """Return the number of the operating system's error; libraries in Rust have it in their words only."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return number
+
+
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means a full disk or quota; libraries in Rust have the number in their words only."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
+    """Return whether an error means a full disk or quota."""
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT)

@@ -43,7 +43,9 @@ def test_what_is_no_regular_file_is_refused_with_what_it_is(tmp_path, kind):
         bound.bind(str(path))
     else:
         path = "/dev/zero"
-    expected = rf"{path} is a {kind.split(' by')[0]}, expected a regular file: write its text to a file and name that"
+    expected = (
+        rf"{path} is a {kind.split(' by')[0]}, expected a regular file: write what it holds to a file and name that"
+    )
     with pytest.raises(DataError, match=expected):
         open_source(str(path))
     bound.close()
@@ -57,7 +59,7 @@ def test_process_substitution_and_devices_are_one_line_to_the_command(tmp_path):
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
         assert done.returncode == 2, done
         assert done.stderr.count("\n") == 1
-        assert "expected a regular file: write its text to a file and name that" in done.stderr
+        assert "expected a regular file: write what it holds to a file and name that" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["f.txt"]
 
 

@@ -184,6 +184,19 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer("./none")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_pipe_or_device_in_place_of_a_tokenizer_file_is_refused(tokenizer, tmp_path, name):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name} is a pipe, expected a regular file"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=rf"{name} is a character device, expected a regular file"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_tokenizer_on_the_hub_offline_is_refused_within_seconds(monkeypatch):
     started = time.monotonic()
     with pytest.raises(

@@ -49,7 +49,7 @@ def require_regular(path: Path) -> None:
     except OSError as error:
         raise unreadable(path, error) from error
     kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "special file")
-    raise DataError(f"{path} is a {kind}, expected a regular file: write its text to a file and name that")
+    raise DataError(f"{path} is a {kind}, expected a regular file: write what it holds to a file and name that")
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fanformer.data.decompression import require_regular
 from fanformer.data.hub import require_hub
 from fanformer.errors import ConfigError
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 SMALLEST_VOCABULARY = 257
 """256 bytes and END_OF_TEXT."""
 
@@ -102,10 +105,13 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
 
     Raises:
         ConfigError: if there is none, or it needs code of its own.
-        DataError: if it is on the hub and the hub does not answer.
+        DataError: if it is on the hub and the hub does not answer, or a file of a folder is a pipe or a device.
     """
     folder = Path(name_or_folder).expanduser().absolute()
     if folder.is_dir():
+        for path in map(folder.joinpath, _FILES):
+            if os.path.lexists(path):
+                require_regular(path)
         if (folder / "config.json").is_file():
             import fanformer.model  # noqa: F401  # registers our model type, which transformers otherwise warns about
         return _load(str(folder), local_files_only=True)

@@ -1,0 +1,106 @@
+"""The proof of `--prove-resume` under other kernels and numbers of threads: one machine stands for several.
+
+    python benchmarks/resume_settings.py [--preset nano] [--steps 20] [--only NAME ...] [--write]
+
+Which order a sum has depends on the processor, on what the libraries take it for, and on how many threads share it. A
+run that was killed must equal one that was not under all of these.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+
+RESULTS = Path(__file__).parent / "results"
+SETTINGS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "as it is": ({}, []),
+    "one thread": ({"OMP_NUM_THREADS": "1"}, []),
+    "two threads": ({"OMP_NUM_THREADS": "2"}, []),
+    "three threads": ({"OMP_NUM_THREADS": "3"}, []),
+    "three threads, as asked": ({}, ["--set", "threads=3"]),
+    "MKL_DYNAMIC=true": ({"MKL_DYNAMIC": "true"}, []),
+    "MKL_DYNAMIC=false": ({"MKL_DYNAMIC": "false"}, []),
+    "ATEN_CPU_CAPABILITY=default": ({"ATEN_CPU_CAPABILITY": "default"}, []),
+    "ATEN_CPU_CAPABILITY=avx2": ({"ATEN_CPU_CAPABILITY": "avx2"}, []),
+    "ONEDNN_MAX_CPU_ISA=AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, []),
+    "float32 products": ({}, ["--precision", "float32"]),
+    "compiled": ({}, ["--compile", "on"]),
+}
+"""Environment variables and flags by the name of a setting."""
+
+
+def prove(preset: str, steps: int, name: str, folder: Path) -> dict[str, Any]:
+    """Return what `fanformer train --prove-resume` found under a setting, and how long it took."""
+    variables, flags = SETTINGS[name]
+    words = ["train", "--prove-resume", "--preset", preset, "--max-steps", str(steps), "--output-dir", str(folder)]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "fanformer.cli.main", *words, *flags],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    if not (folder / "proof.json").is_file():
+        raise SystemExit(f"{name}: {done.stderr.strip()}")
+    findings = json.loads((folder / "proof.json").read_text())
+    killed = [finding for finding in findings if finding["kills"]]
+    return {
+        "holds": done.returncode == 0,
+        "killed_runs": len(killed),
+        "killed_runs_equal": sum(all(finding["equal"].values()) for finding in killed),
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def main() -> int:
+    """Prove under every setting; return 1 where one does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="nano")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--write", action="store_true", help="write an entry of the ledger")
+    arguments = parser.parse_args()
+    found = {}
+    for name in arguments.only:
+        with tempfile.TemporaryDirectory() as place:
+            found[name] = prove(arguments.preset, arguments.steps, name, Path(place) / "proof")
+        print(f"{name}: {found[name]}", flush=True)
+    holding = sum(one["holds"] for one in found.values())
+    if arguments.write:
+        machine = hardware()
+        date = datetime.now(UTC).date().isoformat()
+        word = "".join(letter if letter.isalnum() else "-" for letter in str(machine["cpu"]).split("@")[0].lower())
+        unit = "settings of kernels and threads"
+        entry = Entry(
+            name=f"resume-settings-{word.strip('-')}",
+            what="trainings that were killed and resumed beside one that was not, under other kernels and threads",
+            kind="benchmark",
+            command=command_line(["python", *sys.argv]),
+            date=date,
+            seeds=[0],
+            configuration={"preset": arguments.preset, "steps": arguments.steps, "settings": list(found)},
+            data=None,
+            hardware=machine,
+            versions=versions(),
+            result={
+                "settings": Figure(len(found), unit, interval=EXACT),
+                "settings_that_hold": Figure(holding, unit, interval=EXACT),
+                "settings_that_do_not": Figure(len(found) - holding, unit, interval=EXACT),
+            },
+            details={"by_setting": found},
+        )
+        print(write_entry(RESULTS, entry))
+    print(f"{holding} of {len(found)} settings hold")
+    return 0 if holding == len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

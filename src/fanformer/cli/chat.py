@@ -113,7 +113,7 @@ def read_line() -> str | None:
 
 
 def accept_any_bytes() -> None:
-    """Let bytes of standard input that cannot be decoded come as lone surrogates (PEP 383); UTF-8 where it says ASCII."""
+    """Let bytes on standard input that cannot be decoded come as lone surrogates (PEP 383); UTF-8 where it is ASCII."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         encoding = codecs.lookup(sys.stdin.encoding).name
         with contextlib.suppress(io.UnsupportedOperation):  # read from already: it stays as it is

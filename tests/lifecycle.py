@@ -24,12 +24,12 @@ def run_lifecycle(machine: type[RuleBasedStateMachine], examples: int, steps: in
         "deadline": None,
         "database": None,
         "suppress_health_check": list(HealthCheck),
+        "phases": [Phase.generate],  # shrinking would run many more processes for sequences that are short anyway
         "print_blob": True,
     }
     seconds = os.environ.get(SECONDS_VARIABLE)
     if seconds is None:
-        # shrinking runs many processes: the long form does it
-        short = settings(max_examples=examples, derandomize=True, phases=[Phase.generate], **common)
+        short = settings(max_examples=examples, derandomize=True, **common)
         run_state_machine_as_test(machine, settings=short)
         return
     deadline = time.monotonic() + float(seconds)

@@ -228,7 +228,9 @@ def strike_at_change(strike: Strike, below: Path) -> None:
 if __name__ == "__main__":
     wanted = _serve(sys.argv[1:])
     if wanted is not None:
+        from fanformer.cli.interrupts import heed_from_now
         from fanformer.cli.main import main
 
         sys.argv = ["fanformer", *wanted["arguments"]]
+        heed_from_now()
         sys.exit(main(wanted["arguments"]))

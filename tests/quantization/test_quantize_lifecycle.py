@@ -135,7 +135,8 @@ class QuantizeLifecycle(RuleBasedStateMachine):
             process.kill(number)
         code, content = process.wait(), place.read_bytes() if place.exists() else None
         assert code in (0, 130 if number == signal.SIGINT else -number)
-        assert process.stderr.read_text() == ""
+        said = process.stderr.read_text()
+        assert said == "", said
         assert content == wanted if code == 0 else content in (wanted, self.held.get(place))
         if content is not None:
             self.held[place] = content

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
+from fanformer.cli.interrupts import INTERRUPTED, heeded
 from fanformer.errors import FANformerError, did_you_mean
 from fanformer.training.launch import launched_rank
 
 USER_ERROR = 2
 BUG = 1
-INTERRUPTED = 130
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 
 # Errors of the operating system that are the user's to mend; the others are bugs.
@@ -48,7 +48,14 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
     Returns:
         0, or 1 for a bug, 2 for bad input, 130 after Ctrl-C, 141 where the reader of stdout went away.
     """
-    own = list(arguments)
+    try:
+        with heeded():
+            return _run(command, list(arguments), name)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(command: click.Command, own: list[str], name: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
@@ -58,13 +65,13 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
         # Not command.main, which has ways of its own to end after Ctrl-C or a broken pipe.
         try:
             # the words are kept for verbs that record them or run them again
-            with command.make_context(name, own, obj=tuple(arguments)) as context:
+            with command.make_context(name, list(own), obj=tuple(own)) as context:
                 result = command.invoke(context)
         except click.exceptions.Exit as stop:
             result = stop.exit_code
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:
         return INTERRUPTED
     except BrokenPipeError:
         _abandon_stdout()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fanformer.cli.failure import INTERRUPTED
+from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError, DataError
 from fanformer.inference.settings import GenerationSettings

@@ -175,3 +175,11 @@ def test_weights_to_start_from_leave_out_the_preset_s_tokenizer(tmp_path):
     assert resolve("92m").tokenizer is not None
     assert resolve("92m", overrides={"init_from": str(tmp_path)}).tokenizer is None
     assert resolve("92m", overrides={"init_from": str(tmp_path), "tokenizer": "mine"}).tokenizer == "mine"
+
+
+def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):
+    """A run that was begun with --overwrite goes on; one that took other data once refuses them the next time."""
+    config = resolve("nano", overrides={"overwrite": True, "allow_changed_data": True, "output_dir": "here"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"configuration": config.to_dict()}))
+    again = resolve(config_file=tmp_path / "run.yaml", overrides={"resume": True})
+    assert (again.overwrite, again.allow_changed_data, again.output_dir) == (False, False, "here")

@@ -308,8 +308,8 @@ class TrainLifecycle(RuleBasedStateMachine):
         if had is None:
             return
         steps = max(1, had.saved + more)
-        code, _ = self.train(name, ["--resume", *length(kind, steps)], None, moment, number)
-        assert code != 2
+        code, process = self.train(name, ["--resume", *length(kind, steps)], None, moment, number)
+        assert code != 2, process.stderr.read_text()
         if code == 0:
             assert self.kept[name].saved == steps
             self.check_published(name, steps)

@@ -18,6 +18,8 @@ from fanformer.errors import ConfigError, did_you_mean
 
 # Fields that say how long a run is; the last may stand beside one of the others, as a limit.
 _LENGTHS = ("max_steps", "tokens", "epochs", "max_time")
+OF_ONE_COMMAND = ("resume", "overwrite", "allow_changed_data")
+"""Fields that say what one command does; the run's next command does it only where it is asked to again."""
 _MOST = 10**15  # of anything that is counted: what is above is a slip of the finger, and too much for float64 below
 
 
@@ -300,7 +302,9 @@ def _without_replaced_length(from_file: dict[str, Any], overrides: Mapping[str, 
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML file of RunConfig fields; of a run's own run.yaml only the part under `configuration` counts.
+    """Read a YAML file of RunConfig fields.
+
+    Of a run's own run.yaml the part under `configuration` counts, without the fields that are OF_ONE_COMMAND.
 
     Raises:
         ConfigError: if the file is missing, not YAML, or not a mapping.
@@ -313,10 +317,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of fields to values, got {type(content).__name__}.")
+    of_a_run = "configuration" in content
     content = content.get("configuration", content)
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"`configuration` of {path} must be a mapping of fields to values, got {content!r:.60}.")
-    return content
+    return {name: value for name, value in content.items() if not (of_a_run and name in OF_ONE_COMMAND)}
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

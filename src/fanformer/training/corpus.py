@@ -140,10 +140,11 @@ def _open(
         if asked is not None and Path(asked).resolve() != Path(config.data).resolve():
             raise ConfigError(f"`tokenizer` does not apply to the prepared data {config.data}: it has its own.")
         return data
+    source = open_source(config.data)
     tokenizer = load_tokenizer(asked) if asked is not None else known
     return _prepared(
         config.folder / folder,
-        open_source(config.data),
+        source,
         tokenizer,
         progress,
         vocab_size=config.vocab_size or FANformerConfig(**config.model).vocab_size,

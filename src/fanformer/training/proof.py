@@ -142,6 +142,7 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         "log_steps": 1,
         "save_steps": max(1, steps // 4),
         "eval_steps": max(1, steps // 2),
+        "final_eval_tokens": config.final_eval_tokens or config.eval_tokens,  # the others' loss proves no more
         "push_to_hub": None,
         "micro_batch_size": None,
         "model": {**config.model, "dropout": _DROPOUT if training.dropout else 0.0},

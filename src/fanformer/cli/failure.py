@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from fanformer.cli.interrupts import INTERRUPTED, heeded
+from fanformer.data.durable import error_number
 from fanformer.errors import FANformerError, did_you_mean
 from fanformer.training.launch import launched_rank
 
@@ -118,12 +119,21 @@ def user_message(error: Exception) -> str | None:
         message = _usage_message(error)
     elif isinstance(error, FANformerError) or _is_configuration_error(error):
         message = str(error.__cause__ if type(error).__name__.startswith("Strict") else error)
-    elif isinstance(error, OSError) and error.errno in _MENDABLE:
-        place = f": {Path(os.fsdecode(error.filename)).absolute()}" if error.filename is not None else ""
-        message = f"{_MENDABLE[error.errno]}{place}"
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    elif (number := error_number(error)) in _MENDABLE:
+        name = getattr(error, "filename", None)
+        place = f": {Path(os.fsdecode(name)).absolute()}" if name is not None else ""
+        message = f"{_MENDABLE[number]}{place}"
+    elif _is_out_of_memory(error):
         message = "out of memory: use a smaller batch, a shorter length or --dtype bfloat16."
     return None if message is None else " ".join(message.split())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory; torch says it of a CPU with a RuntimeError like any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _is_configuration_error(error: Exception) -> bool:

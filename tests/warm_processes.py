@@ -30,6 +30,7 @@ from typing import IO, Any
 from fanformer.cli.failure import quiet_libraries
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+_HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -127,6 +128,8 @@ class WarmParent:
         logs = logs or cwd.parent / f"{cwd.name}-logs"
         logs.mkdir(parents=True, exist_ok=True)
         words, stdout, stderr = [str(word) for word in arguments], logs / "stdout", logs / "stderr"
+        for file in (stdout, stderr):
+            file.write_bytes(b"")  # a process may be killed before it opens them
         pid = self.ask(
             arguments=words,
             cwd=str(cwd),
@@ -166,11 +169,13 @@ def _serve(modules: Sequence[str]) -> dict[str, Any] | None:
             running.discard(pid)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)  # until the child is what it is to be
             answer = os.fork()
             if answer == 0:
                 _become(request, requests, answers)
                 return request
             os.setpgid(answer, answer)  # here and in the child: whoever is first
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
             running.add(answer)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -184,7 +189,7 @@ def _become(request: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> 
     """Turn a fork of the parent into what a shell would have started."""
     os.setpgid(0, 0)
     for kept in (requests, answers):
-        os.close(kept.fileno())
+        kept.close()
     for target, name, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
@@ -233,4 +238,5 @@ if __name__ == "__main__":
 
         sys.argv = ["fanformer", *wanted["arguments"]]
         heed_from_now()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
         sys.exit(main(wanted["arguments"]))

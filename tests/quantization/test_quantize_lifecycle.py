@@ -134,9 +134,8 @@ class QuantizeLifecycle(RuleBasedStateMachine):
             time.sleep(moment)
             process.kill(number)
         code, content = process.wait(), place.read_bytes() if place.exists() else None
-        assert code in (0, 130 if number == signal.SIGINT else -number)
-        said = process.stderr.read_text()
-        assert said == "", said
+        endings = (0, -number, 130) if number == signal.SIGINT else (0, -number)  # -SIGINT when the work is done
+        assert (code in endings, process.stderr.read_text()) == (True, ""), code
         assert content == wanted if code == 0 else content in (wanted, self.held.get(place))
         if content is not None:
             self.held[place] = content
@@ -192,4 +191,4 @@ def models(tmp_path_factory, tiny_model, tiny_tokenizer):
 def test_no_output_is_ever_lost_or_half_there(models):
     with WarmParent(*WARM) as warm:
         QuantizeLifecycle.warm, QuantizeLifecycle.models, QuantizeLifecycle.whole = warm, models, {}
-        run_lifecycle(QuantizeLifecycle, examples=5, steps=7)
+        run_lifecycle(QuantizeLifecycle, examples=4, steps=7)

@@ -18,10 +18,10 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 def heed_from_now() -> None:
-    """Heed Ctrl-C from now on, if this process is the command and no other program; importing this module does so."""
+    """Let Ctrl-C end the process at once, if it is the command and no other program; importing this module does so."""
     program = Path(sys.argv[0] if sys.argv else "")
     if program.stem in ("fanformer", "HybridFun") or program == Path(__file__).with_name("main.py"):
-        _install()
+        _install(_end_at_once)
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def heeded() -> Iterator[None]:
     to the system.
     """
     previous = signal.getsignal(signal.SIGINT)
-    if not _install():
+    if not _install(_on_interrupt):
         yield
         return
     hook = sys.unraisablehook
@@ -43,25 +43,29 @@ def heeded() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is _on_interrupt else previous)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is _end_at_once else previous)
 
 
-def _install() -> bool:
+def _install(handler: Callable[[int, FrameType | None], None]) -> bool:
     """Take Ctrl-C over from Python; return False where somebody else has it, or it is ignored."""
-    ours = (signal.default_int_handler, _on_interrupt)
+    ours = (signal.default_int_handler, _end_at_once, _on_interrupt)
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) not in ours:
         return False
-    signal.signal(signal.SIGINT, _on_interrupt)
+    signal.signal(signal.SIGINT, handler)
     return True
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(Exception):  # the signal may have come in the middle of writing
+        sys.stdout.flush()
+    if os.name == "posix" and os.isatty(2):
+        os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
+    os._exit(INTERRUPTED)
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     if _is_importing(frame):
-        with contextlib.suppress(Exception):  # the signal may have come in the middle of writing
-            sys.stdout.flush()
-        if os.name == "posix" and os.isatty(2):
-            os.write(2, _SHOW_CURSOR)  # a progress bar has hidden it
-        os._exit(INTERRUPTED)
+        _end_at_once(number, frame)
     raise KeyboardInterrupt
 
 

@@ -30,7 +30,7 @@ def claimed(
     A run that is to be replaced is put aside and deleted once the new one has a checkpoint (`forget_replaced`). Where
     the block raises before that, it is back as it was; where the process is killed, the next call puts it back, unless
     that is to replace it too. Where the block raises before a new run wrote run.yaml, the folder is left as it was
-    found, gone or empty, but for a preparation of data that can go on.
+    found, but for a preparation of data that can go on.
 
     Args:
         folder: of the run.
@@ -61,13 +61,14 @@ def claimed(
                     "or choose another --output-dir."
                 )
             _put_aside(folder)
+        found = _content(folder)
         try:
             yield (folder / RUN_FILE).is_file()
         except Exception:  # not Ctrl-C: the same command goes on with data that are prepared, or half prepared
             if (folder / REPLACED).is_dir() and not checkpoints(folder):
                 _put_back(folder, note)
             elif not (folder / RUN_FILE).is_file():
-                _empty(folder, keep=_worth_keeping(folder))
+                _empty(folder, keep=[*found, *_worth_keeping(folder)])
                 (folder / LOCK_FILE).unlink(missing_ok=True)
                 if not existed and not any(folder.iterdir()):
                     folder.rmdir()

@@ -1,6 +1,6 @@
 """The proof of `--prove-resume` under other kernels and numbers of threads: one machine stands for several.
 
-    python benchmarks/resume_settings.py [--preset nano] [--steps 20] [--only NAME ...] [--write]
+    python benchmarks/resume_settings.py [--preset nano] [--steps 12] [--only NAME ...] [--write]
 
 Which order a sum has depends on the processor, on what the libraries take it for, and on how many threads share it. A
 run that was killed must equal one that was not under all of these.
@@ -18,42 +18,45 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+from fanformer.training.configuration import resolve
+from fanformer.training.proof import prove
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS: dict[str, tuple[dict[str, str], list[str]]] = {
-    "as it is": ({}, []),
-    "one thread": ({"OMP_NUM_THREADS": "1"}, []),
-    "two threads": ({"OMP_NUM_THREADS": "2"}, []),
-    "three threads": ({"OMP_NUM_THREADS": "3"}, []),
-    "three threads, as asked": ({}, ["--set", "threads=3"]),
-    "MKL_DYNAMIC=true": ({"MKL_DYNAMIC": "true"}, []),
-    "MKL_DYNAMIC=false": ({"MKL_DYNAMIC": "false"}, []),
-    "ATEN_CPU_CAPABILITY=default": ({"ATEN_CPU_CAPABILITY": "default"}, []),
-    "ATEN_CPU_CAPABILITY=avx2": ({"ATEN_CPU_CAPABILITY": "avx2"}, []),
-    "ONEDNN_MAX_CPU_ISA=AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, []),
-    "float32 products": ({}, ["--precision", "float32"]),
-    "compiled": ({}, ["--compile", "on"]),
+SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "as it is": ({}, {}),
+    "one thread": ({"OMP_NUM_THREADS": "1"}, {}),
+    "two threads": ({"OMP_NUM_THREADS": "2"}, {}),
+    "three threads": ({"OMP_NUM_THREADS": "3"}, {}),
+    "three threads, as asked": ({}, {"threads": 3}),
+    "MKL_DYNAMIC=true": ({"MKL_DYNAMIC": "true"}, {}),
+    "MKL_DYNAMIC=false": ({"MKL_DYNAMIC": "false"}, {}),
+    "ATEN_CPU_CAPABILITY=default": ({"ATEN_CPU_CAPABILITY": "default"}, {}),
+    "ATEN_CPU_CAPABILITY=avx2": ({"ATEN_CPU_CAPABILITY": "avx2"}, {}),
+    "ONEDNN_MAX_CPU_ISA=AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {}),
+    "float32 products": ({}, {"precision": "float32"}),
+    "compiled": ({}, {"compile": "on"}),
 }
-"""Environment variables and flags by the name of a setting."""
+"""Environment variables and fields of the run by the name of a setting."""
 
 
-def prove(preset: str, steps: int, name: str, folder: Path) -> dict[str, Any]:
-    """Return what `fanformer train --prove-resume` found under a setting, and how long it took."""
-    variables, flags = SETTINGS[name]
-    words = ["train", "--prove-resume", "--preset", preset, "--max-steps", str(steps), "--output-dir", str(folder)]
+def run_proof(preset: str, steps: int, name: str, folder: Path) -> None:
+    """Prove in this process, whose environment is that of the setting; two processes are tried in the first only."""
+    flags = SETTINGS[name][1]
+    fields = {"preset": preset, "max_steps": steps, "output_dir": str(folder), "device": "cpu", **flags}
+    prove(resolve(overrides=fields), print, two_processes=name == "as it is")
+
+
+def findings(preset: str, steps: int, name: str, folder: Path) -> dict[str, Any]:
+    """Return what the proof found under a setting, in a process of its own, and how long it took."""
+    words = [sys.executable, __file__, "--preset", preset, "--steps", str(steps), "--only", name, "--here", str(folder)]
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "fanformer.cli.main", *words, *flags],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
-    if not (folder / "proof.json").is_file():
+    done = subprocess.run(words, env={**os.environ, **SETTINGS[name][0]}, capture_output=True, text=True)
+    if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip()}")
-    findings = json.loads((folder / "proof.json").read_text())
-    killed = [finding for finding in findings if finding["kills"]]
+    found = json.loads((folder / "proof.json").read_text())
+    killed = [finding for finding in found if finding["kills"]]
     return {
-        "holds": done.returncode == 0,
+        "holds": all(finding["holds"] for finding in found),
         "killed_runs": len(killed),
         "killed_runs_equal": sum(all(finding["equal"].values()) for finding in killed),
         "seconds": round(time.monotonic() - started),
@@ -64,14 +67,18 @@ def main() -> int:
     """Prove under every setting; return 1 where one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--write", action="store_true", help="write an entry of the ledger")
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.here is not None:
+        run_proof(arguments.preset, arguments.steps, arguments.only[0], arguments.here)
+        return 0
     found = {}
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as place:
-            found[name] = prove(arguments.preset, arguments.steps, name, Path(place) / "proof")
+            found[name] = findings(arguments.preset, arguments.steps, name, Path(place) / "proof")
         print(f"{name}: {found[name]}", flush=True)
     holding = sum(one["holds"] for one in found.values())
     if arguments.write:

@@ -1,6 +1,6 @@
 """The proof of `--prove-resume` under other kernels and numbers of threads: one machine stands for several.
 
-    python benchmarks/resume_settings.py [--preset nano] [--steps 12] [--only NAME ...] [--write]
+    python benchmarks/resume_settings.py [--preset nano] [--steps 8] [--only NAME ...] [--write]
 
 Which order a sum has depends on the processor, on what the libraries take it for, and on how many threads share it. A
 run that was killed must equal one that was not under all of these.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+from fanformer.inference.threads import spin_briefly
 from fanformer.training.configuration import resolve
 from fanformer.training.proof import prove
 
@@ -42,15 +43,24 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 def run_proof(preset: str, steps: int, name: str, folder: Path) -> None:
     """Prove in this process, whose environment is that of the setting; two processes are tried in the first only."""
     flags = SETTINGS[name][1]
-    fields = {"preset": preset, "max_steps": steps, "output_dir": str(folder), "device": "cpu", **flags}
+    fields = {
+        "preset": preset,
+        "max_steps": steps,
+        "output_dir": str(folder),
+        "device": "cpu",
+        "eval_tokens": 2048,
+        **flags,
+    }
     prove(resolve(overrides=fields), print, two_processes=name == "as it is")
 
 
 def findings(preset: str, steps: int, name: str, folder: Path) -> dict[str, Any]:
     """Return what the proof found under a setting, in a process of its own, and how long it took."""
+    variables = {**os.environ, **SETTINGS[name][0]}
+    spin_briefly(variables)
     words = [sys.executable, __file__, "--preset", preset, "--steps", str(steps), "--only", name, "--here", str(folder)]
     started = time.monotonic()
-    done = subprocess.run(words, env={**os.environ, **SETTINGS[name][0]}, capture_output=True, text=True)
+    done = subprocess.run(words, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip()}")
     found = json.loads((folder / "proof.json").read_text())
@@ -67,7 +77,7 @@ def main() -> int:
     """Prove under every setting; return 1 where one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--write", action="store_true", help="write an entry of the ledger")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)

@@ -166,6 +166,7 @@ def run_and_report(config: RunConfig) -> None:
 
 def prove_and_report(config: RunConfig) -> None:
     """Prove that a run of this configuration loses nothing, and print the table; exit code 1 where it does."""
+    spin_briefly(os.environ)  # of the processes that are started
     from fanformer.training.proof import LARGEST_DIFFERENCE, prove
 
     if config.output_dir is None:

@@ -20,6 +20,7 @@ from fanformer.data.tokenizer import (
     start_token_id,
     train_tokenizer,
 )
+from fanformer.data.workers import BatchEncoder
 from fanformer.errors import ConfigError, DataError
 
 TEXT = 'def add(a, b):\n    """Return 12345 + don\'t."""\n    return a + b\n\n\nclass __Name__(Base):\n\tpass\n' * 20
@@ -204,6 +205,44 @@ def test_tokenizer_on_the_hub_offline_is_refused_within_seconds(monkeypatch):
     ):
         load_tokenizer("someone/something")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), ("prefix", "x" * 16)],
+)
+def test_tokenizer_file_that_makes_the_library_panic_is_refused(tokenizer, tmp_path, part, value):
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    if part == "prefix":
+        content["model"]["continuing_subword_prefix"] = value
+    else:
+        content[part] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r"cannot be loaded \((Precompiled|range end index).*\): expected tokenizer.json"
+    ):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_in_a_folder_whose_name_is_not_utf8_is_refused(tokenizer, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(ConfigError, match=r"caf\\udce9`: the folder must have a name in UTF-8: rename it"):
+        load_tokenizer(str(folder))
+
+
+def test_tokenizer_that_fails_at_a_text_is_told_with_the_text(tokenizer):
+    class Failing:
+        def encode(self, texts):
+            raise Exception("Encountered an unknown token but `unk_id` is missing")
+
+    encoder = BatchEncoder(Failing(), 0, 0, 300, "<u2")
+    with pytest.raises(
+        ConfigError, match=r"fails at a text of a.jsonl:7 or after it \(Encountered .* missing\): use an"
+    ):
+        encoder.encode([(False, "a.jsonl:7", "text")])
 
 
 def test_errors_are_one_line(tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 
 from fanformer.data.documents import Document, DocumentSource
 
+SMALL_SHARD_TOKENS = 1200
+"""Gives a text of few kilobytes several shards."""
 CODE = "def f{0}(x):\n    return x + {0}  # äöü 漢字\n"
 
 

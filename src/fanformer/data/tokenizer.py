@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fanformer.data.decompression import require_regular
+from fanformer.data.durable import printable
 from fanformer.data.hub import require_hub
 from fanformer.errors import ConfigError
 
@@ -18,6 +19,8 @@ END_OF_TEXT = "<|endoftext|>"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 SMALLEST_VOCABULARY = 257
 """256 bytes and END_OF_TEXT."""
+LARGEST_VOCABULARY = 1 << 22
+"""The library that trains takes memory for as many tokens at once, and ends the process where there is none."""
 
 # Where text may be cut into pieces that no token crosses. Of the splits tried on the standard library this gives the
 # most bytes per token (held-out, vocabulary 4096 / 8192): this one 3.65 / 4.06, GPT-2's 3.42 / 3.72, cl100k's 3.37 /
@@ -52,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size: most tokens, END_OF_TEXT included.
 
     Raises:
-        ConfigError: if `vocab_size` leaves no room for the 256 bytes.
+        ConfigError: if `vocab_size` leaves no room for the 256 bytes, or is above LARGEST_VOCABULARY.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -60,6 +63,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"`vocab_size` must be at least {SMALLEST_VOCABULARY}, got {vocab_size}: 256 bytes and {END_OF_TEXT}"
+        )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"`vocab_size` must be at most {LARGEST_VOCABULARY:,}, got {vocab_size:,}: take a few tens of thousands"
         )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -109,6 +116,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
     """
     folder = Path(name_or_folder).expanduser().absolute()
     if folder.is_dir():
+        if printable(str(folder)) != str(folder):
+            raise ConfigError(f"tokenizer `{printable(str(folder))}`: the folder must have a name in UTF-8: rename it")
         for path in map(folder.joinpath, _FILES):
             if os.path.lexists(path):
                 require_regular(path)
@@ -135,8 +144,9 @@ def _load(name_or_folder: str, *, local_files_only: bool) -> PreTrainedTokenizer
     try:
         # False, not None: None would ask on stdin whether to run the code of a folder that has some
         return AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False, local_files_only=local_files_only)
-    # the Rust side raises plain Exception on a damaged tokenizer.json
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception at all
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"tokenizer `{name_or_folder}` cannot be loaded ({reason}): expected tokenizer.json and "

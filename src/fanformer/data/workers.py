@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 
 import numpy as np
 
@@ -69,9 +70,17 @@ class BatchEncoder:
 
         Raises:
             ConfigError: if tokens of a text are the start or end token, which only separate documents, or lie outside
-                the vocabulary.
+                the vocabulary, or if the tokenizer fails.
         """
-        ids = self.encoder.encode([text for _, _, text in documents])
+        try:
+            ids = self.encoder.encode([text for _, _, text in documents])
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception at all
+            raise ConfigError(
+                f"the tokenizer fails at a text of {documents[0][1]} or after it ({str(error).strip()[:200]}): "
+                "use another --tokenizer"
+            ) from error
         self._check([name for _, name, _ in documents], ids)
         streams = []
         for wanted in (False, True):
@@ -165,13 +174,28 @@ def _plain(batch: Batch) -> list[tuple[bool, str, str]]:
     return [(held_out, document.name, document.text) for held_out, document in batch.documents]
 
 
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Keep Ctrl-C waiting until the end of the block; processes that are started in it never get one.
+
+    It goes to all processes of a terminal, and one that had not come as far as `_start_worker` wrote a traceback.
+    """
+    resource_tracker.ensure_running()  # where it is not, multiprocessing starts it, and lets Ctrl-C through after that
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _encode_in_pool(batches: Iterator[Batch], encoder: BatchEncoder, workers: int) -> Iterator[tuple[Batch, Encoded]]:
     # a fresh interpreter for each: a fork would copy the locks of torch's and tokenizers' threads
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,))
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, _plain(batch))))
+            with _ctrl_c_held_back():  # the first of these starts the processes
+                waiting.append((batch, pool.submit(_encode_in_worker, _plain(batch))))
             if len(waiting) > (1 + _AHEAD) * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()

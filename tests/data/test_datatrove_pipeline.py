@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -86,8 +87,62 @@ def test_jobs_that_cannot_be_done_are_refused_before_they_start(corpus):
     with pytest.raises(ConfigError, match=r"too few documents to hold out 0.05 of them by their names: prepare it"):
         stages(Job(str(corpus / "book.txt"), job.output_dir, job.tokenizer), 2)
     job.work.mkdir(parents=True)
-    with pytest.raises(DataError, match=r"encoded/00000 is missing: run the stage that encodes again"):
+    with pytest.raises(DataError, match=r"encoded/00000/state.json is missing: run the stage that encodes again"):
         list(JoinParts(job).run())
+
+
+def run_stages(job):
+    from fanformer.data.datatrove_pipeline import stages
+
+    for pipeline, tasks in stages(job, 2):
+        for rank in range(tasks):
+            list(pipeline[0].run(rank=rank, world_size=tasks))
+
+
+def test_spoilt_part_is_refused_with_what_to_do(corpus):
+    pytest.importorskip("datatrove")
+    from fanformer.data.datatrove_pipeline import EncodeParts, Job, JoinParts, stages
+
+    job = Job(f"{corpus}/*.jsonl", str(corpus / "out"), str(corpus / "tokenizer"))
+    stages(job, 1)
+    list(EncodeParts(job).run())
+    part = job.work / "encoded" / "00001"
+    for name, message in (
+        ("state.json", r"encoded/00001/state.json is damaged"),
+        ("train-00000.bin", r"encoded/00001/train-00000.bin is not as it was left"),
+        ("heldout.txt", r"encoded/00001/heldout.txt is not as it was left"),
+    ):
+        kept = (part / name).read_bytes()
+        for content in (b"", kept[:-3], kept[:9] + b"#" + kept[10:]):
+            (part / name).write_bytes(content)
+            with pytest.raises(DataError, match=message + r": delete \S+/00001 and run the stage that encodes again"):
+                list(JoinParts(job).run())
+        (part / name).write_bytes(kept)
+    list(JoinParts(job).run())
+    assert open_prepared(corpus / "out", verify=True)
+
+
+def test_work_of_another_job_is_refused(corpus):
+    pytest.importorskip("datatrove")
+    from fanformer.data.datatrove_pipeline import EncodeParts, Job, stages
+
+    job = Job(f"{corpus}/*.jsonl", str(corpus / "out"), str(corpus / "tokenizer"))
+    stages(job, 1)
+    list(EncodeParts(job).run())
+    with pytest.raises(DataError, match=r"was begun with `filters` \[\], not \['min-words'\]: give the same again"):
+        stages(replace(job, filters=("min-words",)), 1)
+    with pytest.raises(DataError, match=r"out.partial is in the way and holds what no preparation on one machine has"):
+        prepare(open_source(job.spec), corpus / "out", tokenizer=None, vocab_size=300)
+    text = (corpus / "part-4.jsonl").read_text()
+    (corpus / "part-4.jsonl").write_text(text + '{"text": "one more"}\n')
+    with pytest.raises(DataError, match=r"another source \(`files` as they were before part-4.jsonl changed\)"):
+        stages(job, 1)
+    (corpus / "part-4.jsonl").write_text(text)
+    run_stages(job)
+    (corpus / "other.partial").mkdir()
+    (corpus / "other.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"other.partial is in the way and holds what no pipeline has left: choose"):
+        stages(replace(job, output_dir=str(corpus / "other")), 1)
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch):

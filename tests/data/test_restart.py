@@ -214,7 +214,7 @@ def test_damaged_work_is_refused(begun, tmp_path):
         (entry.replace('"documents_of_part": ', '"documents_of_part": 1'), "is damaged: delete"),
         (entry.replace('"arguments": {', '"arguments": [], "none": {'), "is damaged: delete"),
         (entry.replace('"entry": {', '"entry": {"position": {}, "others": {'), "is damaged: delete"),
-        (entry.replace('"version": 2', '"version": 9'), "got 9: del"),
+        (entry.replace(f'"version": {journal.JOURNAL_VERSION}', '"version": 9'), "got 9: del"),
     ):
         (partial / "work" / "journal.json").write_text(content)
         with pytest.raises(DataError, match=message):

@@ -226,8 +226,8 @@ def test_error_in_late_data_leaves_nothing_behind(tmp_path, tokenizer, tokenizer
 
 
 def test_leftovers_of_a_killed_run_are_replaced(tmp_path, tokenizer):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "train.bin").write_bytes(b"half")
+    (tmp_path / "out.partial" / "work").mkdir(parents=True)
+    (tmp_path / "out.partial" / "train-00000.bin").write_bytes(b"half")
     prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
     assert os.listdir(tmp_path) == ["out"]
 

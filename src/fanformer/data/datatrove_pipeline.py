@@ -7,11 +7,10 @@ file, and the last, a single task, joins everything. The folder has the fingerpr
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,21 @@ import numpy as np
 
 from fanformer.data.deduplication import text_digest
 from fanformer.data.documents import Document, open_source
-from fanformer.data.durable import replace_json
+from fanformer.data.journal import Journal
 from fanformer.data.locking import hold
 from fanformer.data.outputs import Attribution, Outputs
+from fanformer.data.places import lock_place, output_place, partial_place
 from fanformer.data.prepared import hash_tokenizer_files
 from fanformer.data.selection import BATCH_CHARACTERS, DUPLICATE, Selection, count_dropped
-from fanformer.data.shards import SHARD_TOKENS, batch_encoder, closing, description, write_description
+from fanformer.data.shards import (
+    SHARD_TOKENS,
+    batch_encoder,
+    closing,
+    description,
+    identity,
+    versions,
+    write_description,
+)
 from fanformer.data.splitting import Split, choose_split
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError, DataError, DependencyError
@@ -76,8 +84,7 @@ class Job:
     @property
     def work(self) -> Path:
         """The folder for what the stages hand to each other."""
-        output_dir = Path(self.output_dir).absolute()
-        return output_dir.with_name(output_dir.name + ".partial") / "work"
+        return partial_place(output_place(Path(self.output_dir))) / "work"
 
     def selection(self) -> Selection:
         """Open the source."""
@@ -115,11 +122,39 @@ def stages(job: Job, tasks: int) -> list[tuple[list[PipelineStep], int]]:
         raise ConfigError(f"`tasks` must be at least 1, got {tasks}")
     if Path(job.output_dir).exists():
         raise DataError(f"{job.output_dir} exists already: choose another `output_dir`, or delete it first")
-    job.split(job.selection())
+    selection = job.selection()
+    job.split(selection)
+    _begin(job, selection)
     first: list[tuple[list[PipelineStep], int]] = []
     if job.deduplicate:
         first = [([HashTexts(job)], tasks), ([FindRepetitions(job)], tasks)]
     return [*first, ([EncodeParts(job)], tasks), ([JoinParts(job)], 1)]
+
+
+def _begin(job: Job, selection: Selection) -> None:
+    """Note in the folder for work what it is for, or raise DataError where it holds work of another kind."""
+    arguments = asdict(job) | {
+        "output_dir": None,  # a folder that was moved is the same
+        "source": selection.description,
+        "tokenizer": identity(load_tokenizer(job.tokenizer)),
+        "versions": versions(),
+    }
+    journal = Journal(job.work / "job.json", arguments)
+    if journal.load() is None:
+        if job.work.parent.exists() and any(job.work.parent.iterdir()):
+            raise DataError(
+                f"{job.work.parent} is in the way and holds what no pipeline has left: choose another `output_dir`, or "
+                "delete it"
+            )
+        job.work.mkdir(parents=True, exist_ok=True)
+        journal.save({})
+
+
+def _state_of_part(work: Path, part: int, folder: str = "{:05d}") -> Journal:
+    """Return what says what an encoded file's streams hold, in the folder of its number, or one named after it."""
+    complete = work / "encoded" / f"{part:05d}"
+    remedy = f"delete {complete} and run the stage that encodes again"
+    return Journal(complete.with_name(folder.format(part)) / "state.json", {"part": part}, remedy)
 
 
 class HashTexts(PipelineStep):
@@ -194,7 +229,8 @@ class EncodeParts(PipelineStep):
             folder = self.job.work / "encoded" / f"{part:05d}"
             if folder.exists():
                 continue
-            unfinished = folder.with_name(folder.name + ".unfinished")
+            journal = _state_of_part(self.job.work, part, "{:05d}.unfinished")
+            unfinished = journal.path.parent
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             attribution = Attribution(self.job.spec, self.job.licence)
@@ -204,7 +240,7 @@ class EncodeParts(PipelineStep):
                 encoded = encoder.encode([(held_out, document.name, document.text) for held_out, document in batch])
                 outputs.add(batch, (encoded.train, encoded.held_out), encoded.num_bytes, encoded.num_tokens)
             outputs.sync()
-            replace_json(unfinished / "state.json", outputs.state() | {"dropped": dropped})
+            journal.save(outputs.state() | {"dropped": dropped})
             outputs.close()
             os.replace(unfinished, folder)
         yield from data or ()
@@ -247,9 +283,9 @@ class JoinParts(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Write the folder; one task does it."""
-        output_dir = Path(self.job.output_dir).absolute()
+        output_dir = output_place(Path(self.job.output_dir))
         if rank == 0:
-            with hold(output_dir.with_name(output_dir.name + ".lock"), str(output_dir)):
+            with hold(lock_place(output_dir), str(output_dir)):
                 self._join(output_dir)
         yield from data or ()
 
@@ -262,11 +298,11 @@ class JoinParts(PipelineStep):
         outputs = Outputs(partial, self.job.work, np.dtype(encoder.dtype), self.job.shard_tokens, attribution)
         dropped: dict[str, int] = {}
         for part in range(len(selection.source.parts)):
-            folder = self.job.work / "encoded" / f"{part:05d}"
-            if not folder.is_dir():
-                raise DataError(f"{folder} is missing: run the stage that encodes again")
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            outputs.append(folder, state)
+            journal = _state_of_part(self.job.work, part)
+            state = journal.load()
+            if state is None:
+                raise DataError(f"{journal.path} is missing: run the stage that encodes again")
+            outputs.append(journal.path.parent, state)
             for reason, count in state["dropped"].items():
                 dropped[reason] = dropped.get(reason, 0) + count
         files = hash_tokenizer_files([Path(path) for path in tokenizer.save_pretrained(partial)])

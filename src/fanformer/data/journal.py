@@ -11,7 +11,7 @@ from fanformer.data.decompression import unreadable
 from fanformer.data.durable import read_json, replace_text
 from fanformer.errors import DataError
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 INTERVAL_SECONDS = 5.0
 """Shortest time between two entries, and before the first: shorter work is not worth keeping."""
 
@@ -19,14 +19,16 @@ INTERVAL_SECONDS = 5.0
 class Journal:
     """The last entry, in a file that is replaced as a whole, and the arguments that it belongs to."""
 
-    def __init__(self, path: Path, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, arguments: Mapping[str, Any], remedy: str | None = None) -> None:
         """Name the file; nothing is written yet.
 
         Args:
             path: the file.
             arguments: everything that the result depends on, as JSON values.
+            remedy: what to do where the file is of no use; None is for `work/journal.json` of a folder.
         """
         self.path = path
+        self._remedy = remedy or f"delete {path.parent.parent} and start anew"
         self._arguments = json.loads(json.dumps(arguments))
         self._last = time.monotonic()
 
@@ -46,14 +48,11 @@ class Journal:
                 if content["sha256"] != _digest(arguments, entry):
                     raise ValueError("its content is not what its checksum was made of")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path} is damaged: delete {self.path.parent.parent} and start anew") from error
+            raise DataError(f"{self.path} is damaged: {self._remedy}") from error
         except OSError as error:
             raise unreadable(self.path, error) from error
         if version != JOURNAL_VERSION:
-            raise DataError(
-                f"{self.path} must have version {JOURNAL_VERSION}, got {version!r:.40}: delete "
-                f"{self.path.parent.parent} and start anew"
-            )
+            raise DataError(f"{self.path} must have version {JOURNAL_VERSION}, got {version!r:.40}: {self._remedy}")
         difference = _difference(arguments, self._arguments)
         if difference:
             raise DataError(

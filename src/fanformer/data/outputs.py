@@ -1,5 +1,6 @@
 """What a preparation has written so far: both streams, counts, attribution, and the text to compress."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from fanformer.data.documents import Document
 from fanformer.data.durable import read_pieces
 from fanformer.data.prepared import SPLITS
 from fanformer.data.token_files import StreamWriter
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, DataError
 
 MOST_SOURCES = 10_000
 """Most rows of the attribution: every one is in memory and in the journal."""
@@ -98,8 +99,22 @@ class Outputs:
         self.counts = {name: dict(state["counts"].get(name, empty)) for name in SPLITS}
         self._text_path = work / "heldout.txt"
         self._text_bytes = state["text_bytes"]
+        self._text_digest = hashlib.sha256()
+        if 0 < self._text_bytes <= compression.LARGEST_COMPRESSED:
+            self._restore_text(state["text_sha256"])
         self._text = self._text_path.open("ab", buffering=0)
         self._text.truncate(min(self._text_bytes, compression.LARGEST_COMPRESSED))
+
+    def _restore_text(self, expected: str) -> None:
+        """Read again the held-out text that was kept, which the first `_text_bytes` of its file hold."""
+        if self._text_path.is_file():
+            with self._text_path.open("rb") as file:
+                self._text_digest.update(file.read(self._text_bytes))
+        if self._text_digest.hexdigest() != expected:
+            raise DataError(
+                f"{self._text_path} is not as it was left: delete {self._text_path.parent.parent} and prepare the data "
+                "again"
+            )
 
     @property
     def tokens(self) -> int:
@@ -135,26 +150,38 @@ class Outputs:
     def _keep_text(self, content: bytes) -> None:
         self._text_bytes += len(content)
         if self._text_bytes <= compression.LARGEST_COMPRESSED:
+            self._text_digest.update(content)
             view = memoryview(content)
             while view:
                 view = view[self._text.write(view) :]
 
     def append(self, folder: Path, state: dict[str, Any]) -> None:
-        """Append what other outputs hold.
+        """Append what other outputs hold, all of it in one shard.
 
         Args:
             folder: their folder, which is their folder for other files too.
             state: their state.
+
+        Raises:
+            DataError: if the files do not hold what `state` says.
         """
         for name, stream in self._streams.items():
+            digest = hashlib.sha256()
             for path in sorted(folder.glob(f"{name}-*.bin")):
                 for content in read_pieces(path):
+                    digest.update(content)
                     stream.write(content)
+            if digest.hexdigest() != state["streams"][name]["open_sha256"]:
+                raise _changed(folder, f"{name}-00000.bin")
             for count, value in state["counts"][name].items():
                 self.counts[name][count] += value
         self.attribution.add_rows(state["attribution"])
         if state["text_bytes"] <= compression.LARGEST_COMPRESSED:
-            self._keep_text((folder / self._text_path.name).read_bytes())
+            path = folder / self._text_path.name
+            content = path.read_bytes() if path.is_file() else b""
+            if hashlib.sha256(content).hexdigest() != state["text_sha256"]:
+                raise _changed(folder, path.name)
+            self._keep_text(content)
         else:
             self._text_bytes += state["text_bytes"]
 
@@ -170,6 +197,7 @@ class Outputs:
             "streams": {name: stream.state() for name, stream in self._streams.items()},
             "counts": self.counts,
             "text_bytes": self._text_bytes,
+            "text_sha256": self._text_digest.hexdigest(),
             "attribution": self.attribution.rows(),
         }
 
@@ -195,3 +223,7 @@ class Outputs:
         self._text.close()
         for stream in self._streams.values():
             stream.close()
+
+
+def _changed(folder: Path, name: str) -> DataError:
+    return DataError(f"{folder / name} is not as it was left: delete {folder} and run the stage that encodes again")

@@ -30,6 +30,8 @@ class Position:
     """UTF-8 bytes of their text, before any filter."""
     kept: int = 0
     kept_characters: int = 0
+    seen_checksum: int = 0
+    """`SeenTexts.checksum` after them."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Documents that were left out, by filter, and as DUPLICATE."""
 
@@ -106,9 +108,11 @@ class Selection:
                 position.number += 1
                 position.source_bytes += len(document.text.encode())
                 chosen = self.filtered(document, position.dropped)
-                if chosen is not None and seen is not None and not seen.add(chosen.text, position.number):
-                    count_dropped(position.dropped, DUPLICATE)
-                    chosen = None
+                if chosen is not None and seen is not None:
+                    if not seen.add(chosen.text, position.number):
+                        count_dropped(position.dropped, DUPLICATE)
+                        chosen = None
+                    position.seen_checksum = seen.checksum
                 if chosen is not None:
                     position.kept += 1
                     yield chosen

@@ -7,7 +7,9 @@ part of the result: the journal, which says how far the files are to be trusted,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -23,11 +25,19 @@ import numpy as np
 from fanformer import __version__
 from fanformer.data.deduplication import SeenTexts
 from fanformer.data.documents import PREPARED_METADATA, DocumentSource
-from fanformer.data.durable import is_disk_full, printable, replace_json, sync
+from fanformer.data.durable import error_number, hash_file, is_disk_full, read_json, replace_json, sync
 from fanformer.data.encoding import document_encoder
 from fanformer.data.journal import Journal
 from fanformer.data.locking import hold
 from fanformer.data.outputs import Attribution, Outputs
+from fanformer.data.places import (
+    delete_beginnings,
+    delete_partial,
+    lock_place,
+    output_place,
+    partial_place,
+    refuse_existing,
+)
 from fanformer.data.prepared import (
     ATTRIBUTION,
     FORMAT_VERSION,
@@ -51,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = ["SPLITS", "PreparedData", "SplitName", "Throughput", "TokenStream", "open_prepared", "prepare"]
 
 SHARD_TOKENS = 1 << 24
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 TOKENIZER_TRAINING_BYTES = 1 << 28
 """Most text that a tokenizer is trained on: the first of the training split."""
 
@@ -129,22 +140,20 @@ def prepare(
         DataError: if the source is empty or broken, `output_dir` exists, another process is preparing it, earlier work
             was begun with other arguments, or the disk is full.
     """
-    output_dir = Path(output_dir).expanduser().absolute()
     for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, got {value}")
-    if printable(str(output_dir)) != str(output_dir):  # the tokenizer and the weights are saved by libraries in Rust
-        raise DataError(f"{output_dir} must have a name in UTF-8, got {str(output_dir)!a}: choose another --output-dir")
+    output_dir = output_place(output_dir)
     selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
     options = Options(vocab_size, held_out_fraction, shard_tokens, licence, workers)
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    _refuse_existing(output_dir)
+    partial = partial_place(output_dir)
+    refuse_existing(output_dir)
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{partial} cannot be written: {error.strerror or error}") from error
-    with hold(output_dir.with_name(output_dir.name + ".lock"), str(output_dir)):
-        _refuse_existing(output_dir)  # another process may have completed it meanwhile
+    with hold(lock_place(output_dir), str(output_dir)):
+        refuse_existing(output_dir)  # another process may have completed it meanwhile
         preparation = _Preparation(selection, partial, tokenizer, options, progress)
         with preparation.kept_or_deleted():
             preparation.run()
@@ -158,17 +167,44 @@ def prepare(
     return open_prepared(output_dir)
 
 
-def _refuse_existing(output_dir: Path) -> None:
-    if (output_dir / "work").is_dir() and (output_dir / PREPARED_METADATA).is_file():
-        shutil.rmtree(output_dir / "work", ignore_errors=True)  # of a process killed after the folder was complete
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise DataError(f"{output_dir} exists already: choose another --output-dir, or delete it first")
-
-
 def saved_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the SHA-256 of the files that a tokenizer is saved as."""
+    with _saved_aside(tokenizer) as files:
+        return hash_tokenizer_files(files)
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the SHA-256 of all that a tokenizer is saved as, its settings too, which name its special tokens.
+
+    How it was found (on the hub, in the cache, in a folder) makes no difference.
+    """
+    with _saved_aside(tokenizer) as files:
+        hashes = _hashes(files)
+        for settings in (path for path in files if path.name == TOKENIZER_SETTINGS):
+            content = read_json(settings)
+            found = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
+            hashes[settings.name] = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+@contextlib.contextmanager
+def _saved_aside(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Path]]:
+    """Give the files that a tokenizer is saved as, in a folder that goes with the block."""
     with tempfile.TemporaryDirectory() as folder:
-        return hash_tokenizer_files([Path(path) for path in tokenizer.save_pretrained(folder)])
+        try:
+            files = [Path(path) for path in tokenizer.save_pretrained(folder)]
+        except Exception as error:
+            number = error_number(error)
+            if number is None:
+                raise
+            raise DataError(
+                f"{folder} cannot be written ({os.strerror(number)}): make room, or have TMPDIR name a folder with room"
+            ) from error
+        yield files
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    return {path.name: hash_file(path) for path in files if path.is_file()}
 
 
 def versions() -> dict[str, str]:
@@ -250,7 +286,7 @@ class _Preparation:
             "held_out_fraction": options.held_out_fraction,
             "shard_tokens": options.shard_tokens,
             "licence": options.licence,
-            "tokenizer": saved_tokenizer_files(tokenizer) if tokenizer is not None else options.vocab_size,
+            "tokenizer": identity(tokenizer) if tokenizer is not None else options.vocab_size,
             "versions": versions(),
         }
         self._journal = Journal(self._work / "journal.json", arguments)
@@ -265,19 +301,19 @@ class _Preparation:
         entry = self._journal.load()
         try:
             if entry is None and self._partial.exists():  # of a process that ended in its first seconds
-                shutil.rmtree(self._partial)
+                delete_beginnings(self._partial)
             self._work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{self._partial} cannot be written: {error.strerror or error}") from error
         split = Split(**entry["split"]) if entry else choose_split(self._selection, self._options.held_out_fraction)
-        tokenizer, origin, files = self._open_tokenizer(entry, split)
+        tokenizer, origin, saved = self._open_tokenizer(entry, split)
         encoder = batch_encoder(tokenizer)
-        fixed = {"split": asdict(split), "tokenizer_files": files, "origin": origin}
+        fixed = {"split": asdict(split), "tokenizer_files": saved, "origin": origin}
         self._write(entry, split, encoder, fixed)
         assert self._outputs is not None, "_write opens the outputs"
         fraction = self._options.held_out_fraction
         metadata = description(self._selection, split.kind, fraction, origin, encoder) | {
-            "tokenizer_files": files,
+            "tokenizer_files": hash_tokenizer_files([self._partial / name for name in saved]),
             "asked_vocab_size": self._options.vocab_size if self._tokenizer is None else None,
             "dropped": self._position.dropped,
             "splits": self._outputs.finish(closing(encoder)),
@@ -287,19 +323,19 @@ class _Preparation:
     def _open_tokenizer(
         self, entry: dict[str, Any] | None, split: Split
     ) -> tuple[PreTrainedTokenizerBase, str, dict[str, str]]:
-        """Return the tokenizer, where it comes from, and the hashes of its files, which are then in the folder."""
+        """Return the tokenizer, where it comes from, and the hashes of all its files, which are then in the folder."""
         if entry is not None:
-            files = entry["tokenizer_files"]
-            if hash_tokenizer_files([self._partial / name for name in files]) != files:
+            saved = entry["tokenizer_files"]
+            if _hashes([self._partial / name for name in saved]) != saved:
                 raise DataError(f"{self._partial} lacks the tokenizer it was begun with: delete it to start anew")
-            return load_tokenizer(str(self._partial)), entry["origin"], files
+            return load_tokenizer(str(self._partial)), entry["origin"], saved
         tokenizer, origin = self._tokenizer, ""
         if tokenizer is None:
             started = time.monotonic()
             tokenizer = train_tokenizer(self._tokenizer_texts(split), self._options.vocab_size)
             self._tokenizer_seconds, origin = time.monotonic() - started, "trained on the training split"
-        files = hash_tokenizer_files([Path(path) for path in tokenizer.save_pretrained(self._partial)])
-        return tokenizer, origin or tokenizer.name_or_path, files
+        saved = _hashes([Path(path) for path in tokenizer.save_pretrained(self._partial)])
+        return tokenizer, origin or tokenizer.name_or_path, saved
 
     def _tokenizer_texts(self, split: Split) -> Iterator[str]:
         seen_bytes = 0
@@ -326,7 +362,7 @@ class _Preparation:
         self._resumed = self._done = (self._position.source_bytes, outputs.tokens)
         if self._selection.deduplicate:
             self._seen = SeenTexts(self._work / "seen.sqlite")
-            self._seen.forget_from(self._position.number + 1)
+            self._seen.go_back(self._position.number, self._position.seen_checksum)
         if self._journal.is_due():  # training a tokenizer took its time
             self._save(self._position, fixed)
         started = time.monotonic()
@@ -376,9 +412,14 @@ class _Preparation:
             kept = self._journal.exists()
             written = sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
             if not kept and not (begun and self._outputs is None):
-                shutil.rmtree(self._partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    delete_partial(self._partial)
             if is_disk_full(error):
                 raise self._disk_full(written, kept) from error
+            number = None if isinstance(error, FANformerError) else error_number(error)
+            if number is not None and getattr(error, "filename", None) is None:
+                remedy = "the same command goes on from what is kept there" if kept else "choose another --output-dir"
+                raise DataError(f"{self._partial} cannot be written ({os.strerror(number)}): {remedy}") from error
             if kept and isinstance(error, FANformerError) and self._outputs is not None:
                 place = f"what was done is kept in {self._partial}, and the same command goes on from there"
                 raise type(error)(f"{error} ({place})") from error

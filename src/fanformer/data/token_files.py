@@ -125,7 +125,11 @@ class StreamWriter:
 
     def state(self) -> dict[str, Any]:
         """Return what has been written, as JSON values; `sync` makes it last."""
-        return {"shards": list(self._shards), "open_bytes": self._open_bytes}
+        return {
+            "shards": list(self._shards),
+            "open_bytes": self._open_bytes,
+            "open_sha256": self._shard_digest.hexdigest(),
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         recorded = [*((entry["name"], entry["bytes"], entry["sha256"]) for entry in state["shards"])]
@@ -138,7 +142,8 @@ class StreamWriter:
         self._open_bytes = state["open_bytes"]
         if self._open_bytes:
             path = self._path()
-            self._read_again(path, self._open_bytes)
+            if self._read_again(path, self._open_bytes) != state["open_sha256"]:
+                raise _changed(path)
             os.truncate(path, self._open_bytes)
             self._file = path.open("r+b", buffering=0)
             self._file.seek(self._open_bytes)

@@ -140,13 +140,38 @@ def test_file_whose_name_is_not_utf8_trains_resumes_and_is_prepared_again(comman
 
 
 def test_output_folder_whose_name_is_not_utf8_is_refused_and_nothing_written(command, book, tmp_path):
-    out = tmp_path / os.fsdecode(b"out\xe9")
+    out, prepared = tmp_path / os.fsdecode(b"out\xe9"), tmp_path / "prepared"
+    assert command("data", "prepare", book, "--output-dir", prepared, "--vocab-size", 300).code == 0
+    of_prepared = [word for word in SMALL if word not in ("--vocab-size", 300)]
     for words in (
         ("data", "prepare", book, "--output-dir", out, "--vocab-size", 300),
         ("train", "--data", book, "--output-dir", out, *SMALL, "--max-steps", 1),
+        ("train", "--data", prepared, "--output-dir", out, *of_prepared, "--max-steps", 1),
     ):
         refusal = command(*words).refusal()
         assert "out\\udce9" in refusal
         assert "must have a name in UTF-8, got " in refusal
         assert refusal.endswith(": choose another --output-dir")
-    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "prepared"]
+
+
+def test_size_of_a_vocabulary_beside_a_tokenizer_is_refused(command, book, saved_model, tmp_path):
+    words = ("--tokenizer", saved_model, "--vocab-size", 400)
+    refusal = command("data", "prepare", book, "--output-dir", tmp_path / "out", *words).refusal()
+    assert "`--vocab-size` has no effect on the tokenizer that `--tokenizer` names: leave one of them out" in refusal
+    assert not (tmp_path / "out").exists()
+
+
+def test_pattern_does_not_take_what_an_earlier_process_left_beside_the_output(command, book, tmp_path):
+    fingerprints = []
+    for name, pattern in (("one", "*.txt"), ("two", "*"), ("three", "**/*")):
+        folder = tmp_path / name
+        (folder / "out.partial" / "work").mkdir(parents=True)
+        (folder / "book.txt").write_text(book.read_text())
+        (folder / "out.lock").write_text('{"pid": 1}')
+        (folder / "out.partial" / "work" / "heldout.txt").write_text("the cat sat")
+        outcome = command("data", "prepare", folder / pattern, "--output-dir", folder / "out", "--vocab-size", 300)
+        assert outcome.code == 0, outcome.err
+        fingerprints.append(outcome.out.split()[-1])
+        assert sorted(path.name for path in folder.iterdir()) == ["book.txt", "out"]
+    assert len(set(fingerprints)) == 1

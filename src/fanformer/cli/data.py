@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fanformer.cli.options import Verb, VerbGroup
+from fanformer.errors import ConfigError
 from fanformer.training.configuration import parse_count
 
 if TYPE_CHECKING:
     from fanformer.data.shards import PreparedData, Throughput
 
 SECONDS_BETWEEN_LINES = 5.0
+VOCAB_SIZE = 4096
 
 
 @click.group(cls=VerbGroup, epilog="\b\nExample:\n  fanformer data prepare stdlib --output-dir data/stdlib")
@@ -27,7 +29,7 @@ def data() -> None:
 @click.argument("spec", metavar="SPEC")
 @click.option("--output-dir", metavar="DIR", required=True, help="New folder for the token files.")
 @click.option("--tokenizer", metavar="DIR|NAME", help="Tokenizer to use.  [default: one is trained on the data]")
-@click.option("--vocab-size", default=4096, help="Size of the tokenizer to train.")
+@click.option("--vocab-size", metavar="N", type=int, help=f"Size of the tokenizer to train.  [default: {VOCAB_SIZE}]")
 @click.option("--held-out-fraction", default=0.05, help="Share of the text that is held out, up to 0.5.")
 @click.option("--max-bytes", metavar="N", help="Stop after this much text, as 500M.  [default: all of it]")
 @click.option("--text-field", metavar="NAME", default="text", help="Field of jsonl or column of parquet with the text.")
@@ -53,7 +55,7 @@ def prepare(
     spec: str,
     output_dir: str,
     tokenizer: str | None,
-    vocab_size: int,
+    vocab_size: int | None,
     held_out_fraction: float,
     max_bytes: str | None,
     text_field: str,
@@ -70,19 +72,26 @@ def prepare(
     compressed, or hf:NAME[:CONFIG]. `fanformer train --data DIR` trains on the result. If the command is stopped or
     killed, the same command goes on from there.
     """
+    if tokenizer is not None and vocab_size is not None:
+        raise ConfigError(
+            "`--vocab-size` has no effect on the tokenizer that `--tokenizer` names: leave one of them out"
+        )
     limit = parse_count(max_bytes) if max_bytes is not None else None
     from fanformer.data import shards
     from fanformer.data.documents import open_source
+    from fanformer.data.places import lock_place, output_place, partial_place
     from fanformer.data.tokenizer import load_tokenizer
 
-    source = open_source(spec, text_field, source_field=source_field, licence_field=licence_field)
+    place = output_place(Path(output_dir))
+    own = (partial_place(place), lock_place(place))
+    source = open_source(spec, text_field, source_field=source_field, licence_field=licence_field, leave_out=own)
     outcome: list[Throughput] = []
     with byte_progress("encoding") as progress:
         prepared = shards.prepare(
             source,
-            Path(output_dir),
+            place,
             tokenizer=load_tokenizer(tokenizer) if tokenizer is not None else None,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size if vocab_size is not None else VOCAB_SIZE,
             held_out_fraction=held_out_fraction,
             max_bytes=limit,
             progress=progress,

@@ -200,7 +200,12 @@ def is_prepared_folder(spec: str) -> bool:
 
 
 def open_source(
-    spec: str, text_field: str = "text", *, source_field: str | None = None, licence_field: str | None = None
+    spec: str,
+    text_field: str = "text",
+    *,
+    source_field: str | None = None,
+    licence_field: str | None = None,
+    leave_out: Sequence[Path] = (),
 ) -> DocumentSource:
     """Open the documents that `spec` names: `stdlib`, a file or glob, or `hf:NAME[:CONFIG]`.
 
@@ -209,6 +214,7 @@ def open_source(
         text_field: field of jsonl, or column of parquet and hub datasets, that holds the text.
         source_field: field or column that says where a text comes from, for attribution; None has none.
         licence_field: field or column that holds a text's licence, for attribution; None has none.
+        leave_out: absolute paths of files and folders that a pattern does not mean.
 
     Raises:
         ConfigError: if a field is named and the source has none.
@@ -237,15 +243,15 @@ def open_source(
     if path.exists():
         return FileSource(spec, [path], path.parent, fields)
     if glob.has_magic(spec):
-        return _open_glob(spec, path, fields)
+        return _open_glob(spec, path, fields, set(leave_out))
     raise DataError(
         f"data `{spec}`: no file {path}: expected `stdlib`, a file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG] "
         "or a prepared folder"
     )
 
 
-def _open_glob(spec: str, pattern: Path, fields: Fields) -> FileSource:
-    files = matching_files(pattern)
+def _open_glob(spec: str, pattern: Path, fields: Fields, leave_out: set[Path]) -> FileSource:
+    files = [path for path in matching_files(pattern) if leave_out.isdisjoint((path, *path.parents))]
     if not files:
         raise DataError(f"data `{spec}`: no file matches {pattern}: quote the pattern and check the folder")
     # the folder in front of the first wildcard: names must not change when another file comes to match

@@ -27,6 +27,7 @@ from fanformer.inference.generation import encode_prompt, generate
 from fanformer.inference.loading import load_config, load_model
 from fanformer.inference.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.configuration_fanformer import translated
 from fanformer.training import artifacts
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
@@ -149,6 +150,11 @@ def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = bui
         processes.leave()
 
 
+def _in_todays_words(model: dict[str, Any]) -> dict[str, Any]:
+    """Return `model` of a run.yaml as it would be written now."""
+    return model if translated(model) == model else FANformerConfig(**model).to_diff_dict()
+
+
 def _check_batch(config: RunConfig, count: int) -> None:
     together = (config.micro_batch_size or 1) * count
     if config.batch_size % together:
@@ -198,7 +204,7 @@ class Run:
         self.model = self._build_model()
         self.model.generation_config = self._generation_config()
         if self.before is not None:
-            check_model(self.before["model"], self.model.config.to_diff_dict(), self.folder)
+            check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
         self.skeleton = self._skeleton() if processes.is_main else {}
         self.environment = self._decide()
         self.checkpoint = self._last_checkpoint(going_on or config.resume)

@@ -15,6 +15,9 @@ LAST_TRAINING = ROOT / "runs" / "hybridfun-last.txt"
 if importlib.util.find_spec("fanformer") is None:  # a clone whose requirements alone are installed
     sys.path.insert(0, str(ROOT / "src"))
 
+from fanformer.cli import interrupts  # noqa: E402, F401  the first thing: it heeds Ctrl-C while the rest is imported
+
+# isort: split
 import click  # noqa: E402
 from click.core import ParameterSource  # noqa: E402
 

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev demo test test-ci test-all check bench evidence clean
+.PHONY: setup setup-dev demo test test-ci test-all check check-lifecycle check-resume bench evidence clean
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
@@ -41,6 +41,14 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Half an hour of random sequences of kills and mishaps over train, data prepare and quantize.
+check-lifecycle: setup-dev
+	$(BIN)/python benchmarks/lifecycle.py --write
+
+# The proof of resuming bit for bit under other kernels and numbers of threads.
+check-resume: setup-dev
+	$(BIN)/python benchmarks/resume_settings.py --write
 
 bench: setup-dev
 	$(BIN)/python benchmarks/malloc.py --write

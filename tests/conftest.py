@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fanformer.inference.threads import spin_briefly
+
+spin_briefly(os.environ)  # tests side by side share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 _HF_HOME = tempfile.TemporaryDirectory(prefix="fanformer-tests-")  # removed when the process ends
 os.environ["HF_HOME"] = _HF_HOME.name

@@ -1,6 +1,7 @@
 """`fanformer chat` on piped input: what is an answer, what a notice, and what the commands do."""
 
 import contextlib
+import copy
 import os
 import pty
 import select
@@ -60,16 +61,60 @@ def test_settings_and_folder_are_checked_as_in_generate(command, tmp_path):
     assert "no config.json" in command("chat", tmp_path).refusal()
 
 
+LOCALES = {
+    "utf-8": {"PYTHONUTF8": "1"},
+    "strict": {"PYTHONIOENCODING": "utf-8:strict"},
+    "ascii": {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": ""},
+}
+
+
+@pytest.mark.parametrize("variables", LOCALES.values(), ids=LOCALES)
+@pytest.mark.parametrize("has_template", [True, False], ids=["template", "base"])
+def test_bytes_that_are_not_utf_8_do_not_end_the_conversation(loaded, model_copy, has_template, variables):
+    loaded.tokenizer.save_pretrained(model_copy)
+    if has_template:
+        (model_copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    words = [sys.executable, "-m", "fanformer.cli.main", "chat", model_copy, *FIXED]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    lines = b"caf\xc3\xa9\ncaf\xe9 \xff\x0c!\r\nhi\n"
+    done = subprocess.run(words, input=lines, capture_output=True, timeout=120, env=environment)
+    notices = [line for line in done.stderr.decode().splitlines() if "base model" not in line and "/reset" not in line]
+    assert done.returncode == 0, done.stderr
+    assert notices == ["the line is not UTF-8: what cannot be read of it became U+FFFD."]
+    assert done.stdout.count(b"\n") >= 3
+
+
+def test_message_that_is_no_unicode_is_refused_and_the_conversation_kept(loaded):
+    from fanformer.errors import ConfigError
+    from fanformer.inference.chat import Conversation
+    from fanformer.inference.interruption import Interruption
+    from fanformer.inference.settings import GenerationSettings
+
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    conversation = Conversation(loaded.model, tokenizer, GenerationSettings(max_length=3, seed=1))
+    conversation.answer("hi", lambda text: None, Interruption())
+    before = list(conversation.messages)
+    with pytest.raises(ConfigError, match="must be valid UTF-8"):
+        conversation.answer("\udcff", lambda text: None, Interruption())
+    assert conversation.messages == before
+
+
 @pytest.fixture
 def terminal():
     """Start a script with a terminal as its input and output; gives a function that waits for words in its output."""
     children = []
 
-    def start(script):
+    def start(script, **variables):
         master, slave = pty.openpty()
         heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores SIGINT
         child = subprocess.Popen(
-            [sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave, preexec_fn=heeds
+            [sys.executable, "-c", script],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=heeds,
+            env={**os.environ, **variables},
         )
         os.close(slave)
         children.append((child, master))
@@ -82,7 +127,7 @@ def terminal():
             while words not in seen:
                 assert time.monotonic() < deadline, seen
                 if select.select([master], [], [], 5)[0]:
-                    seen += os.read(master, 1000).decode()
+                    seen += os.read(master, 1000).decode(errors="replace")
                 else:
                     otherwise()
             seen = seen.partition(words)[2]
@@ -107,6 +152,19 @@ def interrupt_reader(child):
         asleep = asleep + 1 if status.read_text().rpartition(")")[2].split()[0] == "S" else 0
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
+
+
+def test_line_at_a_terminal_is_utf_8_and_what_is_not_is_mended(terminal):
+    _, master, wait_for = terminal(
+        "from fanformer.cli.chat import accept_any_bytes, read_line\n"
+        "accept_any_bytes()\n"
+        "while (line := read_line()) is not None: print('got', ascii(line))\n",
+        **LOCALES["ascii"],  # where a locale says UTF-8, the line editor itself drops what is not
+    )
+    wait_for("> ")
+    os.write(master, b"caf\xc3\xa9 caf\xe9\n")
+    wait_for("the line is not UTF-8: what cannot be read of it became U+FFFD.")
+    wait_for("got 'caf\\xe9 caf\\ufffd'")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see that the child waits")

@@ -1,6 +1,7 @@
 """`fanformer data prepare`: a folder that training can use, and what it says about it."""
 
 import json
+import os
 
 import pytest
 
@@ -106,3 +107,46 @@ def test_verify_reads_everything(command, book, tmp_path):
     shard = tmp_path / "out" / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[::-1])
     assert "train" in command("data", "verify", tmp_path / "out").refusal()
+
+
+TINY = [
+    *("model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2"),
+    *("model.num_key_value_heads=1", "model.head_dim=16", "model.intermediate_size=32", "model.vocab_size=300"),
+]
+SMALL = [word for setting in TINY for word in ("--set", setting)] + [
+    *("--vocab-size", 300, "--sequence-length", 32, "--batch-size", 4, "--precision", "float32", "--compile", "off"),
+]
+
+
+def test_file_whose_name_is_not_utf8_trains_resumes_and_is_prepared_again(command, book, tmp_path):
+    odd = book.rename(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    out = tmp_path / "out"
+    begun = command("train", "--data", odd, "--output-dir", out, *SMALL, "--max-steps", 3)
+    assert begun.code == 0, begun.err
+    gone_on = command("train", "--data", odd, "--output-dir", out, *SMALL, "--max-steps", 5, "--resume")
+    assert gone_on.code == 0, gone_on.err
+    assert "caf\\udce9.txt" in (out / "README.md").read_text(encoding="utf-8")
+    for name in ("run.yaml", "data/data.json", "data/ATTRIBUTION.json"):
+        assert "caf" in (out / name).read_text(encoding="utf-8")
+    fingerprints = []
+    for name in ("one", "two"):
+        again = command("data", "prepare", odd, "--output-dir", tmp_path / name, "--vocab-size", 300)
+        assert again.code == 0, again.err
+        fingerprints.append(again.out.split()[-1])
+    assert fingerprints[0] == fingerprints[1]
+    first, second = (json.loads((tmp_path / name / "data.json").read_text()) for name in ("one", "two"))
+    assert first["source"] == second["source"]
+    assert first["source"]["files"][0]["name"] == "caf\\udce9.txt"
+
+
+def test_output_folder_whose_name_is_not_utf8_is_refused_and_nothing_written(command, book, tmp_path):
+    out = tmp_path / os.fsdecode(b"out\xe9")
+    for words in (
+        ("data", "prepare", book, "--output-dir", out, "--vocab-size", 300),
+        ("train", "--data", book, "--output-dir", out, *SMALL, "--max-steps", 1),
+    ):
+        refusal = command(*words).refusal()
+        assert "out\\udce9" in refusal
+        assert "must have a name in UTF-8, got " in refusal
+        assert refusal.endswith(": choose another --output-dir")
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]

@@ -117,6 +117,36 @@ def test_bad_input_is_refused_and_nothing_written(command, saved_model, texts, t
     )
 
 
+def test_empty_file_is_refused_before_anything_is_measured(command, saved_model, texts, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    for name in ("empty.txt", "empty.jsonl"):
+        refusal = command("eval", saved_model, "--text", texts[0], tmp_path / name, "--device", "cpu").refusal()
+        assert refusal == f"error: data `{tmp_path / name}` holds no text: name a source that does"
+
+
+def test_figures_of_files_before_a_damaged_one_are_told(command, saved_model, texts, tmp_path):
+    broken, out = tmp_path / "broken.jsonl", tmp_path / "result.json"
+    broken.write_text('{"text": "a good line"}\n{"text":\n')
+    words = ("eval", saved_model, "--text", *texts, broken, "--device", "cpu")
+    outcome = command(*words, "--json", out)
+    assert outcome.code == 2
+    assert "broken.jsonl:2: expected a JSON object on every line" in outcome.err.splitlines()[-1]
+    assert [line.split()[-1] for line in outcome.out.splitlines()[1:3]] == [str(path) for path in texts]
+    told = json.loads(out.read_text())
+    assert told.pop("incomplete")
+    assert told == evaluate(command, saved_model, "--text", *texts)
+
+
+def test_figures_of_texts_are_told_if_the_tasks_cannot_be_done(command, saved_model, texts, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval` (lm-evaluation-harness)")
+    words = ("--tasks", "sciq", "--data-dir", tmp_path, "--cache-dir", tmp_path / "cache", "--device", "cpu")
+    outcome = command("eval", saved_model, "--text", texts[0], *words)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("error: `sciq` needs ")
+    assert outcome.out.splitlines()[1].endswith(str(texts[0]))
+
+
 def test_tasks_and_text_go_into_one_json(command, saved_model, texts, tmp_path):
     pytest.importorskip("lm_eval", reason="needs the extra `eval` (lm-evaluation-harness)")
     data = write_released_files(tmp_path / "data")

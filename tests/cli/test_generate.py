@@ -46,6 +46,24 @@ def test_many_prompts_from_words_file_and_standard_input_give_the_same(command, 
     assert outcome.out == "".join(f"{record['prompt']}{record['text']}\n\n" for record in from_words)
 
 
+def test_only_line_feeds_end_a_prompt(command, saved_model, tmp_path):
+    prompts = ["a\x0cb", "a\u2028b", "a\x85b\x1c", "a\rb", ""]
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join([*prompts, ""]).encode())
+    outcome = command("generate", saved_model, "--prompts-file", tmp_path / "prompts.txt", *FIXED, "--json")
+    assert [json.loads(line)["prompt"] for line in outcome.out.split("\n")[:-1]] == prompts
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_complete_whatever_the_output_can_encode(process, saved_model, encoding):
+    words = ("generate", saved_model, "--prompts-file", "-", "--json", *FIXED)
+    prompt = "caf\xe9 \u65e5"
+    environment = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": encoding}
+    outcome = process(*words, text=prompt, environment=environment)
+    record = json.loads(outcome.out)
+    assert record["prompt"] == prompt
+    assert (prompt in outcome.out) == (encoding == "utf-8")
+
+
 def test_no_prompt_begins_a_new_text(command, saved_model):
     outcome = command("generate", saved_model, *FIXED)
     assert outcome.code == 0
@@ -56,7 +74,7 @@ def test_no_prompt_begins_a_new_text(command, saved_model):
     ("words", "message"),
     [
         (["--top-p", "3"], "`top_p` must be in (0, 1], got 3.0: 1 draws from all tokens."),
-        (["--temperature", "-1"], "`temperature` must be at least 0 and finite, got -1.0: 0 is greedy."),
+        (["--temperature", "-1"], "`temperature` must be in [0, 1.7e+38], got -1.0: 0 is greedy."),
         (["--min-length", "200"], "`min_length` must be between 0 and max_length (100), got 200."),
         (["--batch-size", "0"], "`batch_size` must be at least 1, got 0."),
         (["--device", "tpu"], "`device` must be auto, cpu, cuda, cuda:N or mps, got 'tpu'."),

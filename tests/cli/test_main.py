@@ -167,6 +167,24 @@ def test_system_errors_name_the_absolute_path(tmp_path, monkeypatch):
     assert user_message(OSError(errno.EIO, "", "x")) is None  # a broken disk is not the user's to mend
 
 
+@pytest.mark.parametrize("bytes_wanted", [1 << 44, 1 << 62], ids=["more than there is", "more than can be counted"])
+def test_out_of_memory_on_a_cpu_is_the_user_s_to_mend(bytes_wanted):
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(bytes_wanted)
+    assert user_message(caught.value).startswith("out of memory: use a smaller batch")
+
+
+def test_a_full_disk_met_by_a_library_in_rust_is_the_user_s_to_mend(tmp_path):
+    """It raises bare Exception with the number in its words."""
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(Exception, match=r"os error") as caught:
+        Tokenizer(models.BPE()).save(str(tmp_path / "no" / "folder" / "tokenizer.json"))
+    assert user_message(caught.value).startswith("no such file or folder")
+
+
 def test_memory_that_runs_out_says_what_to_lower():
     assert user_message(MemoryError()).startswith("out of memory: use a smaller batch")
 

@@ -1,6 +1,7 @@
 """`fanformer quantize`: a file that the other verbs take, and a report of what it lost."""
 
 import json
+import os
 
 import pytest
 
@@ -33,7 +34,6 @@ def test_file_is_written_reported_and_measured(command, saved_model, tmp_path):
         ([], "`--format` or `--scan` is needed, and not both: gguf, gptq, awq or gptq-v1 write a model."),
         (["--format", "gptq", "--type", "q8_0"], "`--type` has no effect on `--format gptq`: leave it out."),
         (["--format", "gguf", "--bits", "8"], "`--bits` has no effect on `--format gguf`: leave it out."),
-        (["--scan", "--overwrite"], "`--overwrite` has no effect on `--scan`: leave it out."),
         (["--format", "awq", "--bits", "3"], "`--bits` must be 4 or 8, got 3."),
         (
             ["--scan", "--group-size", "48"],
@@ -50,6 +50,23 @@ def test_what_makes_no_sense_is_refused(command, saved_model, tmp_path, words, m
     outcome = command("quantize", saved_model, "--output-dir", tmp_path, *words)
     assert outcome.refusal() == f"error: {message}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_that_is_there_is_kept(command, saved_model, tmp_path):
+    (tmp_path / "mine.json").write_text("my own")
+    words = ["quantize", saved_model, "--format", "gguf", "--type", "f16", "--output-dir", tmp_path / "mine.gguf"]
+    refusal = command(*words).refusal()
+    assert f"{tmp_path}/mine.json is there already: give another `--output-dir`, or `--overwrite`." in refusal
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("mine.json", "my own")]
+
+
+def test_disk_that_is_full_at_the_report_gets_no_file(command, saved_model, tmp_path, mount_disk):
+    words = ["quantize", saved_model, "--format", "gguf", "--type", "f16", "--output-dir"]
+    assert command(*words, tmp_path / "whole.gguf").code == 0
+    pages = -(-(tmp_path / "whole.gguf").stat().st_size // os.sysconf("SC_PAGE_SIZE"))
+    disk = mount_disk(f"nr_blocks={pages + 1}")
+    assert "no space left on the disk" in command(*words, disk / "a.gguf").refusal()
+    assert list(disk.iterdir()) == []
 
 
 def test_damaged_file_is_one_line(command, tmp_path):
@@ -78,6 +95,19 @@ def test_scan_prints_and_saves_a_line_for_every_part(command, saved_model, tmp_p
     assert [part["part"] for part in saved["parts"]] == names
     assert [line.split()[0] for line in outcome.out.splitlines()[2:-1]] == names
     assert all(part["bits_per_byte"] != saved["bits_per_byte"] for part in saved["parts"])
+
+
+def test_scan_that_is_there_is_kept_unless_it_may_be_replaced(command, saved_model, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out/sensitivity.json"
+    file.write_text("old")
+    words = ["quantize", saved_model, "--scan", "--calibration", tmp_path / "text.txt", "--output-dir", file.parent]
+    refusal = command(*words).refusal()
+    assert refusal == f"error: {file} is there already: give another `--output-dir`, or `--overwrite`."
+    assert file.read_text() == "old"
+    assert command(*words, "--overwrite").code == 0
+    assert json.loads(file.read_text())["bits"] == 4
 
 
 def test_without_held_out_data_text_is_asked_for(command, saved_model, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from fanformer.data import readers
+from fanformer.data.decompression import CHUNK_BYTES
 from fanformer.data.documents import FileSource, StdlibSource, is_prepared_folder, open_source
 from fanformer.errors import DataError, DependencyError
 
@@ -113,7 +114,7 @@ def test_isolated_bad_bytes_are_replaced_and_counted_in_their_document(tmp_path)
     ]
 
 
-@pytest.mark.parametrize("position", [5, readers.CHUNK_BYTES - 1, readers.CHUNK_BYTES + 7])
+@pytest.mark.parametrize("position", [5, CHUNK_BYTES - 1, CHUNK_BYTES + 7])
 def test_binary_file_is_refused_with_the_offset_of_its_nul(tmp_path, position):
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() + b"a" * (position - 2) + b"\0" + b"a" * 9)
@@ -231,12 +232,33 @@ def test_folder_is_refused_unless_it_is_prepared(tmp_path):
         ("[1]", r"a.jsonl:2: expected a JSON object on every line, got list"),
         ('{"body": "x", "id": 1}', r"a.jsonl:2: no field `text`; it has `body`, `id`: name the one that holds text"),
         ('{"text": null}', r"a.jsonl:2: field `text` must be a string, got NoneType"),
+        (
+            "[" * 100_000,
+            r"a.jsonl:2: expected a JSON object on every line, got one nested too deep to be read: mend or delete it",
+        ),
+        (
+            '{"text": "x", "id": ' + "7" * 5000 + "}",
+            r"a.jsonl:2: expected a JSON object on every line, got a number of more than 4,300 digits: mend or delete",
+        ),
+        ('{"text": "x", "id": {"a":' * 100_000, r"a.jsonl:2: expected a JSON object on every line, got one nested too"),
     ],
+    ids=["no JSON", "a list", "other fields", "no string", "nested lists", "long number", "nested objects"],
 )
 def test_broken_jsonl_line_is_named_by_its_number(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
         documents(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [("not json", "Expecting value"), ("[" * 100_000, "one nested too"), ("7" * 5000, "a number of more than 4,300")],
+    ids=["no JSON", "nested", "long number"],
+)
+def test_first_line_that_field_names_cannot_read_is_named(tmp_path, line, got):
+    (tmp_path / "a.jsonl").write_text("\n\n" + line + "\n")
+    with pytest.raises(DataError, match=rf"a.jsonl:3: expected a JSON object on every line, got {got}"):
+        readers.field_names(tmp_path / "a.jsonl")
 
 
 def test_json_is_refused_with_what_to_rename_it_to(tmp_path):

@@ -23,8 +23,9 @@ def prepared(tmp_path, tokenizer):
 def test_missing_or_foreign_folder_is_refused(prepared):
     with pytest.raises(DataError, match=r"none/data.json does not exist: create the folder with `fanformer data prep"):
         open_prepared(prepared / "none")
-    for content in ("{", "[]", "{}"):
-        (prepared / "data.json").write_text(content)
+    deep, long_number = "[" * 100_000, '{"format_version": ' + "2" * 5000 + "}"
+    for content in ("{", "[]", "{}", deep, '{"format_version": 2, "splits": ' + deep, long_number, "\udce9"):
+        (prepared / "data.json").write_text(content, errors="surrogateescape")
         with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`: name another"):
             open_prepared(prepared)
     (prepared / "data.json").write_text('{"format_version": 99}')
@@ -128,6 +129,71 @@ def edit(folder, **changes):
 def test_vocabulary_that_the_integers_cannot_hold_is_refused(prepared):
     edit(prepared, vocab_size=70_000)
     with pytest.raises(DataError, match=r"says 70000 tokens in 2 bytes each, which hold 65536: prepare the data again"):
+        open_prepared(prepared)
+
+
+def replaced(content, place, value):
+    """The content with another value at a place, a path of keys."""
+    key, *rest = place
+    return content | {key: replaced(content[key], rest, value) if rest else value}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("dtype",), "<f8"),
+        (("dtype",), ["<u2"]),
+        (("vocab_size",), "300"),
+        (("start_token_id",), -1),
+        (("end_token_id",), True),
+        (("fingerprint",), 7),
+        (("dropped",), None),
+        (("source",), "stdlib"),
+        (("tokenizer_files",), []),
+        (("tokenizer_files",), {"tokenizer.json": "no hash"}),
+        (("tokenizer_files",), {"../tokenizer.json": "0" * 64}),
+        (("splits", "train"), []),
+        (("splits", "train", "sha256"), "x" * 64),
+        (("splits", "train", "tokens"), 1.5),
+        (("splits", "heldout", "documents"), -3),
+        (("splits", "heldout", "shards"), {"name": "a"}),
+        (("splits", "heldout", "shards"), [{"name": "/etc/passwd", "tokens": 1, "bytes": 2, "sha256": "0" * 64}]),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else str(value)[:24],
+)
+def test_description_with_a_value_of_another_kind_is_refused(prepared, place, value):
+    metadata = json.loads((prepared / "data.json").read_text())
+    (prepared / "data.json").write_text(json.dumps(replaced(metadata, place, value)))
+    with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`: name another folder$"):
+        open_prepared(prepared)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("splits", "train", "tokens"), 10**15),
+        (("splits", "train", "documents"), 10**15),
+        (("splits", "heldout", "shards"), []),
+    ],
+    ids=["tokens", "documents", "no shards"],
+)
+def test_description_that_claims_more_than_its_shards_hold_is_refused(prepared, place, value):
+    metadata = json.loads((prepared / "data.json").read_text())
+    (prepared / "data.json").write_text(json.dumps(replaced(metadata, place, value)))
+    with pytest.raises(
+        DataError, match=rf"data.json says that {place[1]} has .* shards hold .*: prepare the data again$"
+    ):
+        open_prepared(prepared)
+    metadata["splits"]["train"]["shards"][0]["tokens"] *= 1000
+    metadata["splits"]["train"]["tokens"] *= 1000
+    (prepared / "data.json").write_text(json.dumps(metadata))
+    with pytest.raises(DataError, match=r"data.json says that train has .*: prepare the data again$"):
+        open_prepared(prepared)
+
+
+def test_description_too_large_to_be_one_is_not_read(prepared):
+    os.truncate(prepared / "data.json", 1 << 40)  # takes no place on the disk
+    with pytest.raises(DataError, match=r"data.json was not written by `fanformer data prepare`"):
         open_prepared(prepared)
 
 

@@ -209,7 +209,12 @@ def test_damaged_work_is_refused(begun, tmp_path):
     entry = (partial / "work" / "journal.json").read_text()
     for content, message in (
         ("{", "is damaged: delete"),
-        (entry.replace('"version": 1', '"version": 9'), "got 9: del"),
+        ("[" * 100_000, "is damaged: delete"),
+        ('{"version": ' + "2" * 5000 + "}", "is damaged: delete"),
+        (entry.replace('"documents_of_part": ', '"documents_of_part": 1'), "is damaged: delete"),
+        (entry.replace('"arguments": {', '"arguments": [], "none": {'), "is damaged: delete"),
+        (entry.replace('"entry": {', '"entry": {"position": {}, "others": {'), "is damaged: delete"),
+        (entry.replace('"version": 2', '"version": 9'), "got 9: del"),
     ):
         (partial / "work" / "journal.json").write_text(content)
         with pytest.raises(DataError, match=message):

@@ -1,14 +1,19 @@
 import builtins
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
+from fanformer.data.encoding import document_encoder
 from fanformer.data.tokenizer import (
     END_OF_TEXT,
+    LONGEST_RUN,
+    _cut_long_runs,
     encode_documents,
     end_token_id,
     load_tokenizer,
@@ -72,6 +77,40 @@ def test_training_twice_and_on_one_thread_gives_the_same_tokenizer(tokenizer):
         [sys.executable, "-c", code], input=TEXT, env=environment, capture_output=True, text=True, check=True
     )
     assert other.stdout == tokenizer.backend_tokenizer.to_str()
+
+
+DNA = "".join(random.Random(1).choices("ACGT", k=600_000))
+
+
+@pytest.mark.parametrize("text", [DNA, "a" * 1_000_000, "=" * 1_000_000, " " * 1_000_000], ids=["DNA", "a", "=", " "])
+def test_text_without_a_break_is_learnt_from_and_encoded_in_seconds(text):
+    started = time.monotonic()
+    tokenizer = train_tokenizer([text, TEXT], 320)
+    [ids] = encode_documents(tokenizer, [text])
+    assert time.monotonic() - started < 60  # 2 to 3 alone on two cores; learning from one piece took minutes
+    assert tokenizer.decode(ids) == text
+    [same] = document_encoder(tokenizer).encode([text])
+    assert same.tolist() == ids
+    assert len(ids) < len(text) / 1.5
+
+
+def test_text_with_breaks_gives_the_tokenizer_that_uncut_text_gives(tokenizer, monkeypatch):
+    runs = [sign * (LONGEST_RUN - 1) for sign in ("x", "=", " ", "\u0e01", "\n")]
+    texts = [TEXT, *runs, "".join(f"{run}1" for run in runs), DNA[: LONGEST_RUN - 1] + "7" + DNA[: LONGEST_RUN - 1]]
+    assert list(_cut_long_runs(texts)) == texts
+    cut = train_tokenizer(texts, 400).backend_tokenizer.to_str()
+    monkeypatch.setattr("fanformer.data.tokenizer._cut_long_runs", list)
+    assert train_tokenizer(texts, 400).backend_tokenizer.to_str() == cut
+
+
+@pytest.mark.parametrize("length", [2 * LONGEST_RUN, 10 * LONGEST_RUN + 5])
+def test_no_part_that_is_learnt_from_has_a_long_run(length):
+    text = f"{TEXT}{DNA[:length]} {'=' * length}{' ' * length}{TEXT}"
+    parts = list(_cut_long_runs([text, TEXT]))
+    assert "".join(parts) == text + TEXT
+    assert parts[-1] == TEXT
+    for characters in (r"[ACGT]+", "=+", " +"):
+        assert all(len(run) < 2 * LONGEST_RUN for part in parts for run in re.findall(characters, part))
 
 
 def test_a_vocabulary_below_the_bytes_is_refused():
@@ -143,6 +182,19 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=r"tokenizer `./none`: no folder .*none: expected a folder with"):
         load_tokenizer("./none")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_pipe_or_device_in_place_of_a_tokenizer_file_is_refused(tokenizer, tmp_path, name):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name} is a pipe, expected a regular file"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=rf"{name} is a character device, expected a regular file"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_tokenizer_on_the_hub_offline_is_refused_within_seconds(monkeypatch):

@@ -181,6 +181,8 @@ def test_missing_file_is_named(harness, make_model, tiny_tokenizer, released, tm
         ("arc/ARC-Easy-Test.jsonl", '{"query": 1}\n', "is not in the form that `arc_easy` was released in: no field"),
         ("arc/ARC-Easy-Test.jsonl", "{\n", "ARC-Easy-Test.jsonl:1: expected a JSON object on every line"),
         ("piqa/valid-labels.lst", "1\n", "has 1 labels and"),
+        ("sciq/test.json", "[]", "sciq/test.json holds nothing, expected questions of `sciq`: fetch it again."),
+        ("hellaswag/hellaswag_val.jsonl", "\n", "hellaswag_val.jsonl holds nothing, expected questions of `hellaswag`"),
         (
             "lambada/lambada_openai.jsonl",
             '{"context": "a", "continuation": "b c"}\n',
@@ -196,7 +198,7 @@ def test_file_of_another_form_is_refused(
 
     data = shutil.copytree(released, tmp_path / "data")
     (data / file).write_text(content)
-    task = {"arc": "arc_easy", "sciq": "sciq", "piqa": "piqa", "lambada": "lambada"}[file.partition("/")[0]]
+    task = {"arc": "arc_easy"}.get(name := file.partition("/")[0], name)
     with pytest.raises(DataError, match=message):
         evaluate_tasks(make_model("llama"), tiny_tokenizer, [task], data_dir=data)
 

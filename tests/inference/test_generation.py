@@ -136,6 +136,12 @@ def test_top_k_1_and_tiny_top_p_are_greedy(loaded):
     assert texts(loaded, ["the cat"], dataclasses.replace(SHORT, top_p=1e-6)) == greedy
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-42, 1e-37, 1e-30])
+def test_temperatures_that_logits_overflow_by_are_greedy(loaded, temperature):
+    greedy = texts(loaded, ["the cat", "def "], dataclasses.replace(SHORT, temperature=0))
+    assert texts(loaded, ["the cat", "def "], dataclasses.replace(SHORT, temperature=temperature)) == greedy
+
+
 def test_too_long_prompt_names_the_numbers(loaded):
     with pytest.raises(ConfigError, match=r"has 3 tokens .* max_length 200 .* 203; .* 128 positions: lower .* to 125"):
         generate(*loaded, ["!?"], GenerationSettings(max_length=200))
@@ -161,8 +167,10 @@ def test_prompt_that_is_no_unicode_is_refused(loaded):
         ({"top_k": -1}, "`top_k` must be at least 0, got -1: 0 draws from all tokens."),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"`top_p` must be in \(0, 1\], got 1.5"),
-        ({"temperature": -0.5}, "`temperature` must be at least 0 and finite, got -0.5: 0 is greedy."),
-        ({"temperature": float("nan")}, "`temperature` must be at least 0 and finite, got nan"),
+        ({"top_p": float("nan")}, r"`top_p` must be in \(0, 1\], got nan"),
+        ({"temperature": -0.5}, r"`temperature` must be in \[0, 1.7e\+38\], got -0.5: 0 is greedy."),
+        ({"temperature": float("nan")}, r"`temperature` must be in \[0, 1.7e\+38\], got nan"),
+        ({"temperature": 1e39}, r"`temperature` must be in \[0, 1.7e\+38\], got 1e\+39"),
         ({"seed": -1}, "`seed` must be at least 0, got -1."),
     ],
 )

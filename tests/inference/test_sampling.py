@@ -70,6 +70,19 @@ def test_temperature_0_and_top_k_1_take_the_most_likely():
             assert Sampler(settings, 3, 50, []).draw(logits(seed=seed)) == logits(seed=seed).argmax()
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-42, 1e-38, 1e-37, 1e-30, 1e-10])
+def test_temperatures_that_logits_overflow_by_take_the_most_likely(temperature):
+    settings = dataclasses.replace(PLAIN, temperature=temperature, top_p=0.85)
+    for seed in range(20):
+        assert Sampler(settings, 3, 50, []).draw(logits(seed=seed)) == logits(seed=seed).argmax()
+
+
+def test_high_temperatures_draw_nothing_that_is_excluded():
+    values = np.array([0.0, 1.0, -np.inf, -np.inf], dtype=np.float32)
+    sampler = Sampler(dataclasses.replace(PLAIN, temperature=1e38), 3, 4, [])
+    assert {sampler.draw(values) for _ in range(100)} == {0, 1}
+
+
 def test_end_unknown_and_excluded_tokens_are_not_drawn():
     values = np.array([9.0, 8.0, 7.0, 6.0, 99.0], dtype=np.float32)
     settings = GenerationSettings(max_length=9, min_length=2, temperature=0)

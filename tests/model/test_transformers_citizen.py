@@ -178,6 +178,15 @@ def test_saved_folder_names_the_class_behind_every_auto_class(tiny_model, tmp_pa
         assert code == {"configuration_fanformer.py", "modeling_fanformer.py"}
 
 
+def test_base_model_takes_no_offence_at_the_head_but_at_what_belongs_nowhere(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"] == set()
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "lm_head.bias": torch.zeros(4)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for kind in (AutoModel, AutoModelForCausalLM):
+        assert kind.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"] == {"lm_head.bias"}
+
+
 WITHOUT_OUR_PACKAGE = """
     import sys
 
@@ -227,6 +236,7 @@ def test_saved_folder_loads_in_a_process_without_our_package(tiny_model, token_i
         timeout=240,
     )
     assert "loaded without our package" in result.stdout, result.stderr
+    assert "UNEXPECTED" not in result.stderr  # the head's weights, in the report of the base model
     # Saved again from there, the folder is as complete as before.
     assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     for name in ("configuration_fanformer.py", "modeling_fanformer.py", "model.safetensors"):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -145,3 +147,55 @@ def test_every_field_says_what_it_is():
     import dataclasses
 
     assert all(field.metadata["help"] for field in dataclasses.fields(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", -1), ("seed", 2**33), ("epochs", float("nan")), ("epochs", float("inf")), ("learning_rate", float("inf")),
+     ("learning_rate", float("nan")), ("max_time", float("inf")), ("epochs", 1e300), ("max_steps", 10**30)],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"`{name}` must be .*, got {re.escape(str(value))}\."):
+        resolve("nano", overrides={name: value})
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "after"),
+    [
+        ({"tokens": 5000}, {"max_steps": 7}, {"max_steps": 7}),
+        ({"max_steps": 7}, {"epochs": 2.0}, {"epochs": 2.0}),
+        ({"max_steps": 7, "max_time": 60.0}, {"tokens": 5000}, {"tokens": 5000, "max_time": 60.0}),
+        ({"max_time": 60.0}, {"max_steps": 7}, {"max_steps": 7}),
+        ({"max_steps": 7}, {"max_time": 60.0}, {"max_steps": 7, "max_time": 60.0}),
+        ({"max_steps": 7}, {"max_steps": None, "max_time": 60.0}, {"max_time": 60.0}),
+        ({"max_steps": 7}, {"max_steps": 9}, {"max_steps": 9}),
+        ({"max_steps": 7}, {}, {"max_steps": 7}),
+    ],
+)
+def test_a_length_of_another_kind_replaces_that_of_the_file(tmp_path, before, given, after):
+    config = resolve("nano", overrides=before)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"configuration": config.to_dict()}))
+    again = resolve(config_file=tmp_path / "run.yaml", overrides=given)
+    lengths = ("max_steps", "tokens", "epochs", "max_time")
+    assert {name: getattr(again, name) for name in lengths if getattr(again, name) is not None} == after
+
+
+@pytest.mark.parametrize("content", ["configuration: {}", "configuration: 3", "configuration: [a]", "{1: 2}"])
+def test_a_file_without_fields_is_refused(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"`configuration` of .*run\.yaml must be a mapping of fields"):
+        resolve(config_file=tmp_path / "run.yaml")
+
+
+def test_weights_to_start_from_leave_out_the_preset_s_tokenizer(tmp_path):
+    assert resolve("92m").tokenizer is not None
+    assert resolve("92m", overrides={"init_from": str(tmp_path)}).tokenizer is None
+    assert resolve("92m", overrides={"init_from": str(tmp_path), "tokenizer": "mine"}).tokenizer == "mine"
+
+
+def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):
+    """A run that was begun with --overwrite goes on; one that took other data once refuses them the next time."""
+    config = resolve("nano", overrides={"overwrite": True, "allow_changed_data": True, "output_dir": "here"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"configuration": config.to_dict()}))
+    again = resolve(config_file=tmp_path / "run.yaml", overrides={"resume": True})
+    assert (again.overwrite, again.allow_changed_data, again.output_dir) == (False, False, "here")

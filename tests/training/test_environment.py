@@ -1,5 +1,10 @@
+import json
+import os
 import platform
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,3 +51,35 @@ def test_compilation_without_a_compiler_is_refused_not_skipped(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_glibc_accepts_the_allocation_setting():
     assert keep_freed_memory()
+
+
+_STEPS_MARKED = """
+import json, sys
+from fanformer.training.configuration import RunConfig
+from fanformer.training.run import Silence, train
+
+class Marks(Silence):
+    def step(self, step, *rest):
+        print("STEP", flush=True)
+
+train(RunConfig(**json.loads(sys.argv[1])), Marks())
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch is built without MKL")
+def test_a_first_process_and_a_resumed_one_let_mkl_share_products_out_alike(run_config):
+    """MKL chooses its threads for each product until torch is told a number: where a core runs two threads it takes
+    fewer than torch reports, and sums in another order.
+    """
+    variables = {**os.environ, "MKL_VERBOSE": "1"}
+    variables.pop("MKL_DYNAMIC", None)
+
+    def choices(config):
+        words = [sys.executable, "-c", _STEPS_MARKED, json.dumps(config.to_dict())]
+        done = subprocess.run(words, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return set(re.findall(r"Dyn:\d|NThr:\d+", done.stdout.partition("STEP")[2]))
+
+    first = choices(run_config(max_steps=3))
+    assert "Dyn:0" in first
+    assert choices(run_config(max_steps=6, resume=True)) == first

@@ -74,6 +74,18 @@ def test_hours_of_preparing_data_are_not_deleted_with_a_run_that_never_began(tmp
         assert begun.read_bytes() == b"tokens"
 
 
+def test_data_that_a_killed_run_prepared_are_not_deleted_with_one_that_is_refused(tmp_path):
+    prepared = tmp_path / "run" / "data" / "train-00000.bin"
+    prepared.parent.mkdir(parents=True)
+    prepared.write_bytes(b"tokens")
+    claim = claimed(tmp_path / "run", resume=False, overwrite=False)
+    claim.__enter__()
+    (tmp_path / "run" / "held-out").mkdir()
+    assert claim.__exit__(ZeroDivisionError, ZeroDivisionError(), None) is False
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+    assert prepared.read_bytes() == b"tokens"
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.new", "run.yaml.new", "data.partial", "data.lock"])
 def test_what_a_kill_before_run_yaml_leaves_is_the_beginning_of_a_run(tmp_path, name):
     (tmp_path / ".lock").write_text("")

@@ -1,15 +1,17 @@
 """A resumed run is the same run: every bit of it, or a refusal that says what is not."""
 
+import json
 import os
 import shutil
 import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
-from fanformer.errors import CheckpointError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints, read_state
 from fanformer.training.records import read_records
@@ -256,3 +258,78 @@ def test_a_checkpoint_tells_the_rows_and_seconds_so_far(run):
     loop = read_state(result.folder / "checkpoint-4")["loop"]
     assert (loop["step"], loop["place"]) == (4, 16)
     assert loop["elapsed_seconds"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that it must lack")
+def test_a_run_from_a_machine_with_another_device_says_how_to_go_on(run):
+    first, _ = run(max_steps=2, device="auto")
+    content = yaml.safe_load((first.folder / "run.yaml").read_text())
+    content["environment"]["device"] = "cuda"
+    (first.folder / "run.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=r"was begun on `cuda`, which is not there: go on .* with --device cpu"):
+        run(max_steps=4, device="auto", resume=True)
+    result, _ = run(max_steps=4, device="cpu", resume=True)
+    assert result.step == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [("garbage", "got 'garbage'"), ("[1, 2]", "got '[1, 2]'"), ('{"loss": 1}', "with `step`"), ("[" * 10**5, "'[[[")],
+    ids=["no JSON", "no object", "no step", "deep"],
+)
+def test_a_garbage_line_of_the_records_is_named(run, line, shown):
+    first, _ = run(max_steps=2, log_steps=1)
+    path = first.folder / "metrics.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace("\n", f"\n{line}\n", 1))
+    with pytest.raises(CheckpointError) as caught:
+        run(max_steps=4, resume=True)
+    assert "metrics.jsonl:2 must be a JSON object with `step`" in str(caught.value)
+    assert shown in str(caught.value)
+    path.write_text(good)
+    assert run(max_steps=4, resume=True)[0].step == 4
+
+
+@pytest.mark.parametrize("damage", ["configuration: {}", "configuration: 3", "environment: 3", "model:", "7", "a: ["])
+def test_a_damaged_run_file_is_named(run, damage):
+    first, _ = run(max_steps=2)
+    path = first.folder / "run.yaml"
+    name, _, value = damage.partition(": ")
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, name.rstrip(":"): yaml.safe_load(value or "null")})
+                    if name in ("configuration", "environment", "model:") else damage)  # fmt: skip
+    with pytest.raises(
+        CheckpointError, match=r"run\.yaml (must have a mapping|\(ParserError\))|cannot read .*run\.yaml"
+    ):
+        run(max_steps=4, resume=True)
+
+
+def test_the_saved_tokenizer_knows_how_long_a_text_may_be(run):
+    result, _ = run(max_steps=1)
+    tokenizer = json.loads((result.folder / "tokenizer_config.json").read_text())
+    assert (
+        tokenizer["model_max_length"]
+        == json.loads((result.folder / "config.json").read_text())["max_position_embeddings"]
+    )
+
+
+def test_a_sample_prompt_that_fills_the_positions_is_refused_before_training(run):
+    with pytest.raises(ConfigError, match="`sample_prompt` must leave room in the model's 32 positions, got "):
+        run(max_steps=2, sample_prompt="the cat sees the dog " * 20)
+
+
+def test_rows_longer_than_the_positions_of_the_weights_are_refused(run):
+    first, _ = run("first", max_steps=2)
+    with pytest.raises(ConfigError, match=r"`sequence_length` must be at most 32, the positions of .*, got 64"):
+        run("second", max_steps=2, init_from=str(first.folder), sequence_length=64)
+
+
+def test_what_the_bits_depend_on_is_recorded_and_its_change_told(run, monkeypatch):
+    first, _ = run(max_steps=2)
+    content = yaml.safe_load((first.folder / "run.yaml").read_text())
+    assert content["machine"]["processor"]
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    _, notebook = run(max_steps=4, resume=True)
+    changes = yaml.safe_load((first.folder / "run.yaml").read_text())["resumed"][0]["changes"]
+    assert "COMPATIBLE" in changes["machine"]
+    assert any(note.startswith("changed since the run began: ") and "machine" in note for note in notebook.notes)

@@ -221,5 +221,6 @@ def test_a_tokenizer_larger_than_the_weights_is_refused(run, tmp_path):
     letters = tmp_path / "letters.txt"
     words = ["".join(chooser.choices("abcdefghij", k=5)) for _ in range(50)]
     letters.write_text("\n".join(" ".join(chooser.choices(words, k=9)) for _ in range(300)), encoding="utf-8")
+    own, _ = run("own", max_steps=1, data=str(letters), vocab_size=400)
     with pytest.raises(ConfigError, match=r"the tokenizer has 400 tokens, but the weights of .* only 320"):
-        run("second", max_steps=1, data=str(letters), init_from=str(first.folder), vocab_size=400)
+        run("second", max_steps=1, data=str(letters), init_from=str(first.folder), tokenizer=str(own.folder))

@@ -241,6 +241,46 @@ def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_it_bit_for_b
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["first process", "resumed"])
+def test_a_signal_in_an_evaluation_saves_the_step_before_it(run, run_config, monkeypatch, resumed):
+    from fanformer.training.run import Run
+
+    fields = {"max_steps": 200, "save_steps": 1000, "eval_steps": 6, "log_steps": 1}
+    if resumed:
+        run(**{**fields, "max_steps": 2})
+    real = Run.evaluate
+
+    def stopped(self, everything, between_batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, everything, between_batches)
+
+    monkeypatch.setattr(Run, "evaluate", stopped)
+    result, _ = run(**fields, resume=resumed)
+    assert (result.stopped_by, result.step) == ("SIGTERM", 6)
+    assert "checkpoint-6" in [path.name for path in checkpoints(result.folder)]
+    monkeypatch.setattr(Run, "evaluate", real)
+    again, notebook = run(**{**fields, "max_steps": 8}, resume=True)
+    assert (again.step, notebook.steps) == (8, [7, 8])
+
+
+def test_a_finished_run_says_so_and_trains_no_further_unless_it_is_made_longer(run):
+    fields = {"max_steps": None, "max_time": 3.0, "log_steps": 1}
+    first, _ = run(**fields)
+    assert first.reached_end
+    weights = (first.folder / "model.safetensors").read_bytes()
+    again, notebook = run(**fields, resume=True)
+    assert (again.step, again.reached_end, notebook.steps) == (first.step, True, [])
+    assert any(note.startswith(f"this run is finished, after {first.step} steps: a longer") for note in notebook.notes)
+    assert (first.folder / "model.safetensors").read_bytes() == weights
+    longer, notebook = run(**{**fields, "max_time": 6.0}, resume=True)
+    assert longer.step > first.step
+    assert longer.reached_end
+    by_steps, _ = run("by steps", max_steps=2)
+    assert by_steps.reached_end
+    _, notebook = run("by steps", max_steps=2, resume=True)
+    assert any(note.startswith("this run is finished, after 2 steps") for note in notebook.notes)
+
+
 def test_a_job_s_time_limit_beside_steps_counts_each_part_of_the_run_anew(run):
     fields = {"max_steps": 100_000, "max_time": 2.0}
     first, _ = run(**fields)

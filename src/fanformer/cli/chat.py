@@ -1,5 +1,8 @@
 """`fanformer chat`: read a line, write the answer as it comes, again."""
 
+import codecs
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,6 +54,7 @@ def converse(
     from fanformer.inference.chat import Conversation
     from fanformer.inference.interruption import interruptible
 
+    accept_any_bytes()
     conversation = Conversation(loaded.model, loaded.tokenizer, settings)
     if not conversation.has_template:
         _notice(f"{name} is a base model: it continues what you write, it has not learnt to answer.")
@@ -83,18 +87,20 @@ def converse(
 def read_line() -> str | None:
     """Return the next line of standard input without its end, or None at the end of input.
 
+    What cannot be decoded comes as U+FFFD, with a notice.
+
     Raises:
         KeyboardInterrupt: if Ctrl-C comes twice in a row at a terminal, or once where input is no terminal.
     """
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
+        return _mended(line.rstrip("\r\n")) if line else None
     import readline  # noqa: F401  gives input() a history and editing keys
 
     warned = False
     while True:
         try:
-            return input("> ")
+            return _mended(input("> "))
         except EOFError:
             click.echo()
             return None
@@ -104,6 +110,25 @@ def read_line() -> str | None:
             warned = True
             click.echo()
             _notice("Ctrl-C again leaves.")
+
+
+def accept_any_bytes() -> None:
+    """Let bytes on standard input that cannot be decoded come as lone surrogates (PEP 383); UTF-8 where it is ASCII."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        encoding = codecs.lookup(sys.stdin.encoding).name
+        with contextlib.suppress(io.UnsupportedOperation):  # read from already: it stays as it is
+            sys.stdin.reconfigure(
+                encoding="utf-8" if encoding == "ascii" else encoding, errors="surrogateescape", newline="\n"
+            )
+
+
+def _mended(line: str) -> str:
+    """Return a line of standard input with U+FFFD for what was not in its encoding, and say so."""
+    encoding = sys.stdin.encoding or "utf-8"
+    mended = line.encode(encoding, "surrogateescape").decode(encoding, "replace")
+    if mended != line:
+        _notice(f"the line is not {encoding.upper()}: what cannot be read of it became U+FFFD.")
+    return mended
 
 
 def _notice(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +83,7 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value is not None and value < 1:
             raise ConfigError(f"`{name}` must be at least 1, got {value}.")
-    for path in paths:
-        Path(path).open("rb").close()  # a missing or unreadable file is named before torch is imported
-    field = _source_field(paths, by)
+    field = _check_texts(paths, by)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
     wanted = _Tasks.parse(tasks, data_dir, limit, num_fewshot, cache_dir) if tasks is not None else None
@@ -95,20 +94,34 @@ def evaluate(
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if sequence_length is not None and longest is not None and sequence_length > longest:
         raise ConfigError(f"`sequence_length` must be at most the model's {longest} positions, got {sequence_length}.")
-    result = _predict(loaded, paths, field, sequence_length, batch_size) if paths else {}
-    if wanted is not None:
-        result |= wanted.measure(loaded)
-    record = json.dumps({**result, "model": folder}, indent=2)
+    texts = _Texts(loaded, field, sequence_length, batch_size)
+    result: dict[str, Any] = {}
+    try:
+        for path in paths:
+            texts.measure(path)
+        result = texts.result() if paths else {}
+        if wanted is not None:
+            result |= wanted.measure(loaded)
+    except BaseException:  # Ctrl-C as well: what took minutes is told before the error
+        if texts.by_file:
+            _tell({**texts.result(), "incomplete": True, "model": folder}, json_file)
+        raise
+    _tell({**result, "model": folder}, json_file, wanted.names if wanted is not None else ())
+
+
+def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = ()) -> None:
+    """Write figures where they are wanted: to a file as JSON, to standard output as JSON or as tables."""
+    record = json.dumps(result, indent=2)
     if json_file == "-":
         click.echo(record)
         return
     if json_file is not None:
         with writing(Path(json_file)):
             Path(json_file).write_text(record + "\n", encoding="utf-8")
-    if paths:
+    if "files" in result:
         _show_text(result)
-    if wanted is not None:
-        _show_tasks(result["tasks"], wanted.names)
+    if tasks:
+        _show_tasks(result["tasks"], tasks)
 
 
 def _check_wanted(paths: list[str], has_text: bool, tasks: str | None, task_options: dict[str, Any]) -> None:
@@ -176,7 +189,7 @@ class _Tasks:
         return {"tasks": figures, "limit": self.limit, "lm_eval": version("lm_eval")}
 
 
-def _show_tasks(figures: dict[str, dict[str, Any]], names: list[str]) -> None:
+def _show_tasks(figures: dict[str, dict[str, Any]], names: Sequence[str]) -> None:
     """Print every metric of the tasks that were asked for; the members of groups are in the JSON."""
     click.echo(f"{'task':<16} {'metric':<22} {'value':>12} {'stderr':>10} {'documents':>10} {'few-shot':>9}")
     for name in names:
@@ -190,6 +203,20 @@ def _show_tasks(figures: dict[str, dict[str, Any]], names: list[str]) -> None:
             )
         if entry["truncated_requests"]:
             click.echo(f"{name}: {entry['truncated_requests']:,} requests were cut on the left to the model's context")
+
+
+def _check_texts(paths: list[str], by: str | None) -> str | None:
+    """Refuse, before torch is imported, files that cannot be read or hold no text; return what `_source_field` does."""
+    from fanformer.data.documents import open_source
+
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise ConfigError(f"`--text` must name every file once, got {path} twice.")
+        Path(path).open("rb").close()
+    field = _source_field(paths, by)
+    for path in paths:
+        next(iter(open_source(path)))
+    return field
 
 
 def _source_field(paths: list[str], by: str | None) -> str | None:
@@ -210,36 +237,47 @@ def _source_field(paths: list[str], by: str | None) -> str | None:
     return by
 
 
-def _predict(
-    loaded: "LoadedModel", paths: list[str], field: str | None, sequence_length: int | None, batch_size: int
-) -> dict[str, Any]:
-    """Return the figures of all files together, with those of each as `files` and of each source as `sources`."""
-    import numpy as np
+class _Texts:
+    """Measures files one after the other."""
 
-    from fanformer.data.documents import open_source
-    from fanformer.data.readers import file_kind
-    from fanformer.evaluation.loss import DocumentSums, default_sequence_length, evaluate_documents
+    def __init__(self, loaded: "LoadedModel", field: str | None, sequence_length: int | None, batch_size: int) -> None:
+        from fanformer.evaluation.loss import default_sequence_length
 
-    length = sequence_length or default_sequence_length(loaded.model)
-    by_file: dict[str, DocumentSums] = {}
-    sources: list[str | None] = []
-    for path in paths:
-        if path in by_file:
-            raise ConfigError(f"`--text` must name every file once, got {path} twice.")
+        self._loaded, self._field, self._batch_size = loaded, field, batch_size
+        self._length = sequence_length or default_sequence_length(loaded.model)
+        self._sources: list[str | None] = []
+        self.by_file: dict[str, DocumentSums] = {}
+
+    def measure(self, path: str) -> None:
+        """Measure a file."""
+        from fanformer.data.documents import open_source
+        from fanformer.data.readers import file_kind
+        from fanformer.evaluation.loss import evaluate_documents
+
         click.echo(f"{path} ...", err=True)
         has_fields = file_kind(Path(path)) != "text"
-        documents = list(open_source(path, source_field=field if has_fields else None))
+        documents = list(open_source(path, source_field=self._field if has_fields else None))
         texts = [document.text for document in documents]
-        by_file[path] = evaluate_documents(loaded.model, loaded.tokenizer, texts, length, batch_size)
-        sources += [document.source for document in documents]
-    everything = DocumentSums.join(by_file.values())
-    result: dict[str, Any] = everything.figures().to_dict()
-    result |= {"sequence_length": length, "files": {path: _figures(sums) for path, sums in by_file.items()}}
-    if field is not None:
-        labels = np.array(["" if source is None else source for source in sources])
-        names = sorted({source for source in sources if source is not None})
-        result |= {"by": field, "sources": {name: _figures(everything.select(labels == name)) for name in names}}
-    return result
+        model, tokenizer = self._loaded
+        self.by_file[path] = evaluate_documents(model, tokenizer, texts, self._length, self._batch_size)
+        self._sources += [document.source for document in documents]
+
+    def result(self) -> dict[str, Any]:
+        """Return the figures of all files together, with those of each as `files` and of each source as `sources`."""
+        import numpy as np
+
+        from fanformer.evaluation.loss import DocumentSums
+
+        everything = DocumentSums.join(self.by_file.values())
+        result: dict[str, Any] = everything.figures().to_dict()
+        result |= {"sequence_length": self._length}
+        result |= {"files": {path: _figures(sums) for path, sums in self.by_file.items()}}
+        if self._field is not None:
+            labels = np.array(["" if source is None else source for source in self._sources])
+            names = sorted({source for source in self._sources if source is not None})
+            sources = {name: _figures(everything.select(labels == name)) for name in names}
+            result |= {"by": self._field, "sources": sources}
+        return result
 
 
 def _figures(sums: "DocumentSums") -> dict[str, Any]:

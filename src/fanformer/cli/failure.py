@@ -12,12 +12,13 @@ from pathlib import Path
 
 import click
 
+from fanformer.cli.interrupts import INTERRUPTED, heeded
+from fanformer.data.durable import error_number
 from fanformer.errors import FANformerError, did_you_mean
 from fanformer.training.launch import launched_rank
 
 USER_ERROR = 2
 BUG = 1
-INTERRUPTED = 130
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for `yes | head`
 
 # Errors of the operating system that are the user's to mend; the others are bugs.
@@ -48,7 +49,14 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
     Returns:
         0, or 1 for a bug, 2 for bad input, 130 after Ctrl-C, 141 where the reader of stdout went away.
     """
-    own = list(arguments)
+    try:
+        with heeded():
+            return _run(command, list(arguments), name)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(command: click.Command, own: list[str], name: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
@@ -58,13 +66,13 @@ def run_command(command: click.Command, arguments: Sequence[str], name: str) -> 
         # Not command.main, which has ways of its own to end after Ctrl-C or a broken pipe.
         try:
             # the words are kept for verbs that record them or run them again
-            with command.make_context(name, own, obj=tuple(arguments)) as context:
+            with command.make_context(name, list(own), obj=tuple(own)) as context:
                 result = command.invoke(context)
         except click.exceptions.Exit as stop:
             result = stop.exit_code
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:
         return INTERRUPTED
     except BrokenPipeError:
         _abandon_stdout()
@@ -111,12 +119,21 @@ def user_message(error: Exception) -> str | None:
         message = _usage_message(error)
     elif isinstance(error, FANformerError) or _is_configuration_error(error):
         message = str(error.__cause__ if type(error).__name__.startswith("Strict") else error)
-    elif isinstance(error, OSError) and error.errno in _MENDABLE:
-        place = f": {Path(os.fsdecode(error.filename)).absolute()}" if error.filename is not None else ""
-        message = f"{_MENDABLE[error.errno]}{place}"
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    elif (number := error_number(error)) in _MENDABLE:
+        name = getattr(error, "filename", None)
+        place = f": {Path(os.fsdecode(name)).absolute()}" if name is not None else ""
+        message = f"{_MENDABLE[number]}{place}"
+    elif _is_out_of_memory(error):
         message = "out of memory: use a smaller batch, a shorter length or --dtype bfloat16."
     return None if message is None else " ".join(message.split())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory; torch says it of a CPU with a RuntimeError like any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _is_configuration_error(error: Exception) -> bool:

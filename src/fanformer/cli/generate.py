@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fanformer.cli.failure import INTERRUPTED
+from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError, DataError
 from fanformer.inference.settings import GenerationSettings
@@ -75,10 +75,20 @@ def generate(
             write_now(texts[0])
         for completion in completions:
             if as_json:
-                write_now(json.dumps(dataclasses.asdict(completion), ensure_ascii=False) + "\n")
+                write_now(_json_line(dataclasses.asdict(completion)))
             else:
                 write_now("\n" if streamed else f"{completion.prompt}{completion.text}\n\n")
     return INTERRUPTED if interruption.requested else 0
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """Return a record as a line of JSON, whose characters are escaped where standard output lacks one of them."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(record) + "\n"
+    return line
 
 
 def write_now(text: str) -> None:
@@ -91,7 +101,7 @@ def write_now(text: str) -> None:
 
 
 def read_prompts(source: str) -> list[str]:
-    """Return the lines of the file `source`, or of standard input for `-`.
+    """Return the lines of the file `source`, or of standard input for `-`; LF or CRLF ends a line, and nothing else.
 
     Raises:
         DataError: if there are none, or they are not UTF-8.
@@ -99,9 +109,11 @@ def read_prompts(source: str) -> list[str]:
     name = "standard input" if source == "-" else str(Path(source).absolute())
     content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"prompts must be UTF-8, got byte {content[error.start]:#x} in {name}: convert it.") from error
+    if not lines[-1]:
+        lines.pop()
     if not lines:
         raise DataError(f"no prompts in {name}: expected one a line.")
-    return lines
+    return [line.removesuffix("\r") for line in lines]

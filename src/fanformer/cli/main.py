@@ -1,5 +1,8 @@
 """The `fanformer` command: finds the verb, imports that one only, and turns failures into one line."""
 
+from fanformer.cli import interrupts  # noqa: F401  the first thing: it heeds Ctrl-C while the rest is imported
+
+# isort: split
 import importlib
 import sys
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ _OWN_OPTIONS = {
     "gptq": {"bits", "group_size", "overwrite"},
     "awq": {"bits", "group_size", "overwrite"},
     "gptq-v1": {"bits", "group_size", "overwrite"},
-    "scan": {"bits", "group_size"},
+    "scan": {"bits", "group_size", "overwrite"},
 }
 
 
@@ -83,7 +83,7 @@ def quantize(
         raise ConfigError(f"`--format` must be gguf, gptq, awq or gptq-v1, got {wanted!r}.")
     _check_options(context, wanted)
     if wanted == "scan":
-        _scan(folder, output_dir, bits, group_size, calibration, calibration_tokens)
+        _scan(folder, output_dir, bits, group_size, calibration, calibration_tokens, overwrite)
         return
     if wanted != "gguf":
         _quantize_layers(folder, output_dir, wanted, bits, group_size, calibration, calibration_tokens, overwrite)
@@ -149,14 +149,20 @@ def show_layers(report: "LayersReport") -> None:
 
 
 def _scan(
-    folder: str, output_dir: str, bits: int, group_size: int, calibration: str | None, calibration_tokens: int
+    folder: str,
+    output_dir: str,
+    bits: int,
+    group_size: int,
+    calibration: str | None,
+    calibration_tokens: int,
+    overwrite: bool,
 ) -> None:
     from pathlib import Path
 
     from fanformer.quantization.sensitivity import SCAN_FILE, scan_folder
 
     with writing(Path(output_dir)), counted_progress("parts") as show:
-        found = scan_folder(folder, output_dir, bits, group_size, calibration, calibration_tokens, on_progress=show)
+        found = scan_folder(folder, output_dir, bits, group_size, calibration, calibration_tokens, show, overwrite)
     show_scan(found)
     click.echo(f"{Path(output_dir) / SCAN_FILE}: this table")
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from fanformer.cli.options import Verb
+from fanformer.errors import ConfigError
 from fanformer.inference.threads import spin_briefly
 from fanformer.training.configuration import (
     FIELD_TYPES,
@@ -127,6 +128,12 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
         if (folder / "run.yaml").is_file():
             config_file = folder / "run.yaml"
     config = resolve(config_file=config_file, overrides=overrides)
+    fields = sorted(name for name in overrides if name.startswith("model."))
+    if config.init_from is not None and fields:
+        raise ConfigError(
+            f"`{fields[0]}` does not apply beside `init_from`, got {overrides[fields[0]]!r}: the weights of "
+            f"{config.init_from} have a shape of their own; leave it out."
+        )
     return config if overrides.get("resume") else dataclasses.replace(config, resume=False)
 
 
@@ -159,6 +166,7 @@ def run_and_report(config: RunConfig) -> None:
 
 def prove_and_report(config: RunConfig) -> None:
     """Prove that a run of this configuration loses nothing, and print the table; exit code 1 where it does."""
+    spin_briefly(os.environ)  # of the processes that are started
     from fanformer.training.proof import LARGEST_DIFFERENCE, prove
 
     if config.output_dir is None:

@@ -273,6 +273,7 @@ class JoinParts(PipelineStep):
         fraction, origin = self.job.held_out_fraction, tokenizer.name_or_path
         metadata = description(selection, split.kind, fraction, origin, encoder) | {
             "tokenizer_files": files,
+            "asked_vocab_size": None,  # no tokenizer is trained here
             "dropped": dropped,
             "splits": outputs.finish(closing(encoder)),
         }

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanformer.data.decompression import COMPRESSIONS, require_regular
+from fanformer.data.durable import printable
+from fanformer.data.file_patterns import matching_files
 from fanformer.data.readers import (
-    COMPRESSIONS,
     Fields,
     file_kind,
     plain_name,
@@ -134,7 +136,7 @@ class StdlibSource(DocumentSource):
         """Return the Python version and a hash over the names and texts of all files."""
         digest = hashlib.sha256()
         for name, text in self._contents.items():
-            digest.update(f"{name}\0{len(text)}\0{text}".encode())
+            digest.update(f"{printable(name)}\0{len(text)}\0{text}".encode())
         return {
             "kind": "stdlib",
             "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -154,23 +156,20 @@ class FileSource(DocumentSource):
         Args:
             spec: as the user wrote it.
             paths: the files.
-            root: folder that the documents' names are relative to.
+            root: folder that the documents' names are relative to; a name that is not UTF-8 is taken as `printable`.
             fields: fields or columns to read.
 
         Raises:
-            DataError: if a file is unreadable.
+            DataError: if one is unreadable, or no regular file.
             DependencyError: if a package that reads such files is missing.
         """
-        self.spec = spec
+        self.spec = printable(spec)
         self._fields = fields
-        self._files = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+        self._files = sorted((printable(path.relative_to(root).as_posix()), path) for path in paths)
         self.parts = [name for name, _ in self._files]
         for _, path in self._files:
+            require_regular(path)
             require_extras(path)
-            try:
-                path.open("rb").close()
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         if all(file_kind(path) == "text" and path.suffix not in COMPRESSIONS for _, path in self._files):
             self.total_bytes = sum(path.stat().st_size for _, path in self._files)
 
@@ -246,8 +245,7 @@ def open_source(
 
 
 def _open_glob(spec: str, pattern: Path, fields: Fields) -> FileSource:
-    paths = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
-    files = [path for path in paths if path.is_file()]
+    files = matching_files(pattern)
     if not files:
         raise DataError(f"data `{spec}`: no file matches {pattern}: quote the pattern and check the folder")
     # the folder in front of the first wildcard: names must not change when another file comes to match

@@ -1,13 +1,20 @@
-"""Files that are on the disk when we say so: replaced as a whole, synced, hashed; and how a full disk shows."""
+"""Files that are on the disk when we say so: replaced as a whole, synced, hashed; and how a full disk shows.
+
+Names of files need not be UTF-8; Python has their other bytes as lone surrogates (PEP 383), which no file of UTF-8 can
+hold: `printable` is what they are called in ours.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LARGEST_JSON = 1 << 30
+"""Bytes of a description or journal; one of a million files has 200 MB."""
 _READ_BYTES = 1 << 24  # large, so that a background thread that hashes seldom wants the interpreter
 
 
@@ -20,10 +27,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def printable(name: str) -> str:
+    r"""Return a name as text that can be written: each lone surrogate as an escape such as \udce9."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Give a file new content in one step: a reader, or the disk after a power cut, has the old or the new."""
+    """Give a file new content in one step: a reader, or the disk after a power cut, has the old or the new.
+
+    The file is UTF-8; what of the text cannot be is written as `printable` has it.
+    """
     aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
@@ -32,6 +47,22 @@ def replace_text(path: Path, text: str) -> None:
 def replace_json(path: Path, content: Any) -> None:
     """Give a file a JSON value as its content, as `replace_text` does."""
     replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value that a file holds.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds no JSON, or more of it than Python or LARGEST_JSON allow.
+    """
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{size:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def read_pieces(path: Path) -> Iterator[bytes]:
@@ -49,6 +80,14 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def error_number(error: BaseException) -> int | None:
+    """Return the number of the operating system's error; libraries in Rust have it in their words only."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return number
+
+
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means a full disk or quota; libraries in Rust have the number in their words only."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
+    """Return whether an error means a full disk or quota."""
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fanformer.data.documents import Document, DocumentSource
+from fanformer.data.extras import import_extra
 from fanformer.data.readers import (
     Fields,
     Record,
-    import_extra,
     parquet_records,
     record_of,
     replace_undecodable,

@@ -1,15 +1,17 @@
 """How far a preparation has come, on disk, so that the same command goes on from there after any end."""
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fanformer.data.durable import replace_text
+from fanformer.data.decompression import unreadable
+from fanformer.data.durable import read_json, replace_text
 from fanformer.errors import DataError
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 INTERVAL_SECONDS = 5.0
 """Shortest time between two entries, and before the first: shorter work is not worth keeping."""
 
@@ -32,19 +34,25 @@ class Journal:
         """Return the last entry, None if there is none.
 
         Raises:
-            DataError: if it was made with other arguments; the message says which.
+            DataError: if it was made with other arguments, the message says which; or if it is damaged.
         """
         if not self.path.is_file():
             return None
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            version, arguments, entry = content["version"], content["arguments"], content["entry"]
+            content = read_json(self.path)
+            version = content["version"]
+            if version == JOURNAL_VERSION:
+                arguments, entry = content["arguments"], content["entry"]
+                if content["sha256"] != _digest(arguments, entry):
+                    raise ValueError("its content is not what its checksum was made of")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path} is damaged: delete {self.path.parent.parent} and start anew") from error
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         if version != JOURNAL_VERSION:
             raise DataError(
-                f"{self.path} must have version {JOURNAL_VERSION}, got {version}: delete {self.path.parent.parent} "
-                "and start anew"
+                f"{self.path} must have version {JOURNAL_VERSION}, got {version!r:.40}: delete "
+                f"{self.path.parent.parent} and start anew"
             )
         difference = _difference(arguments, self._arguments)
         if difference:
@@ -64,9 +72,14 @@ class Journal:
 
     def save(self, entry: Mapping[str, Any]) -> None:
         """Replace the entry; what it speaks of must be on the disk already."""
-        content = {"version": JOURNAL_VERSION, "arguments": self._arguments, "entry": entry}
+        digest = _digest(self._arguments, entry)
+        content = {"version": JOURNAL_VERSION, "sha256": digest, "arguments": self._arguments, "entry": entry}
         replace_text(self.path, json.dumps(content))
         self._last = time.monotonic()
+
+
+def _digest(arguments: Any, entry: Any) -> str:
+    return hashlib.sha256(json.dumps([arguments, entry], sort_keys=True).encode()).hexdigest()
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

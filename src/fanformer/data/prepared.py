@@ -7,15 +7,17 @@ It holds `train-00000.bin`, `heldout-00000.bin` and so on (little-endian token i
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fanformer.data.decompression import unreadable
 from fanformer.data.documents import PREPARED_METADATA
-from fanformer.data.durable import hash_file, read_pieces
+from fanformer.data.durable import hash_file, read_json, read_pieces
 from fanformer.data.token_files import ShardedTokens
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import DataError
@@ -115,16 +117,52 @@ def open_prepared(folder: Path, *, verify: bool | None = None) -> PreparedData:
     metadata = _read_metadata(folder)
     data = PreparedData(folder, metadata)
     try:
-        shards = [shard for name in SPLITS for shard in metadata["splits"][name]["shards"]]
-        for shard in shards:
-            _check_size(folder / shard["name"], shard["bytes"])
-        for name in SPLITS:
-            _check_vocabulary(data, name)
-        if verify or (verify is None and sum(shard["bytes"] for shard in shards) < VERIFIED_BYTES):
-            _check_content(data)
-    except (KeyError, TypeError) as error:
+        _check_kinds(metadata)
+    except (KeyError, TypeError, AttributeError) as error:
         raise _foreign(folder / PREPARED_METADATA) from error
+    _check_counts(folder / PREPARED_METADATA, metadata)
+    shards = [shard for name in SPLITS for shard in metadata["splits"][name]["shards"]]
+    for shard in shards:
+        _check_size(folder / shard["name"], shard["bytes"])
+    for name in SPLITS:
+        _check_vocabulary(data, name)
+    if verify or (verify is None and sum(shard["bytes"] for shard in shards) < VERIFIED_BYTES):
+        _check_content(data)
     return data
+
+
+def _check_kinds(metadata: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or AttributeError where a value that is used is missing or of another kind."""
+    splits = [metadata["splits"][name] for name in SPLITS]
+    shards = [shard for entry in splits for shard in entry["shards"]]
+    files = metadata["tokenizer_files"]
+    counts = [metadata[name] for name in ("vocab_size", "start_token_id", "end_token_id")]
+    counts += [entry[name] for entry in splits for name in ("tokens", "documents", "bytes")]
+    counts += [shard[name] for shard in shards for name in ("tokens", "bytes")]
+    hashes = [entry["sha256"] for entry in (*splits, *shards)] + [metadata["fingerprint"], *files.values()]
+    names = [*(shard["name"] for shard in shards), *files]
+    if not (
+        all(type(count) is int and count >= 0 for count in counts)
+        and all(re.fullmatch("[0-9a-f]{64}", text) for text in hashes)
+        and all(os.path.basename(name) == name for name in names)
+        and metadata["dtype"] in ("<u2", "<u4")
+        and isinstance(metadata["dropped"], dict)
+        and isinstance(metadata["source"], dict)
+    ):
+        raise TypeError("a value is out of range")
+
+
+def _check_counts(path: Path, metadata: dict[str, Any]) -> None:
+    """Raise DataError where a split is said to hold more or less than its shards."""
+    for name in SPLITS:
+        entry = metadata["splits"][name]
+        tokens = sum(shard["tokens"] for shard in entry["shards"])
+        size = sum(shard["bytes"] for shard in entry["shards"]) // np.dtype(metadata["dtype"]).itemsize
+        if not tokens == size == entry["tokens"] >= entry["documents"]:
+            raise DataError(
+                f"{path} says that {name} has {entry['documents']:,} documents of {entry['tokens']:,} tokens, and that "
+                f"its shards hold {tokens:,} in {size:,} places: prepare the data again"
+            )
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -184,10 +222,14 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path} does not exist: create the folder with `fanformer data prepare SPEC --output-dir DIR`")
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = read_json(path)
         version = metadata["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise _foreign(path) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     if version != FORMAT_VERSION:
-        raise DataError(f"{path} must have format version {FORMAT_VERSION}, got {version}: prepare the data again")
+        raise DataError(
+            f"{path} must have format version {FORMAT_VERSION}, got {version!r:.40}: prepare the data again"
+        )
     return metadata

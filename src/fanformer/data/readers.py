@@ -5,29 +5,32 @@ the document where it ends up, as one U+FFFD.
 """
 
 import codecs
-import gzip
-import importlib
-import io
+import itertools
 import json
-import lzma
 import re
-import zlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
-from fanformer.errors import DataError, DependencyError
+from fanformer.data.decompression import COMPRESSIONS, open_seekable, read_chunks, unreadable
+from fanformer.data.extras import import_extra
+from fanformer.errors import DataError
 
-CHUNK_BYTES = 1 << 20
 LONGEST_TEXT = 1 << 20
 """Characters of a text file above which it is cut into several documents."""
 PIECE = 1 << 18
 """Characters of such a document, up to the next blank line."""
 CUT_WINDOW = 1 << 14
 """Characters after PIECE among which a blank line, a line end or a space is looked for."""
+LONGEST_LINE = 1 << 28
+"""Most characters of a jsonl line: it must be in memory as a whole, several times."""
 
-COMPRESSIONS = (".gz", ".xz", ".zst")
+BATCH_BYTES = 1 << 28
+"""Bytes of a parquet file's columns that are read at a time, at most, as far as its own table of contents is right."""
+_MOST_ROWS, _FEWEST_SHARING = 1024, 32
+_MOST_NAMES = 20
+"""Names of fields that a message lists."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
@@ -47,21 +50,6 @@ class Record(NamedTuple):
     text: str
     source: str | None = None
     licence: str | None = None
-
-
-def import_extra(module: str, purpose: str) -> ModuleType:
-    """Import an optional package of the extra `data`.
-
-    Raises:
-        DependencyError: if it is not installed; the message names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DependencyError(
-            f"{purpose} needs the package `{module.partition('.')[0]}`, which is not installed: "
-            "pip install 'fanformer[data]'"
-        ) from error
 
 
 def plain_name(name: str) -> str:
@@ -114,9 +102,9 @@ def read_records(path: Path, fields: Fields) -> Iterator[Record]:
     if kind == "parquet":
         yield from _parquet_records(path, fields)
     elif kind == "jsonl":
-        yield from _jsonl_records(path, _decode(path, _read_chunks(path)), fields)
+        yield from _jsonl_records(path, fields)
     else:
-        yield from _cut_texts(_decode(path, _read_chunks(path)))
+        yield from _cut_texts(_decode(path, read_chunks(path)))
 
 
 def field_names(path: Path) -> list[str]:
@@ -130,62 +118,15 @@ def field_names(path: Path) -> list[str]:
         return []
     require_extras(path)
     if kind == "parquet":
+        pyarrow = import_extra("pyarrow", f"reading {path.name}")
         parquet = import_extra("pyarrow.parquet", f"reading {path.name}")
         try:
-            with _seekable(path) as source:
+            with open_seekable(path) as source:
                 return list(parquet.read_schema(source).names)
-        except (OSError, ValueError) as error:  # what pyarrow raises on a damaged file is a ValueError
+        except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{path}: not a complete parquet file: fetch it again") from error
-    first = next((line for line in _lines(_decode(path, _read_chunks(path))) if line.strip()), "{}")
-    try:
-        record = json.loads(first)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:1: expected a JSON object on every line, got {error}") from error
+    _, record = next(_jsonl_values(path), ("", {}))
     return list(record) if isinstance(record, dict) else []
-
-
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file in pieces of CHUNK_BYTES."""
-    try:
-        if path.suffix == ".zst":
-            yield from _zstandard_chunks(path)
-            return
-        with _open_binary(path) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise DataError(f"{path}: damaged or cut short ({error}): fetch or compress it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _open_binary(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return cast(BinaryIO, lzma.open(path, "rb")) if path.suffix == ".xz" else path.open("rb")
-
-
-def _zstandard_chunks(path: Path) -> Iterator[bytes]:
-    """Yield what every frame of a .zst file holds; its stream reader would take a cut file for a complete one."""
-    zstandard = import_extra("zstandard", f"reading {path.name}")
-    frame, pending = None, bytearray()
-    with path.open("rb") as file:
-        while raw := file.read(CHUNK_BYTES // 8):
-            while raw:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    pending += frame.decompress(raw)
-                except zstandard.ZstdError as error:
-                    raise DataError(f"{path}: damaged ({error}): fetch or compress it again") from error
-                raw = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-            while len(pending) >= CHUNK_BYTES:
-                yield bytes(pending[:CHUNK_BYTES])
-                del pending[:CHUNK_BYTES]
-    if frame is not None:
-        raise DataError(f"{path}: damaged or cut short (its last frame has no end): fetch or compress it again")
-    if pending:
-        yield bytes(pending)
 
 
 def _decode(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
@@ -251,18 +192,31 @@ def _cut_position(text: str) -> int:
     return PIECE + CUT_WINDOW
 
 
-def _jsonl_records(path: Path, texts: Iterable[str], fields: Fields) -> Iterator[Record]:
-    for number, line in enumerate(_lines(texts), start=1):
-        if not line.strip():
-            continue
+def _jsonl_records(path: Path, fields: Fields) -> Iterator[Record]:
+    for number, record in _jsonl_values(path):
         where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: expected a JSON object on every line, got {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected a JSON object on every line, got {type(record).__name__}")
         yield record_of(record, fields, number, where)
+
+
+def _jsonl_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield every line that is not blank, parsed, with its number from 1."""
+    for number, line in enumerate(_lines(_decode(path, read_chunks(path)), str(path)), start=1):
+        if line.strip():
+            yield number, _parse(line, f"{path}:{number}")
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        got = str(error)
+        if isinstance(error, RecursionError):
+            got = "one nested too deep to be read"
+        elif not isinstance(error, json.JSONDecodeError):
+            got = f"a number of more than {sys.get_int_max_str_digits():,} digits"
+        raise DataError(f"{where}: expected a JSON object on every line, got {got}: mend or delete it") from error
 
 
 def record_of(row: dict[str, Any], fields: Fields, number: int, where: str) -> Record:
@@ -289,12 +243,28 @@ def _value(record: dict[str, Any], field: str | None, where: str) -> Any:
     return _require_text(record[field], where, field)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    rest = ""
+def _lines(texts: Iterable[str], where: str) -> Iterator[str]:
+    """Yield the lines of a text without their ends.
+
+    Raises:
+        DataError: if one is longer than LONGEST_LINE.
+    """
+    number, length = 1, 0
+    begun: list[str] = []
     for text in texts:
-        *complete, rest = (rest + text).split("\n")
-        yield from complete
-    yield rest
+        first, *others = text.split("\n")
+        begun.append(first)
+        length += len(first)
+        if length > LONGEST_LINE:
+            raise DataError(
+                f"{where}:{number}: a line must have at most {LONGEST_LINE:,} characters, got more: is this jsonl? "
+                "Cut its text into several documents"
+            )
+        if others:
+            yield "".join(begun)
+            yield from others[:-1]
+            number, length, begun = number + len(others), len(others[-1]), others[-1:]
+    yield "".join(begun)
 
 
 def _require_text(value: Any, where: str, text_field: str) -> str:
@@ -305,15 +275,16 @@ def _require_text(value: Any, where: str, text_field: str) -> str:
 
 
 def _names(fields: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in fields) or "none"
+    names = [f"`{name}`" for name in itertools.islice(fields, _MOST_NAMES + 1)]
+    return ", ".join([*names[:_MOST_NAMES], *(["more"] if len(names) > _MOST_NAMES else [])]) or "none"
 
 
 def _parquet_records(path: Path, fields: Fields) -> Iterator[Record]:
     try:
-        with _seekable(path) as source:
+        with open_seekable(path) as source:
             yield from parquet_records(source, str(path), fields)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def parquet_records(source: BinaryIO, where: str, fields: Fields, skip: int = 0) -> Iterator[Record]:
@@ -339,7 +310,8 @@ def parquet_records(source: BinaryIO, where: str, fields: Fields, skip: int = 0)
                 number += file.metadata.row_group(group).num_rows
                 group += 1
             groups = range(group, file.num_row_groups)
-            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=_named(fields)):
+            rows = _rows_at_once(file.metadata, groups, _named(fields))
+            for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=_named(fields)):
                 # as bytes, so that a string that is not UTF-8 is treated like that of any other file
                 columns = {name: batch.column(name).cast(pyarrow.large_binary()).to_pylist() for name in _named(fields)}
                 for row in zip(*columns.values(), strict=True):
@@ -349,7 +321,28 @@ def parquet_records(source: BinaryIO, where: str, fields: Fields, skip: int = 0)
                         yield record_of(dict(zip(columns, texts, strict=True)), fields, number, f"{where}:{number}")
     except pyarrow.ArrowException as error:
         first_line = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError):
+            raise DataError(
+                f"{where}: its rows need more memory than there is ({first_line}): cut its texts into shorter ones"
+            ) from error
         raise DataError(f"{where}: not a complete parquet file ({first_line}): fetch it again") from error
+
+
+def _rows_at_once(metadata: Any, groups: Iterable[int], names: list[str]) -> int:
+    """Return how many rows to read at a time, so that they hold about BATCH_BYTES where lengths are alike.
+
+    Rows can share one long value of a dictionary, which is in memory once for each; fewer than _FEWEST_SHARING are
+    read at a time only where the values are long on average.
+    """
+    rows = _MOST_ROWS
+    for group in map(metadata.row_group, groups):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema in names:
+                size = max(column.total_uncompressed_size, 1)
+                rows = min(rows, max(1, BATCH_BYTES * max(group.num_rows, 1) // size))
+                if column.has_dictionary_page:
+                    rows = min(rows, max(_FEWEST_SHARING, BATCH_BYTES // size))
+    return rows
 
 
 def _named(fields: Fields) -> list[str]:
@@ -363,8 +356,3 @@ def require_columns(schema: Any, where: str, fields: Fields) -> None:
             raise DataError(f"{where}: no column `{name}`; it has {_names(schema.names)}: name the one that holds text")
         if str(schema.field(name).type) not in ("string", "large_string", "string_view"):
             raise DataError(f"{where}: column `{name}` must hold strings, got {schema.field(name).type}")
-
-
-def _seekable(path: Path) -> BinaryIO:
-    """Open a file for reading from any place; parquet has its table of contents at the end."""
-    return io.BytesIO(b"".join(_read_chunks(path))) if path.suffix in COMPRESSIONS else path.open("rb")

@@ -23,7 +23,7 @@ import numpy as np
 from fanformer import __version__
 from fanformer.data.deduplication import SeenTexts
 from fanformer.data.documents import PREPARED_METADATA, DocumentSource
-from fanformer.data.durable import is_disk_full, replace_json, sync
+from fanformer.data.durable import is_disk_full, printable, replace_json, sync
 from fanformer.data.encoding import document_encoder
 from fanformer.data.journal import Journal
 from fanformer.data.locking import hold
@@ -133,6 +133,8 @@ def prepare(
     for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, got {value}")
+    if printable(str(output_dir)) != str(output_dir):  # the tokenizer and the weights are saved by libraries in Rust
+        raise DataError(f"{output_dir} must have a name in UTF-8, got {str(output_dir)!a}: choose another --output-dir")
     selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
     options = Options(vocab_size, held_out_fraction, shard_tokens, licence, workers)
     partial = output_dir.with_name(output_dir.name + ".partial")
@@ -276,6 +278,7 @@ class _Preparation:
         fraction = self._options.held_out_fraction
         metadata = description(self._selection, split.kind, fraction, origin, encoder) | {
             "tokenizer_files": files,
+            "asked_vocab_size": self._options.vocab_size if self._tokenizer is None else None,
             "dropped": self._position.dropped,
             "splits": self._outputs.finish(closing(encoder)),
         }

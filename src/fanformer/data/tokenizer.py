@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fanformer.data.decompression import require_regular
 from fanformer.data.hub import require_hub
 from fanformer.errors import ConfigError
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 SMALLEST_VOCABULARY = 257
 """256 bytes and END_OF_TEXT."""
 
@@ -30,12 +33,19 @@ PIECES = "|".join(
     )
 )
 
+LONGEST_RUN = 1 << 12
+"""Letters, signs or spaces in a row above which a text is cut for learning tokens; runs twice as long always are.
+
+The time for learning grows with the square of a piece's length. Encoding does not, so it cuts nothing.
+"""
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; equal texts give an equal tokenizer, whatever the number of threads.
 
     Every text can be encoded and comes back unchanged. The one special token, END_OF_TEXT with id 0, is start, end and
-    padding at once. Texts with few different words give fewer than `vocab_size` tokens.
+    padding at once. Texts with few different words give fewer than `vocab_size` tokens. What is longer than LONGEST_RUN
+    and has no break is learnt from in parts.
 
     Args:
         texts: what to learn the tokens from.
@@ -65,7 +75,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_cut_long_runs(texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -75,15 +85,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def _cut_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts unchanged, but in parts where LONGEST_RUN characters from a multiple of it on are of one class."""
+    import regex
+
+    classes = (r"[\p{L}\p{M}_]", r"[^\s\p{L}\p{N}]", r"\s")  # what PIECES repeats without a bound
+    is_run = regex.compile("|".join(f"{characters}{{{LONGEST_RUN}}}" for characters in classes)).match
+    for text in texts:
+        start = 0
+        for place in range(LONGEST_RUN, len(text), LONGEST_RUN):
+            if is_run(text, place):
+                yield text[start:place]
+                start = place
+        yield text[start:] if start else text
+
+
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
     """Load a `transformers` tokenizer from a folder, the local cache or the hub, running no code that comes with it.
 
     Raises:
         ConfigError: if there is none, or it needs code of its own.
-        DataError: if it is on the hub and the hub does not answer.
+        DataError: if it is on the hub and the hub does not answer, or a file of a folder is a pipe or a device.
     """
     folder = Path(name_or_folder).expanduser().absolute()
     if folder.is_dir():
+        for path in map(folder.joinpath, _FILES):
+            if os.path.lexists(path):
+                require_regular(path)
         if (folder / "config.json").is_file():
             import fanformer.model  # noqa: F401  # registers our model type, which transformers otherwise warns about
         return _load(str(folder), local_files_only=True)

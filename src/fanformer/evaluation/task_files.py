@@ -225,6 +225,8 @@ def _write_task(task: LocalTask, data_dir: Path, definitions: Path, folder: Path
         converted = folder / f"{task.name}-{split}.jsonl"
         with converted.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps(row) + "\n" for row in _rows(task, source))
+            if not out.tell():
+                raise DataError(f"{source} holds nothing, expected questions of `{task.name}`: fetch it again.")
         data_files[split] = str(converted)
     content: dict[str, Any] = {
         "include": str(definitions / task.definition),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fanformer.errors import ConfigError
 from fanformer.inference.interruption import Interruption
-from fanformer.inference.prompts import Remembered
+from fanformer.inference.prompts import Remembered, check_text
 from fanformer.inference.settings import GenerationSettings
 from fanformer.inference.text_models import generation_of
 
@@ -55,8 +55,9 @@ class Conversation:
             How many of the oldest messages were forgotten to make room.
 
         Raises:
-            ConfigError: if the message alone leaves no room for an answer.
+            ConfigError: if the message is not valid Unicode, or leaves no room for an answer.
         """
+        check_text(message)
         settings = self._settings
         if settings.seed is not None:  # a fixed seed reproduces the conversation, not one and the same answer
             settings = dataclasses.replace(settings, seed=settings.seed + self._answers)

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     StaticCache,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -66,6 +65,17 @@ class BeginsWith(LogitsProcessor):
         excluded = torch.ones_like(scores, dtype=torch.bool)
         excluded[:, : self._excluded.shape[1]] = self._excluded.to(scores.device)
         return scores.masked_fill(excluded, -torch.inf)
+
+
+class Temperature(LogitsProcessor):
+    """Divides scores, after the row's largest is taken from all: only what is as good as impossible overflows."""
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V) less their row's largest, over the temperature."""
+        return (scores - scores.amax(dim=-1, keepdim=True)) / self._temperature
 
 
 class GumbelNoise(LogitsProcessor):
@@ -264,9 +274,9 @@ def _processors(
     processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
     if any(batch.beginnings):
         processors.append(BeginsWith(tokenizer, batch.beginnings, width))
-    if settings.temperature == 0:
+    if settings.is_greedy:
         return processors
-    processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+    processors.append(Temperature(settings.temperature))
     if settings.top_k > 0:
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:

@@ -54,9 +54,10 @@ class Sampler:
         if self._drawn < self._settings.min_length:
             scores[[number for number in self._end_ids if number < self._known]] = -np.inf
         self._drawn += 1
-        if self._settings.temperature == 0:
+        if self._settings.is_greedy:
             return int(scores.argmax())
-        scores /= np.float32(self._settings.temperature)
+        with np.errstate(over="ignore"):  # less the largest, only what is as good as impossible overflows, to -inf
+            scores = (scores - scores.max()) / np.float32(self._settings.temperature)
         kept = nucleus(most_likely(scores, self._settings.top_k), scores, self._settings.top_p)
         # noise for every id, so that a token's noise does not depend on which others are kept
         noise = self._random.standard_exponential(self._known, dtype=np.float32)[kept]

@@ -5,6 +5,9 @@ from typing import Any
 
 from fanformer.errors import ConfigError
 
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+"""float32's smallest normal number, and a power of two that it still has."""
+
 
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
@@ -36,7 +39,12 @@ class GenerationSettings:
             raise ConfigError(f"`top_k` must be at least 0, got {self.top_k}: 0 draws from all tokens.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"`top_p` must be in (0, 1], got {self.top_p}: 1 draws from all tokens.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"`temperature` must be at least 0 and finite, got {self.temperature}: 0 is greedy.")
+        if not 0 <= self.temperature <= _LARGEST:
+            raise ConfigError(f"`temperature` must be in [0, {_LARGEST:.1e}], got {self.temperature}: 0 is greedy.")
         if self.seed is not None and self.seed < 0:
             raise ConfigError(f"`seed` must be at least 0, got {self.seed}.")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken always: at temperature 0, or one too small to divide by."""
+        return self.temperature < _SMALLEST

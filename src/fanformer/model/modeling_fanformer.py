@@ -499,6 +499,9 @@ def packed_documents(position_ids: Tensor, attention_mask: Tensor | None) -> Ten
 class FANformerModel(FANformerPreTrainedModel):
     """The decoder without its LM head: embedding, L blocks, final norm."""
 
+    # folders of the whole model have it; that model takes this over, and expects this key but no other of its head
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__(config)
         # No padding_idx: it would freeze a row, and most tokenizers pad with the start or end token.

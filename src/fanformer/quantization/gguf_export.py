@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fanformer.data.durable import replace_json
 from fanformer.errors import ConfigError
 from fanformer.inference.generation import end_token_ids
 from fanformer.inference.ggml_runtime import library, quantize
@@ -23,6 +22,7 @@ from fanformer.quantization.gguf_importance import importance
 from fanformer.quantization.gguf_plan import Plan, PlannedTensor, make_plan
 from fanformer.quantization.gguf_writer import Value, write_gguf
 from fanformer.quantization.held_out import DEFAULT_TOKENS
+from fanformer.quantization.staging import check_free, staged
 
 _UINT32, _INT32, _BOOL = 4, 5, 7
 _QUANTIZATION_VERSION = 2
@@ -100,13 +100,12 @@ def export_gguf(
     Raises:
         CheckpointError: if the folder cannot be loaded.
         ConfigError: if the model or its tokenizer is of another kind, a setting is wrong or has no effect, or the file
-            is there already.
+            or its report is there already.
         DataError: if the calibration text is missing or too short.
         DependencyError: if a type needs the extra `gguf`, and it is not installed.
     """
     path = output_file(output, settings.type)
-    if path.exists() and not settings.overwrite:
-        raise ConfigError(f"{path.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
+    check_free(path, report_file(path), overwrite=settings.overwrite)
     model, tokenizer = load(folder, device="cpu")
     if model.config.model_type != ARCHITECTURE:
         raise ConfigError(
@@ -130,17 +129,18 @@ def export_gguf(
             yield raw
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf(path, metadata, [(item.spec.name, item.spec.shape, item.kind) for item in plan.tensors], content())
-    report = Report(
-        file=path.name,
-        bytes=path.stat().st_size,
-        asked_type=settings.type,
-        weighted=bool(weights),
-        bits_per_weight=8 * sum(item.bytes for item in reports) / model.num_parameters(),
-        notes=plan.notes,
-        tensors=tuple(reports),
-    )
-    replace_json(report_file(path), asdict(report))
+    with staged(path, report_file(path)) as (file, beside):
+        write_gguf(file, metadata, [(item.spec.name, item.spec.shape, item.kind) for item in plan.tensors], content())
+        report = Report(
+            file=path.name,
+            bytes=file.stat().st_size,
+            asked_type=settings.type,
+            weighted=bool(weights),
+            bits_per_weight=8 * sum(item.bytes for item in reports) / model.num_parameters(),
+            notes=plan.notes,
+            tensors=tuple(reports),
+        )
+        beside.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -3,13 +3,11 @@
 Source: the GGUF specification, version 3 (docs/gguf.md of ggml).
 """
 
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fanformer.data.durable import sync
 from fanformer.inference.gguf_blocks import BlockType, Bytes
 from fanformer.inference.gguf_file import ARRAY, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING, VERSION
 
@@ -23,28 +21,21 @@ def write_gguf(
     tensors: Sequence[tuple[str, tuple[int, ...], BlockType]],
     content: Iterable[Bytes],
 ) -> None:
-    """Write a file in one step: whoever opens `path` finds the old one, none, or all of the new one.
+    """Write a file; `staging.staged` is for one that is to appear as a whole.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file.
         metadata: type and value by key.
         tensors: name, shape (row length last) and type of each.
         content: the bytes of each, in the same order; asked for one by one.
     """
-    aside = path.with_name(path.name + ".new")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(_header(metadata, tensors))
-            for (name, shape, kind), raw in zip(tensors, content, strict=True):
-                stream.write(bytes(-stream.tell() % DEFAULT_ALIGNMENT))
-                assert raw.nbytes == _num_bytes(shape, kind), name
-                stream.write(raw.data)
+    with path.open("wb") as stream:
+        stream.write(_header(metadata, tensors))
+        for (name, shape, kind), raw in zip(tensors, content, strict=True):
             stream.write(bytes(-stream.tell() % DEFAULT_ALIGNMENT))
-        sync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
+            assert raw.nbytes == _num_bytes(shape, kind), name
+            stream.write(raw.data)
+        stream.write(bytes(-stream.tell() % DEFAULT_ALIGNMENT))
 
 
 def _num_bytes(shape: tuple[int, ...], kind: BlockType) -> int:

@@ -1,7 +1,6 @@
 """What every quantized model folder shares: settings, refusals, calibration text, the report and the model card."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from fanformer.inference.gguf_file import ARCHITECTURE
 from fanformer.inference.loading import load_config
 from fanformer.quantization.held_out import DEFAULT_TOKENS, held_out_stream
 from fanformer.quantization.linear_layers import SMALLEST_GROUP, check_bits_and_group, fitting_group, matrices_by_part
+from fanformer.quantization.staging import replace_folder
 
 REPORT_FILE = "quantization.json"
 KEPT_HIGH = ("embedding", "head")
@@ -245,9 +245,7 @@ def write_folder(
         )
         replace_json(aside / REPORT_FILE, asdict(report))
         replace_text(aside / _CARD, _card(source, report, reading))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
+        replace_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report

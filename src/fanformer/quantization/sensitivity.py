@@ -22,6 +22,7 @@ from fanformer.quantization.linear_layers import (
     matrices_by_part,
     round_to_nearest,
 )
+from fanformer.quantization.staging import check_free
 
 SCAN_FILE = "sensitivity.json"
 _ROWS_AT_ONCE = 8
@@ -64,6 +65,7 @@ def scan_folder(
     calibration: str | None,
     tokens: int,
     on_progress: Callable[[str, int, int], None] | None = None,
+    overwrite: bool = False,
 ) -> Scan:
     """Measure each part of the model in `folder`, and write the figures as JSON to a folder.
 
@@ -75,13 +77,15 @@ def scan_folder(
         calibration: text to measure on; None takes what the run held out.
         tokens: how much of it.
         on_progress: called with what is measured, how many parts are done, and how many there are.
+        overwrite: whether a SCAN_FILE that is there may be replaced.
 
     Raises:
         CheckpointError: if the folder cannot be loaded.
-        ConfigError: if the model is of another kind, or a setting is wrong.
+        ConfigError: if the model is of another kind, a setting is wrong, or the file is there already.
         DataError: if the text is missing or too short.
     """
     check_bits_and_group(bits, group_size)
+    check_free(Path(output) / SCAN_FILE, overwrite=overwrite)
     model, tokenizer = load(folder, device="cpu", dtype="float32")
     if model.config.model_type != ARCHITECTURE:
         raise ConfigError(f"{Path(folder).absolute()} is a {model.config.model_type}, expected a {ARCHITECTURE}.")

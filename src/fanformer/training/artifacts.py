@@ -12,6 +12,8 @@ from fanformer.errors import CheckpointError
 from fanformer.training.records import read_records
 
 RUN_FILE, CURVE_FILE = "run.yaml", "loss.png"
+_PARTS_READ = ("configuration", "model", "data", "environment")
+"""Parts of run.yaml without which a run cannot go on."""
 
 
 def write_run_file(folder: Path, content: Mapping[str, Any]) -> None:
@@ -28,12 +30,17 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"cannot read {path.absolute()} ({type(error).__name__}): is this the folder of a run?"
         ) from error
-    if not isinstance(content, dict) or "configuration" not in content:
-        raise CheckpointError(f"{path.absolute()} holds no `configuration`: it was not written by `fanformer train`.")
+    for name in _PARTS_READ:
+        part = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(part, dict) or not part:
+            raise CheckpointError(
+                f"{path.absolute()} must have a mapping `{name}`, got {part!r:.40}: it was not written by `fanformer "
+                "train`, or was changed since."
+            )
     return content
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fanformer.errors import CheckpointError
-from fanformer.training.configuration import RunConfig
+from fanformer.training.configuration import OF_ONE_COMMAND, RunConfig
 
 _FIXED = ("batch_size", "sequence_length", "seed", "optimizer", "init_from")
 """Fields that decide which rows make up a step, or what the optimizer's state means."""
 DATA_FIELDS = ("data", "eval_data", "tokenizer", "vocab_size", "held_out_fraction", "max_data_bytes")
-_OF_THE_COMMAND = ("resume", "overwrite", "output_dir", "allow_changed_data", "push_to_hub")
-"""Fields that say what a command does, not what the run is."""
+_NOT_OF_THE_RUN = (*OF_ONE_COMMAND, "output_dir", "push_to_hub")
 MACHINE_FIELDS = ("device", "precision", "compile", "threads")
 """Fields whose change makes a run decide anew about the machine."""
 
@@ -31,7 +30,7 @@ def changed_fields(before: Mapping[str, Any], config: RunConfig) -> dict[str, tu
     changed = {
         name: (before[name], now[name])
         for name in now
-        if name in before and before[name] != now[name] and name not in _OF_THE_COMMAND
+        if name in before and before[name] != now[name] and name not in _NOT_OF_THE_RUN
     }
     for name in _FIXED:
         if name in changed:

@@ -24,6 +24,8 @@ STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 UNFINISHED = ".unfinished"
+REPLACED = ".replaced"
+"""Folder, inside a run's, of the run that was there before, until the new one has a checkpoint."""
 FORMAT_VERSION = 1
 _PREFIX = "checkpoint-"
 _OF_TRAINING_ONLY = (MANIFEST_FILE, STATE_FILE, OPTIMIZER_FILE)
@@ -169,8 +171,11 @@ def write_checkpoint(folder: Path, step: int, fill: Fill, needed_bytes: int = 0)
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for path in (staging / MANIFEST_FILE, *(path for path in staging.rglob("*") if path.is_dir()), staging):
             sync(path)
-        shutil.rmtree(target, ignore_errors=True)  # of the same step: a rename cannot replace a full folder
+        before = folder / f"{UNFINISHED}-{target.name}"
+        if target.exists():  # of the same step: a rename cannot replace a full folder
+            os.replace(target, before)
         os.replace(staging, target)
+        shutil.rmtree(before, ignore_errors=True)
         sync(folder)
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -194,9 +199,22 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left half written or half deleted."""
+    """Delete what a killed process left half written or half deleted; a whole checkpoint gets its name."""
+    staging = folder / UNFINISHED
+    if problem(staging) is None:
+        step = json.loads((staging / MANIFEST_FILE).read_text(encoding="utf-8"))["step"]
+        if not (folder / checkpoint_name(step)).exists():
+            os.replace(staging, folder / checkpoint_name(step))
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_replaced(folder: Path) -> None:
+    """Delete the run that was in a folder before, now that the one that replaces it has a checkpoint."""
+    if (folder / REPLACED).is_dir():
+        doomed = folder / f"{UNFINISHED}{REPLACED}"  # so that a kill halfway leaves no half run to go back to
+        os.replace(folder / REPLACED, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def publish(checkpoint: Path, folder: Path) -> None:
@@ -267,6 +285,7 @@ class CheckpointWriter:
         error: Exception | None = None
         try:
             write_checkpoint(self._folder, step, fill, needed_bytes)
+            forget_replaced(self._folder)
             prune(self._folder, self._keep_last, best_step)
         except Exception as caught:  # told to the training loop by `collect`
             error = caught

@@ -22,6 +22,9 @@ _OF_THE_FOLDER = ("architectures", "auto_map", "dtype", "model_type", "transform
 _MODEL_BEFORE_RANKS = {"cola_rank_ratio", "cola_rank", "cola_layers"}
 # Fields that say how long a run is; the last may stand beside one of the others, as a limit.
 _LENGTHS = ("max_steps", "tokens", "epochs", "max_time")
+OF_ONE_COMMAND = ("resume", "overwrite", "allow_changed_data")
+"""Fields that say what one command does; the run's next command does it only where it is asked to again."""
+_MOST = 10**15  # of anything that is counted: what is above is a slip of the finger, and too much for float64 below
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), FIELD_TYPES[item.name])
+        for name, value in self.to_dict().items():
+            if isinstance(value, (int, float)) and not abs(value) <= _MOST:
+                raise ConfigError(f"`{name}` must be a number of at most {_MOST:g}, got {value}.")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"`seed` must be in [0, 2**32), got {self.seed}.")
         for name in ("batch_size", "sequence_length", "keep_last", "eval_tokens", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -253,8 +261,9 @@ def resolve(
 ) -> RunConfig:
     """Join preset, configuration file and overrides, later ones winning, into one checked configuration.
 
-    A preset's length is left out where another one is given, its tokenizer where the data are prepared, and its model
-    where the file holds a whole one from before the preset was another.
+    A preset's length is left out where another one is given, its tokenizer where the data are prepared or the weights
+    are those of a saved model, and its model where the file holds a whole one from before the preset was another. The
+    length of the file is left out where the overrides name another kind of length.
 
     Args:
         preset: name of the preset to start from; a `preset` key of the file or the overrides replaces it.
@@ -270,8 +279,9 @@ def resolve(
     merged: dict[str, Any] = {"preset": chosen.name, "model": dict(chosen.model), **chosen.run}
     if any(given.get(name) is not None for name in _LENGTHS):  # the preset's own length is for runs that name none
         merged = {key: value for key, value in merged.items() if key not in _LENGTHS}
-    if is_prepared_folder(str(given.get("data"))):  # which has a tokenizer of its own
+    if is_prepared_folder(str(given.get("data"))) or given.get("init_from"):  # which have a tokenizer of their own
         merged.pop("tokenizer", None)
+    from_file = _without_replaced_length(from_file, overrides or {})
     for key, value in [*from_file.items(), *(overrides or {}).items()]:
         if key == "model":
             whole = (value or {}).keys() >= _MODEL_BEFORE_RANKS
@@ -285,8 +295,22 @@ def resolve(
     return RunConfig(**merged)
 
 
+def _without_replaced_length(from_file: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's fields without the length that the overrides replace by one of another kind.
+
+    A limit of time stays beside a length in steps, but where it is the file's only length it is replaced too.
+    """
+    *lengths, limit = _LENGTHS
+    if all(overrides.get(name) is None for name in lengths):
+        return from_file
+    replaced = [name for name in lengths if from_file.get(name) is not None] or [limit]
+    return {name: value for name, value in from_file.items() if name not in replaced}
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML file of RunConfig fields; of a run's own run.yaml only the part under `configuration` counts.
+    """Read a YAML file of RunConfig fields.
+
+    Of a run's own run.yaml the part under `configuration` counts, without the fields that are OF_ONE_COMMAND.
 
     Where the run's model is from before each kind of layer had a rank, that model counts, whole: its preset now means
     another.
@@ -302,11 +326,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of fields to values, got {type(content).__name__}.")
-    configuration, built = content.get("configuration", content), content.get("model")
-    if configuration is not content and isinstance(built, dict) and built.keys() >= _MODEL_BEFORE_RANKS:
-        given = configuration.get("model") or {}
-        return {**configuration, "model": {key: built[key] for key in built if key not in _OF_THE_FOLDER} | given}
-    return configuration
+    of_a_run, built = "configuration" in content, content.get("model")
+    content = content.get("configuration", content)
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"`configuration` of {path} must be a mapping of fields to values, got {content!r:.60}.")
+    if not of_a_run:
+        return content
+    content = {name: value for name, value in content.items() if name not in OF_ONE_COMMAND}
+    if isinstance(built, dict) and built.keys() >= _MODEL_BEFORE_RANKS:
+        model = {key: value for key, value in built.items() if key not in _OF_THE_FOLDER}
+        content["model"] = model | (content.get("model") or {})
+    return content
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

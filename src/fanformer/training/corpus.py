@@ -1,50 +1,73 @@
-"""The data of a run: prepared in its folder or elsewhere, and on resume the very same ones or a refusal."""
+"""The data of a run: prepared in its folder or elsewhere, in the tokens that its weights know.
 
+A run goes on with the very data it began with, or with a refusal. Whatever the data, the tokenizer is that of the
+weights: those of the model that `init_from` names, or of the run's own checkpoints. Another one is taken only where
+`tokenizer` asks for it.
+"""
+
+import glob
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fanformer.data.documents import is_prepared_folder, open_source
-from fanformer.data.shards import PreparedData, TokenStream, open_prepared, prepare
+from fanformer.data.documents import DocumentSource, is_prepared_folder, open_source
+from fanformer.data.shards import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.inference.loading import load_config
+from fanformer.inference.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
 from fanformer.training.changes import DATA_FIELDS, check_data, fingerprint
+from fanformer.training.checkpoint import checkpoints
 from fanformer.training.configuration import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATA_FOLDER, HELD_OUT_FOLDER = "data", "held-out"
 
 
-def begin_data(config: RunConfig, folder: str, progress: Any) -> PreparedData:
+def refuse_own_sources(config: RunConfig) -> None:
+    """Refuse to replace a run by one that is made from it: it would be deleted while it is still needed.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    folder = config.folder.resolve()
+    for name in ("data", "eval_data", "init_from", "tokenizer"):
+        spec = getattr(config, name)
+        if spec is None:
+            continue
+        pattern = str(Path(spec).expanduser())
+        for path in [pattern, *glob.glob(pattern, recursive=True)]:
+            if Path(path).resolve().is_relative_to(folder):
+                raise ConfigError(
+                    f"`{name}` must lie outside the run that --overwrite is to replace, got {spec} in "
+                    f"{config.folder.absolute()}: choose another --output-dir."
+                )
+
+
+def begin_data(config: RunConfig, progress: Any) -> PreparedData:
     """Prepare a new run's data inside its folder, or open those that are prepared elsewhere.
 
     Args:
         config: the run.
-        folder: name, inside the run's folder, to prepare in.
         progress: called with bytes done and in all.
 
     Raises:
         ConfigError, DataError: on bad input.
+        CheckpointError: if the model of `init_from` has no tokenizer, and none is named.
     """
-    here = config.folder / folder
-    if is_prepared_folder(str(here)):  # by this run, before it was killed
-        return open_prepared(here)
-    if is_prepared_folder(config.data):
-        if config.tokenizer is not None:
-            raise ConfigError(f"`tokenizer` does not apply to the prepared data {config.data}: it has its own.")
-        return open_prepared(Path(config.data))
-    source = open_source(config.data)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-    size = config.vocab_size or FANformerConfig(**config.model).vocab_size
-    return prepare(
-        source,
-        here,
-        tokenizer=tokenizer,
-        vocab_size=size,
-        held_out_fraction=config.held_out_fraction,
-        max_bytes=config.max_data_bytes,
-        progress=progress,
-    )
+    known = None
+    if config.init_from is not None and config.tokenizer is None:
+        if config.vocab_size is not None:
+            raise ConfigError(
+                f"`vocab_size` does not apply beside `init_from`, got {config.vocab_size}: the model brings its "
+                "tokenizer; another one, which its weights do not know, is taken with `tokenizer` only."
+            )
+        known = load_tokenizer_of_model(config.init_from, load_config(config.init_from).vocab_size)
+    return _open(config, DATA_FOLDER, config.tokenizer, known, progress)
 
 
 def resume_data(
@@ -61,17 +84,89 @@ def resume_data(
     Raises:
         CheckpointError: if they are not those the run began with, and other ones are not allowed.
     """
+    folder = Path(before["folder"])
+    folder = folder if folder.is_absolute() else config.folder / folder
     asked = {name: pair for name, pair in changed.items() if name in DATA_FIELDS and name != "eval_data"}
     if asked:
         what = ", ".join(f"`{name}` was {old}, is {new}" for name, (old, new) in asked.items())
         then, now = _fingerprints(config, before, asked)
         check_data(then, now, what, config)
         if then != now:
-            return begin_data(config, f"{DATA_FOLDER}-{now[:8]}", progress)
-    folder = Path(before["folder"])
-    data = open_prepared(folder if folder.is_absolute() else config.folder / folder)
+            tokenizer = config.tokenizer if "tokenizer" in asked else None
+            if "vocab_size" in asked and tokenizer is None:
+                raise CheckpointError(
+                    f"`vocab_size` of a run cannot change on resume: its weights know the tokens of the tokenizer it "
+                    f"began with, got {config.vocab_size}: leave it out, or name another tokenizer with --tokenizer."
+                )
+            known = _tokenizer_so_far(config.folder, folder) if tokenizer is None else None
+            return _open(config, f"{DATA_FOLDER}-{now[:8]}", tokenizer, known, progress)
+        if is_prepared_folder(config.data):  # the same, at another place
+            folder = Path(config.data)
+    data = open_prepared(folder)
     check_data(before["fingerprint"], data.fingerprint, f"{data.folder} was written anew", config)
     return data
+
+
+def _tokenizer_so_far(run: Path, data: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of the weights of a run: that of its last checkpoint, else of its data."""
+    whole = checkpoints(run)
+    return load_tokenizer(str(whole[-1] if whole else data))
+
+
+def _open(
+    config: RunConfig,
+    folder: str,
+    asked: str | None,
+    known: "PreTrainedTokenizerBase | None",
+    progress: Any,
+) -> PreparedData:
+    """Prepare data inside the run's folder, or open prepared ones.
+
+    Args:
+        config: the run.
+        folder: name, inside the run's folder, to prepare in.
+        asked: folder or hub name of a tokenizer that the user names.
+        known: the tokenizer of the weights, None where they are fresh or another one is asked for.
+        progress: called with bytes done and in all.
+    """
+    if is_prepared_folder(config.data):
+        data = open_prepared(Path(config.data))
+        if known is not None and saved_tokenizer_files(data.tokenizer()) != saved_tokenizer_files(known):
+            raise ConfigError(
+                f"the tokenizer of the prepared data {config.data} is not the one that the weights were trained with: "
+                "prepare the text with theirs (`fanformer data prepare --tokenizer`), or ask for this one with "
+                f"--tokenizer {config.data}."
+            )
+        if asked is not None and Path(asked).resolve() != Path(config.data).resolve():
+            raise ConfigError(f"`tokenizer` does not apply to the prepared data {config.data}: it has its own.")
+        return data
+    source = open_source(config.data)
+    tokenizer = load_tokenizer(asked) if asked is not None else known
+    return _prepared(
+        config.folder / folder,
+        source,
+        tokenizer,
+        progress,
+        vocab_size=config.vocab_size or FANformerConfig(**config.model).vocab_size,
+        held_out_fraction=config.held_out_fraction,
+        max_bytes=config.max_data_bytes,
+    )
+
+
+def _prepared(
+    place: Path, source: DocumentSource, tokenizer: "PreTrainedTokenizerBase | None", progress: Any, **options: Any
+) -> PreparedData:
+    """Prepare a source in `place`, unless a killed run prepared just that there; options are those of `prepare`."""
+    if is_prepared_folder(str(place)):
+        data = open_prepared(place)
+        tokens = {"asked_vocab_size": options["vocab_size"]}
+        if tokenizer is not None:
+            tokens = {"tokenizer_files": saved_tokenizer_files(tokenizer)}
+        wanted = {**options, **tokens, "source": source.describe()}
+        if all(data.metadata.get(name) == value for name, value in wanted.items() if name != "vocab_size"):
+            return data
+        shutil.rmtree(place)
+    return prepare(source, place, tokenizer=tokenizer, progress=progress, **options)
 
 
 def _fingerprints(
@@ -105,19 +200,16 @@ def held_out_stream(
     """
     if config.eval_data is None:
         return data.split("heldout")
-    here = config.folder / HELD_OUT_FOLDER
     if before is not None and before["configuration"].get("eval_data") != config.eval_data:
         raise CheckpointError(
             f"`eval_data` of a run cannot change on resume: it was {before['configuration'].get('eval_data')}, got "
             f"{config.eval_data}: leave it out, and measure other text with `fanformer eval`."
         )
-    if not is_prepared_folder(str(here)):
-        prepare(
-            open_source(config.eval_data),
-            here,
-            tokenizer=tokenizer,
-            vocab_size=len(tokenizer),
-            held_out_fraction=0.0,
-            progress=progress,
-        )
-    return open_prepared(here).split("train")
+    here = config.folder / HELD_OUT_FOLDER
+    if before is not None and is_prepared_folder(str(here)):
+        prepared = open_prepared(here)
+        if prepared.metadata["tokenizer_files"] == saved_tokenizer_files(tokenizer):
+            return prepared.split("train")
+        here = here.with_name(f"{HELD_OUT_FOLDER}-{data.fingerprint[:8]}")  # another tokenizer was asked for
+    options = {"vocab_size": len(tokenizer), "held_out_fraction": 0.0, "max_bytes": None}
+    return _prepared(here, open_source(config.eval_data), tokenizer, progress, **options).split("train")

@@ -1,6 +1,8 @@
 """What a run decides for itself about the machine: device, precision, threads, memory allocation, compilation.
 
-Decisions are made once, written into run.yaml with their reasons, and kept on resume.
+Decisions are made once, written into run.yaml with their reasons, and kept on resume. A process that decides and one
+that keeps what was decided are set up by the same `Environment.apply`: a library that was told its number of threads
+sums in another order than one that chose the same number by itself.
 """
 
 import ctypes
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fanformer.errors import ConfigError
+from fanformer.evaluation.ledger import hardware
 from fanformer.inference.compiling import why_not_compile
 from fanformer.inference.devices import resolve_device
 from fanformer.training.configuration import RunConfig
@@ -42,8 +45,8 @@ class Environment:
         return dataclasses.asdict(self)
 
     def apply(self) -> None:
-        """Set this process up as decided."""
-        torch.set_num_threads(self.threads)
+        """Set this process up as decided; every process of a run does, whether it decided or was told."""
+        torch.set_num_threads(self.threads)  # also ends MKL's own choice of threads, and with it that order of sums
         if self.keep_freed_memory:
             keep_freed_memory()
 
@@ -63,6 +66,22 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
         return False
     return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def what_sums_depend_on() -> dict[str, str]:
+    """Return what else decides in which order this machine sums, and so its last bits: processor, kernels, variables.
+
+    The number of threads is part of Environment.
+    """
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    devices = hardware()
+    return {
+        "processor": str(devices["cpu"]),
+        **{f"gpu {number}": name for number, name in enumerate(devices["gpus"])},
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        **variables,
+    }
 
 
 def use_deterministic_operations() -> None:
@@ -87,7 +106,7 @@ def product_rate(device: str, dtype: torch.dtype, size: int = 768) -> float:
 
 
 def decide(config: RunConfig, flops: float | None, seconds: float | None) -> Environment:
-    """Decide device, precision, threads, allocation and compilation, and apply threads and allocation at once.
+    """Decide device, precision, threads, allocation and compilation; `apply` is the caller's.
 
     Args:
         config: the run's configuration; what it asks for explicitly is kept.
@@ -100,10 +119,9 @@ def decide(config: RunConfig, flops: float | None, seconds: float | None) -> Env
     reasons = {}
     device = resolve_device(config.device).type
     reasons["device"] = "as asked" if config.device != "auto" else "the first present of cuda, mps, cpu"
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    threads = torch.get_num_threads()
+    threads = config.threads or torch.get_num_threads()
     reasons["threads"] = "as asked" if config.threads is not None else f"torch's default on {os.cpu_count()} CPUs"
+    torch.set_num_threads(threads)  # for the measurements that follow
     kept = device == "cpu" and keep_freed_memory()
     reasons["keep_freed_memory"] = "mallopt of glibc" if kept else "not on the CPU, or no glibc"
 

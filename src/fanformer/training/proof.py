@@ -61,7 +61,7 @@ class Finding:
     holds: bool
 
 
-def prove(config: RunConfig, note: Callable[[str], None]) -> list[Finding]:
+def prove(config: RunConfig, note: Callable[[str], None], *, two_processes: bool = True) -> list[Finding]:
     """Train the run of `config` several times over, killing some, and compare the bits.
 
     Dropout is on where one process must equal itself; two processes are compared in float32 without it. Everything
@@ -70,6 +70,7 @@ def prove(config: RunConfig, note: Callable[[str], None]) -> list[Finding]:
     Args:
         config: the run; `max_steps` says how long each training is.
         note: told what goes on.
+        two_processes: whether to compare two processes with one, too.
 
     Raises:
         ConfigError: if the run is too short or the folder is taken.
@@ -88,7 +89,7 @@ def prove(config: RunConfig, note: Callable[[str], None]) -> list[Finding]:
         (straight, Training("killed once, resumed", kills=(steps // 2 + 1,)), True),
         (straight, Training("killed twice, resumed twice", kills=(third + 1, 2 * third + 1)), True),
     ]
-    if _can_run_two(config, note):
+    if two_processes and _can_run_two(config, note):
         killed = dataclasses.replace(two, name="two processes, one killed", kills=(steps // 2 + 1,))
         compared += [(alone, two, False), (two, killed, True)]
     findings: list[Finding] = []
@@ -142,6 +143,7 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         "log_steps": 1,
         "save_steps": max(1, steps // 4),
         "eval_steps": max(1, steps // 2),
+        "final_eval_tokens": config.final_eval_tokens or config.eval_tokens,  # the others' loss proves no more
         "push_to_hub": None,
         "micro_batch_size": None,
         "model": {**config.model, "dropout": _DROPOUT if training.dropout else 0.0},

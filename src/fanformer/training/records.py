@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fanformer.data.durable import replace_text
+from fanformer.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_stderr", "val_bits_per_byte"})
@@ -16,12 +17,30 @@ EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_s
 
 
 def read_records(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl; a last line that a kill left half written is passed over."""
+    """Return the lines of a run's metrics.jsonl; a last line that a kill left half written is passed over.
+
+    Raises:
+        CheckpointError: if another line is no record; the message names it.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path.absolute()}:{number}") for number, line in enumerate(whole, start=1)]
+
+
+def _parse(line: bytes, where: str) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+        if isinstance(record["step"], int):
+            return record
+    except (ValueError, RecursionError, KeyError, TypeError):
+        pass
+    shown = line[:40].decode("utf-8", "replace")
+    raise CheckpointError(
+        f"{where} must be a JSON object with `step`, got {shown!r}: delete that line; its figures are lost, the run's "
+        "checkpoints are not."
+    )
 
 
 class RecordFile:

@@ -1,9 +1,7 @@
 """One training run from its configuration to a finished model folder."""
 
 import contextlib
-import copy
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,27 +12,32 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import set_seed
 
 from fanformer.data.durable import replace_text
 from fanformer.data.packing import PackedRows
-from fanformer.errors import ConfigError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.evaluation.ledger import versions
 from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
 from fanformer.inference.compiling import compile_options
 from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
-from fanformer.inference.loading import load_config, load_model
+from fanformer.inference.loading import load_model
 from fanformer.inference.settings import GenerationSettings
-from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
 from fanformer.training import artifacts
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import RunConfig
-from fanformer.training.corpus import DATA_FOLDER, begin_data, held_out_stream, resume_data
-from fanformer.training.environment import Environment, decide, use_deterministic_operations
+from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
+from fanformer.training.environment import (
+    Environment,
+    decide,
+    use_deterministic_operations,
+    what_sums_depend_on,
+)
 from fanformer.training.folder import claimed
 from fanformer.training.launch import is_restarted
 from fanformer.training.packed_attention import choose_attention
@@ -42,10 +45,16 @@ from fanformer.training.parallel import Processes
 from fanformer.training.publishing import check_push_possible, push
 from fanformer.training.recompute import set_recompute
 from fanformer.training.records import RecordFile, read_records
+from fanformer.training.run_model import (
+    ModelBuilder,
+    build_fanformer,
+    check_model_fields,
+    folder_without_weights,
+    make_model,
+)
 from fanformer.training.schedule import RunLength, run_length
 from fanformer.training.trainer import Outcome, Record, Trainer, agreed_checkpoint
 
-_VOCABULARY_MULTIPLE = 64
 _SAMPLE_LENGTH = 40
 
 
@@ -110,15 +119,6 @@ class RunResult:
     stopped_by: str | None = None
 
 
-ModelBuilder = Callable[[dict[str, Any]], PreTrainedModel]
-"""Makes a model from the fields of `RunConfig.model`, its vocabulary and special tokens filled in."""
-
-
-def build_fanformer(fields: dict[str, Any]) -> PreTrainedModel:
-    """Return a FANformer with fresh weights."""
-    return FANformerForCausalLM(FANformerConfig(**fields))
-
-
 def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = build_fanformer) -> RunResult:
     """Train as `config` says and leave a complete folder behind.
 
@@ -142,7 +142,10 @@ def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = bui
             if processes.is_main:
                 if config.push_to_hub is not None:
                     check_push_possible(config.push_to_hub)
-                claim = claimed(config.folder, config.resume or is_restarted(), config.overwrite)
+                if config.overwrite:
+                    refuse_own_sources(config)
+                going_on_here = config.resume or is_restarted()
+                claim = claimed(config.folder, going_on_here, config.overwrite, reporter.note)
                 going_on = stack.enter_context(claim)
             going_on = bool(processes.exchange([float(going_on)])[0][0])
             return Run(config, reporter, build_model, processes, going_on, started).train()
@@ -188,9 +191,10 @@ class Run:
         """
         self.config, self.reporter, self.folder = config, reporter, config.folder
         self.build_model, self.processes, self.started = build_model, processes, started
-        self._check_before_reading()
         self.records = RecordFile(self.folder)
         self.before = artifacts.read_run_file(self.folder) if going_on else None
+        if self.before is None or config.init_from is None:
+            check_model_fields(config)
         self.changed = changed_fields(self.before["configuration"], config) if self.before is not None else {}
         with processes.main_first():
             self.data = self._open_data()
@@ -201,12 +205,12 @@ class Run:
         if config.deterministic and resolve_device(config.device).type == "cuda":
             use_deterministic_operations()
         set_seed(config.seed)
-        self.model = self._build_model()
-        self.model.generation_config = self._generation_config()
+        self.model = make_model(config, self.tokenizer, build_model, self.before, self._note)
         if self.before is not None:
             check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
-        self.skeleton = self._skeleton() if processes.is_main else {}
+        self.skeleton = folder_without_weights(self.model, self.tokenizer) if processes.is_main else {}
         self.environment = self._decide()
+        self.environment.apply()
         self.checkpoint = self._last_checkpoint(going_on or config.resume)
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
         self.content = self._describe()
@@ -217,17 +221,10 @@ class Run:
         if self.processes.is_main:
             self.reporter.note(text)
 
-    def _check_before_reading(self) -> None:
-        """Refuse what is wrong whatever the data hold, before time is spent on them."""
-        if self.config.init_from is not None:
-            load_config(self.config.init_from)
-        else:
-            FANformerConfig(**self.config.model)
-
     def _open_data(self) -> Any:
         progress = self.reporter.data_progress if self.processes.is_main else None
         if self.before is None:
-            return begin_data(self.config, DATA_FOLDER, progress)
+            return begin_data(self.config, progress)
         return resume_data(self.config, self.before["data"], self.changed, progress)
 
     def _last_checkpoint(self, resuming: bool) -> Path | None:
@@ -240,62 +237,11 @@ class Run:
         self.processes.wait()  # the others read the records too
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
+            if self.config.init_from is not None and self.before is not None:
+                self.model.load_state_dict(load_model(self.config.init_from, "cpu", "float32").state_dict())
         else:
             self._note(f"resuming from {found}")
         return found
-
-    def _build_model(self) -> PreTrainedModel:
-        config, tokens = self.config, len(self.tokenizer)
-        if config.init_from is not None:
-            model = load_model(config.init_from, device="cpu", dtype="float32")
-            if model.config.vocab_size < tokens:
-                raise ConfigError(
-                    f"the tokenizer has {tokens} tokens, but the weights of {config.init_from} only "
-                    f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
-                )
-            return model
-        planned, fields = FANformerConfig(**config.model), dict(config.model)
-        fitting = -(-tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-        if fitting != planned.vocab_size:
-            self._note(f"vocabulary: {tokens} tokens, so vocab_size is {fitting} instead of {planned.vocab_size}")
-        fields["vocab_size"] = fitting
-        fields["max_position_embeddings"] = max(planned.max_position_embeddings, config.sequence_length)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            fields.setdefault(name, getattr(self.tokenizer, name))
-        return self.build_model(fields)
-
-    def _generation_config(self) -> GenerationConfig:
-        """Return the defaults of `generate`; ids that pad the vocabulary are never drawn."""
-        unknown = list(range(len(self.tokenizer), self.model.config.vocab_size))
-        drawing = GenerationSettings()
-        return GenerationConfig(
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
-            suppress_tokens=unknown or None,
-            do_sample=True,
-            max_new_tokens=drawing.max_length,
-            temperature=drawing.temperature,
-            top_k=drawing.top_k,
-            top_p=drawing.top_p,
-        )
-
-    def _skeleton(self) -> dict[str, bytes]:
-        """Return the files of our model folder without the weights: configurations, tokenizer, the model's code.
-
-        They are the same in every checkpoint, and making them keeps Python busy, which a background thread must not
-        do: the training loop would wait for the interpreter after each of its operations.
-        """
-        with torch.device("meta"):
-            twin = type(self.model)(copy.deepcopy(self.model.config))
-        twin.generation_config = self.model.generation_config
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            name, parameter = next(iter(self.model.named_parameters()))
-            twin.save_pretrained(folder, state_dict={name: parameter.detach()[:1].clone()})
-            (folder / WEIGHTS_FILE).unlink()
-            self.tokenizer.save_pretrained(folder)
-            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.iterdir())}
 
     def _decide(self) -> Environment:
         """Decide about the machine, once for a run: a resumed one keeps what was decided unless told otherwise."""
@@ -304,7 +250,7 @@ class Run:
             if self.before.get("processes", {}).get("count", 1) != self.processes.count:
                 reasons = {**environment.reasons, "threads": f"torch's default in {self.processes.count} processes"}
                 environment = dataclasses.replace(environment, threads=torch.get_num_threads(), reasons=reasons)
-            environment.apply()
+            self._check_device(environment.device)
             return environment
         parameters = self.model.num_parameters() - self.model.get_input_embeddings().weight.numel()
         steps = self.length.max_steps
@@ -319,6 +265,16 @@ class Run:
             precision = "bfloat16" if first[0] else "float32"
             environment = dataclasses.replace(environment, precision=precision, compile=bool(first[1]))
         return environment
+
+    def _check_device(self, device: str) -> None:
+        """Refuse to go on where the device that the run was begun on is not there."""
+        try:
+            resolve_device(device)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{self.folder} was begun on `{device}`, which is not there: go on where it is, or with --device cpu, "
+                "which gives other bits."
+            ) from error
 
     def _describe(self) -> dict[str, Any]:
         """Return the content of run.yaml."""
@@ -337,14 +293,15 @@ class Run:
                 "metadata": self.data.metadata,
             },
             "environment": self.environment.to_dict(),
+            "machine": what_sums_depend_on(),
             "processes": {"count": self.processes.count, "spread": self.processes.spread},
             "versions": versions(),
             "resumed": list(self.before.get("resumed", [])) if self.before is not None else [],
         }
         if self.before is not None:
             changes = {name: f"{old} -> {new}" for name, (old, new) in self.changed.items()}
-            for name in ("processes", "versions", "length"):
-                if self.before.get(name) != content[name]:
+            for name in ("processes", "versions", "length", "machine"):
+                if name in self.before and self.before[name] != content[name]:
                     changes[name] = f"{self.before.get(name)} -> {content[name]}"
             if self.before["data"]["fingerprint"] != self.data.fingerprint:
                 changes["data.fingerprint"] = f"{self.before['data']['fingerprint']} -> {self.data.fingerprint}"

@@ -43,6 +43,7 @@ class LoopState:
         recent_losses: of the last steps, to tell a spike from noise.
         evaluation_due: whether a held-out evaluation follows this step.
         record: the figures logged at this step, empty where none are.
+        finished_seconds: the planned time at whose end the run finished, None while it goes on or counts steps.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class LoopState:
     recent_losses: list[float] = field(default_factory=list)
     evaluation_due: bool = False
     record: dict[str, Any] = field(default_factory=dict)
+    finished_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a copy as JSON values."""
@@ -198,5 +200,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkp
 
 
 def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    value = value.to(parameter.device)
+    """Return a tensor of the optimizer where its parameter is, in memory of its own.
+
+    All tensors of a file are parts of one buffer, aligned as they happen to lie in it, and products of a matrix that
+    lies elsewhere may be summed in another order.
+    """
+    value = value.to(parameter.device, copy=True)
     return value if value.ndim == 0 else part_like(value, parameter)

@@ -30,6 +30,7 @@ from fanformer.training.checkpoint import (
     CheckpointWriter,
     Fill,
     checkpoint_name,
+    checkpoints,
     newest_intact,
     read_state,
     step_of,
@@ -48,6 +49,7 @@ from fanformer.training.state import LoopState, Snapshot, restore_model, restore
 
 _SPIKE_WINDOW = 32
 """Steps whose losses say what is usual; half of them must be known before a spike is seen."""
+_HOW_TO_GO_ON = "a longer one goes on with --resume and a new --max-steps, --tokens, --epochs or --max-time"
 _DIGEST_BITS = 40  # so that sums over processes stay exact in float64
 
 Record = dict[str, Any]
@@ -156,7 +158,7 @@ class Trainer:
         self.last_evaluation: HeldOutLoss | None = None
         self.micro_batch = config.micro_batch_size or config.batch_size // processes.count
         self.grad_norm = self.learning_rate = math.nan
-        self.saved_step = -1
+        self.saved_step: int | None = None  # after which a checkpoint holds the state as it is
         self.request = StopRequest(config.grace_seconds)
 
     @property
@@ -182,25 +184,33 @@ class Trainer:
                 self.writer.wait()
 
     def _loop(self, resumed: bool) -> Outcome:
-        stop, first = self.length.max_steps is not None and self._is_at_end(), True
+        stop, first = self._is_at_end(), True
+        if stop:
+            self._note(f"this run is finished, after {self.state.step} steps: {_HOW_TO_GO_ON}")
         signal = self._catch_up(stop) if resumed else 0
         while not stop and not signal:
             due, signal = self._step(first)
             first, stop = False, due.stop
             self.state.record = self._close_window() if due.log else {}
             self.state.evaluation_due = due.evaluate
+            if stop and self.length.max_steps is None:
+                self.state.finished_seconds = self.length.max_seconds
             if due.save or stop or signal:
                 self._save()
             self._hear_of_saves()
             signal = signal or self._report(everything=stop and self._is_at_end())
         if self.last_evaluation is None and not signal:  # resumed after its last step: nothing was left to train
             signal = 0 if self._evaluate(everything=self._is_at_end()) else int(self.request.signal or 0)
-        if signal and self.saved_step not in (self.state.step, -1):
+        if signal and self.saved_step != self.state.step:
             self._save()
         return self._end(signal)
 
     def _is_at_end(self) -> bool:
-        return self.length.max_steps is None or self.state.step >= self.length.max_steps
+        """Whether the run is over as planned, all of its steps done or all of its time spent."""
+        if self.length.max_steps is not None:
+            return self.state.step >= self.length.max_steps
+        spent = self.state.finished_seconds
+        return spent is not None and self.length.max_seconds is not None and self.length.max_seconds <= spent
 
     def _report(self, everything: bool) -> int:
         """Evaluate where that is due and hand the step's figures on.
@@ -365,6 +375,7 @@ class Trainer:
             raise DivergenceError(f"{what}, and {why}", "use a lower --learning-rate or a larger spike_rollback.")
         place, rollbacks, skipped = state.place, state.rollbacks + 1, state.skipped
         left_out = place - self._restore(checkpoint)
+        self.saved_step = None  # the rows that follow are others than the checkpoint's
         self.state.place, self.state.rollbacks, self.state.skipped = place, rollbacks, skipped
         self.clock.rewind(self.state)
         if self.processes.is_main:
@@ -376,6 +387,7 @@ class Trainer:
         restore_model(self.model, checkpoint)
         restore_optimizer(self.model, self.optimizer, checkpoint)
         self.state = LoopState(**read_state(checkpoint)["loop"])
+        self.saved_step = self.state.step
         self.best = self._best_so_far()
         return self.state.place
 
@@ -479,6 +491,8 @@ class Trainer:
             raise SystemExit(2)  # the main process says why
         name = Signals(signal).name if signal else None
         checkpoint = self.config.folder / checkpoint_name(self.state.step)
+        if self.processes.is_main and checkpoint not in checkpoints(self.config.folder):
+            raise CheckpointError(f"{checkpoint.absolute()} was written and is gone: what deleted it? Train again.")
         return Outcome(self.state.step, checkpoint, self._is_at_end() and not signal, name, self.last_evaluation)
 
     def _note(self, text: str) -> None:

@@ -1,0 +1,138 @@
+"""The model of a run: built with fresh weights, taken from a saved one, or as the run that goes on has it."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fanformer.errors import ConfigError
+from fanformer.inference.generation import encode_prompt
+from fanformer.inference.loading import load_config, load_model
+from fanformer.inference.settings import GenerationSettings
+from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
+from fanformer.training.configuration import RunConfig
+
+_VOCABULARY_MULTIPLE = 64
+
+ModelBuilder = Callable[[dict[str, Any]], PreTrainedModel]
+"""Makes a model from the fields of `RunConfig.model`, its vocabulary and special tokens filled in."""
+
+
+def build_fanformer(fields: dict[str, Any]) -> PreTrainedModel:
+    """Return a FANformer with fresh weights."""
+    return FANformerForCausalLM(FANformerConfig(**fields))
+
+
+def check_model_fields(config: RunConfig) -> None:
+    """Refuse what is wrong with a new run's model whatever the data hold, before time is spent on them.
+
+    Raises:
+        CheckpointError: if there is no model to start from.
+        ConfigError: if its positions are fewer than a row has.
+        ValueError: if a field of the model is wrong.
+    """
+    if config.init_from is None:
+        FANformerConfig(**config.model)
+        return
+    positions = getattr(load_config(config.init_from), "max_position_embeddings", None)
+    if positions is not None and config.sequence_length > positions:
+        raise ConfigError(
+            f"`sequence_length` must be at most {positions}, the positions of {config.init_from}, got "
+            f"{config.sequence_length}: the trained model would refuse texts of its own length."
+        )
+
+
+def make_model(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    build_model: ModelBuilder,
+    before: Mapping[str, Any] | None,
+    note: Callable[[str], None],
+) -> PreTrainedModel:
+    """Return a run's model; that of a run with checkpoints gets its weights from them later.
+
+    Args:
+        config: the run.
+        tokenizer: of its data.
+        build_model: makes a model with fresh weights.
+        before: run.yaml of the run that goes on, None for a new one.
+        note: told what was chosen.
+
+    Raises:
+        CheckpointError: if the model to start from cannot be read.
+        ConfigError: if it knows fewer tokens than the tokenizer has, or the sample prompt fills its positions.
+    """
+    if config.init_from is None:
+        model = build_model(_fields(config, tokenizer, note))
+    elif before is not None and checkpoints(config.folder):  # what it began with may be gone since
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**before["model"]))
+    else:
+        model = load_model(config.init_from, device="cpu", dtype="float32")
+    if model.config.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the weights of {config.init_from} only "
+            f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = len(encode_prompt(tokenizer, config.sample_prompt or ""))
+    if positions is not None and length >= positions:
+        raise ConfigError(
+            f"`sample_prompt` must leave room in the model's {positions} positions, got {length} tokens: shorten it."
+        )
+    model.generation_config = _generation_config(model, tokenizer)
+    return model
+
+
+def _fields(config: RunConfig, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]) -> dict[str, Any]:
+    """Return the fields of a fresh model that the tokenizer and the rows fit."""
+    planned, fields = FANformerConfig(**config.model), dict(config.model)
+    fitting = -(-len(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    if fitting != planned.vocab_size:
+        note(f"vocabulary: {len(tokenizer)} tokens, so vocab_size is {fitting} instead of {planned.vocab_size}")
+    fields["vocab_size"] = fitting
+    fields["max_position_embeddings"] = max(planned.max_position_embeddings, config.sequence_length)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    return fields
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the defaults of `generate`; ids that pad the vocabulary are never drawn."""
+    unknown = list(range(len(tokenizer), model.config.vocab_size))
+    drawing = GenerationSettings()
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        suppress_tokens=unknown or None,
+        do_sample=True,
+        max_new_tokens=drawing.max_length,
+        temperature=drawing.temperature,
+        top_k=drawing.top_k,
+        top_p=drawing.top_p,
+    )
+
+
+def folder_without_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Return the files of a model folder but its weights: configurations, tokenizer, the model's code.
+
+    They are the same in every checkpoint, and making them keeps Python busy, which a background thread must not do: the
+    training loop would wait for the interpreter after each of its operations.
+    """
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    twin.generation_config = model.generation_config
+    saved = copy.deepcopy(tokenizer)
+    saved.model_max_length = getattr(model.config, "max_position_embeddings", saved.model_max_length)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        name, parameter = next(iter(model.named_parameters()))
+        twin.save_pretrained(folder, state_dict={name: parameter.detach()[:1].clone()})
+        (folder / WEIGHTS_FILE).unlink()
+        saved.save_pretrained(folder)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.iterdir())}

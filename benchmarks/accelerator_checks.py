@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.packed_attention import choose_attention, document_bounds
 
 # Distances are |out - reference| / |reference| over all elements. Float32 sums in another order move logits by about
@@ -26,7 +27,7 @@ from fanformer.training.packed_attention import choose_attention, document_bound
 LOGITS, GRADIENT, BFLOAT16, EXACT = 1e-4, 1e-3, 5e-2, 0.0
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
-    {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "qk"},
+    {"fan_placement": "layer", **dict.fromkeys(RANKS), "norm_placement": "pre", "qkv_norm": "qk"},
     {"fan_placement": "none", "norm_placement": "hybrid", "gated_residual": False, "tie_word_embeddings": True},
 )
 DOCUMENTS = (37, 64, 1, 26)
@@ -45,6 +46,10 @@ def small_model(device: str, attention: str = "sdpa", **fields: Any) -> FANforme
         "num_key_value_heads": 2,
         "head_dim": 64,
         "dropout": 0.0,
+        "qkv_rank": 88,
+        "o_rank": 64,
+        "gate_up_rank": 56,
+        "down_rank": 80,
     }
     model = FANformerForCausalLM(FANformerConfig(**{**sizes, **fields})).eval()
     with torch.no_grad():

@@ -63,7 +63,7 @@ def shared(repository: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """Make a configuration of 2 layers and width 64; keyword arguments replace its fields."""
+    """Make a configuration of 2 layers and width 64, ranks in the default's proportions; keywords replace fields."""
 
     def make(**fields):
         from fanformer.model import FANformerConfig
@@ -78,6 +78,10 @@ def tiny_config():
             "head_dim": 16,
             "max_position_embeddings": 128,
             "dropout": 0.0,
+            "qkv_rank": 44,
+            "o_rank": 32,
+            "gate_up_rank": 28,
+            "down_rank": 40,
         }
         return FANformerConfig(**{**tiny, **fields})
 

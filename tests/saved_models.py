@@ -33,9 +33,13 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory, tiny_model, tiny_tokenizer):
-    """Folder of a tiny model; its vocabulary is padded to 320, 20 more than the tokenizer has."""
+    """Folder of a tiny model; its vocabulary is padded to 320, 20 more than the tokenizer has.
+
+    Its ranks fill groups of 16, as those of every preset do.
+    """
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0)
+    ranks = {"qkv_rank": 48, "o_rank": 32, "gate_up_rank": 32, "down_rank": 48}
+    model = tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0, **ranks)
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

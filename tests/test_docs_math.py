@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
-from fanformer.model.modeling_fanformer import _ACTIVATION_SQUARE
+from fanformer.model.configuration_fanformer import RANKS
+from fanformer.model.modeling_fanformer import _ACTIVATIONS
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +81,19 @@ def test_numbers_in_the_text_are_the_codes(page):
     text, config = page.read_text(encoding="utf-8"), FANformerConfig()
     for name in ("initializer_range", "embedding_initializer_range", "gate_initial"):
         assert f"`{name}` = {getattr(config, name)} |" in text
-    squares = f"{_ACTIVATION_SQUARE['silu']:.4f} for SiLU, {_ACTIVATION_SQUARE['gelu']:.4f} for GELU"
-    assert f"{squares}, {_ACTIVATION_SQUARE['linear']:.0f} for none" in text
-    rank = int(config.cola_rank_ratio * config.hidden_size)
-    assert f"P = int({config.fan_ratio} * {rank}) = {int(config.fan_ratio * rank)}" in text
-    assert f"{1 - 92_158_804 / 134_515_008:.1%} smaller" in text
+    squares = {name: square for name, (_, square) in _ACTIVATIONS.items()}
+    assert f"{squares['silu']:.4f} for SiLU, {squares['gelu']:.4f} for GELU, {squares['linear']:.0f} for none" in text
+    assert (
+        f"{squares['half']:.4f} for SiLU on half of the channels, {squares['residual']:.4f} for `x + silu(x)`" in text
+    )
+    for name in RANKS:
+        assert re.search(rf"`{name}`[^`]* {getattr(config, name)}\b", text)
+    heads = {"Q": config.num_attention_heads, "K and V": config.num_key_value_heads}
+    q, kv = (count * config.head_dim for count in heads.values())
+    p_q, p_kv = config.periodic_width(q), config.periodic_width(kv)
+    assert f"{p_q} of Q's {q:,}, {p_kv} of the {kv} of K and of V" in text
+    assert f"left, {q - 2 * p_q:,} and {kv - 2 * p_kv}, is a multiple of {config.fan_multiple}" in text
+    assert f"{1 - 92_211_712 / 134_515_008:.1%} smaller" in text
 
 
 def test_every_test_it_names_exists(page, repository):

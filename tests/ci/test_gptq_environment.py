@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fanformer.model.configuration_fanformer import RANKS
+
 pytestmark = pytest.mark.ci
 
 # what the extra `gptq` brings beside what this environment has; its dependencies are not asked for, as they want
@@ -59,8 +61,15 @@ def python(python_with):
 def test_a_trained_model_is_quantized_and_computes_on_packed_weights(fanformer, tmp_path):
     """Train a small model whose rows fill groups, quantize, load, compare with what is stored, generate, measure."""
     Path(tmp_path / "mine.txt").write_text("a line of text, number one and two and three.\n" * 2000)
-    shape = ("--set", "model.hidden_size=128", "--set", "model.num_hidden_layers=2", "--set", "model.cola_rank=96")
-    shape += ("--set", "model.cola_rank_ratio=null", "--set", "model.intermediate_size=200")
+    shape = (
+        "--set",
+        "model.hidden_size=128",
+        "--set",
+        "model.num_hidden_layers=2",
+        "--set",
+        "model.intermediate_size=200",
+    )
+    shape += tuple(word for name in RANKS for word in ("--set", f"model.{name}=96"))
     train = ("--preset", "nano", "--data", "mine.txt", "--max-steps", 10, "--sequence-length", 64)
     fanformer("train", *train, *shape, "--output-dir", "out")
     before = json.loads(fanformer("eval", "out", "--text", "mine.txt", "--device", "cpu", "--json", "-"))

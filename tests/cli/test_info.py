@@ -7,13 +7,15 @@ import pytest
 from fanformer.cli.info import fanformer_words
 from fanformer.inference.footprint import footprint
 from fanformer.model import FANformerConfig
+from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
 
 VARIANTS = [
     {},
-    {"fan_placement": "layer", "cola_rank_ratio": None},
-    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all"},
-    {"cola_layers": "attention", "gate_initial": -2.0, "fan_placement": "attention"},
-    {"cola_layers": "ffn", "tie_word_embeddings": True},
+    TUNED,
+    {"fan_placement": "layer", **FULL_RANK},
+    PAPERS_COLA,
+    {"gate_up_rank": None, "down_rank": None, "gate_initial": -2.0, "fan_placement": "attention"},
+    {"qkv_rank": None, "o_rank": None, "tie_word_embeddings": True},
 ]
 
 
@@ -24,30 +26,30 @@ def record(command, *words):
 
 
 def test_default_is_92m_with_its_exact_count(command):
-    assert record(command)["parameters"]["total"] == 92_158_804
+    assert record(command)["parameters"]["total"] == 92_211_712
     assert record(command, "92m") == record(command)
 
 
 def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     parameters = record(command, "92m")["parameters"]
     assert parameters["layer_parts"] == {
-        "qkv_input": 196_992,
-        "q": 591_360,
-        "k": 295_680,
-        "v": 295_680,
-        "o": 786_944,
-        "gate_up_input": 167_751,
-        "gate": 344_960,
-        "up": 344_960,
-        "down": 459_264,
+        "qkv_input": 180_576,
+        "q": 462_912,
+        "k": 231_456,
+        "v": 231_456,
+        "o": 525_056,
+        "gate_up_input": 114_912,
+        "gate": 460_800,
+        "up": 460_800,
+        "down": 820_032,
         "norms": 384 + 512,
         "gates": 1024,
     }
     assert parameters["parts"]["embedding"] == parameters["parts"]["head"] == 25_165_824
-    assert parameters["without_embeddings"] == 92_158_804 - 2 * 25_165_824
+    assert parameters["without_embeddings"] == 92_211_712 - 2 * 25_165_824
 
 
-@pytest.mark.parametrize("preset", ["nano", "92m", "1b"])
+@pytest.mark.parametrize("preset", ["nano", "92m", "92m-tuned", "1b"])
 def test_parts_of_every_preset_add_up_to_its_total(command, preset):
     parameters = record(command, preset)["parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"] == parameters["trainable"]
@@ -95,32 +97,38 @@ def test_saved_model_shows_its_own_vocabulary(command, saved_model):
 def test_words_say_what_p_and_the_rank_are(command):
     text = " ".join(command("info", "92m").out.split())
     for words in (
-        "92,158,804 parameters",
-        "512 -> 384: the first CoLA factor of Q, K and V, rank 384, with RMSNorm and silu",
-        "512 -> 384: the first CoLA factor of gate and up, rank 384, with RMSNorm and FAN: "
-        "P = 57 numbers p give 57 cos(p) and 57 sin(p), the other 270 silu",
-        "384 -> 1536; 12 heads of 128",
+        "92,211,712 parameters",
+        "512 -> 352: the first CoLA factor of Q, K and V, rank 352, with RMSNorm and silu",
+        "352 -> 1536: FAN, P = 224 numbers p give 224 cos(p) and 224 sin(p), the other 1088 are linear; "
+        "12 heads of 128",
+        "1536 -> 256 -> 512: CoLA, rank 256, with RMSNorm and silu; back from the heads",
+        "512 -> 224: the first CoLA factor of gate and up, rank 224, with RMSNorm and silu",
+        "2048 -> 320 -> 512: CoLA, rank 320, with RMSNorm and silu; back to the width",
         "6 heads, each for 2 query heads (GQA)",
         "start at g = 0.0",
-        "351.6 MiB / 175.8 MiB",
+        "351.8 MiB / 175.9 MiB",
     ):
         assert words in text, words
+    text = " ".join(command("info", "92m-tuned").out.split())
+    assert "the first CoLA factor of gate and up, rank 384, with RMSNorm and FAN: P = 57 numbers p give" in text
+    assert "1536 -> 512; back from the heads" in text
     text = " ".join(command("info", "1b").out.split())
     assert "2048 -> 2048 before Q, K and V: 512 cos, 512 sin, 1024 linear" in text
     assert "CoLA" not in text
 
 
 def test_words_say_which_layers_are_low_rank():
-    words = fanformer_words(FANformerConfig(cola_layers="ffn"))
+    words = fanformer_words(FANformerConfig(qkv_rank=None, o_rank=None, fan_placement="ffn", fan_multiple=1))
     assert words["qkv_input"] == ""
     assert words["q"].startswith("512 -> 1536;")
     assert "CoLA" not in words["o"]
-    assert "the first CoLA factor of gate and up, rank 384" in words["gate_up_input"]
-    assert words["down"].startswith("896 -> 384 -> 512: CoLA, rank 384, with RMSNorm and FAN: P = 57")
-    words = fanformer_words(FANformerConfig(cola_layers="attention", cola_input="separate", fan_placement="none"))
+    assert "the first CoLA factor of gate and up, rank 224" in words["gate_up_input"]
+    assert words["down"].startswith("2048 -> 320 -> 512: CoLA, rank 320, with RMSNorm and FAN: P = 48")
+    fields = {"gate_up_rank": None, "down_rank": None, "cola_input": "separate", "fan_placement": "none"}
+    words = fanformer_words(FANformerConfig(**fields, writer_activation="half", writer_norm=False))
     assert words["gate_up_input"] == ""
-    assert "the 3 first CoLA factors of Q, K and V, rank 384, with RMSNorm and silu" in words["qkv_input"]
-    assert words["o"].startswith("1536 -> 384 -> 512: CoLA, rank 384, with RMSNorm and silu")
+    assert "the 3 first CoLA factors of Q, K and V, rank 352, with RMSNorm and silu" in words["qkv_input"]
+    assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with silu on half of the channels;")
 
 
 def test_model_of_another_kind_is_counted_too(command, tmp_path):

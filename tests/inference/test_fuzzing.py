@@ -307,7 +307,10 @@ def test_json_that_nests_too_deeply_is_refused(small, tmp_path):
     [
         ("num_hidden_layers", r"`num_hidden_layers` is 10000000, but they are \d+ tensors"),
         ("hidden_size", r"`model.embed_tokens.weight` is \(304, 16\), expected \(304, 10000000\)"),
-        ("intermediate_size", r"`model.layers.0.mlp.down_proj.weight` is \(16, 16\), expected \(16, 10000000\)"),
+        (
+            "intermediate_size",
+            r"`model.layers.0.mlp.down_proj.input.factor.weight` is \(40, 16\), expected \(40, 10000000\)",
+        ),
         ("vocab_size", r"`vocab_size` is 10000000, but `model.embed_tokens.weight` has 304 rows"),
     ],
 )

@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.inference.ggml_engine import CHUNK, Engine, bucket
 from fanformer.inference.loading import load
 from tests.gguf_models import STATIC_ROPES, VARIANTS, export, save
+from tests.tiny_models import every_rank
 
 pytest.importorskip("ggml", reason="needs the extra `gguf` (ggml-python)")
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # FAN without a part
@@ -59,7 +61,7 @@ def wide(tmp_path_factory, tiny_model, tiny_tokenizer):
     """Folder of a model whose matrices have rows of 256, so that every type is used as it is."""
     fields = {
         "hidden_size": 256,
-        "cola_rank": 256,
+        **every_rank(256),
         "intermediate_size": 512,
         "head_dim": 64,
         "max_position_embeddings": 256,
@@ -78,8 +80,15 @@ def test_float32_logits_are_the_models_for_every_switch(tiny_model, tiny_tokeniz
     assert error(engine_logits(path, [row])[0], expected) < 2e-4
 
 
+def test_a_file_from_before_each_kind_of_layer_had_a_rank_gives_its_logits(repository):
+    io = load_file(repository / "tests/legacy/io.safetensors")
+    for row, expected in zip(io["input_ids"].tolist(), io["logits"].numpy(), strict=True):
+        found = engine_logits(repository / "tests/legacy/model-f16.gguf", [row])[0]
+        assert error(found, expected) < TOLERANCE["f16"]
+
+
 @pytest.mark.parametrize("kind", TOLERANCE)
-@pytest.mark.parametrize("name", ["default", "tied", "separate-inputs", "llama"])
+@pytest.mark.parametrize("name", ["default", "tuned", "tied", "separate-inputs", "writers-half", "llama"])
 def test_floats_are_within_the_tolerance_of_the_dequantized_model(tiny_model, tiny_tokenizer, tmp_path, kind, name):
     fields = {"vocab_size": 320, **VARIANTS[name]}
     path = export(save(tmp_path / "model", tiny_model(**fields), tiny_tokenizer), kind)

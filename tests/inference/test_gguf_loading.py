@@ -5,6 +5,7 @@ import lzma
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fanformer.errors import CheckpointError, DependencyError
 from fanformer.inference.generation import generate
@@ -37,6 +38,15 @@ def test_float32_file_is_the_model(tiny_model, tiny_tokenizer, token_ids, tmp_pa
     ids = token_ids(2, 9)
     with torch.no_grad():
         assert torch.equal(back(ids).logits, model(ids).logits)
+
+
+def test_a_file_from_before_each_kind_of_layer_had_a_rank_is_the_model_that_it_was(repository):
+    io = load_file(repository / "tests/legacy/io.safetensors")
+    model = load(repository / "tests/legacy/model-f16.gguf", device="cpu").model
+    assert (model.config.fan_placement, model.config.qkv_rank, model.config.o_rank) == ("ffn", 24, None)
+    with torch.no_grad():
+        # the same arithmetic; another machine's products may sum in another order
+        torch.testing.assert_close(model(io["input_ids"]).logits, io["logits"], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rope", STATIC_ROPES.values(), ids=STATIC_ROPES)

@@ -9,14 +9,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM, FANformerModel
+from tests.tiny_models import FULL_RANK, PAPERS_COLA
 
 # Two ways of adding the same float32 numbers; logits here are of size 10.
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 VARIANTS = [
     {},
-    {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "none"},
+    {"fan_placement": "layer", **FULL_RANK, "norm_placement": "pre", "qkv_norm": "none"},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "gated_residual": False},
-    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all"},
+    {**PAPERS_COLA},
 ]
 
 
@@ -264,7 +265,7 @@ def test_bf16_autocast_trains_near_float32(tiny_model, token_ids):
 def test_default_model_takes_one_real_training_step():
     torch.manual_seed(0)
     model = FANformerForCausalLM(FANformerConfig(dropout=0.0)).train()
-    assert sum(parameter.numel() for parameter in model.parameters()) == 92_158_804
+    assert sum(parameter.numel() for parameter in model.parameters()) == 92_211_712
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     input_ids = torch.randint(0, 49152, (1, 1024))
     losses = []

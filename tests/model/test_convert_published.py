@@ -64,9 +64,9 @@ def test_every_published_weight_matters(shared, tmp_path, published_format):
 
 def test_fan_projection_equals_the_golden_file(shared):
     golden = load_file(shared / "golden/cola_fan_projection.safetensors")
-    config = FANformerConfig(cola_activation="gelu", cola_input="separate", cola_norm=False, fan_placement="projection")
-    factors = CoLAInput(config, 24, rank=6, readers=2, branch="attention")
-    projection = FANProjection(6, 40, fan_ratio=0.15, bias=True, gain=1.0)
+    config = FANformerConfig(cola_input="separate", fan_multiple=1)
+    factors = CoLAInput(config, 24, rank=6, readers=2, branch="attention", activation="gelu", norm=False)
+    projection = FANProjection(6, 40, config.periodic_width(40), bias=True, gain=1.0)
     factors.load_state_dict({"factor.weight": torch.cat((golden["A_p.weight"], golden["A_np.weight"]))})
     projection.load_state_dict(
         {
@@ -209,13 +209,13 @@ def test_missing_p_ratio_is_read_from_the_weights(published):
         "transformer.blocks.0.att_proj.fanlayer.input_linear.bias": (13,),
     }
     model = convert(*published("fanformer-olmo", {"p_ratio": "ABSENT"}, **odd), "fanformer-olmo")
-    assert int(model.config.fan_ratio * 16) == 3
+    assert model.config.periodic_width(16) == 3
 
 
 def test_missing_only_lr_act_means_that_swiglu_has_no_activation(published):
     assert convert(*published("cola"), "cola").config.hidden_act == "silu"
     config = convert(*published("cola", {"only_lr_act": "ABSENT"}), "cola").config
-    assert (config.hidden_act, config.cola_activation) == ("linear", "silu")
+    assert (config.hidden_act, config.cola_activation, config.writer_activation) == ("linear", "silu", "silu")
 
 
 def test_unknown_format_names_the_nearest(published):

@@ -14,16 +14,18 @@ from transformers import (
     pipeline,
 )
 
+from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
+
 # A cached and an uncached product sum in another order; logits here are of size 10, and float32 has 7 digits.
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 VARIANTS = [
     {},
-    {"fan_placement": "projection"},
-    {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "none"},
+    TUNED,
+    {"fan_placement": "layer", **FULL_RANK, "norm_placement": "pre", "qkv_norm": "none"},
     {"fan_placement": "none", "gated_residual": False},
-    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all", "gate_initial": 2.0},
+    {**PAPERS_COLA, "gate_initial": 2.0},
 ]
-SEED_OF_VARIED_TEXT = 5  # with some others, the greedy text of a variant goes round in a circle of few tokens
+SEED_OF_VARIED_TEXT = 1  # with some others, the greedy text of a variant goes round in a circle of few tokens
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24}
 
 

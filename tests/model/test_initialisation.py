@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
-from fanformer.model.modeling_fanformer import _ACTIVATION_SQUARE, FANformerDecoderLayer, FANProjection
+from fanformer.model.modeling_fanformer import _ACTIVATIONS, FANformerDecoderLayer, FANProjection
 from tests.reference.initialisation import assert_starts_as_expected, mean_square
+from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
 
 
 def measure(config):
@@ -35,16 +36,17 @@ def measure(config):
         {},
         {"cola_activation": "gelu"},
         {"cola_activation": "linear"},
-        {"fan_placement": "projection"},
-        {"fan_placement": "projection", "cola_rank_ratio": None},
+        {"fan_placement": "ffn"},
+        FULL_RANK,
         {"tie_word_embeddings": True},
         {"fan_ratio": 0.25},
         {"cola_input": "separate"},
         {"cola_norm": False},
-        {"cola_layers": "all", "cola_input": "separate", "cola_norm": False},
-        {"cola_layers": "attention", "fan_placement": "attention"},
+        {"writer_activation": "residual", "writer_norm": False},
+        PAPERS_COLA,
+        {"gate_up_rank": None, "down_rank": None, "fan_placement": "attention"},
         {"fan_placement": "both"},
-        {"cola_layers": "ffn"},
+        {"qkv_rank": None, "o_rank": None},
         {"gate_initial": -2.0},
         {"norm_placement": "hybrid"},
         {"norm_placement": "pre"},
@@ -62,9 +64,9 @@ def test_signals_keep_their_size_and_the_loss_is_that_of_guessing(fields):
     assert not outside
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
+@pytest.mark.parametrize("activation", _ACTIVATIONS)
 def test_mean_square_of_an_activation_is_the_integral_it_claims_to_be(activation):
-    assert _ACTIVATION_SQUARE[activation] == pytest.approx(mean_square(activation), rel=1e-6)
+    assert _ACTIVATIONS[activation][1] == pytest.approx(mean_square(activation), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -73,18 +75,21 @@ def test_mean_square_of_an_activation_is_the_integral_it_claims_to_be(activation
         {},
         {"cola_activation": "gelu"},
         {"cola_activation": "linear"},
-        {"cola_rank": 8},
+        {"qkv_rank": 8, "gate_up_rank": 12},
         {"cola_activation": "gelu", "fan_ratio": 0.4},
-        {"fan_placement": "projection"},
-        {"fan_placement": "projection", "cola_rank_ratio": None},
+        {"writer_activation": "half"},
+        {"writer_activation": "residual"},
+        TUNED,
+        FULL_RANK,
         {"fan_placement": "layer"},
         {"fan_placement": "none"},
         {"cola_input": "separate"},
         {"cola_norm": False},
-        {"cola_layers": "all", "cola_input": "separate", "cola_norm": False},
-        {"cola_layers": "attention", "fan_placement": "attention"},
+        {"writer_activation": "residual", "writer_norm": False},
+        PAPERS_COLA,
+        {"gate_up_rank": None, "down_rank": None, "fan_placement": "attention"},
         {"fan_placement": "both"},
-        {"cola_layers": "ffn"},
+        {"qkv_rank": None, "o_rank": None},
         {"gate_initial": -2.0},
         {"tie_word_embeddings": True},
         {"initializer_range": 0.05, "embedding_initializer_range": 0.5},

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.tiny_models import FULL_RANK
+
 OFF = {
     "fan_placement": "none",
-    "cola_rank_ratio": None,
+    **FULL_RANK,
     "projection_bias": False,
     "norm_placement": "pre",
     "qkv_norm": "none",

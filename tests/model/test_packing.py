@@ -5,6 +5,7 @@ import torch
 from transformers import DataCollatorWithFlattening, StaticCache
 
 from fanformer.model.modeling_fanformer import packed_documents
+from tests.tiny_models import PAPERS_COLA
 
 # Sums over a row and over a document alone go in another order; logits here are of size 10.
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -35,7 +36,7 @@ def masks(input_ids):
 VARIANTS = [
     ({}, "sdpa"),
     ({}, "eager"),
-    ({"cola_input": "separate", "cola_norm": False, "cola_layers": "all"}, "sdpa"),
+    ({**PAPERS_COLA}, "sdpa"),
 ]
 
 

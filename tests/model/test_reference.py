@@ -16,37 +16,49 @@ from fanformer.model.modeling_fanformer import (
     eager_attention_forward,
 )
 from tests.reference import fanformer_float64 as reference
+from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED, every_rank
 
 # Both sides are float64 (eps 2e-16) and differ in the order of sums only; the largest difference seen is about 1e-13.
 TOLERANCE = {"atol": 1e-10, "rtol": 1e-10}
 
 SWITCHES = [
     {},
-    {"fan_placement": "attention"},
-    {"fan_placement": "both", "cola_layers": "all"},
-    {"fan_placement": "projection"},
-    {"fan_placement": "projection", "fan_ratio": 0.5},
+    TUNED,
+    {"fan_placement": "ffn"},
+    {"fan_placement": "attention", "o_rank": None},
+    {"fan_placement": "both", "fan_multiple": 4},
+    {"fan_multiple": 1},
+    {"fan_multiple": 4},
+    {"fan_ratio": 0.4},
     {"fan_placement": "layer"},
     {"fan_placement": "layer", "fan_ratio": 0.25},
     {"fan_placement": "none"},
     {"fan_ratio": 0.0},
     {"fan_ratio": 0.5},
-    {"cola_rank_ratio": None, "fan_placement": "projection"},
-    {"cola_rank_ratio": 0.25},
-    {"cola_rank": 5},
-    {"cola_layers": "all"},
-    {"cola_layers": "attention", "fan_placement": "attention"},
-    {"cola_layers": "ffn"},
-    {"cola_layers": "ffn", "fan_placement": "none", "cola_rank": 5},
+    FULL_RANK,
+    every_rank(16),
+    every_rank(5),
+    {"gate_up_rank": None, "down_rank": None},
+    {"qkv_rank": None, "o_rank": None},
+    {"o_rank": None},
+    {"down_rank": None},
+    {"qkv_rank": None, "o_rank": None, "fan_placement": "none", "gate_up_rank": 5},
     {"cola_input": "separate"},
-    {"cola_input": "separate", "fan_placement": "projection"},
-    {"fan_placement": "layer", "cola_rank": 5},
+    {"cola_input": "separate", "fan_placement": "ffn"},
+    {"fan_placement": "layer", "qkv_rank": 5},
     {"cola_norm": False},
-    {"cola_input": "separate", "cola_norm": False, "cola_layers": "ffn"},
-    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all"},
+    {"writer_norm": False},
+    {**PAPERS_COLA, "qkv_rank": None, "o_rank": None},
+    PAPERS_COLA,
     {"cola_activation": "silu"},
     {"cola_activation": "gelu"},
     {"cola_activation": "linear"},
+    {"writer_activation": "gelu"},
+    {"writer_activation": "linear"},
+    {"writer_activation": "half"},
+    {"writer_activation": "half", "down_rank": 7, "writer_norm": False},
+    {"writer_activation": "residual"},
+    {"writer_activation": "residual", "fan_placement": "both", "writer_norm": False},
     {"projection_bias": False},
     {"hidden_act": "gelu"},
     {"hidden_act": "linear"},
@@ -62,11 +74,10 @@ SWITCHES = [
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     {"num_key_value_heads": 1},
     {"num_key_value_heads": 4},
-    {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "qk"},
-    {"fan_placement": "none", "cola_rank": 5, "projection_bias": False, "norm_placement": "hybrid"},
+    {**FULL_RANK, "fan_placement": "layer", "norm_placement": "pre", "qkv_norm": "qk"},
+    {"fan_placement": "none", "qkv_rank": 5, "projection_bias": False, "norm_placement": "hybrid"},
     {
-        "cola_rank_ratio": None,
-        "fan_placement": "projection",
+        **FULL_RANK,
         "gated_residual": False,
         "projection_bias": False,
         "norm_placement": "pre",
@@ -167,9 +178,10 @@ def test_rotary_equals_its_equation():
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "linear", "half", "residual"])
 def test_cola_linear_equals_its_equation(tiny_config, activation, normed):
-    config = tiny_config(cola_activation=activation, cola_norm=normed, fan_ratio=0.4)
+    fields = {"writer_activation": activation, "writer_norm": normed}
+    config = tiny_config(**fields, fan_placement="ffn", fan_ratio=0.4, fan_multiple=1)
     linear = randomised(CoLALinear(config, 5, 4, rank=6, branch="ffn"))
     x = randn(2, 5)
     weights = linear.input.factor.weight, linear.output.weight, linear.output.bias
@@ -181,19 +193,19 @@ def test_cola_linear_equals_its_equation(tiny_config, activation, normed):
 
 
 def test_fan_projection_equals_its_equation():
-    projection = randomised(FANProjection(3, 10, fan_ratio=0.25, bias=True, gain=1.0))
+    projection = randomised(FANProjection(3, 10, periodic=2, bias=True, gain=1.0))
     u, v = randn(2, 3), randn(2, 3)
     p = reference.affine(u, projection.periodic.weight)
     g = reference.affine(v, projection.linear.weight, projection.linear.bias)
-    assert p.shape[-1] == 2  # int(0.25 * 10)
+    assert p.shape[-1] == 2
     torch.testing.assert_close(projection(u, v), reference.fan(p, g), **TOLERANCE)
     gradcheck(projection, u, v)
 
 
 def test_fan_layer_equals_its_equation():
-    layer = randomised(FANLayer(7, fan_ratio=0.3))
+    layer = randomised(FANLayer(7, periodic=2))
     x = randn(3, 7)
-    expected = reference.fan_layer(x, layer.projection.weight, layer.projection.bias, 0.3)
+    expected = reference.fan_layer(x, layer.projection.weight, layer.projection.bias, 2)
     torch.testing.assert_close(layer(x), expected, **TOLERANCE)
     gradcheck(layer, x)
 
@@ -206,7 +218,7 @@ def test_gated_residual_equals_its_equation(tiny_config):
 
 
 def test_swiglu_equals_its_equation(tiny_config):
-    config = tiny_config(hidden_size=4, intermediate_size=6, cola_rank=2)
+    config = tiny_config(hidden_size=4, intermediate_size=6, **every_rank(2))
     mlp = randomised(FANformerMLP(config))
     z = randn(1, 2, 4)
     expected = reference.swiglu(z, reference.Layer(dict(mlp.named_parameters()), ""), config)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fanformer.model import FANformerForCausalLM
+from fanformer.model.configuration_fanformer import RANKS
+from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED, every_rank
 
 
 def names(model):
@@ -32,8 +34,7 @@ def recorded_input(module):
 
 
 def test_fan_projection_gives_unit_circles_then_the_linear_part(tiny_model):
-    fields = {"cola_rank_ratio": 0.25, "cola_input": "separate"}
-    attention = attention_of(tiny_model(fan_placement="projection", **fields))
+    attention = attention_of(tiny_model(qkv_rank=16, cola_input="separate", fan_multiple=1))
     periodic = int(0.15 * 64)
     assert attention.q_proj.periodic.weight.shape == (periodic, 16)
     assert attention.q_proj.linear.weight.shape == (64 - 2 * periodic, 16)
@@ -46,7 +47,7 @@ def test_fan_projection_gives_unit_circles_then_the_linear_part(tiny_model):
 
 
 def test_fan_layer_is_shared_by_q_k_and_v(tiny_model, token_ids):
-    model = tiny_model(fan_placement="layer", fan_ratio=0.25, cola_rank_ratio=0.25, cola_input="separate")
+    model = tiny_model(fan_placement="layer", fan_ratio=0.25, qkv_rank=16, cola_input="separate")
     attention = attention_of(model)
     assert attention.fan_layer.projection.weight.shape == (64 - 16, 64)
     assert attention.fan_layer.projection.bias.shape == (48,)
@@ -66,7 +67,8 @@ def test_fan_none_leaves_plain_projections(tiny_model):
 @pytest.mark.parametrize("cola_input", ["shared", "separate"])
 @pytest.mark.parametrize("placement", ["ffn", "attention", "both", "none"])
 def test_fan_between_factors_gives_unit_circles_then_the_activation(tiny_model, cola_input, placement):
-    layer = tiny_model(cola_input=cola_input, cola_layers="all", fan_placement=placement).model.layers[1]
+    fields = {**every_rank(48), "fan_multiple": 1, "cola_input": cola_input}
+    layer = tiny_model(**fields, fan_placement=placement).model.layers[1]
     inputs = {
         layer.self_attn.qkv_input: ("attention", 3),
         layer.self_attn.o_proj.input: ("attention", 1),
@@ -89,70 +91,97 @@ def test_fan_between_factors_gives_unit_circles_then_the_activation(tiny_model, 
 
 @pytest.mark.parametrize(("ratio", "of_48", "of_64"), [(0.0, 0, 0), (0.15, 7, 9), (0.5, 24, 32)])
 def test_fan_ratio_is_the_share_of_cos_and_of_sin(tiny_model, token_ids, ratio, of_48, of_64):
-    model = tiny_model(fan_ratio=ratio)
+    model = tiny_model(**TUNED, fan_ratio=ratio)
     assert model.model.layers[0].mlp.gate_up_input.factor.weight.shape[0] == 48 - of_48
     assert logits(model, token_ids(1, 5)).isfinite().all()
-    model = tiny_model(fan_ratio=ratio, fan_placement="projection")
+    model = tiny_model(fan_ratio=ratio, fan_multiple=1)
     assert attention_of(model).q_proj.periodic.weight.shape[0] == of_64
     assert logits(model, token_ids(1, 5)).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("fields", "rank"),
+    ("multiple", "channels", "expected"),
     [
-        ({"cola_rank_ratio": 0.25}, 64 // 4),
-        ({"cola_rank_ratio": 0.5}, 32),
-        ({"cola_rank": 5}, 5),
-        ({"cola_rank": 5, "cola_rank_ratio": None}, 5),
+        (16, 1536, 224),  # Q of the default: 230.4 is nearer to 224 than to 240, and 1536 - 448 is a multiple too
+        (16, 768, 112),  # K and V: 115.2
+        (1, 1536, 230),  # as published: rounded down
+        (1, 768, 115),
+        (8, 1536, 232),
+        (16, 192, 32),  # 28.8
+        (16, 64, 8),  # 9.6 is less than 16
+        (16, 32, 4),  # 4.8
+        (16, 16, 2),  # one head of 16: 2.4
+        (16, 24, 4),  # 3.6 is less than 4, but nearer to it than to 2
+        (16, 63, 9),  # odd: no multiple but 1
     ],
-    ids=str,
 )
-def test_cola_rank_is_the_width_between_the_factors(tiny_model, fields, rank):
-    fields["fan_placement"] = "projection"
-    layer = tiny_model(cola_layers="all", cola_input="separate", **fields).model.layers[0]
-    assert layer.self_attn.qkv_input.factor.weight.shape == (6 * rank, 64)
-    assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, rank)
-    assert layer.mlp.gate_up_input.factor.weight.shape == (2 * rank, 64)
-    assert layer.mlp.up_proj.weight.shape == (96, rank)
-    assert layer.mlp.down_proj.input.factor.weight.shape == (rank, 96)
-    assert layer.mlp.down_proj.output.weight.shape == (64, rank)
+def test_fan_multiple_rounds_p_so_that_p_and_the_rest_are_multiples(tiny_config, multiple, channels, expected):
+    config = tiny_config(fan_multiple=multiple)
+    assert config.periodic_width(channels) == expected
+    model = FANformerForCausalLM(tiny_config(head_dim=channels if channels % 2 == 0 else 64, fan_multiple=multiple))
+    projection = attention_of(model).k_proj
+    assert 2 * projection.periodic.out_features + projection.linear.out_features == 2 * model.config.head_dim
+
+
+def test_fan_multiple_never_takes_what_was_asked_for_away(tiny_config):
+    for multiple in (1, 2, 4, 8, 16, 32):
+        for ratio in (0.05, 0.15, 0.25, 0.4, 0.5):
+            config = tiny_config(fan_multiple=multiple, fan_ratio=ratio)
+            for channels in range(2, 400, 2):
+                wide, share = config.periodic_width(channels), ratio * channels
+                assert 0 <= 2 * wide <= channels
+                assert wide > 0 or share < 1
+                assert 2 * wide < channels or ratio == 0.5
+                assert abs(wide - share) <= max(multiple / 2, 1)
+                if channels % multiple == 0 and multiple <= min(share, channels - 2 * share or share):
+                    assert wide % multiple == 0
+
+
+def test_each_kind_of_layer_has_a_rank_of_its_own(tiny_model):
+    layer = tiny_model(qkv_rank=11, o_rank=12, gate_up_rank=13, down_rank=14, fan_multiple=1).model.layers[0]
+    assert layer.self_attn.qkv_input.factor.weight.shape == (11, 64)
+    assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, 11)
+    assert layer.self_attn.v_proj.periodic.weight.shape == (4, 11)
+    assert layer.self_attn.o_proj.input.factor.weight.shape == (12, 64)
+    assert layer.self_attn.o_proj.output.weight.shape == (64, 12)
+    assert layer.mlp.gate_up_input.factor.weight.shape == (13, 64)
+    assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (96, 13)
+    assert layer.mlp.down_proj.input.factor.weight.shape == (14, 96)
+    assert layer.mlp.down_proj.output.weight.shape == (64, 14)
+
+
+def test_separate_inputs_have_a_first_factor_for_each_reader(tiny_model):
+    layer = tiny_model(**PAPERS_COLA, **every_rank(5)).model.layers[0]
+    assert layer.self_attn.qkv_input.factor.weight.shape == (6 * 5, 64)  # p and g of Q, K and V
+    assert layer.mlp.gate_up_input.factor.weight.shape == (2 * 5, 64)
+
+
+@pytest.mark.parametrize("full", RANKS)
+def test_a_rank_of_none_is_full_rank_for_its_layers_alone(tiny_model, full):
+    model = tiny_model(**{full: None})
+    parts = {"qkv_rank": "qkv_input", "o_rank": "o_proj", "gate_up_rank": "gate_up_input", "down_rank": "down_proj"}
+    factors = {name.split(".")[4] for name in names(model) if "factor" in name}
+    assert factors == set(parts.values()) - {parts[full]}
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.linear.in_features == (64 if full == "qkv_rank" else 44)
+    assert layer.mlp.up_proj.in_features == (64 if full == "gate_up_rank" else 28)
+    for output, name in ((layer.self_attn.o_proj, "o_rank"), (layer.mlp.down_proj, "down_rank")):
+        assert (type(output) is torch.nn.Linear) == (name == full)
 
 
 def test_full_rank_has_no_factors(tiny_model):
-    model = tiny_model(cola_rank_ratio=None, fan_placement="projection")
+    model = tiny_model(**FULL_RANK, fan_multiple=1)
     assert not [name for name in names(model) if "factor" in name]
     layer = model.model.layers[0]
     assert layer.mlp.down_proj.weight.shape == (64, 96)
     assert layer.self_attn.q_proj.linear.weight.shape == (64 - 18, 64)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "low_rank"),
-    [
-        ("readers", {"qkv_input", "gate_up_input"}),
-        ("all", {"qkv_input", "o_proj", "gate_up_input", "down_proj"}),
-        ("attention", {"qkv_input", "o_proj"}),
-        ("ffn", {"gate_up_input", "down_proj"}),
-    ],
-    ids=["readers", "all", "attention", "ffn"],  # a set's text has another order in every process
-)
-def test_cola_layers_says_which_layers_have_factors(tiny_model, chosen, low_rank):
-    model = tiny_model(cola_layers=chosen, fan_placement="projection")
-    assert {name.split(".")[4] for name in names(model) if "factor" in name} == low_rank
-    layer = model.model.layers[0]
-    attention_width, ffn_width = (48 if part in low_rank else 64 for part in ("qkv_input", "gate_up_input"))
-    assert layer.self_attn.q_proj.periodic.weight.shape == (9, attention_width)
-    assert layer.self_attn.v_proj.linear.weight.shape == (32 - 2 * 4, attention_width)
-    assert layer.mlp.gate_proj.weight.shape == layer.mlp.up_proj.weight.shape == (96, ffn_width)
-    for output, part in ((layer.self_attn.o_proj, "o_proj"), (layer.mlp.down_proj, "down_proj")):
-        assert (type(output) is torch.nn.Linear) == (part not in low_rank)
-
-
 def test_a_shared_input_factor_is_one_for_all_its_readers(tiny_model):
-    layer = tiny_model(cola_input="shared", fan_placement="projection").model.layers[0]
-    assert layer.self_attn.qkv_input.factor.weight.shape == (48, 64)
-    assert layer.mlp.gate_up_input.factor.weight.shape == (48, 64)
-    assert layer.self_attn.q_proj.periodic.weight.shape == (9, 48)  # as with a factor of its own
+    layer = tiny_model(cola_input="shared").model.layers[0]
+    assert layer.self_attn.qkv_input.factor.weight.shape == (44, 64)
+    assert layer.mlp.gate_up_input.factor.weight.shape == (28, 64)
+    assert layer.self_attn.q_proj.periodic.weight.shape == (8, 44)  # as with a factor of its own
     inputs = layer.self_attn.qkv_input(torch.randn(1, 3, 64))
     assert len(inputs) == 6
     assert all(torch.equal(inputs[0], other) for other in inputs)
@@ -161,35 +190,58 @@ def test_a_shared_input_factor_is_one_for_all_its_readers(tiny_model):
 
 
 @pytest.mark.parametrize("cola_input", ["separate", "shared"])
-def test_cola_norm_makes_the_factors_blind_to_the_scale_of_the_first(tiny_model, cola_input):
+@pytest.mark.parametrize("switch", ["cola_norm", "writer_norm"])
+def test_norms_make_the_factors_blind_to_the_scale_of_the_first(tiny_model, switch, cola_input):
     for normed in (False, True):
-        fields = {"cola_input": cola_input, "cola_norm": normed, "cola_layers": "all"}
+        fields = {"cola_input": cola_input, switch: normed}
         part = tiny_model(**fields, rms_norm_eps=1e-12).model.layers[0].mlp
-        assert [name for name, _ in part.named_parameters() if "norm" in name] == (
-            ["gate_up_input.norm.weight", "down_proj.input.norm.weight"] if normed else []
-        )
+        norms = {"gate_up_input.norm.weight": switch == "writer_norm" or normed}
+        norms |= {"down_proj.input.norm.weight": switch == "cola_norm" or normed}
+        assert {name for name, _ in part.named_parameters() if "norm" in name} == {n for n, on in norms.items() if on}
         x = torch.randn(3, 64)
         before = part(x)
         with torch.no_grad():
-            part.gate_up_input.factor.weight.mul_(3)
+            (part.gate_up_input if switch == "cola_norm" else part.down_proj.input).factor.weight.mul_(3)
         assert torch.allclose(part(x), before, atol=1e-5) == normed
 
 
-def test_cola_activation_stands_between_the_factors(tiny_model):
+def half_silu(t):
+    return torch.cat((torch.nn.functional.silu(t[..., :20]), t[..., 20:]), dim=-1)
+
+
+FORMS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,  # exact, by erf
+    "linear": lambda t: t,
+    "half": half_silu,  # of 40 channels
+    "residual": lambda t: t + torch.nn.functional.silu(t),
+}
+
+
+@pytest.mark.parametrize("activation", FORMS)
+def test_writer_activation_stands_between_the_factors_of_o_and_down(tiny_model, activation):
     x = torch.randn(3, 96)
-    for activation, function in (
-        ("silu", torch.nn.functional.silu),
-        ("gelu", torch.nn.functional.gelu),  # exact, by erf
-        ("linear", lambda t: t),
-    ):
-        fields = {"cola_activation": activation, "cola_layers": "all", "cola_norm": False, "fan_placement": "none"}
-        down = tiny_model(**fields).model.layers[0].mlp.down_proj
-        expected = function(x @ down.input.factor.weight.T) @ down.output.weight.T + down.output.bias
-        torch.testing.assert_close(down(x), expected)
+    layer = tiny_model(writer_activation=activation, writer_norm=False).model.layers[0]
+    down = layer.mlp.down_proj
+    expected = FORMS[activation](x @ down.input.factor.weight.T) @ down.output.weight.T + down.output.bias
+    torch.testing.assert_close(down(x), expected)
+    assert type(layer.self_attn.o_proj.input.activation) is type(down.input.activation)
+    assert type(layer.mlp.gate_up_input.activation) is torch.nn.SiLU
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "linear"])
+def test_cola_activation_stands_between_the_factors_of_the_layers_that_read(tiny_model, activation):
+    z = torch.randn(3, 64)
+    layer = tiny_model(cola_activation=activation, cola_norm=False).model.layers[0]
+    gate, up = layer.mlp.gate_up_input(z)
+    torch.testing.assert_close(gate, FORMS[activation](z @ layer.mlp.gate_up_input.factor.weight.T))
+    assert gate is up
+    assert type(layer.self_attn.qkv_input.activation) is type(layer.mlp.gate_up_input.activation)
+    assert type(layer.mlp.down_proj.input.activation) is torch.nn.SiLU
 
 
 def test_projection_bias_is_on_every_output_but_cos_and_sin(tiny_model):
-    others = {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    others = {"o_proj.output", "gate_proj", "up_proj", "down_proj.output"}
     for placement, expected in (
         ("ffn", {"q_proj", "k_proj", "v_proj"} | others),
         ("projection", {"q_proj.linear", "k_proj.linear", "v_proj.linear"} | others),
@@ -223,7 +275,7 @@ def test_norm_placement_says_where_attention_has_a_norm(tiny_model, placement, n
 @pytest.mark.parametrize(("placement", "normed"), [("hybrid-star", True), ("hybrid", True), ("pre", False)], ids=str)
 def test_norm_placement_says_which_residual_the_ffn_gets(tiny_model, placement, normed):
     layer = tiny_model(norm_placement=placement, num_hidden_layers=1, gated_residual=False).model.layers[0]
-    for branch in (layer.mlp.down_proj, layer.self_attn.o_proj):
+    for branch in (layer.mlp.down_proj.output, layer.self_attn.o_proj.output):
         torch.nn.init.zeros_(branch.weight)
         torch.nn.init.zeros_(branch.bias)
     x = torch.randn(1, 4, 64)
@@ -236,7 +288,12 @@ def test_norm_placement_says_which_residual_the_ffn_gets(tiny_model, placement, 
 def test_qkv_norm_makes_attention_blind_to_the_scale_of_what_it_normalises(tiny_model, token_ids, qkv_norm, normed):
     # A tiny eps, else it would be what the scale is compared with; no biases, so that scaling a weight scales its part.
     model = tiny_model(
-        qkv_norm=qkv_norm, fan_placement="none", projection_bias=False, rms_norm_eps=1e-12, num_hidden_layers=1
+        qkv_norm=qkv_norm,
+        fan_placement="none",
+        projection_bias=False,
+        writer_norm=False,
+        rms_norm_eps=1e-12,
+        num_hidden_layers=1,
     )
     present = {part for part in "qkv" if f"model.layers.0.self_attn.{part}_norm.weight" in names(model)}
     assert present == set(normed)

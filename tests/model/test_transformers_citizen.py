@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM, FANformerModel
 from tests.reference.initialisation import assert_starts_as_expected
+from tests.tiny_models import FULL_RANK, PAPERS_COLA
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 VARIANTS = [
     {},
     {"tie_word_embeddings": True},
-    {"fan_placement": "layer", "cola_rank_ratio": None},
-    {"cola_input": "separate", "cola_norm": False, "cola_layers": "all", "gate_initial": -2.0},
+    {"fan_placement": "layer", **FULL_RANK},
+    {**PAPERS_COLA, "gate_initial": -2.0},
     {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -125,12 +126,12 @@ def test_base_model_and_head_load_each_others_folders(tiny_model, tmp_path):
     "fields",
     [
         {},
-        {"fan_placement": "layer", "cola_rank_ratio": None, "norm_placement": "pre"},
+        {"fan_placement": "layer", **FULL_RANK, "norm_placement": "pre"},
         {"tie_word_embeddings": True},
         {
-            "cola_input": "separate",
-            "cola_norm": False,
-            "cola_layers": "attention",
+            **PAPERS_COLA,
+            "gate_up_rank": None,
+            "down_rank": None,
             "fan_placement": "attention",
             "gate_initial": -2.0,
         },

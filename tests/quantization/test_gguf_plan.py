@@ -1,12 +1,15 @@
 """Which type a tensor gets: the one asked for, or the next that fits, with a reason; nothing in silence."""
 
 import dataclasses
+import math
 
 import pytest
 
 from fanformer.errors import ConfigError
 from fanformer.inference.gguf_architecture import Architecture
+from fanformer.model import FANformerConfig
 from fanformer.quantization.gguf_plan import OFFERED, fitting_type, make_plan
+from tests.tiny_models import every_rank
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def architecture(tiny_config):
 
 @pytest.mark.parametrize("kind", OFFERED)
 def test_matrices_get_the_type_and_vectors_float32(architecture, kind):
-    wide = {"hidden_size": 256, "cola_rank": 256, "intermediate_size": 512, "head_dim": 64}
+    wide = {"hidden_size": 256, **every_rank(256), "intermediate_size": 512, "head_dim": 64}
     plan = make_plan(architecture(**wide), kind)
     head = "q6_k" if kind in ("q4_0", "q4_k", "q5_k") else kind
     asked = {"matrix": kind, "embedding": kind, "head": head, "vector": "f32"}
@@ -37,9 +40,18 @@ def test_rows_that_do_not_fill_blocks_take_the_next_type_with_a_reason():
     assert fitting_type("bf16", 7) == (fitting_type("bf16", 64)[0], "")
 
 
-def test_a_model_is_filled_up_where_that_saves_bits():
-    from fanformer.model import FANformerConfig
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_k", "q4_k", "q4_0"])
+def test_at_most_a_twentieth_of_the_default_blocks_stays_uncut(kind):
+    plan = make_plan(Architecture.from_config(FANformerConfig()), kind)
+    blocks = [item for item in plan.tensors if item.spec.name.startswith("blk.")]
+    sizes = {item.spec.name: math.prod(item.spec.shape) for item in blocks}
+    whole = sum(sizes[item.spec.name] for item in blocks if item.kind.block_elements == 1)
+    assert whole <= 0.05 * sum(sizes.values())
+    assert all(item.kind.block_elements > 1 for item in blocks if item.spec.role == "matrix")
+    assert plan.notes == ()  # nothing needs filling up
 
+
+def test_a_model_is_filled_up_where_that_saves_bits():
     default = Architecture.from_config(FANformerConfig())
     assert make_plan(default, "q4_k").model == default
     plan = make_plan(Architecture.from_config(FANformerConfig(intermediate_size=1016)), "q4_k")
@@ -48,8 +60,10 @@ def test_a_model_is_filled_up_where_that_saves_bits():
         "intermediate_size 1016 is filled up with zeros to 1024, so that rows of ffn_down fill blocks",
     )
     kinds = {item.spec.name: item.kind.name for item in plan.tensors}
-    assert kinds["blk.3.ffn_down.weight"] == kinds["blk.3.attn_qkv_a.weight"] == kinds["token_embd.weight"] == "q4_k"
-    assert kinds["blk.3.attn_q.weight"] == kinds["blk.3.ffn_up.weight"] == "iq4_nl"  # the rank is 384
+    whole = ("ffn_down_a", "attn_qkv_a", "attn_output_a", "attn_output")
+    assert {kinds[f"blk.3.{name}.weight"] for name in whole} == {kinds["token_embd.weight"]} == {"q4_k"}
+    # their ranks are 352, 224 and 320
+    assert {kinds[f"blk.3.{name}.weight"] for name in ("attn_q", "attn_v_fan", "ffn_up", "ffn_down")} == {"iq4_nl"}
     assert kinds["output.weight"] == "q6_k"
 
 

@@ -10,6 +10,7 @@ from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.quantization.gptq_v1 import _module_tree, common_group, export_gptq_v1, stored_weight, texts_of
 from fanformer.quantization.linear_layers import matrices_by_part
 from fanformer.quantization.quantized_folder import KEPT_HIGH, Settings
+from tests.tiny_models import FULL_RANK, TUNED, every_rank
 
 installed = importlib.util.find_spec("gptqmodel") is not None
 
@@ -59,15 +60,15 @@ def test_stored_weight_is_what_was_packed(tmp_path, bits):
         stored_weight(tmp_path, "a.c", bits)
 
 
-@pytest.mark.parametrize(("fields", "expected"), [({}, 32), ({"cola_rank": 64, "cola_rank_ratio": None}, 64)])
+@pytest.mark.parametrize(("fields", "expected"), [({}, 32), (every_rank(64), 64)])
 def test_the_group_is_the_largest_that_fills_the_most_rows(tiny_model, fields, expected):
-    model = tiny_model(**{"hidden_size": 128, "head_dim": 32, "cola_rank": 96, "cola_rank_ratio": None, **fields})
+    model = tiny_model(**{"hidden_size": 128, "head_dim": 32, **every_rank(96), **fields})
     assert common_group(model, 128) == expected
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"fan_placement": "layer"}, {"cola_layers": "all"}, {"cola_rank_ratio": None, "fan_placement": "none"}],
+    [{}, TUNED, {"fan_placement": "layer"}, {**FULL_RANK, "fan_placement": "none"}, FULL_RANK],
 )
 def test_the_description_of_a_block_has_every_matrix_once_factors_before_what_reads_them(tiny_model, fields):
     model = tiny_model(**fields)

@@ -1,9 +1,12 @@
 """Parts, groups and rounding, and which scales fold: what GPTQ, AWQ and the scan rest on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.quantization.compressed_tensors import foldable_scales
 from fanformer.quantization.linear_layers import (
     fill_intermediate,
@@ -11,14 +14,17 @@ from fanformer.quantization.linear_layers import (
     matrices_by_part,
     round_to_nearest,
 )
+from fanformer.quantization.quantized_folder import planned_groups
+from tests.tiny_models import FULL_RANK, TUNED
 
 VARIANTS = [
     {},
-    {"fan_placement": "both"},
-    {"fan_placement": "projection", "cola_input": "separate"},
-    {"fan_placement": "layer", "cola_layers": "all", "norm_placement": "pre"},
-    {"fan_placement": "none", "cola_rank_ratio": None, "norm_placement": "pre", "qkv_norm": "none"},
-    {"fan_placement": "projection", "cola_rank_ratio": None, "norm_placement": "hybrid", "projection_bias": False},
+    TUNED,
+    {"fan_placement": "both", "writer_activation": "residual"},
+    {"cola_input": "separate"},
+    {"fan_placement": "layer", "norm_placement": "pre", "writer_norm": False},
+    {**FULL_RANK, "fan_placement": "none", "norm_placement": "pre", "qkv_norm": "none"},
+    {**FULL_RANK, "norm_placement": "hybrid", "projection_bias": False},
     {"tie_word_embeddings": True, "hidden_act": "gelu"},
 ]
 
@@ -30,6 +36,17 @@ def test_every_matrix_has_a_part(tiny_model, fields):
     expected = {id(p): p.numel() for p in model.parameters() if p.ndim == 2 and p.numel()}
     assert {id(module.weight): module.weight.numel() for module in found} == expected
     assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(("wanted", "smallest", "outputs"), [(128, 16, 1), (32, 32, 16)], ids=["gptq-awq", "gptq-v1"])
+def test_at_most_a_twentieth_of_the_default_blocks_stays_uncut(wanted, smallest, outputs):
+    with torch.device("meta"):
+        model = FANformerForCausalLM(FANformerConfig())
+    groups = planned_groups(model, wanted, Path("default"), smallest, outputs)
+    sizes = {name: parameter.numel() for name, parameter in model.model.layers.named_parameters()}
+    cut = sum(sizes[f"{name}.weight".removeprefix("model.layers.")] for name, size in groups.items() if size)
+    assert 1 - cut / sum(sizes.values()) <= 0.05
+    assert all(groups.values())
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
@@ -54,7 +71,7 @@ def test_folded_scales_leave_the_function_as_it_is(tiny_model, token_ids, fields
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("fields", [{}, {"cola_layers": "all"}, {"projection_bias": False}], ids=str)
+@pytest.mark.parametrize("fields", [{}, TUNED, {"projection_bias": False}], ids=str)
 def test_filling_f_up_leaves_the_function_as_it_is(tiny_model, token_ids, fields):
     model, ids = tiny_model(intermediate_size=100, **fields), token_ids(2, 16)
     with torch.no_grad():

@@ -31,7 +31,18 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "linear": identity}
+def half(x: Tensor) -> Tensor:
+    """SiLU on the first half of the channels (of an odd number, the larger part), the rest as it is."""
+    count = x.shape[-1] // 2 + x.shape[-1] % 2
+    return torch.cat([silu(x[..., :count]), x[..., count:]], dim=-1)
+
+
+def residual(x: Tensor) -> Tensor:
+    """x + x / (1 + e^-x)."""
+    return x + silu(x)
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "linear": identity, "half": half, "residual": residual}
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,9 +73,22 @@ def fan(p: Tensor, g: Tensor) -> Tensor:
     return torch.cat([torch.cos(p), torch.sin(p), g], dim=-1)
 
 
-def fan_layer(x: Tensor, weight: Tensor, bias: Tensor, fan_ratio: float) -> Tensor:
-    """FANLayer': [cos(W_p x + B_p) || sin(W_p x + B_p) || W_g x + B_g], W_p of int(p * D) rows."""
-    periodic = int(fan_ratio * x.shape[-1])
+def periodic_width(channels: int, config) -> int:
+    """P: of the multiples of m up to half the channels, the one nearest to p * channels; int(p * channels) at m = 1.
+
+    m is the largest power of two up to `fan_multiple` that divides the channels and is neither above p * channels nor
+    above (1 - 2p) * channels, unless this is 0.
+    """
+    share = config.fan_ratio * channels
+    limit = min(config.fan_multiple, share, channels - 2 * share or share)
+    powers = [2**i for i in range(1, 20) if 2**i <= limit and channels % 2**i == 0]
+    if not powers:
+        return int(share)
+    return min(range(0, channels // 2 + 1, powers[-1]), key=lambda width: (abs(width - share), width))
+
+
+def fan_layer(x: Tensor, weight: Tensor, bias: Tensor, periodic: int) -> Tensor:
+    """FANLayer': [cos(W_p x + B_p) || sin(W_p x + B_p) || W_g x + B_g], W_p of P rows."""
     p = affine(x, weight[:periodic], bias[:periodic])
     g = affine(x, weight[periodic:], bias[periodic:])
     return fan(p, g)
@@ -108,23 +132,18 @@ class Layer:
         return self.state.get(self.prefix + name)
 
 
-def low_rank(config, branch: str, role: str) -> bool:
-    """Whether the linear layers of `branch`, attention or ffn, in the role, readers or writer, are CoLA linears."""
-    return config.cola_layers in ("all", branch, role) and (config.cola_rank, config.cola_rank_ratio) != (None, None)
-
-
-def branch_output(x: Tensor, layer: Layer, name: str, branch: str, config) -> Tensor:
+def branch_output(x: Tensor, layer: Layer, name: str, rank: int | None, branch: str, config) -> Tensor:
     """The CoLA linear that ends a branch, stored as two factors, or at full rank as one matrix."""
-    if not low_rank(config, branch, "writer"):
-        return cola(x, None, layer[f"{name}.weight"], layer.get(f"{name}.bias"), config.cola_activation)
+    if rank is None:
+        return affine(x, layer[f"{name}.weight"], layer.get(f"{name}.bias"))
     w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
-    bias, norm = layer.get(f"{name}.output.bias"), layer.get(f"{name}.input.norm.weight")
-    return cola(x, w_a, w_b, bias, config.cola_activation, norm, config.rms_norm_eps, between(w_b, branch, config))
+    bias, norm = layer.get(f"{name}.output.bias"), layer[f"{name}.input.norm.weight"] if config.writer_norm else None
+    return cola(x, w_a, w_b, bias, config.writer_activation, norm, config.rms_norm_eps, between(w_b, branch, config))
 
 
 def between(w_b: Tensor, branch: str, config) -> int:
-    """P between two factors: int(p * R), R being what W_b reads."""
-    return int(config.fan_ratio * w_b.shape[1]) if config.fan_placement in (branch, "both") else 0
+    """P between two factors, of the R channels that W_b reads."""
+    return periodic_width(w_b.shape[1], config) if config.fan_placement in (branch, "both") else 0
 
 
 def first_factors(layer: Layer, name: str, readers: int, config) -> list[Tensor]:
@@ -138,7 +157,7 @@ def projections(x: Tensor, layer: Layer, config) -> tuple[Tensor, Tensor, Tensor
     act, norm, eps = config.cola_activation, layer.get("qkv_input.norm.weight"), config.rms_norm_eps
     count = 6 if config.fan_placement == "projection" else 3
     factors = [None] * count
-    if low_rank(config, "attention", "readers"):
+    if config.qkv_rank is not None:
         factors = first_factors(layer, "qkv_input", count, config)
     result = []
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -156,7 +175,8 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
     """ATF of x (T, D), one query head at a time."""
     width, theta, eps = config.head_dim, config.rope_parameters["rope_theta"], config.rms_norm_eps
     if config.fan_placement == "layer":
-        x = fan_layer(x, layer["fan_layer.projection.weight"], layer["fan_layer.projection.bias"], config.fan_ratio)
+        parts = layer["fan_layer.projection.weight"], layer["fan_layer.projection.bias"]
+        x = fan_layer(x, *parts, periodic_width(x.shape[-1], config))
     q_all, k_all, v_all = projections(x, layer, config)
     outputs = []
     for head in range(config.num_attention_heads):
@@ -170,20 +190,20 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
         if config.qkv_norm == "qkv":
             v = rms_norm(v, layer["v_norm.weight"], eps)
         outputs.append(attend(rope(q, theta), rope(k, theta), v))
-    return branch_output(torch.cat(outputs, dim=-1), layer, "o_proj", "attention", config)
+    return branch_output(torch.cat(outputs, dim=-1), layer, "o_proj", config.o_rank, "attention", config)
 
 
 def swiglu(z: Tensor, layer: Layer, config) -> Tensor:
     """W_down(act(W_gate z) * W_up z), gate and up CoLA linears, and down where the configuration says so."""
     gate_a, up_a = None, None
-    if low_rank(config, "ffn", "readers"):
+    if config.gate_up_rank is not None:
         gate_a, up_a = first_factors(layer, "gate_up_input", 2, config)
     act, norm, eps = config.cola_activation, layer.get("gate_up_input.norm.weight"), config.rms_norm_eps
     periodic = between(layer["gate_proj.weight"], "ffn", config)
     gate = cola(z, gate_a, layer["gate_proj.weight"], layer.get("gate_proj.bias"), act, norm, eps, periodic)
     up = cola(z, up_a, layer["up_proj.weight"], layer.get("up_proj.bias"), act, norm, eps, periodic)
     product = ACTIVATIONS[config.hidden_act](gate) * up
-    return branch_output(product, layer, "down_proj", "ffn", config)
+    return branch_output(product, layer, "down_proj", config.down_rank, "ffn", config)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:

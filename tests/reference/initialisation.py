@@ -4,14 +4,16 @@ import math
 
 import torch
 
-from tests.reference.fanformer_float64 import ACTIVATIONS, low_rank
+from tests.reference.fanformer_float64 import ACTIVATIONS, between
 
 
 def mean_square(activation: str) -> float:
     """E[act(x)^2] for a standard normal x, integrated over [-12, 12]."""
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     density = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    return torch.trapezoid(ACTIVATIONS[activation](x) ** 2 * density, x).item()
+    # a column each of two channels: "half" is one thing on the first, another on the second
+    squares = ACTIVATIONS[activation](torch.stack([x, x], dim=-1)) ** 2
+    return torch.trapezoid(squares.mean(-1) * density, x).item()
 
 
 def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
@@ -33,9 +35,9 @@ def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:
     if "o_proj" in name or "down_proj" in name:
         return 0.0, 0.0
     branch = "attention" if "self_attn" in name else "ffn"
-    if low_rank(config, branch, "readers"):
-        rank = shape[1]
-        periodic = int(config.fan_ratio * rank) if config.fan_placement in (branch, "both") else 0
+    rank = {"attention": config.qkv_rank, "ffn": config.gate_up_rank}[branch]
+    if rank is not None:
+        periodic = between(torch.empty(shape), branch, config)
         square = (periodic + (rank - 2 * periodic) * mean_square(config.cola_activation)) / rank
         std /= math.sqrt(square)
     return 0.0, std

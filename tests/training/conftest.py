@@ -14,6 +14,10 @@ TINY_MODEL = {
     "head_dim": 16,
     "max_position_embeddings": 32,
     "dropout": 0.1,
+    "qkv_rank": 22,
+    "o_rank": 16,
+    "gate_up_rank": 14,
+    "down_rank": 20,
 }
 
 

@@ -12,6 +12,8 @@ import torch
 
 from fanformer.errors import ConfigError
 from fanformer.evaluation.ledger import read_ledger
+from fanformer.model import FANformerConfig
+from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.architectures import architecture, without_embeddings
 from fanformer.training.comparison import Comparison, Outcome, best_rate, run_comparison
 from fanformer.training.comparison_entries import Provenance, write_comparison
@@ -57,7 +59,10 @@ def outcome(spec, budget, seed, loss):
     return Outcome(Trial(spec, 0.01, seed, {}), budget, Result("finished", "", figures, curve, {}))
 
 
-@pytest.mark.parametrize("spec", ["fanformer@300k", "llama@300k", "llama-qk-norm@300k", "cola-llama@300k"])
+SCALED = ["fanformer@300k", "fanformer-tuned@300k", "llama@300k", "llama-qk-norm@300k", "cola-llama@300k"]
+
+
+@pytest.mark.parametrize("spec", SCALED)
 def test_a_size_is_met_within_a_hundredth(spec):
     assert abs(without_embeddings(architecture(spec).config()) / 300_000 - 1) <= 0.01
 
@@ -69,7 +74,30 @@ def test_a_size_can_be_that_of_another_architecture():
 
 def test_a_name_without_size_is_the_published_shape():
     assert architecture("llama").count().total == 134_515_008
-    assert architecture("fanformer").count().total == 92_158_804
+    assert architecture("fanformer").count().total == 92_211_712
+    assert architecture("fanformer-tuned").count().total == 92_158_804
+
+
+@pytest.mark.parametrize("size", ["200k", "1m", "4m", "fanformer"])
+def test_the_definition_at_any_size_has_its_ffn_and_low_ranks_in_all_layers(size):
+    config = architecture(f"fanformer@{size}").config()
+    width = config.hidden_size
+    assert config.intermediate_size == 4 * width
+    ranks = {name: getattr(config, name) for name in RANKS}
+    step = 32 if width >= 256 else 8
+    assert all(rank % step == 0 for rank in ranks.values()), ranks
+    usual = sum(getattr(FANformerConfig(), name) for name in RANKS) / 512
+    assert 0.5 < sum(ranks.values()) / width / usual < 1.5
+    assert abs(without_embeddings(config) / without_embeddings(architecture(f"llama@{size}").config()) - 1) < 0.02
+
+
+def test_ranks_make_up_for_what_a_part_costs_and_the_ffn_where_there_are_none():
+    whole = architecture("fanformer@1m").config()
+    plain = architecture("fanformer@1m:o_rank=null,down_rank=null").config()
+    assert (plain.o_rank, plain.down_rank, plain.intermediate_size) == (None, None, whole.intermediate_size)
+    assert plain.qkv_rank < whole.qkv_rank
+    full = architecture("fanformer@1m:qkv_rank=null,o_rank=null,gate_up_rank=null,down_rank=null").config()
+    assert full.intermediate_size < whole.intermediate_size
 
 
 def test_scaled_initialisation_is_the_one_of_the_experiments():
@@ -292,7 +320,8 @@ def test_what_a_name_builds_is_not_taken_for_what_it_built_before(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "number", "expected"),
     [
-        ("fanformer@300k", 3, [-0.1225, -0.0402, 0.0800, -0.1081]),
+        ("fanformer@300k", 4, [0.1108, -0.0380, -0.0889, -0.0141]),
+        ("fanformer-tuned@300k", 3, [-0.1225, -0.0402, 0.0800, -0.1081]),
         ("llama@300k", 2, [-0.1266, 0.0523, 0.0624, 0.0022]),
         ("cola-llama@300k", 2, [-0.0389, -0.0718, 0.0479, 0.1970]),
     ],

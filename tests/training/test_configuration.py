@@ -18,11 +18,27 @@ from fanformer.training.configuration import (
 def test_every_preset_resolves_and_gives_a_valid_model():
     from fanformer.model import FANformerConfig
 
-    assert preset_names() == ["1b", "92m", "nano"]
+    assert preset_names() == ["1b", "92m", "92m-tuned", "nano"]
     for name in preset_names():
         config = resolve(name)
         assert config.preset == name
         FANformerConfig(**config.model)
+
+
+def test_a_run_from_before_each_kind_of_layer_had_a_rank_keeps_its_model(tmp_path):
+    """Its preset means another model now; what it was is in the part that says what was built."""
+    from fanformer.model import FANformerConfig
+
+    words = {"cola_rank_ratio": 0.75, "cola_rank": None, "cola_layers": "readers", "fan_placement": "ffn"}
+    built = {**words, "intermediate_size": 896, "hidden_size": 512, "model_type": "fanformer", "dtype": "float32"}
+    run = {"configuration": {"preset": "92m", "model": {"dropout": 0.0}, "seed": 3}, "model": built}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+    config = resolve(config_file=file, overrides={"model.fan_ratio": 0.2})
+    assert (config.preset, config.seed) == ("92m", 3)
+    model = FANformerConfig(**config.model)
+    assert (model.qkv_rank, model.o_rank, model.intermediate_size, model.fan_multiple) == (384, None, 896, 1)
+    assert (model.dropout, model.fan_ratio) == (0.0, 0.2)
 
 
 def test_later_sources_win_over_earlier_ones(tmp_path):
@@ -121,7 +137,7 @@ def test_what_is_no_count_is_refused():
 
 def test_settings_are_yaml_and_plain_exponents_are_numbers():
     assert parse_setting("learning_rate=1e-3") == ("learning_rate", 0.001)
-    assert parse_setting("model.cola_rank=null") == ("model.cola_rank", None)
+    assert parse_setting("model.o_rank=null") == ("model.o_rank", None)
     assert parse_setting("data=a=b.txt") == ("data", "a=b.txt")
     with pytest.raises(ConfigError, match="a setting must be key=value, got 'x'"):
         parse_setting("x")

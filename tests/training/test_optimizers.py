@@ -60,7 +60,7 @@ def test_spectral_scaling_lets_every_shape_change_its_output_by_the_learning_rat
 
 
 def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
-    model = tiny_model(cola_layers="all", cola_input="separate", fan_placement="projection")
+    model = tiny_model(cola_input="separate")
     roles = split_parameters(model)
     assert [
         members[0][0] is weight

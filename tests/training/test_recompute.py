@@ -9,11 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.recompute import set_recompute
+from tests.tiny_models import TUNED, every_rank
 from tests.training.conftest import TINY_MODEL
 
 CHOICES = ("none", "low-rank", "block")
-FIRST_FACTORS = ((32, 24), (32, 24 - 3))  # hidden_size, three quarters of it; in the FFN less its periodic channels
-SEPARATE = {"cola_input": "separate", "cola_rank": 12, "cola_layers": "all", "fan_placement": "none"}
+FIRST_FACTORS = ((32, 22), (32, 16), (32, 14), (48, 20))  # of Q, K and V; O; gate and up; down
+SEPARATE = {"cola_input": "separate", **every_rank(12), "fan_placement": "none"}
 
 
 class Products(TorchDispatchMode):
@@ -52,7 +53,7 @@ def step(model, compiled=False):
     return loss.detach(), [parameter.grad for parameter in model.parameters()], products.shapes
 
 
-@pytest.mark.parametrize("fields", [{}, SEPARATE], ids=["default", "separate"])
+@pytest.mark.parametrize("fields", [{}, TUNED, SEPARATE], ids=["default", "tuned", "separate"])
 @pytest.mark.parametrize("choice", CHOICES[1:])
 def test_recomputing_gives_the_same_bits(choice, fields):
     model = build(**fields)
@@ -70,13 +71,14 @@ def test_low_rank_computes_all_but_the_first_factors_again():
         set_recompute(model, choice)
         shapes[choice] = step(model)[2]
     backward = len(shapes["none"])
-    layers, forward = 2, 9  # products of a block: two first factors; Q, K, V, O; gate, up, down
+    # products of a block: four first factors; p and g of Q, K and V; O; gate, up, down
+    layers, factors, forward = 2, 4, 4 + 6 + 1 + 3
     counts = {choice: [found.count(shape) for shape in FIRST_FACTORS] for choice, found in shapes.items()}
-    assert [after - before for after, before in zip(counts["block"], counts["none"], strict=True)] == [layers, layers]
+    assert [after - before for after, before in zip(counts["block"], counts["none"], strict=True)] == [layers] * factors
     assert counts["low-rank"] == counts["none"]
     assert len(shapes["block"]) - backward <= forward * layers
-    assert len(shapes["block"]) - len(shapes["low-rank"]) == 2 * layers
-    assert len(shapes["low-rank"]) - backward >= (forward - 4) * layers
+    assert len(shapes["block"]) - len(shapes["low-rank"]) == factors * layers
+    assert len(shapes["low-rank"]) - backward >= (forward - factors - 2) * layers
 
 
 @pytest.mark.slow

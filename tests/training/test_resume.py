@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints, read_state
 from fanformer.training.records import read_records
 from tests.training.test_run import figures, same_weights
@@ -118,6 +119,23 @@ def test_decisions_about_the_machine_are_made_once_and_kept(run, monkeypatch):
     before = yaml.safe_load((first.folder / "run.yaml").read_text())["environment"]
     run(max_steps=4, save_steps=2, keep_last=9, resume=True)
     assert yaml.safe_load((first.folder / "run.yaml").read_text())["environment"] == before
+
+
+def test_a_run_from_before_each_kind_of_layer_had_a_rank_goes_on(run):
+    block = {"fan_placement": "ffn", "fan_multiple": 1, "qkv_rank": 24, "o_rank": None, "gate_up_rank": 24}
+    fields = {f"model.{name}": value for name, value in {**block, "down_rank": None}.items()}
+    whole, _ = run("whole", max_steps=4, save_steps=2, **fields)
+    first, _ = run("first", max_steps=4, save_steps=2, keep_last=9, **fields)
+    forget_after(first.folder, 2)
+    content = yaml.safe_load((first.folder / "run.yaml").read_text())
+    for name in (*RANKS, "fan_multiple", "writer_activation", "writer_norm"):
+        del content["model"][name]
+    content["model"] |= {"cola_rank_ratio": 0.75, "cola_rank": None, "cola_layers": "readers"}
+    (first.folder / "run.yaml").write_text(yaml.safe_dump(content))
+    run("first", max_steps=4, save_steps=2, keep_last=9, resume=True, **fields)
+    losses = [[record["loss"] for record in read_records(folder)] for folder in (whole.folder, first.folder)]
+    assert losses[0] == losses[1]
+    assert yaml.safe_load((first.folder / "run.yaml").read_text())["model"]["qkv_rank"] == 24
 
 
 @pytest.mark.parametrize(

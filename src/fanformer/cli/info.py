@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 FORMULA = (
     "2 x weights of all matrix products + 4 L H K T for attention (every query against T keys); training is 3 x that"
 )
+
+_FORMS = {"half": "silu on half of the channels", "residual": "x + silu(x)"}
 
 
 @click.command(cls=Verb, example="fanformer info nano")
@@ -147,43 +149,42 @@ def fanformer_words(config: Any) -> dict[str, str]:
     """
     width, head_dim = config.hidden_size, config.head_dim
 
-    norm = "RMSNorm and " if config.cola_norm else ""
-
-    def between(rank: int, branch: Literal["attention", "ffn"]) -> str:
+    def between(rank: int, branch: str, activation: str, has_norm: bool) -> str:
+        norm = "RMSNorm and " if has_norm else ""
+        form = _FORMS.get(activation, activation)
         if not config.fan_between_factors(branch):
-            return f"{norm}{config.cola_activation}"
-        periodic = int(config.fan_ratio * rank)
+            return f"{norm}{form}"
+        periodic = config.periodic_width(rank)
         return (
             f"{norm}FAN: P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), "
-            f"the other {rank - 2 * periodic} {config.cola_activation}"
+            f"the other {rank - 2 * periodic} {form}"
         )
 
-    def factors(branch: Literal["attention", "ffn"], readers: int, names: str) -> str:
-        rank = config.cola_rank_for(branch, "readers")
+    def factors(rank: int | None, branch: str, readers: int, names: str) -> str:
         if rank is None:
             return ""
         count = "the first CoLA factor" if config.cola_input == "shared" else f"the {readers} first CoLA factors"
-        return f"{width} -> {rank}: {count} of {names}, rank {rank}, with {between(rank, branch)}"
+        form = between(rank, branch, config.cola_activation, config.cola_norm)
+        return f"{width} -> {rank}: {count} of {names}, rank {rank}, with {form}"
 
-    def reader(outputs: int, branch: Literal["attention", "ffn"]) -> str:
-        return f"{config.cola_rank_for(branch, 'readers') or width} -> {outputs}"
-
-    def writer(inputs: int, branch: Literal["attention", "ffn"]) -> str:
-        rank = config.cola_rank_for(branch, "writer")
+    def writer(inputs: int, rank: int | None, branch: str) -> str:
         if rank is None:
             return f"{inputs} -> {width}"
-        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {between(rank, branch)}"
+        form = between(rank, branch, config.writer_activation, config.writer_norm)
+        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {form}"
 
     def projection(heads: int) -> str:
         outputs = heads * head_dim
+        plain = f"{config.qkv_rank or width} -> {outputs}"
         if config.fan_placement != "projection":
-            return reader(outputs, "attention")
-        periodic = int(config.fan_ratio * outputs)
+            return plain
+        periodic = config.periodic_width(outputs)
         return (
-            f"{reader(outputs, 'attention')}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} "
-            f"sin(p), the other {outputs - 2 * periodic} are linear"
+            f"{plain}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), the other "
+            f"{outputs - 2 * periodic} are linear"
         )
 
+    gate_up = f"{config.gate_up_rank or width} -> {config.intermediate_size}"
     groups = config.num_attention_heads // config.num_key_value_heads
     sharing = "" if groups == 1 else f", each for {groups} query heads (GQA)"
     per_head = {"qkv": "each head's q, k and v, ", "qk": "each head's q and k, ", "none": ""}[config.qkv_norm]
@@ -192,19 +193,20 @@ def fanformer_words(config: Any) -> dict[str, str]:
         "hybrid": "the input of the FFN, which is its residual too (HybridNorm)",
         "hybrid-star": "the input of the FFN, which is its residual too, and that of the first attention (HybridNorm*)",
     }[config.norm_placement]
-    periodic = int(config.fan_ratio * width)
+    periodic = config.periodic_width(width)
+    qkv_readers = 6 if config.fan_placement == "projection" else 3
     return {
         "embedding": f"{config.vocab_size} tokens, a vector of {width} each"
         + ("; also the output layer" if config.tie_word_embeddings else ""),
-        "qkv_input": factors("attention", 6 if config.fan_placement == "projection" else 3, "Q, K and V"),
+        "qkv_input": factors(config.qkv_rank, "attention", qkv_readers, "Q, K and V"),
         "q": f"{projection(config.num_attention_heads)}; {config.num_attention_heads} heads of {head_dim}",
         "k": f"{projection(config.num_key_value_heads)}; {config.num_key_value_heads} heads{sharing}",
         "v": f"{projection(config.num_key_value_heads)}; as the keys",
-        "o": f"{writer(config.num_attention_heads * head_dim, 'attention')}; back from the heads",
-        "gate_up_input": factors("ffn", 2, "gate and up"),
-        "gate": f"{reader(config.intermediate_size, 'ffn')}; SwiGLU's gate, {config.hidden_act}",
-        "up": f"{reader(config.intermediate_size, 'ffn')}; what the gate multiplies",
-        "down": f"{writer(config.intermediate_size, 'ffn')}; back to the width",
+        "o": f"{writer(config.num_attention_heads * head_dim, config.o_rank, 'attention')}; back from the heads",
+        "gate_up_input": factors(config.gate_up_rank, "ffn", 2, "gate and up"),
+        "gate": f"{gate_up}; SwiGLU's gate, {config.hidden_act}",
+        "up": f"{gate_up}; what the gate multiplies",
+        "down": f"{writer(config.intermediate_size, config.down_rank, 'ffn')}; back to the width",
         "fan_layer": f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, "
         f"{width - 2 * periodic} linear",
         "norms": f"RMSNorm on {per_head}{placed}",

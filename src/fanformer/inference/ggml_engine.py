@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fanformer.errors import ConfigError
 from fanformer.inference.ggml_runtime import F16, F32, I32, I64, Graph, Memory, Node, Runtime
 from fanformer.inference.ggml_weights import Weights
-from fanformer.inference.gguf_architecture import Architecture
+from fanformer.inference.gguf_architecture import Architecture, Factors
 from fanformer.inference.gguf_blocks import Floats
 from fanformer.inference.gguf_embedding import Embedding
 from fanformer.inference.gguf_file import GGUFFile
@@ -304,36 +304,44 @@ class _Builder:
         y = g.concat(parts)
         return y if linear.bias is None else g.add(y, linear.bias)
 
-    def _first_factor(self, x: Node, name: str, readers: int, branch: str) -> list[Node]:
+    def _first_factor(self, x: Node, block: str, part: str, readers: int) -> list[Node]:
         """Return what stands between the factors for each reader of `x`, one after the other; at full rank, `x`."""
-        g, model = self._graph, self._model
-        rank = model.rank_for(branch, "readers" if readers > 1 else "writer")
-        if rank is None:
+        g, factors, name = self._graph, self._model.factors(part), f"{block}.{part}"
+        if factors is None:
             return [x] * readers
-        count = 1 if model.cola_input == "shared" else readers
-        periodic = model.periodic_between(branch, rank)
-        hidden = g.reshape(self._linear(x, f"{name}_a"), rank - periodic, count * self._n)
-        if model.cola_norm:
+        rank, count = factors.rank, factors.count
+        hidden = g.reshape(self._linear(x, f"{name}_a"), rank - factors.periodic, count * self._n)
+        if factors.norm:
             hidden = self._norm(hidden, f"{name}_a_norm")
-        hidden = g.reshape(self._activate(hidden, periodic), rank * count, self._n)
+        hidden = g.reshape(self._between(hidden, factors), rank * count, self._n)
         if count == 1:
             return [hidden] * readers
         return [g.slice_rows(hidden, rank * index, rank) for index in range(count)]
 
-    def _activate(self, hidden: Node, periodic: int) -> Node:
-        """Return [cos(p), sin(p), act(g)] of the rows [p, g], p of so many channels; without p, act(g)."""
-        g, activation = self._graph, self._model.cola_activation
+    def _between(self, hidden: Node, factors: Factors) -> Node:
+        """Return [cos(p), sin(p), act(g)] of the rows [p, g], p of P channels; without p, act(g)."""
+        g, periodic = self._graph, factors.periodic
         if periodic == 0:
-            return g.apply(activation, hidden)
+            return self._activate(hidden, factors.activation)
         p = g.contiguous(g.slice_rows(hidden, 0, periodic))
         parts = [g.apply("cos", p), g.apply("sin", p)]
         if hidden.shape[0] > periodic:
             rest = g.slice_rows(hidden, periodic, hidden.shape[0] - periodic)
-            parts.append(g.apply(activation, rest))
+            parts.append(self._activate(rest, factors.activation))
         return g.concat(parts)
 
-    def _writer(self, x: Node, name: str, branch: str) -> Node:
-        return self._linear(self._first_factor(x, name, 1, branch)[0], name)
+    def _activate(self, x: Node, activation: str) -> Node:
+        g, width = self._graph, x.shape[0]
+        if activation == "residual":
+            x = g.contiguous(x)
+            return g.add(x, g.apply("silu", x))
+        if activation == "half" and width > 1:
+            first = width - width // 2
+            return g.concat([g.apply("silu", g.slice_rows(x, 0, first)), g.slice_rows(x, first, width - first)])
+        return g.apply("silu" if activation == "half" else activation, x)
+
+    def _writer(self, x: Node, block: str, part: str) -> Node:
+        return self._linear(self._first_factor(x, block, part, 1)[0], f"{block}.{part}")
 
     def _residual(self, x: Node, branch: Node, name: str) -> Node:
         if self._model.gated_residual:
@@ -350,12 +358,12 @@ class _Builder:
 
     def _feed_forward(self, z: Node, block: str) -> Node:
         g, model = self._graph, self._model
-        gate, up = self._first_factor(z, f"{block}.ffn_gate_up", 2, "ffn")
+        gate, up = self._first_factor(z, block, "ffn_gate_up", 2)
         if f"{block}.ffn_gate_up" in self._weights:
             both = self._linear(gate, f"{block}.ffn_gate_up")
         else:
             both = g.concat([self._linear(gate, f"{block}.ffn_gate"), self._linear(up, f"{block}.ffn_up")])
-        return self._writer(g.swiglu(both, model.hidden_act), f"{block}.ffn_down", "ffn")
+        return self._writer(g.swiglu(both, model.hidden_act), block, "ffn_down")
 
     def _attention(self, h: Node, block: str, layer: int) -> Node:
         g, model = self._graph, self._model
@@ -370,7 +378,7 @@ class _Builder:
         weights = g.softmax(g.matmul(keys, q), self._mask, width**-0.5)  # [S, T, H, B]
         attended = g.permute(g.matmul(values, weights), 0, 2, 1, 3)  # [K, H, T, B]
         attended = g.reshape(g.contiguous(attended), width * heads, self._n)
-        return self._writer(attended, f"{block}.attn_output", "attention")
+        return self._writer(attended, block, "attn_output")
 
     def _fan_layer(self, h: Node, block: str) -> Node:
         """Return [cos(p), sin(p), g] of the paper's FANLayer', where the model has it."""
@@ -378,7 +386,7 @@ class _Builder:
             return h
         g = self._graph
         y = self._linear(h, f"{block}.attn_fan")
-        periodic = int(self._model.fan_ratio * self._model.hidden_size)
+        periodic = self._model.periodic_width(self._model.hidden_size)
         if periodic == 0:
             return y
         p = g.contiguous(g.slice_rows(y, 0, periodic))
@@ -389,7 +397,7 @@ class _Builder:
         """Return Q `[H K, N]`, K and V `[G K, N]`."""
         model = self._model
         projection = model.fan_placement == "projection"
-        inputs = self._first_factor(h, f"{block}.attn_qkv", 6 if projection else 3, "attention")
+        inputs = self._first_factor(h, block, "attn_qkv", 6 if projection else 3)
         parts = [f"attn_{part}" for part in "qkv"]
         if f"{block}.attn_qkv" in self._weights:
             y = self._linear(inputs[0], f"{block}.attn_qkv")

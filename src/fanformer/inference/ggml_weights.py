@@ -169,10 +169,7 @@ def _groups(model: Architecture, file: GGUFFile) -> list[_Group]:
     # p of Q, K and V first, so that one cos and one sin serve all three
     attention = [f"attn_{part}_fan" for part in "qkv"] if projection else []
     attention += [f"attn_{part}" for part in "qkv"]
-    together = {
-        "attn_qkv": (attention, "attention"),
-        "ffn_gate_up": (["ffn_gate", "ffn_up"], "ffn"),
-    }
+    together = {"attn_qkv": attention, "ffn_gate_up": ["ffn_gate", "ffn_up"]}
     head = "token_embd" if model.tie_word_embeddings else "output"
     groups = [_Group(head, [head], file)]
     for layer in range(model.num_hidden_layers):
@@ -180,9 +177,10 @@ def _groups(model: Architecture, file: GGUFFile) -> list[_Group]:
                      "ffn_down"):  # fmt: skip
             if f"blk.{layer}.{name}.weight" in file.tensors:
                 groups.append(_Group(f"blk.{layer}.{name}", [f"blk.{layer}.{name}"], file))
-        for name, (members, branch) in together.items():
+        for name, members in together.items():
             names = [f"blk.{layer}.{member}" for member in members]
-            if model.cola_input == "shared" or model.rank_for(branch, "readers") is None:
+            factors = model.factors(name)
+            if factors is None or factors.count == 1:
                 groups.append(_Group(f"blk.{layer}.{name}", names, file))
             else:  # each reader has an input of its own
                 groups += [_Group(member, [member], file) for member in names]

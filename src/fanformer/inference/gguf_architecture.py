@@ -17,9 +17,9 @@ _LARGEST = 1 << 24
 
 _CHOICES = {
     "hidden_act": ("silu", "gelu", "linear"),
-    "fan_placement": ("ffn", "attention", "both", "projection", "layer", "none"),
-    "cola_layers": ("readers", "all", "attention", "ffn"),
+    "fan_placement": ("projection", "layer", "ffn", "attention", "both", "none"),
     "cola_activation": ("silu", "gelu", "linear"),
+    "writer_activation": ("silu", "gelu", "linear", "half", "residual"),
     "cola_input": ("shared", "separate"),
     "norm_placement": ("hybrid-star", "hybrid", "pre"),
     "qkv_norm": ("qkv", "qk", "none"),
@@ -40,10 +40,12 @@ _KEYS = {
     "hidden_act": ("hidden_activation", "text"),
     "fan_placement": ("fan.placement", "text"),
     "fan_ratio": ("fan.ratio", "double"),
-    "cola_layers": ("cola.layers", "text"),
+    "fan_multiple": ("fan.multiple", "count"),
     "cola_activation": ("cola.activation", "text"),
-    "cola_input": ("cola.input", "text"),
     "cola_norm": ("cola.norm", "flag"),
+    "writer_activation": ("cola.writer_activation", "text"),
+    "writer_norm": ("cola.writer_norm", "flag"),
+    "cola_input": ("cola.input", "text"),
     "projection_bias": ("projection_bias", "flag"),
     "norm_placement": ("norm_placement", "text"),
     "qkv_norm": ("attention.qkv_norm", "text"),
@@ -51,8 +53,18 @@ _KEYS = {
 }
 # the same for what is there only where it has a value
 _OPTIONAL_KEYS = {
-    "cola_rank": ("cola.rank", "count"),
-    "cola_rank_ratio": ("cola.rank_ratio", "double"),
+    "qkv_rank": ("cola.qkv_rank", "count"),
+    "o_rank": ("cola.o_rank", "count"),
+    "gate_up_rank": ("cola.gate_up_rank", "count"),
+    "down_rank": ("cola.down_rank", "count"),
+}
+# what files hold that were written before each kind of layer had a rank of its own: which layers, and one rank for them
+_LAYERS_BEFORE, _RANK_BEFORE, _RATIO_BEFORE = "cola.layers", "cola.rank", "cola.rank_ratio"
+_CHOSEN_BEFORE = {
+    "readers": ("qkv_rank", "gate_up_rank"),
+    "all": tuple(_OPTIONAL_KEYS),
+    "attention": ("qkv_rank", "o_rank"),
+    "ffn": ("gate_up_rank", "down_rank"),
 }
 # field of `rope_parameters` -> (key, how it is stored)
 _ROPE_KEYS = {
@@ -87,6 +99,20 @@ class Header(Protocol):
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What stands between the two factors of the CoLA linears that read one input."""
+
+    rank: int
+    """R."""
+    periodic: int
+    """P: how many of the R channels are cosines, and again sines; W_a makes R - P."""
+    count: int
+    """How many W_a there are, one above the other."""
+    activation: str
+    norm: bool
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What decides the tensors and the arithmetic of a FANformer; fields are those of `FANformerConfig`."""
 
@@ -102,17 +128,21 @@ class Architecture:
     hidden_act: str
     fan_placement: str
     fan_ratio: float
-    cola_layers: str
+    fan_multiple: int
     cola_activation: str
-    cola_input: str
     cola_norm: bool
+    writer_activation: str
+    writer_norm: bool
+    cola_input: str
     projection_bias: bool
     norm_placement: str
     qkv_norm: str
     gated_residual: bool
     tie_word_embeddings: bool
-    cola_rank: int | None
-    cola_rank_ratio: float | None
+    qkv_rank: int | None
+    o_rank: int | None
+    gate_up_rank: int | None
+    down_rank: int | None
     rope_parameters: dict[str, Any]
 
     @classmethod
@@ -129,10 +159,11 @@ class Architecture:
         Raises:
             CheckpointError: if a key is missing, of the wrong type or out of its range.
         """
-        fields = {name: _read(file, key, kind) for name, (key, kind) in _KEYS.items()}
+        fields = _ranks_before(file) if f"{ARCHITECTURE}.{_LAYERS_BEFORE}" in file.metadata else {}
+        fields |= {name: _read(file, key, kind) for name, (key, kind) in _KEYS.items() if name not in fields}
         for name, (key, kind) in _OPTIONAL_KEYS.items():
             present = f"{ARCHITECTURE}.{key}" in file.metadata
-            fields[name] = _read(file, key, kind) if present else None
+            fields.setdefault(name, _read(file, key, kind) if present else None)
         rope = {
             name: _read(file, key, kind)
             for name, (key, kind) in _ROPE_KEYS.items()
@@ -162,17 +193,31 @@ class Architecture:
                 found[f"{ARCHITECTURE}.{key}"] = STORED_AS[kind], value
         return found
 
-    def rank_for(self, branch: str, role: str) -> int | None:
-        """Return the rank R of those linear layers of `branch` that have the role, as `FANformerConfig` says it."""
-        if self.cola_layers not in ("all", branch, role):
+    def factors(self, part: str) -> Factors | None:
+        """Return what is between the factors of attn_qkv, attn_output, ffn_gate_up or ffn_down; None at full rank."""
+        rank, readers, writes = {
+            "attn_qkv": (self.qkv_rank, 6 if self.fan_placement == "projection" else 3, False),
+            "attn_output": (self.o_rank, 1, True),
+            "ffn_gate_up": (self.gate_up_rank, 2, False),
+            "ffn_down": (self.down_rank, 1, True),
+        }[part]
+        if rank is None:
             return None
-        if self.cola_rank is not None:
-            return self.cola_rank
-        return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * self.hidden_size))
+        periodic = self.periodic_width(rank) if self._fan_between_factors(part) else 0
+        count = 1 if self.cola_input == "shared" else readers
+        form = (self.writer_activation, self.writer_norm) if writes else (self.cola_activation, self.cola_norm)
+        return Factors(rank, periodic, count, *form)
 
-    def periodic_between(self, branch: str, rank: int) -> int:
-        """Return P, how many of the R channels between the factors of `branch` are cosines, and again sines."""
-        return int(self.fan_ratio * rank) if self.fan_placement in (branch, "both") else 0
+    def periodic_width(self, channels: int) -> int:
+        """Return P of so many channels, rounded as `FANformerConfig.periodic_width` says it."""
+        share, multiple = self.fan_ratio * channels, self.fan_multiple
+        rest = channels - 2 * share
+        while multiple > 1 and (channels % multiple or share < multiple or 0 < rest < multiple):
+            multiple //= 2
+        return int(share) if multiple == 1 else multiple * math.ceil(share / multiple - 0.5)
+
+    def _fan_between_factors(self, part: str) -> bool:
+        return self.fan_placement in ("both", "attention" if part.startswith("attn") else "ffn")
 
     def has_attention_norm(self, layer: int) -> bool:
         """Return whether block `layer` has a norm in front of its attention."""
@@ -196,13 +241,12 @@ class Architecture:
         for name, low, high in (("fan_ratio", 0.0, 0.5), ("rms_norm_eps", 1e-30, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise file.fail(f"`{_key_of(name)}` must be in [{low}, {high}], got {getattr(self, name)}.")
-        if self.cola_rank_ratio is not None and not 0 < self.cola_rank_ratio <= 1:
-            raise file.fail(f"`{_key_of('cola_rank_ratio')}` must be in (0, 1], got {self.cola_rank_ratio}.")
-        for branch in ("attention", "ffn"):
-            if self.fan_placement in (branch, "both") and self.rank_for(branch, "readers") is None:
+        if self.fan_multiple & (self.fan_multiple - 1):
+            raise file.fail(f"`{_key_of('fan_multiple')}` must be a power of two, got {self.fan_multiple}.")
+        for part, name in (("attn_qkv", "qkv_rank"), ("ffn_gate_up", "gate_up_rank")):
+            if self._fan_between_factors(part) and getattr(self, name) is None:
                 raise file.fail(
-                    f"`{_key_of('fan_placement')}` {self.fan_placement!r} needs low-rank layers in {branch}, got full "
-                    "rank."
+                    f"`{_key_of('fan_placement')}` {self.fan_placement!r} needs `{_key_of(name)}`, got full rank."
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise file.fail(
@@ -211,6 +255,31 @@ class Architecture:
             )
         if self.head_dim % 2:
             raise file.fail(f"`{_key_of('head_dim')}` must be even, got {self.head_dim}: RoPE turns pairs of channels.")
+
+
+def _ranks_before(file: Header) -> dict[str, Any]:
+    """Return the fields of today for what files of one rank and a choice of layers hold, and what was fixed then."""
+    for key, _ in [*_OPTIONAL_KEYS.values(), _KEYS["fan_multiple"]]:
+        if f"{ARCHITECTURE}.{key}" in file.metadata:
+            raise file.fail(f"has `{ARCHITECTURE}.{_LAYERS_BEFORE}` and `{ARCHITECTURE}.{key}`, which replaced it.")
+    chosen = _read(file, _LAYERS_BEFORE, "text")
+    if chosen not in _CHOSEN_BEFORE:
+        choices = ", ".join(_CHOSEN_BEFORE)
+        raise file.fail(f"`{ARCHITECTURE}.{_LAYERS_BEFORE}` must be one of {choices}, got {chosen[:40]!r}.")
+    rank = None
+    if f"{ARCHITECTURE}.{_RANK_BEFORE}" in file.metadata:
+        rank = _read(file, _RANK_BEFORE, "count")
+    elif f"{ARCHITECTURE}.{_RATIO_BEFORE}" in file.metadata:
+        ratio = _read(file, _RATIO_BEFORE, "double")
+        if not 0 < ratio <= 1:
+            raise file.fail(f"`{ARCHITECTURE}.{_RATIO_BEFORE}` must be in (0, 1], got {ratio}.")
+        rank = max(1, int(ratio * _read(file, *_KEYS["hidden_size"])))
+    found: dict[str, Any] = {name: rank if name in _CHOSEN_BEFORE[chosen] else None for name in _OPTIONAL_KEYS}
+    low_rank_writers = rank is not None and chosen != "readers"
+    form = (
+        [_read(file, *_KEYS[name]) for name in ("cola_activation", "cola_norm")] if low_rank_writers else ["silu", True]
+    )
+    return found | {"fan_multiple": 1, "writer_activation": form[0], "writer_norm": form[1]}
 
 
 def _key_of(field: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fanformer.errors import CheckpointError
-from fanformer.inference.gguf_architecture import Architecture
+from fanformer.inference.gguf_architecture import Architecture, Factors
 from fanformer.inference.gguf_file import GGUFFile, TensorInfo
 
 
@@ -88,23 +88,20 @@ def _linear(name: str, parameter: str, outputs: int, inputs: int, bias: bool) ->
         yield _vector(f"{name}.bias", f"{parameter}.bias", outputs)
 
 
-def _first_factor(
-    model: Architecture, name: str, parameter: str, inputs: int, rank: int, readers: int, branch: str
-) -> Iterator[TensorSpec]:
-    count = 1 if model.cola_input == "shared" else readers
-    channels = rank - model.periodic_between(branch, rank)
-    yield from _linear(f"{name}_a", f"{parameter}.factor", count * channels, inputs, False)
-    if model.cola_norm:
+def _first_factor(factors: Factors, name: str, parameter: str, inputs: int) -> Iterator[TensorSpec]:
+    channels = factors.rank - factors.periodic
+    yield from _linear(f"{name}_a", f"{parameter}.factor", factors.count * channels, inputs, False)
+    if factors.norm:
         yield _vector(f"{name}_a_norm.weight", f"{parameter}.norm.weight", channels)
 
 
-def _writer(model: Architecture, name: str, parameter: str, inputs: int, branch: str) -> Iterator[TensorSpec]:
-    rank = model.rank_for(branch, "writer")
-    if rank is None:
+def _writer(model: Architecture, block: str, part: str, parameter: str, inputs: int) -> Iterator[TensorSpec]:
+    factors, name = model.factors(part), f"{block}.{part}"
+    if factors is None:
         yield from _linear(name, parameter, model.hidden_size, inputs, model.projection_bias)
         return
-    yield from _first_factor(model, name, f"{parameter}.input", inputs, rank, 1, branch)
-    yield from _linear(name, f"{parameter}.output", model.hidden_size, rank, model.projection_bias)
+    yield from _first_factor(factors, name, f"{parameter}.input", inputs)
+    yield from _linear(name, f"{parameter}.output", model.hidden_size, factors.rank, model.projection_bias)
 
 
 def _layer(model: Architecture, layer: int) -> Iterator[TensorSpec]:
@@ -115,15 +112,15 @@ def _layer(model: Architecture, layer: int) -> Iterator[TensorSpec]:
     if model.gated_residual:
         yield _vector(f"{block}.attn_residual_gate.weight", f"{module}.attention_residual.gate", width)
     yield _vector(f"{block}.ffn_norm.weight", f"{module}.post_attention_layernorm.weight", width)
-    rank = model.rank_for("ffn", "readers")
-    if rank is not None:
-        yield from _first_factor(model, f"{block}.ffn_gate_up", f"{module}.mlp.gate_up_input", width, rank, 2, "ffn")
+    factors = model.factors("ffn_gate_up")
+    if factors is not None:
+        yield from _first_factor(factors, f"{block}.ffn_gate_up", f"{module}.mlp.gate_up_input", width)
     for part in ("gate", "up"):
         yield from _linear(
-            f"{block}.ffn_{part}", f"{module}.mlp.{part}_proj", model.intermediate_size, rank or width,
+            f"{block}.ffn_{part}", f"{module}.mlp.{part}_proj", model.intermediate_size, model.gate_up_rank or width,
             model.projection_bias,
         )  # fmt: skip
-    yield from _writer(model, f"{block}.ffn_down", f"{module}.mlp.down_proj", model.intermediate_size, "ffn")
+    yield from _writer(model, block, "ffn_down", f"{module}.mlp.down_proj", model.intermediate_size)
     if model.gated_residual:
         yield _vector(f"{block}.ffn_residual_gate.weight", f"{module}.mlp_residual.gate", width)
 
@@ -131,21 +128,20 @@ def _layer(model: Architecture, layer: int) -> Iterator[TensorSpec]:
 def _attention(model: Architecture, block: str, module: str) -> Iterator[TensorSpec]:
     width = model.hidden_size
     if model.fan_placement == "layer":
-        rows = width - int(model.fan_ratio * width)
+        rows = width - model.periodic_width(width)
         yield from _linear(f"{block}.attn_fan", f"{module}.fan_layer.projection", rows, width, True)
-    rank = model.rank_for("attention", "readers")
-    if rank is not None:
-        readers = 6 if model.fan_placement == "projection" else 3
-        yield from _first_factor(model, f"{block}.attn_qkv", f"{module}.qkv_input", width, rank, readers, "attention")
+    factors = model.factors("attn_qkv")
+    if factors is not None:
+        yield from _first_factor(factors, f"{block}.attn_qkv", f"{module}.qkv_input", width)
     for part, heads in (
         ("q", model.num_attention_heads),
         ("k", model.num_key_value_heads),
         ("v", model.num_key_value_heads),
     ):
-        outputs, inputs = heads * model.head_dim, rank or width
+        outputs, inputs = heads * model.head_dim, model.qkv_rank or width
         name, parameter = f"{block}.attn_{part}", f"{module}.{part}_proj"
         if model.fan_placement == "projection":
-            periodic = int(model.fan_ratio * outputs)
+            periodic = model.periodic_width(outputs)
             yield from _linear(f"{name}_fan", f"{parameter}.periodic", periodic, inputs, False)
             yield from _linear(name, f"{parameter}.linear", outputs - 2 * periodic, inputs, model.projection_bias)
         else:
@@ -153,4 +149,4 @@ def _attention(model: Architecture, block: str, module: str) -> Iterator[TensorS
     for part in {"qkv": "qkv", "qk": "qk", "none": ""}[model.qkv_norm]:
         yield _vector(f"{block}.attn_{part}_norm.weight", f"{module}.{part}_norm.weight", model.head_dim)
     outputs = model.num_attention_heads * model.head_dim
-    yield from _writer(model, f"{block}.attn_output", f"{module}.o_proj", outputs, "attention")
+    yield from _writer(model, block, "attn_output", f"{module}.o_proj", outputs)

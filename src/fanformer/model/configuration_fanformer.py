@@ -1,7 +1,10 @@
 """Configuration of FANformer: every field of the model, its meaning, unit, range and source."""
 
 import difflib
-from typing import Any, Literal
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -27,13 +30,75 @@ _FOREIGN_KEYS = frozenset(
 )
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+# What a configuration held before each kind of layer had a rank of its own, with the defaults of that time.
+_BEFORE_RANKS = {"cola_rank_ratio": 0.75, "cola_rank": None, "cola_layers": "readers"}
+_OTHER_DEFAULTS_THEN = {"hidden_size": 512, "intermediate_size": 896, "fan_placement": "ffn"}
+RANKS = ("qkv_rank", "o_rank", "gate_up_rank", "down_rank")
+"""Fields that hold a rank; all None is full rank everywhere."""
+_SINCE_RANKS = (*RANKS, "fan_multiple", "writer_activation", "writer_norm")
+# cola_layers -> which of RANKS it meant
+_CHOSEN_THEN = {
+    "readers": ("qkv_rank", "gate_up_rank"),
+    "all": RANKS,
+    "attention": ("qkv_rank", "o_rank"),
+    "ffn": ("gate_up_rank", "down_rank"),
+}
+_WRITERS_THEN = {"writer_activation": "cola_activation", "writer_norm": "cola_norm"}
+_Config = TypeVar("_Config", bound=type)
 
+
+def translated(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration that was written before each kind of layer had a rank of its own.
+
+    Such fields have `cola_rank_ratio`, `cola_rank` or `cola_layers`; others are returned as they are. What is missing
+    gets the default of that time, so that the model is the one that was written.
+
+    Raises:
+        ValueError: if fields from before stand beside such as replaced them, or `cola_layers` is no choice.
+    """
+    found = dict(fields)
+    before = [name for name in _BEFORE_RANKS if name in found]
+    if not before:
+        return found
+    since = [name for name in _SINCE_RANKS if name in found]
+    if since:
+        raise ValueError(
+            f"`{before[0]}` and `{since[0]}` exclude each other: {', '.join(RANKS)} replace {', '.join(_BEFORE_RANKS)}."
+        )
+    ratio, absolute, chosen = (found.pop(name, default) for name, default in _BEFORE_RANKS.items())
+    found = {**_OTHER_DEFAULTS_THEN, **found}
+    if chosen not in _CHOSEN_THEN:
+        raise ValueError(f"`cola_layers` must be one of {', '.join(_CHOSEN_THEN)}, got {chosen!r}.")
+    rank = absolute
+    if rank is None and ratio is not None:
+        rank = max(1, int(ratio * found["hidden_size"]))
+    found |= {name: rank if name in _CHOSEN_THEN[chosen] else None for name in RANKS}
+    found["fan_multiple"] = 1
+    if rank is not None and chosen != "readers":  # one form for all layers, then
+        found |= {new: found[old] for new, old in _WRITERS_THEN.items() if old in found}
+    return found
+
+
+def _reads_files_from_before(config: _Config) -> _Config:
+    """Let the class take the fields of files that were written before `translated` had anything to do."""
+    given = vars(config)["__init__"]
+
+    @functools.wraps(given)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:  # noqa: N807
+        given(self, *args, **translated(fields))
+
+    config.__init__ = __init__  # type: ignore[misc]
+    return config
+
+
+@_reads_files_from_before
 @strict
 class FANformerConfig(PreTrainedConfig):
-    """Configuration of a FANformer; the defaults are the 92,158,804-parameter model.
+    """Configuration of a FANformer; the defaults are the 92M model that the project is defined by.
 
-    Every switch at its "off" value (`fan_placement="none"`, `cola_rank_ratio=None`, `projection_bias=False`,
-    `norm_placement="pre"`, `qkv_norm="none"`, `gated_residual=False`) gives Llama, parameter names included.
+    Every switch at its "off" value (`fan_placement="none"`, all four ranks None, `projection_bias=False`,
+    `norm_placement="pre"`, `qkv_norm="none"`, `gated_residual=False`) gives Llama, parameter names included. Files from
+    before there was a rank for each kind of layer load as the models that they were; see `translated`.
 
     Raises:
         StrictDataclassError: if a field has the wrong type or value, if fields contradict each other, or if a
@@ -52,7 +117,7 @@ class FANformerConfig(PreTrainedConfig):
     """V: number of token ids. The default is the SmolLM2 tokenizer's."""
     hidden_size: int = 512
     """D: width of the residual stream."""
-    intermediate_size: int = 896
+    intermediate_size: int = 2048
     """F: width of the gated product in SwiGLU."""
     num_hidden_layers: int = 12
     """L: number of decoder layers."""
@@ -75,29 +140,40 @@ class FANformerConfig(PreTrainedConfig):
     hidden_act: Literal["silu", "gelu", "linear"] = "silu"
     """Activation of the SwiGLU gate; "linear" drops it, as CoLA does from 350M parameters on."""
 
-    fan_placement: Literal["ffn", "attention", "both", "projection", "layer", "none"] = "ffn"
-    """Where Fourier features enter (FAN, arXiv:2502.21309): "ffn", "attention" and "both" have them between the factors
-    of the CoLA linears of these branches, whose R channels are then [cos(p), sin(p), act(g)]; "projection" makes each
-    of Q, K and V a FAN projection; "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "none"
-    leaves them out. All but "layer" are ours; the first three are refused where their branch has no factors."""
+    fan_placement: Literal["projection", "layer", "ffn", "attention", "both", "none"] = "projection"
+    """Where Fourier features enter (FAN, arXiv:2502.21309): "projection" makes each of Q, K and V a FAN projection,
+    [cos(p), sin(p), g]; "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "ffn", "attention"
+    and "both" have them between the factors of the CoLA linears of these branches, whose R channels are then [cos(p),
+    sin(p), act(g)], and are refused where their branch has no factors; "none" leaves them out. All but "layer" are
+    ours."""
     fan_ratio: float | int = 0.15
-    """Share of the channels given to cos, and again to sin: P = int(fan_ratio * channels), in [0, 0.5]; the channels
-    are the R between two factors, the outputs of a projection, or the layer's D."""
-    cola_rank_ratio: float | int | None = 0.75
-    """R = int(cola_rank_ratio * D) for every CoLA linear (arXiv:2502.10940), in (0, 1]; None is full rank."""
-    cola_rank: int | None = None
-    """Absolute rank R of every CoLA linear; overrides `cola_rank_ratio`."""
-    cola_layers: Literal["readers", "all", "attention", "ffn"] = "readers"
-    """Which linear layers the rank is for; the others are full rank: "readers" are those that read the residual stream
-    (Q, K, V, gate, up), "all" adds those that write to it (O, down), as in CoLA; "attention" (Q, K, V, O) and "ffn"
-    (gate, up, down) take one branch. Choosing is ours. Any but the first is refused at full rank."""
+    """Share of the channels given to cos, and again to sin, in [0, 0.5]; the channels are the outputs of a projection,
+    the layer's D, or the R between two factors."""
+    fan_multiple: int = 16
+    """P, the channels given to cos, is the multiple of this that is nearest to `fan_ratio` of the channels, so that the
+    rest is one too; a power of two. Where it does not divide the channels, or cos or the rest is to have fewer, its
+    half takes its place, and so on; 1 is P = int(fan_ratio * channels), as in the published models. Ours."""
+    qkv_rank: int | None = 352
+    """R of Q, K and V as CoLA linears (arXiv:2502.10940), at least 1; None is full rank, here and in the next three."""
+    o_rank: int | None = 256
+    """R of O, the layer that ends the attention branch."""
+    gate_up_rank: int | None = 224
+    """R of gate and up."""
+    down_rank: int | None = 320
+    """R of down, the layer that ends the FFN branch."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
-    """Activation between the two factors of a CoLA linear; "gelu" is the exact (erf) form."""
+    """Activation between the two factors of Q, K, V, gate and up, the layers that read the residual stream; "gelu" is
+    the exact (erf) form."""
+    cola_norm: bool = True
+    """Whether W_a x of these layers gets an RMSNorm over its R channels before the activation. Ours."""
+    writer_activation: Literal["silu", "gelu", "linear", "half", "residual"] = "silu"
+    """The same for O and down, the layers that write to the stream: "half" is SiLU on the first half of the channels,
+    the others as they are, "residual" is x + silu(x). These two are ours. Refused where O and down have full rank."""
+    writer_norm: bool = True
+    """Whether W_a x of O and down gets an RMSNorm. Ours. Refused where they have full rank."""
     cola_input: Literal["shared", "separate"] = "shared"
     """Whether CoLA linears that read the same input (Q, K and V, with p and g apart; gate and up) have one W_a
     together, or one each, as in CoLA. Sharing is ours."""
-    cola_norm: bool = True
-    """Whether W_a x gets an RMSNorm over its R channels before the activation between the factors. Ours."""
     projection_bias: bool = True
     """Whether the linear layers of attention and FFN carry a bias on their outputs (never on cos and sin)."""
     norm_placement: Literal["hybrid-star", "hybrid", "pre"] = "hybrid-star"
@@ -158,12 +234,12 @@ class FANformerConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}: it is a standard deviation.")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"`rms_norm_eps` must be above 0, got {self.rms_norm_eps}: it keeps RMSNorm finite at 0.")
-        if self.cola_rank is not None and self.cola_rank < 1:
-            raise ValueError(f"`cola_rank` must be at least 1 or None, got {self.cola_rank}.")
-        if self.cola_rank_ratio is not None and not 0 < self.cola_rank_ratio <= 1:
-            raise ValueError(
-                f"`cola_rank_ratio` must be in (0, 1] or None, got {self.cola_rank_ratio}: None means full rank."
-            )
+        if self.fan_multiple < 1 or self.fan_multiple & (self.fan_multiple - 1):
+            raise ValueError(f"`fan_multiple` must be a power of two, got {self.fan_multiple}: 1 rounds nothing.")
+        for name in RANKS:
+            rank = getattr(self, name)
+            if rank is not None and rank < 1:
+                raise ValueError(f"`{name}` must be at least 1 or None, got {rank}: None means full rank.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`, "
@@ -192,17 +268,19 @@ class FANformerConfig(PreTrainedConfig):
 
     def validate_switches(self) -> None:
         """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
-        if self.cola_layers != "readers" and self.cola_rank is None and self.cola_rank_ratio is None:
-            raise ValueError(
-                f"`cola_layers` must be 'readers' at full rank, got {self.cola_layers!r}: "
-                "set `cola_rank_ratio` or `cola_rank` for the layers that it chooses."
-            )
-        for branch in ("attention", "ffn"):
-            if self.fan_between_factors(branch) and self.cola_rank_for(branch, "readers") is None:
+        for branch, name in (("attention", "qkv_rank"), ("ffn", "gate_up_rank")):
+            if self.fan_between_factors(branch) and getattr(self, name) is None:
                 raise ValueError(
-                    f"`fan_placement` {self.fan_placement!r} needs low-rank layers in {branch}, got full rank: set it "
-                    "to projection, layer or none, or set `cola_rank_ratio` and `cola_layers`."
+                    f"`fan_placement` {self.fan_placement!r} needs low-rank layers in {branch}, got full rank: set "
+                    f"`{name}`, or `fan_placement` to projection, layer or none."
                 )
+        if self.o_rank is None and self.down_rank is None:
+            for name, default in (("writer_activation", "silu"), ("writer_norm", True)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"`{name}` must be {default!r} where O and down have full rank, got {getattr(self, name)!r}: "
+                        "set `o_rank` or `down_rank`."
+                    )
         if not -16 <= self.gate_initial <= 16:
             raise ValueError(
                 f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."
@@ -212,17 +290,17 @@ class FANformerConfig(PreTrainedConfig):
                 f"`gate_initial` must be 0.0 without gates, got {self.gate_initial}: set `gated_residual` to true."
             )
 
-    def fan_between_factors(self, branch: Literal["attention", "ffn"]) -> bool:
-        """Return whether the CoLA linears of `branch` have Fourier features between their factors."""
+    def fan_between_factors(self, branch: str) -> bool:
+        """Return whether CoLA linears of `branch`, attention or ffn, have Fourier features between their factors."""
         return self.fan_placement in (branch, "both")
 
-    def cola_rank_for(self, branch: Literal["attention", "ffn"], role: Literal["readers", "writer"]) -> int | None:
-        """Return the rank R of those of the linear layers of `branch` that have the role; None at full rank."""
-        if self.cola_layers not in ("all", branch, role):
-            return None
-        if self.cola_rank is not None:
-            return self.cola_rank
-        return None if self.cola_rank_ratio is None else max(1, int(self.cola_rank_ratio * self.hidden_size))
+    def periodic_width(self, channels: int) -> int:
+        """Return P, how many of `channels` are cosines, and again sines; `fan_multiple` says how it is rounded."""
+        share, multiple = self.fan_ratio * channels, self.fan_multiple
+        rest = channels - 2 * share
+        while multiple > 1 and (channels % multiple or share < multiple or 0 < rest < multiple):
+            multiple //= 2
+        return int(share) if multiple == 1 else multiple * math.ceil(share / multiple - 0.5)
 
 
-__all__ = ["FANformerConfig"]
+__all__ = ["RANKS", "FANformerConfig", "translated"]

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .configuration_fanformer import FANformerConfig
+from .configuration_fanformer import RANKS, FANformerConfig
 from .modeling_fanformer import FANformerForCausalLM
 
 StateDict = dict[str, Tensor]
@@ -204,7 +204,7 @@ def _olmo_fields(options: PublishedOptions) -> dict[str, Any]:
         "tie_word_embeddings": options.get("weight_tying", bool, True),
         "eos_token_id": options.get("eos_token_id", int),
         "pad_token_id": options.get("pad_token_id", int),
-        "cola_rank_ratio": None,
+        **dict.fromkeys(RANKS),
         "projection_bias": False,
         "gated_residual": False,
     }
@@ -221,7 +221,9 @@ def _fanformer_configuration(options: PublishedOptions, weights: PublishedWeight
     if int(ratio * width) != periodic:
         ratio = math.nextafter(ratio, 1.0)
     ratio = options.get("p_ratio", (int, float), ratio)
-    return FANformerConfig(fan_placement="layer", fan_ratio=ratio, norm_placement="pre", qkv_norm="none", **fields)
+    return FANformerConfig(
+        fan_placement="layer", fan_ratio=ratio, fan_multiple=1, norm_placement="pre", qkv_norm="none", **fields
+    )
 
 
 def _hybridnorm_configuration(options: PublishedOptions, weights: PublishedWeights) -> FANformerConfig:
@@ -249,6 +251,7 @@ def _cola_configuration(options: PublishedOptions, weights: PublishedWeights) ->
             f"config option `hidden_size` must be a multiple of `num_attention_heads`, got {width} and {heads}."
         )
     activation = options.get("hidden_act", str, "silu")
+    between = options.get("lr_act_type", str, activation)
     only_low_rank = options.get("only_lr_act", bool, True)
     fields = {name: options.get(name, int) for name in ("vocab_size", "intermediate_size", "num_hidden_layers")}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -268,12 +271,12 @@ def _cola_configuration(options: PublishedOptions, weights: PublishedWeights) ->
         tie_word_embeddings=options.get("tie_word_embeddings", bool, False),
         attention_dropout=options.get("attention_dropout", (int, float), 0.0),
         dropout=0.0,
-        cola_rank=options.get("rank", int, width // 4),
-        cola_rank_ratio=None,
-        cola_layers="all",
+        **dict.fromkeys(RANKS, options.get("rank", int, width // 4)),
         cola_input="separate",
         cola_norm=False,
-        cola_activation=options.get("lr_act_type", str, activation),
+        writer_norm=False,
+        cola_activation=between,
+        writer_activation=between,
         hidden_act="linear" if only_low_rank else activation,
         fan_placement="none",
         projection_bias=False,
@@ -300,7 +303,7 @@ def _olmo_state_dict(config: FANformerConfig, weights: PublishedWeights) -> Stat
         theirs, ours = f"transformer.blocks.{index}.", f"model.layers.{index}."
         fused = theirs + "att_proj.weight"
         if config.fan_placement == "layer":
-            rows = D - int(config.fan_ratio * D)
+            rows = D - config.periodic_width(D)
             fan_layer = theirs + "att_proj.fanlayer.input_linear."
             state[ours + "self_attn.fan_layer.projection.weight"] = weights.take(fan_layer + "weight", rows, D)
             state[ours + "self_attn.fan_layer.projection.bias"] = weights.take(fan_layer + "bias", rows)
@@ -325,7 +328,7 @@ def _olmo_state_dict(config: FANformerConfig, weights: PublishedWeights) -> Stat
 def _cola_state_dict(config: FANformerConfig, weights: PublishedWeights) -> StateDict:
     D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim  # noqa: N806
     query_width, key_value_width = config.num_attention_heads * K, config.num_key_value_heads * K
-    rank = config.cola_rank  # an absolute one, the same for all layers
+    rank = config.qkv_rank  # the same for all layers
     assert rank is not None, "the format always has a rank"
     state = {"model.embed_tokens.weight": weights.take("model.embed_tokens.weight", V, D)}
     tied = config.tie_word_embeddings

@@ -7,9 +7,9 @@ Shapes: B batch, T query positions, S key positions, D hidden_size, H query head
 F intermediate_size, V vocab_size, R CoLA rank, P periodic channels, L layers.
 
 What differs from Llama, each a field of the configuration:
-- every linear layer that reads the stream is W_b u + b with u = act(Norm(W_a x)), its rank three quarters of D, u
-  shared by all that read the same input (CoLA, changed);
-- in the FFN u is [cos(p), sin(p), act(g)] with [p, g] = Norm(W_a x) (FAN, elsewhere than in its paper);
+- all seven linear layers of a block are low-rank, W_b u + b with u = act(Norm(W_a x)), each kind with a rank of its
+  own, W_a and so u shared by those that read the same input (CoLA, changed);
+- Q, K and V are [cos(p), sin(p), g], p and g linear in u (FAN, at low rank);
 - Q, K and V get an RMSNorm per head, and only the first attention gets one on its input (HybridNorm*);
 - the FFN's residual is taken after its norm (HybridNorm);
 - every residual branch is multiplied by sigmoid(g), g learnable (gated residuals).
@@ -17,7 +17,7 @@ What differs from Llama, each a field of the configuration:
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,6 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_fanformer import FANformerConfig
-
-Branch = Literal["attention", "ffn"]
 
 
 class FANformerRMSNorm(nn.Module):
@@ -97,8 +95,31 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-# E[act(x)^2] for a standard normal x.
-_ACTIVATION_SQUARE = {"silu": 0.35577552, "gelu": 0.42522148, "linear": 1.0}
+class HalfSiLU(nn.Module):
+    """[silu(a), b] of x = [a, b], a the first half of the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., R) to the same shape."""
+        a, b = x.tensor_split(2, dim=-1)
+        return torch.cat((F.silu(a), b), dim=-1)
+
+
+class ResidualSiLU(nn.Module):
+    """x + silu(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` to the same shape."""
+        return x + F.silu(x)
+
+
+# What stands between two factors: the module of act, and E[act(x)^2] for a standard normal x.
+_ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "silu": (nn.SiLU, 0.35577552),
+    "gelu": (nn.GELU, 0.42522148),
+    "linear": (nn.Identity, 1.0),
+    "half": (HalfSiLU, 0.67788776),
+    "residual": (ResidualSiLU, 2.35577552),
+}
 
 
 def scaled_linear(in_features: int, out_features: int, bias: bool, gain: float = 1.0) -> nn.Linear:
@@ -119,7 +140,14 @@ class CoLAInput(nn.Module):
     """
 
     def __init__(
-        self, config: FANformerConfig, in_features: int, rank: int | None, readers: int, branch: Branch
+        self,
+        config: FANformerConfig,
+        in_features: int,
+        rank: int | None,
+        readers: int,
+        branch: str,
+        activation: str,
+        norm: bool,
     ) -> None:
         super().__init__()
         self.readers = readers
@@ -128,17 +156,17 @@ class CoLAInput(nn.Module):
         self.gain = 1.0  # for who reads the output
         self.factor: nn.Module | None = None
         self.norm: nn.Module = nn.Identity()
-        self.activation = ACT2FN[config.cola_activation]
+        make, square = _ACTIVATIONS[activation]
+        self.activation = make()
         if rank is None:
             return
-        self.periodic = int(config.fan_ratio * rank) if config.fan_between_factors(branch) else 0
+        self.periodic = config.periodic_width(rank) if config.fan_between_factors(branch) else 0
         self.channels = rank - self.periodic
         self.factor = scaled_linear(in_features, self.count * self.channels, bias=False)
-        if config.cola_norm:
+        if norm:
             self.norm = FANformerRMSNorm(self.channels, config.rms_norm_eps)
         # cos^2 + sin^2 = 1
-        square = self.periodic + (rank - 2 * self.periodic) * _ACTIVATION_SQUARE[config.cola_activation]
-        self.gain = (square / rank) ** -0.5
+        self.gain = ((self.periodic + (rank - 2 * self.periodic) * square) / rank) ** -0.5
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return a tensor (..., R) for each reader of `x` (..., in_features)."""
@@ -153,12 +181,18 @@ class CoLAInput(nn.Module):
         return output.unbind(-2) * (self.readers // self.count)
 
 
-class CoLALinear(nn.Module):
-    """y = W_b act(W_a x) + b, the only reader of its input; W_b starts at 0. Source: CoLA, arXiv:2502.10940."""
+def readers_input(config: FANformerConfig, rank: int | None, readers: int, branch: str) -> CoLAInput:
+    """Return what the layers of `branch` that read the residual stream have in common."""
+    return CoLAInput(config, config.hidden_size, rank, readers, branch, config.cola_activation, config.cola_norm)
 
-    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, branch: Branch) -> None:
+
+class CoLALinear(nn.Module):
+    """y = W_b act(Norm(W_a x)) + b, which ends a branch; W_b starts at 0. Source: CoLA, arXiv:2502.10940."""
+
+    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, branch: str) -> None:
         super().__init__()
-        self.input = CoLAInput(config, in_features, rank, 1, branch)
+        form = config.writer_activation, config.writer_norm
+        self.input = CoLAInput(config, in_features, rank, 1, branch, *form)
         self.output = scaled_linear(rank, out_features, config.projection_bias, gain=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,9 +200,8 @@ class CoLALinear(nn.Module):
         return self.output(*self.input(x))
 
 
-def branch_output(config: FANformerConfig, in_features: int, branch: Branch) -> nn.Module:
+def branch_output(config: FANformerConfig, in_features: int, rank: int | None, branch: str) -> nn.Module:
     """Return the layer that ends a residual branch, which starts at 0: a CoLA linear, or at full rank a plain one."""
-    rank = config.cola_rank_for(branch, "writer")
     if rank is None:
         return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain=0.0)
     return CoLALinear(config, in_features, config.hidden_size, rank, branch)
@@ -180,9 +213,8 @@ class FANProjection(nn.Module):
     Source: FAN, arXiv:2502.21309, eq. 1, the linear maps low-rank as in CoLA.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_ratio: float, bias: bool, gain: float) -> None:
+    def __init__(self, in_features: int, out_features: int, periodic: int, bias: bool, gain: float) -> None:
         super().__init__()
-        periodic = int(fan_ratio * out_features)
         self.periodic = scaled_linear(in_features, periodic, False, gain)
         self.linear = scaled_linear(in_features, out_features - 2 * periodic, bias, gain)
 
@@ -199,10 +231,10 @@ class FANLayer(nn.Module):
     published code.
     """
 
-    def __init__(self, width: int, fan_ratio: float) -> None:
+    def __init__(self, width: int, periodic: int) -> None:
         super().__init__()
-        self.periodic_width = int(fan_ratio * width)
-        self.projection = scaled_linear(width, width - self.periodic_width, bias=True)
+        self.periodic_width = periodic
+        self.projection = scaled_linear(width, width - periodic, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., D) to (..., D): P cosines, P sines, then the linear part."""
@@ -254,22 +286,22 @@ class FANformerAttention(nn.Module):
 
         self.fan_layer = None
         if config.fan_placement == "layer":
-            self.fan_layer = FANLayer(config.hidden_size, config.fan_ratio)
-        rank = config.cola_rank_for("attention", "readers")
+            self.fan_layer = FANLayer(config.hidden_size, config.periodic_width(config.hidden_size))
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
-        self.qkv_input = CoLAInput(config, config.hidden_size, rank, 3 * self.readers, "attention")
+        self.qkv_input = readers_input(config, config.qkv_rank, 3 * self.readers, "attention")
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
 
         def projection(heads: int) -> nn.Module:
             outputs, bias = heads * config.head_dim, config.projection_bias
             if config.fan_placement != "projection":
                 return scaled_linear(width, outputs, bias, gain)
-            return FANProjection(width, outputs, config.fan_ratio, bias, gain)
+            return FANProjection(width, outputs, config.periodic_width(outputs), bias, gain)
 
         self.q_proj = projection(config.num_attention_heads)
         self.k_proj = projection(config.num_key_value_heads)
         self.v_proj = projection(config.num_key_value_heads)
-        self.o_proj = branch_output(config, config.num_attention_heads * config.head_dim, "attention")
+        attended = config.num_attention_heads * config.head_dim
+        self.o_proj = branch_output(config, attended, config.o_rank, "attention")
 
         def norm(switched_on: bool) -> nn.Module:
             return FANformerRMSNorm(config.head_dim, config.rms_norm_eps) if switched_on else nn.Identity()
@@ -321,16 +353,15 @@ class FANformerAttention(nn.Module):
 
 
 class FANformerMLP(nn.Module):
-    """W_down(act(W_gate z) * W_up z), gate and up CoLA linears. Source: SwiGLU, arXiv:2002.05202, eq. 6."""
+    """W_down(act(W_gate z) * W_up z), all three CoLA linears. Source: SwiGLU, arXiv:2002.05202, eq. 6."""
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        rank = config.cola_rank_for("ffn", "readers")
-        self.gate_up_input = CoLAInput(config, config.hidden_size, rank, 2, "ffn")
+        self.gate_up_input = readers_input(config, config.gate_up_rank, 2, "ffn")
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
         self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
-        self.down_proj = branch_output(config, config.intermediate_size, "ffn")
+        self.down_proj = branch_output(config, config.intermediate_size, config.down_rank, "ffn")
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, z: Tensor) -> Tensor:

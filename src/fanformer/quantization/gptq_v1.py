@@ -244,8 +244,13 @@ _ORDER = ("fan_layer", "qkv_input", "gate_up_input", "q_proj", "k_proj", "v_proj
 
 
 def _in_order(paths: Sequence[str]) -> list[str]:
-    """Sort the matrices of a branch by when they run; of a layer with two factors, `input` runs first."""
-    return sorted(paths, key=lambda path: (_ORDER.index(path.split(".")[0]), ".input." not in f".{path}", path))
+    """Sort the matrices of a branch by when they run; of a layer with two, `input` or `periodic` runs first."""
+
+    def place(path: str) -> tuple[int, bool, str]:
+        layer, *rest = path.split(".")
+        return _ORDER.index(layer), rest[:1] not in (["input"], ["periodic"]), path
+
+    return sorted(paths, key=place)
 
 
 @torch.no_grad()

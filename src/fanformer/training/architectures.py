@@ -1,12 +1,15 @@
 """Architectures by name: FANformer in any configuration, and what it is compared with, at any size.
 
 An architecture is written `NAME[@SIZE][:FIELD=VALUE,...]`: `fanformer@2m`, `llama@nano`,
-`fanformer@1m:fan_ratio=0.25,cola_rank=16`, or the path of a model folder or config.json of any causal language model.
+`fanformer@1m:fan_ratio=0.25,qkv_rank=16`, or the path of a model folder or config.json of any causal language model.
 SIZE counts parameters without embedding and head (`2m`, `500k`), or names an architecture whose count is taken over
 (`llama@fanformer`; a name that is a count, such as `92m`, is the count).
 """
 
+import dataclasses
+import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,18 +34,21 @@ from fanformer.errors import ConfigError, did_you_mean
 from fanformer.inference.footprint import Footprint, footprint
 from fanformer.inference.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
-BLOCK = 3
+BLOCK = 4
 """Number of FANformer's default block: raised with every change of its defaults or of its initialisation.
 
 Trainings of another number are not taken for those of this one; docs/experiments.md says what each number was.
 """
+TUNED_BLOCK = 3
+"""The same for the tuned block, which was the default at that number."""
 BASELINES = 2
 """The same for what the other families build."""
+_FULL_RANK = dict.fromkeys(RANKS)
 _PLAIN = {
     "fan_placement": "none",
-    "cola_rank_ratio": None,
     "projection_bias": False,
     "norm_placement": "pre",
     "qkv_norm": "none",
@@ -62,16 +68,22 @@ SMOLLM2_135M = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
 """Fields of LlamaConfig of HuggingFaceTB/SmolLM2-135M, the model that ours is measured against."""
+_DEFAULT = FANformerConfig()
 _WIDTH_STEP = 32
 _FFN_STEPS = (8, 2)
 """Multiples of intermediate_size: the second where the first is too coarse to meet a small size."""
+_RANK_STEPS = {True: (32, 16), False: (16, 8)}
+"""The same for ranks, from a width of 256 on and below."""
+_RANK_WIDTH = 256
 _LARGE = 8_000_000
 """Parameters without embeddings from which heads are 64 wide, else 32."""
 _DEPTH_ANCHOR = (6, 2_000_000)
 """Layers at a size; depth grows as its cube root, as width then does too."""
 _SIZE_TOLERANCE = 0.01
 _USUAL = 0.5
-"""How far, as a share, the FFN may be from its usual ratio before finer steps of it are looked at."""
+"""How far, as a share, FFN or ranks may be from their usual size before finer steps of them are looked at."""
+_MOST = 2.0
+"""Largest share of the usual ranks that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,9 @@ class Family:
         ffn_ratio: intermediate_size over hidden_size that scaled shapes keep near to.
         key_value_share: query heads for each key-value head in scaled shapes, at least.
         width_of: family whose hidden_size scaled shapes take over where it fits, so that embeddings are equal too.
+        ranks: fields that hold a rank, with its share of hidden_size in scaled shapes.
+        ranks_fit: whether it is the ranks that make up a size, intermediate_size being `ffn_ratio` times the width, or
+            intermediate_size, the ranks being their shares of the width.
     """
 
     summary: str
@@ -95,47 +110,71 @@ class Family:
     ffn_ratio: float
     key_value_share: int
     width_of: str | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    ranks_fit: bool = False
+
+    def ranks_at(self, fields: Mapping[str, Any]) -> dict[str, int]:
+        """Return the ranks at a width, without those that are given."""
+        given = self.ranks.keys() & fields.keys()
+        return {name: max(1, int(self.ranks[name] * fields["hidden_size"])) for name in self.ranks if name not in given}
 
 
-def _like_smollm2(summary: str, config_type: type[PreTrainedConfig], fields: Mapping[str, Any]) -> Family:
-    return Family(summary, config_type, fields, SMOLLM2_135M, ffn_ratio=8 / 3, key_value_share=3)
+def _like_smollm2(
+    summary: str, config_type: type[PreTrainedConfig], fields: Mapping[str, Any], ranks: Mapping[str, float]
+) -> Family:
+    return Family(summary, config_type, fields, SMOLLM2_135M, ffn_ratio=8 / 3, key_value_share=3, ranks=ranks)
 
 
 FAMILIES: dict[str, Family] = {
     "fanformer": Family(
-        "the default: FAN, CoLA, HybridNorm*, gates", FANformerConfig, {"dropout": 0.0}, {}, 8 / 3, 2, "llama"
+        "the default: FAN in Q, K and V, all seven layers low-rank, HybridNorm*, gates",
+        FANformerConfig,
+        {"dropout": 0.0},
+        {},
+        _DEFAULT.intermediate_size / _DEFAULT.hidden_size,
+        2,
+        "llama",
+        {name: getattr(_DEFAULT, name) / _DEFAULT.hidden_size for name in RANKS},
+        ranks_fit=True,
+    ),
+    "fanformer-tuned": Family(
+        "the block of 92m-tuned: FAN between the factors of gate and up, O and down full rank",
+        FANformerConfig,
+        {"dropout": 0.0, "fan_placement": "ffn", "fan_multiple": 1, "o_rank": None, "down_rank": None},
+        load_preset("92m-tuned").model,
+        8 / 3,
+        2,
+        "llama",
+        {"qkv_rank": 0.75, "gate_up_rank": 0.75},
     ),
     "fanformer-paper": Family(
         "arXiv:2502.21309: one full-rank FANLayer' before Q, K, V; pre-norm",
         FANformerConfig,
         {
             **_PLAIN,
+            **_FULL_RANK,
             "dropout": 0.0,
             "fan_placement": "layer",
             "fan_ratio": 0.25,
+            "fan_multiple": 1,
         },
         load_preset("1b").model,
         4.0,
         1,
     ),
-    "llama": _like_smollm2("HF Llama, SmolLM2-135M's shape", LlamaConfig, {}),
-    "llama-qk-norm": _like_smollm2("the same with QK-norm: HF Qwen3", Qwen3Config, {}),
+    "llama": _like_smollm2("HF Llama, SmolLM2-135M's shape", LlamaConfig, {}, {}),
+    "llama-qk-norm": _like_smollm2("the same with QK-norm: HF Qwen3", Qwen3Config, {}, {}),
     "cola-llama": _like_smollm2(
         "the same with CoLA linears of rank D / 4 (arXiv:2502.10940)",
         FANformerConfig,
-        {
-            **_PLAIN,
-            "dropout": 0.0,
-            "cola_rank_ratio": 0.25,
-            "cola_layers": "all",
-            "cola_input": "separate",
-            "cola_norm": False,
-        },
+        {**_PLAIN, "dropout": 0.0, "cola_input": "separate", "cola_norm": False, "writer_norm": False},
+        dict.fromkeys(RANKS, 0.25),
     ),
     "hybridnorm-llama": _like_smollm2(
         "the same with HybridNorm* (arXiv:2503.04598)",
         FANformerConfig,
-        {**_PLAIN, "dropout": 0.0, "norm_placement": "hybrid-star", "qkv_norm": "qkv"},
+        {**_PLAIN, **_FULL_RANK, "dropout": 0.0, "norm_placement": "hybrid-star", "qkv_norm": "qkv"},
+        {},
     ),
 }
 
@@ -187,9 +226,11 @@ class Architecture:
 
     @property
     def block(self) -> int:
-        """BLOCK or BASELINES; 1 where a file or another library chooses fields or initialisation."""
+        """BLOCK, TUNED_BLOCK or BASELINES; 1 where a file or another library chooses fields or initialisation."""
         if self.family == "file" or self.initialisation == "library":
             return 1
+        if self.family in ("fanformer-tuned", "92m-tuned"):
+            return TUNED_BLOCK
         return BLOCK if self.family in ("fanformer", *preset_names()) else BASELINES
 
 
@@ -252,6 +293,8 @@ def architecture(spec: str) -> Architecture:
     fields |= given
     if at:
         fields |= _shape(name, _parse_size(spec, size), _frozen(fields))
+    elif family.shape and name in FAMILIES:
+        fields |= family.ranks_at(fields)
     own = issubclass(family.config_type, FANformerConfig)
     if choice is not None and (own or choice not in ("scaled", "library")):
         expected = "no choice: FANformer classes have their own" if own else "scaled or library"
@@ -295,7 +338,7 @@ def _frozen(fields: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=256)
 def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
-    """Return the fields that give `name` its size: depth by the cube root, then width and FFN near their usual ratio.
+    """Return the fields that give `name` its size: depth by the cube root, then width, FFN or ranks as is usual.
 
     Fields that were given stay as they are.
 
@@ -315,7 +358,7 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
         except ConfigError:
             pass  # the parts that were asked for leave no room for an FFN at that width
     best: tuple[float, dict[str, Any]] | None = None
-    for ffn_step in _FFN_STEPS:
+    for finer in (False, True):
         for width in widths:
             heads = fields.get("num_attention_heads") or max(1, width // head_dim)
             key_value_heads = fields.get("num_key_value_heads") or _key_value_heads(heads, family)
@@ -329,18 +372,18 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
                 "num_key_value_heads": key_value_heads,
                 "tie_word_embeddings": fields.get("tie_word_embeddings", False),
             }
-            wide = fields.get("intermediate_size") or _fitting_ffn(family, {**fields, **shape}, size, ffn_step)
-            if wide is None:
+            found = _fitted(family, {**fields, **shape}, size, finer)
+            if math.isinf(found.share):
                 continue
-            if wide == 0:
+            if found.share == 0:
                 break
-            shape["intermediate_size"] = wide
+            shape |= found.fields
             count = without_embeddings(family.config_type(**{**fields, **shape}))
-            distance = abs(wide / width / family.ffn_ratio - 1)
+            distance = abs(found.share - 1)
             if abs(count / size - 1) <= _SIZE_TOLERANCE and (best is None or distance < best[0]):
                 best = (distance, shape)
-            if best is not None and wide / width < family.ffn_ratio:
-                break  # the wider, the smaller the FFN: from here on it only goes away from the usual ratio
+            if best is not None and found.share < 1:
+                break  # the wider, the smaller the share: from here on it only goes away from the usual one
         if best is not None and best[0] < _USUAL:
             break
     if best is None:
@@ -351,6 +394,75 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
 def _key_value_heads(heads: int, family: Family) -> int:
     most = max(1, heads // family.key_value_share)
     return max(count for count in range(1, most + 1) if heads % count == 0)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Fields that bring a shape to a size.
+
+    Attributes:
+        fields: their values.
+        share: of what is usual; infinite where even the most is too small, 0 where even the least is too large.
+    """
+
+    fields: dict[str, int]
+    share: float
+
+
+_TOO_SMALL, _TOO_LARGE = _Fitted({}, float("inf")), _Fitted({}, 0.0)
+
+
+def _fitted(family: Family, fields: dict[str, Any], size: int, finer: bool) -> _Fitted:
+    """Return intermediate_size and ranks that are not given, so that the size is met as nearly as may be."""
+    width = fields["hidden_size"]
+    free = {name: share * width for name, share in family.ranks.items() if name not in fields}
+    if family.ranks_fit and free:
+        ffn = {} if "intermediate_size" in fields else {"intermediate_size": round(family.ffn_ratio * width)}
+        found = _fitting_ranks(family, {**fields, **ffn}, size, _RANK_STEPS[width >= _RANK_WIDTH][finer], free)
+        return dataclasses.replace(found, fields={**found.fields, **ffn})
+    ranks = family.ranks_at(fields)
+    if "intermediate_size" in fields:
+        return _Fitted(ranks, fields["intermediate_size"] / width / family.ffn_ratio)
+    wide = _fitting_ffn(family, {**fields, **ranks}, size, _FFN_STEPS[finer])
+    if not wide:
+        return _TOO_SMALL if wide is None else _TOO_LARGE
+    return _Fitted({**ranks, "intermediate_size": wide}, wide / width / family.ffn_ratio)
+
+
+def _fitting_ranks(family: Family, fields: dict[str, Any], size: int, step: int, usual: Mapping[str, float]) -> _Fitted:
+    """Return multiples of `step` near one and the same share of the `usual` ranks that come near to the size."""
+
+    def count(ranks: Mapping[str, int]) -> int:
+        return without_embeddings(family.config_type(**{**fields, **ranks}))
+
+    least = dict.fromkeys(usual, step)
+    base = count(least)
+    costs = {name: count({**least, name: 2 * step}) - base for name in usual}  # every step costs the same
+
+    def total(steps: Mapping[str, int]) -> int:
+        return base + sum((steps[name] - 1) * cost for name, cost in costs.items())
+
+    def at(share: float) -> dict[str, int]:
+        return {name: max(1, round(share * rank / step)) for name, rank in usual.items()}
+
+    if base > (1 + _SIZE_TOLERANCE) * size:
+        return _TOO_LARGE
+    if total(at(_MOST)) < (1 - _SIZE_TOLERANCE) * size:
+        return _TOO_SMALL
+    shares = [_MOST * part / 128 for part in range(1, 129)]
+    share = min(shares, key=lambda candidate: abs(total(at(candidate)) - size))
+    middle, wanted = at(share), {name: share * rank / step for name, rank in usual.items()}
+    beside = [
+        dict(zip(usual, steps, strict=True))
+        for steps in itertools.product(*([max(1, n - 1), n, n + 1] for n in middle.values()))
+    ]
+
+    def misfit(steps: Mapping[str, int]) -> tuple[float, float]:
+        off = abs(total(steps) / size - 1)
+        return max(0.0, off - 0.75 * _SIZE_TOLERANCE), sum(abs(steps[name] / wanted[name] - 1) for name in usual)
+
+    best = min(beside, key=misfit)
+    return _Fitted({name: n * step for name, n in best.items()}, sum(best.values()) * step / sum(usual.values()))
 
 
 def _fitting_ffn(family: Family, fields: dict[str, Any], size: int, step: int) -> int | None:

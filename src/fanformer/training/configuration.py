@@ -16,6 +16,10 @@ import yaml
 from fanformer.data.documents import is_prepared_folder
 from fanformer.errors import ConfigError, did_you_mean
 
+# What a configuration of `transformers` holds besides the model's fields.
+_OF_THE_FOLDER = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+# Fields of a model that ranks for each kind of layer have replaced; a run.yaml of that time holds all of them.
+_MODEL_BEFORE_RANKS = {"cola_rank_ratio", "cola_rank", "cola_layers"}
 # Fields that say how long a run is; the last may stand beside one of the others, as a limit.
 _LENGTHS = ("max_steps", "tokens", "epochs", "max_time")
 OF_ONE_COMMAND = ("resume", "overwrite", "allow_changed_data")
@@ -59,7 +63,7 @@ def _setting(default: Any, help_text: str) -> Any:
 class RunConfig:
     """Everything that decides a training run; `run.yaml` in the output folder holds the resolved copy."""
 
-    preset: str = _setting("nano", "model and recipe to start from: nano, 92m or 1b")
+    preset: str = _setting("nano", "model and recipe to start from: nano, 92m, 92m-tuned or 1b")
     model: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "fields of the model configuration"})
     init_from: str | None = _setting(None, "folder of a saved model whose weights to start from")
 
@@ -257,8 +261,9 @@ def resolve(
 ) -> RunConfig:
     """Join preset, configuration file and overrides, later ones winning, into one checked configuration.
 
-    A preset's length is left out where another one is given, and its tokenizer where the data are prepared or the
-    weights are those of a saved model. So is the length of the file where the overrides name another kind of length.
+    A preset's length is left out where another one is given, its tokenizer where the data are prepared or the weights
+    are those of a saved model, and its model where the file holds a whole one from before the preset was another. The
+    length of the file is left out where the overrides name another kind of length.
 
     Args:
         preset: name of the preset to start from; a `preset` key of the file or the overrides replaces it.
@@ -279,7 +284,8 @@ def resolve(
     from_file = _without_replaced_length(from_file, overrides or {})
     for key, value in [*from_file.items(), *(overrides or {}).items()]:
         if key == "model":
-            merged["model"].update(value or {})
+            whole = (value or {}).keys() >= _MODEL_BEFORE_RANKS
+            merged["model"] = {**({} if whole else merged["model"]), **(value or {})}
         elif key.startswith("model."):
             merged["model"][key.removeprefix("model.")] = value
         elif key in FIELD_TYPES:
@@ -306,6 +312,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     Of a run's own run.yaml the part under `configuration` counts, without the fields that are OF_ONE_COMMAND.
 
+    Where the run's model is from before each kind of layer had a rank, that model counts, whole: its preset now means
+    another.
+
     Raises:
         ConfigError: if the file is missing, not YAML, or not a mapping.
     """
@@ -317,11 +326,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of fields to values, got {type(content).__name__}.")
-    of_a_run = "configuration" in content
+    of_a_run, built = "configuration" in content, content.get("model")
     content = content.get("configuration", content)
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"`configuration` of {path} must be a mapping of fields to values, got {content!r:.60}.")
-    return {name: value for name, value in content.items() if not (of_a_run and name in OF_ONE_COMMAND)}
+    if not of_a_run:
+        return content
+    content = {name: value for name, value in content.items() if name not in OF_ONE_COMMAND}
+    if isinstance(built, dict) and built.keys() >= _MODEL_BEFORE_RANKS:
+        model = {key: value for key, value in built.items() if key not in _OF_THE_FOLDER}
+        content["model"] = model | (content.get("model") or {})
+    return content
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

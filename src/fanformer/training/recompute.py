@@ -43,7 +43,7 @@ def _first_factors(model: PreTrainedModel) -> frozenset[tuple[int, int]]:
     factors = [module.factor for module in model.modules() if getattr(module, "factor", None) is not None]
     if not factors:
         raise ConfigError(
-            "`recompute` low-rank needs CoLA linears, got a model of full rank: use block, or set cola_rank_ratio."
+            "`recompute` low-rank needs CoLA linears, got a model of full rank: use block, or set a rank of the model."
         )
     return frozenset((factor.in_features, factor.out_features) for factor in factors)
 

@@ -24,6 +24,8 @@ from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
 from fanformer.inference.loading import load_model
 from fanformer.inference.settings import GenerationSettings
+from fanformer.model import FANformerConfig
+from fanformer.model.configuration_fanformer import translated
 from fanformer.training import artifacts
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
@@ -151,6 +153,11 @@ def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = bui
         processes.leave()
 
 
+def _in_todays_words(model: dict[str, Any]) -> dict[str, Any]:
+    """Return `model` of a run.yaml as it would be written now."""
+    return model if translated(model) == model else FANformerConfig(**model).to_diff_dict()
+
+
 def _check_batch(config: RunConfig, count: int) -> None:
     together = (config.micro_batch_size or 1) * count
     if config.batch_size % together:
@@ -200,7 +207,7 @@ class Run:
         set_seed(config.seed)
         self.model = make_model(config, self.tokenizer, build_model, self.before, self._note)
         if self.before is not None:
-            check_model(self.before["model"], self.model.config.to_diff_dict(), self.folder)
+            check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
         self.skeleton = folder_without_weights(self.model, self.tokenizer) if processes.is_main else {}
         self.environment = self._decide()
         self.environment.apply()

@@ -32,7 +32,7 @@ test: setup-dev
 
 # What needs environments of its own, several processes, or minutes.
 test-ci: setup-dev
-	$(BIN)/python -m pytest -m "slow or ci"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 900 -m "slow or ci"
 
 test-all: test test-ci
 

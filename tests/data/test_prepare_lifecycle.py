@@ -213,8 +213,8 @@ class PrepareLifecycle(RuleBasedStateMachine):
     def said(self, process):
         """Return what a process that has ended wrote as errors.
 
-        Without the lines that tell how far it is, and without what Python's own `resource_tracker` writes when a process
-        that has workers is killed.
+        Without the lines that tell how far it is, and without what Python's own `resource_tracker` writes when a
+        process that has workers is killed.
         """
         lines = process.stderr.read_text().splitlines(keepends=True)
         return "".join(line for line in lines if not (line.startswith("encoding: ") or "resource_tracker" in line))

@@ -165,6 +165,28 @@ def test_other_data_than_a_killed_beginning_prepared_are_prepared_anew(run, run_
     assert '"other.txt"' in file.read_text()
 
 
+def test_work_that_a_killed_run_began_on_other_data_goes_with_overwrite_only(run, run_config, tmp_path, monkeypatch):
+    from fanformer.data import journal, shards
+
+    other = tmp_path / "other.txt"
+    other.write_text("a quick red fox jumps over it all.\n" * 500, encoding="utf-8")
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0)
+
+    def killed(*_):
+        raise Struck
+
+    real = shards.write_description
+    monkeypatch.setattr(shards, "write_description", killed)
+    with pytest.raises(Struck):
+        run(max_steps=1)
+    monkeypatch.setattr(shards, "write_description", real)
+    assert (run_config().folder / "data.partial" / "work" / "journal.json").is_file()
+    with pytest.raises(DataError, match=r"data\.partial was begun with .*: give the same again to go on from there"):
+        run(max_steps=1, data=str(other))
+    result, _ = run(max_steps=1, data=str(other), overwrite=True)
+    assert '"other.txt"' in (result.folder / "data" / "data.json").read_text()
+
+
 def test_a_signal_in_the_first_step_leaves_a_checkpoint_of_the_new_run(run_config, old):
     class Impatient(Notebook):
         def step(self, step, *rest):

@@ -267,9 +267,9 @@ class TrainLifecycle(RuleBasedStateMachine):
             assert self.kept[name] == replace(new, saved=steps)
             self.check_published(name, steps)
         elif code == 2:
-            assert not overwrite
-            assert had is not None
-            assert "already holds a run" in self.assert_refused(process, name, before)
+            assert not overwrite, process.stderr.read_text()
+            why = "already holds a run" if had is not None else "data.partial was begun with"
+            assert why in self.assert_refused(process, name, before)
 
     @rule(name=FOLDERS, data=DATA, steps=LENGTHS, overwrite=st.booleans(), moment=MOMENTS, number=SIGNALS)
     def begin_from(self, name, data, steps, overwrite, moment, number):
@@ -298,8 +298,8 @@ class TrainLifecycle(RuleBasedStateMachine):
             assert had is None or overwrite
             assert digest(self.cwd / name / "tokenizer.json") == digest(source / "tokenizer.json")
         elif code == 2:
-            assert not overwrite
-            assert had is not None
+            assert not overwrite, process.stderr.read_text()
+            assert had is not None or "data.partial was begun with" in process.stderr.read_text()
 
     @rule(name=FOLDERS, more=st.integers(0, 4), kind=KINDS, moment=MOMENTS, number=SIGNALS)
     def resume(self, name, more, kind, moment, number):

@@ -16,6 +16,10 @@ INTERVAL_SECONDS = 5.0
 """Shortest time between two entries, and before the first: shorter work is not worth keeping."""
 
 
+class OtherArgumentsError(DataError):
+    """Work that is there was begun with other arguments than those that are given now."""
+
+
 class Journal:
     """The last entry, in a file that is replaced as a whole, and the arguments that it belongs to."""
 
@@ -36,7 +40,8 @@ class Journal:
         """Return the last entry, None if there is none.
 
         Raises:
-            DataError: if it was made with other arguments, the message says which; or if it is damaged.
+            OtherArgumentsError: if it was made with other arguments; the message says which.
+            DataError: if it is damaged.
         """
         if not self.path.is_file():
             return None
@@ -55,7 +60,7 @@ class Journal:
             raise DataError(f"{self.path} must have version {JOURNAL_VERSION}, got {version!r:.40}: {self._remedy}")
         difference = _difference(arguments, self._arguments)
         if difference:
-            raise DataError(
+            raise OtherArgumentsError(
                 f"{self.path.parent.parent} was begun with {difference}: give the same again to go on from there, "
                 "or delete it to start anew"
             )

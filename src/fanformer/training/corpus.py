@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanformer.data.documents import DocumentSource, is_prepared_folder, open_source
+from fanformer.data.journal import OtherArgumentsError
+from fanformer.data.places import partial_place
 from fanformer.data.shards import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import CheckpointError, ConfigError
@@ -147,6 +149,7 @@ def _open(
         source,
         tokenizer,
         progress,
+        config.overwrite,
         vocab_size=config.vocab_size or FANformerConfig(**config.model).vocab_size,
         held_out_fraction=config.held_out_fraction,
         max_bytes=config.max_data_bytes,
@@ -154,9 +157,23 @@ def _open(
 
 
 def _prepared(
-    place: Path, source: DocumentSource, tokenizer: "PreTrainedTokenizerBase | None", progress: Any, **options: Any
+    place: Path,
+    source: DocumentSource,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    progress: Any,
+    overwrite: bool,
+    **options: Any,
 ) -> PreparedData:
-    """Prepare a source in `place`, unless a killed run prepared just that there; options are those of `prepare`."""
+    """Prepare a source in `place`, unless a killed run prepared just that there.
+
+    Args:
+        place: folder to prepare.
+        source: what to prepare.
+        tokenizer: encodes it; None trains one.
+        progress: called with bytes done and in all.
+        overwrite: whether work that a killed run began for something else goes, rather than being refused.
+        **options: as `prepare` takes them.
+    """
     if is_prepared_folder(str(place)):
         data = open_prepared(place)
         tokens = {"asked_vocab_size": options["vocab_size"]}
@@ -166,6 +183,12 @@ def _prepared(
         if all(data.metadata.get(name) == value for name, value in wanted.items() if name != "vocab_size"):
             return data
         shutil.rmtree(place)
+    try:
+        return prepare(source, place, tokenizer=tokenizer, progress=progress, **options)
+    except OtherArgumentsError:
+        if not overwrite:
+            raise
+    shutil.rmtree(partial_place(place))
     return prepare(source, place, tokenizer=tokenizer, progress=progress, **options)
 
 
@@ -212,4 +235,6 @@ def held_out_stream(
             return prepared.split("train")
         here = here.with_name(f"{HELD_OUT_FOLDER}-{data.fingerprint[:8]}")  # another tokenizer was asked for
     options = {"vocab_size": len(tokenizer), "held_out_fraction": 0.0, "max_bytes": None}
-    return _prepared(here, open_source(config.eval_data), tokenizer, progress, **options).split("train")
+    return _prepared(here, open_source(config.eval_data), tokenizer, progress, config.overwrite, **options).split(
+        "train"
+    )

@@ -4,6 +4,7 @@ This module imports neither torch nor transformers, so that `--help` stays fast.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -170,7 +171,9 @@ class RunConfig:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), FIELD_TYPES[item.name])
         for name, value in self.to_dict().items():
-            if isinstance(value, (int, float)) and not abs(value) <= _MOST:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"`{name}` must be a finite number, got {value}.")
+            if isinstance(value, (int, float)) and value > _MOST and not name.endswith(("_rate", "_norm", "_scale")):
                 raise ConfigError(f"`{name}` must be a number of at most {_MOST:g}, got {value}.")
         if not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"`seed` must be in [0, 2**32), got {self.seed}.")

@@ -1,5 +1,6 @@
 """What a preparation finds beside its output folder: its own work, as it was left or spoilt, or what is not its own."""
 
+import contextlib
 import json
 import os
 import resource
@@ -99,6 +100,14 @@ def test_lost_or_changed_texts_seen_are_refused(tmp_path, go):
     assert go().metadata["dropped"] == {"duplicate": 50}
 
 
+def test_error_in_the_first_document_leaves_nothing(tmp_path, text, tokenizers, monkeypatch):
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.0)
+    tokenizer = load_tokenizer(str(tokenizers / "one"))
+    with pytest.raises(DataError, match="has no field `words`"):
+        prepare(open_source(text, "words"), tmp_path / "out", tokenizer=tokenizer, vocab_size=0, held_out_fraction=0)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
 def test_work_is_not_gone_on_from_with_another_end_token(go):
     with pytest.raises(Stop):
         go(stop=True)
@@ -194,12 +203,11 @@ def test_file_that_cannot_grow_is_told_with_its_place(tmp_path, go, largest_file
 
 
 def test_full_disk_under_the_texts_seen_is_told(mount_disk):
-    seen = SeenTexts(mount_disk("size=64k") / "seen")
-    for number in range(9000):
-        seen.add(str(number), number)
-    with pytest.raises(OSError, match="No space left on device"):
-        seen.commit()
-    seen.close()
+    with contextlib.closing(SeenTexts(mount_disk("size=64k") / "seen")) as seen:
+        for number in range(9000):
+            seen.add(str(number), number)
+        with pytest.raises(OSError, match="No space left on device"):
+            seen.commit()
 
 
 @pytest.mark.parametrize("size", [1 << 40, 10**20])

@@ -363,7 +363,7 @@ class _Preparation:
         if self._selection.deduplicate:
             self._seen = SeenTexts(self._work / "seen.sqlite")
             self._seen.go_back(self._position.number, self._position.seen_checksum)
-        if self._journal.is_due():  # training a tokenizer took its time
+        if self._tokenizer_seconds and self._journal.is_due():  # nothing else that is done by now is worth keeping
             self._save(self._position, fixed)
         started = time.monotonic()
         batches = self._selection.batches(split, self._position, self._seen)

@@ -51,12 +51,12 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
         ({"fan_multiple": 12}, "`fan_multiple` must be a power of two, got 12"),
         (
             {"o_rank": None, "down_rank": None, "writer_activation": "half"},
-            "`writer_activation` must be 'silu' where O and down have full rank, got 'half': "
+            "`writer_activation` must be 'residual' where O and down have full rank, got 'half': "
             "set `o_rank` or `down_rank`.",
         ),
         (
-            {"o_rank": None, "down_rank": None, "writer_norm": False},
-            "`writer_norm` must be True where O and down have full rank, got False",
+            {"o_rank": None, "down_rank": None, "writer_norm": True},
+            "`writer_norm` must be False where O and down have full rank, got True",
         ),
         ({"dropout": 1.0}, "`dropout` must be in [0, 1), got 1.0."),
         ({"attention_dropout": -0.1}, "`attention_dropout` must be in [0, 1), got -0.1."),
@@ -111,7 +111,7 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"cola_activation": "half"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got half"),
         (
             {"writer_activation": "relu"},
-            "Field 'writer_activation' expected one of ('silu', 'gelu', 'linear', 'half', 'residual'), got relu",
+            "Field 'writer_activation' expected one of ('residual', 'half', 'silu', 'gelu', 'linear'), got relu",
         ),
         ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
         ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
@@ -162,8 +162,8 @@ def test_every_field_survives_config_json(tmp_path, others):
         "o_rank": 7,
         "gate_up_rank": 9,
         "down_rank": 11,
-        "writer_activation": "residual",
-        "writer_norm": False,
+        "writer_activation": "half",
+        "writer_norm": True,
         "cola_activation": "linear",
         "cola_input": "separate",
         "cola_norm": False,

@@ -98,7 +98,9 @@ def test_layers_that_write_had_the_form_of_those_that_read():
     config = FANformerConfig(cola_layers="all", cola_activation="gelu", cola_norm=False)
     assert (config.writer_activation, config.writer_norm) == ("gelu", False)
     config = FANformerConfig(cola_layers="readers", cola_activation="gelu", cola_norm=False)
-    assert (config.writer_activation, config.writer_norm) == ("silu", True)  # there are none
+    assert (config.writer_activation, config.writer_norm) == ("residual", False)  # there are none: the default
+    config = FANformerConfig(cola_layers="all")
+    assert (config.writer_activation, config.writer_norm) == ("silu", True)  # the defaults of that time
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from fanformer.model import FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RANKS
+from fanformer.model.modeling_fanformer import ResidualSiLU
 from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED, every_rank
 
 
@@ -68,7 +69,7 @@ def test_fan_none_leaves_plain_projections(tiny_model):
 @pytest.mark.parametrize("placement", ["ffn", "attention", "both", "none"])
 def test_fan_between_factors_gives_unit_circles_then_the_activation(tiny_model, cola_input, placement):
     fields = {**every_rank(48), "fan_multiple": 1, "cola_input": cola_input}
-    layer = tiny_model(**fields, fan_placement=placement).model.layers[1]
+    layer = tiny_model(**fields, fan_placement=placement, writer_activation="silu").model.layers[1]
     inputs = {
         layer.self_attn.qkv_input: ("attention", 3),
         layer.self_attn.o_proj.input: ("attention", 1),
@@ -193,7 +194,7 @@ def test_a_shared_input_factor_is_one_for_all_its_readers(tiny_model):
 @pytest.mark.parametrize("switch", ["cola_norm", "writer_norm"])
 def test_norms_make_the_factors_blind_to_the_scale_of_the_first(tiny_model, switch, cola_input):
     for normed in (False, True):
-        fields = {"cola_input": cola_input, switch: normed}
+        fields = {"cola_norm": True, "writer_norm": True, "cola_input": cola_input, switch: normed}
         part = tiny_model(**fields, rms_norm_eps=1e-12).model.layers[0].mlp
         norms = {"gate_up_input.norm.weight": switch == "writer_norm" or normed}
         norms |= {"down_proj.input.norm.weight": switch == "cola_norm" or normed}
@@ -221,7 +222,7 @@ FORMS = {
 @pytest.mark.parametrize("activation", FORMS)
 def test_writer_activation_stands_between_the_factors_of_o_and_down(tiny_model, activation):
     x = torch.randn(3, 96)
-    layer = tiny_model(writer_activation=activation, writer_norm=False).model.layers[0]
+    layer = tiny_model(writer_activation=activation).model.layers[0]
     down = layer.mlp.down_proj
     expected = FORMS[activation](x @ down.input.factor.weight.T) @ down.output.weight.T + down.output.bias
     torch.testing.assert_close(down(x), expected)
@@ -237,7 +238,7 @@ def test_cola_activation_stands_between_the_factors_of_the_layers_that_read(tiny
     torch.testing.assert_close(gate, FORMS[activation](z @ layer.mlp.gate_up_input.factor.weight.T))
     assert gate is up
     assert type(layer.self_attn.qkv_input.activation) is type(layer.mlp.gate_up_input.activation)
-    assert type(layer.mlp.down_proj.input.activation) is torch.nn.SiLU
+    assert type(layer.mlp.down_proj.input.activation) is ResidualSiLU
 
 
 def test_projection_bias_is_on_every_output_but_cos_and_sin(tiny_model):
@@ -291,7 +292,6 @@ def test_qkv_norm_makes_attention_blind_to_the_scale_of_what_it_normalises(tiny_
         qkv_norm=qkv_norm,
         fan_placement="none",
         projection_bias=False,
-        writer_norm=False,
         rms_norm_eps=1e-12,
         num_hidden_layers=1,
     )

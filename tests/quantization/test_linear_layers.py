@@ -20,9 +20,9 @@ from tests.tiny_models import FULL_RANK, TUNED
 VARIANTS = [
     {},
     TUNED,
-    {"fan_placement": "both", "writer_activation": "residual"},
+    {"fan_placement": "both", "writer_norm": True},
     {"cola_input": "separate"},
-    {"fan_placement": "layer", "norm_placement": "pre", "writer_norm": False},
+    {"fan_placement": "layer", "norm_placement": "pre", "writer_activation": "silu"},
     {**FULL_RANK, "fan_placement": "none", "norm_placement": "pre", "qkv_norm": "none"},
     {**FULL_RANK, "norm_placement": "hybrid", "projection_bias": False},
     {"tie_word_embeddings": True, "hidden_act": "gelu"},

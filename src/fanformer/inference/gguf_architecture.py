@@ -66,6 +66,8 @@ _CHOSEN_BEFORE = {
     "attention": ("qkv_rank", "o_rank"),
     "ffn": ("gate_up_rank", "down_rank"),
 }
+# what the fields of writers hold where O and down have full rank, as the configuration wants it
+_UNUSED_WRITERS = ["residual", False]
 # field of `rope_parameters` -> (key, how it is stored)
 _ROPE_KEYS = {
     "rope_theta": ("rope.freq_base", "float"),
@@ -277,7 +279,9 @@ def _ranks_before(file: Header) -> dict[str, Any]:
     found: dict[str, Any] = {name: rank if name in _CHOSEN_BEFORE[chosen] else None for name in _OPTIONAL_KEYS}
     low_rank_writers = rank is not None and chosen != "readers"
     form = (
-        [_read(file, *_KEYS[name]) for name in ("cola_activation", "cola_norm")] if low_rank_writers else ["silu", True]
+        [_read(file, *_KEYS[name]) for name in ("cola_activation", "cola_norm")]
+        if low_rank_writers
+        else _UNUSED_WRITERS
     )
     return found | {"fan_multiple": 1, "writer_activation": form[0], "writer_norm": form[1]}
 

@@ -43,7 +43,8 @@ _CHOSEN_THEN = {
     "attention": ("qkv_rank", "o_rank"),
     "ffn": ("gate_up_rank", "down_rank"),
 }
-_WRITERS_THEN = {"writer_activation": "cola_activation", "writer_norm": "cola_norm"}
+# Fields of what stands between the factors of O and down -> the field that meant them too, and its default then
+_WRITERS_THEN = {"writer_activation": ("cola_activation", "silu"), "writer_norm": ("cola_norm", True)}
 _Config = TypeVar("_Config", bound=type)
 
 
@@ -75,7 +76,7 @@ def translated(fields: Mapping[str, Any]) -> dict[str, Any]:
     found |= {name: rank if name in _CHOSEN_THEN[chosen] else None for name in RANKS}
     found["fan_multiple"] = 1
     if rank is not None and chosen != "readers":  # one form for all layers, then
-        found |= {new: found[old] for new, old in _WRITERS_THEN.items() if old in found}
+        found |= {new: found.get(old, default) for new, (old, default) in _WRITERS_THEN.items()}
     return found
 
 
@@ -166,10 +167,11 @@ class FANformerConfig(PreTrainedConfig):
     the exact (erf) form."""
     cola_norm: bool = True
     """Whether W_a x of these layers gets an RMSNorm over its R channels before the activation. Ours."""
-    writer_activation: Literal["silu", "gelu", "linear", "half", "residual"] = "silu"
-    """The same for O and down, the layers that write to the stream: "half" is SiLU on the first half of the channels,
-    the others as they are, "residual" is x + silu(x). These two are ours. Refused where O and down have full rank."""
-    writer_norm: bool = True
+    writer_activation: Literal["residual", "half", "silu", "gelu", "linear"] = "residual"
+    """The same for O and down, the layers that write to the stream: "residual" is x + silu(x), "half" is SiLU on the
+    first half of the channels, the others as they are. These two are ours: with a norm, or without a linear path,
+    attention does not learn to copy. Refused where O and down have full rank."""
+    writer_norm: bool = False
     """Whether W_a x of O and down gets an RMSNorm. Ours. Refused where they have full rank."""
     cola_input: Literal["shared", "separate"] = "shared"
     """Whether CoLA linears that read the same input (Q, K and V, with p and g apart; gate and up) have one W_a
@@ -275,7 +277,8 @@ class FANformerConfig(PreTrainedConfig):
                     f"`{name}`, or `fan_placement` to projection, layer or none."
                 )
         if self.o_rank is None and self.down_rank is None:
-            for name, default in (("writer_activation", "silu"), ("writer_norm", True)):
+            for name in _WRITERS_THEN:
+                default = type(self).__dataclass_fields__[name].default
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"`{name}` must be {default!r} where O and down have full rank, got {getattr(self, name)!r}: "

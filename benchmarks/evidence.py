@@ -54,6 +54,9 @@ of it is on the other side, **undecided** if it straddles the threshold or there
 count** if a condition was not reached, **not measured at this scale** if the claim is about another size of model.
 An interval over seeds is Student's; a range is the lowest and the highest of repetitions; *exact* is counted, or the
 same in every repetition.
+
+What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
+`fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
 """
 
 

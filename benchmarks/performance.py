@@ -18,6 +18,9 @@ with the lowest and the highest; above 1 ours is faster. *Of the limit* is, for 
 large product in the same time, and for decoding the bytes that must be read over the measured bandwidth.
 
 `make bench` runs what a CPU can measure, `python benchmarks/accelerator.py` what needs a GPU.
+
+What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
+`fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
 """
 SECTIONS = {
     "speed-settings-*": (

@@ -115,7 +115,7 @@ class QuantizeLifecycle(RuleBasedStateMachine):
         assert (process.wait(), process.stderr.read_text()) == (0, "")
         assert place.read_bytes() == wanted
         assert json.loads(place.with_suffix(".json").read_text())["bytes"] == len(wanted)
-        assert not list(place.parent.glob("*.new")), "leftovers"
+        assert not place.with_name(place.name + ".new").exists(), "leftovers of a file of this name"
         self.held[place] = wanted
 
     @rule(

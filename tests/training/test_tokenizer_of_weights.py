@@ -99,3 +99,15 @@ def test_a_run_from_a_saved_model_goes_on_where_that_model_is_gone(run, other):
     shutil.rmtree(first.folder)
     result, _ = run("second", max_steps=4, init_from=str(first.folder), data=other, resume=True)
     assert result.step == 4
+
+
+@pytest.mark.parametrize("damage", ["damaged", "deleted"])
+def test_a_run_that_lost_its_checkpoints_begins_from_its_model_again(run, other, damage):
+    first, _ = run("first", max_steps=30, learning_rate=0.01)
+    fields = {"init_from": str(first.folder), "data": other, "max_steps": 1, "learning_rate": 1e-9}
+    second, _ = run("second", **fields)
+    [checkpoint] = second.folder.glob("checkpoint-*")
+    (checkpoint / ("model.safetensors" if damage == "damaged" else "manifest.json")).unlink()
+    again, notebook = run("second", **fields, resume=True)
+    assert any("starting at step 0" in note for note in notebook.notes)
+    assert again.held_out.loss == pytest.approx(second.held_out.loss, abs=1e-5)

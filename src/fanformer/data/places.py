@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fanformer.data.documents import PREPARED_METADATA
 from fanformer.data.durable import printable
-from fanformer.errors import DataError
+from fanformer.errors import DataError, FANformerError
 
 _OWN_WORK = ("journal.json", "heldout.txt", "seen.sqlite")
 """What the names of files in `work` begin with."""
@@ -21,11 +21,24 @@ def output_place(output_dir: Path) -> Path:
     path = Path(output_dir).expanduser().absolute()
     if path.is_symlink() or ".." in path.parts:
         path = Path(os.path.realpath(path))
-    if printable(str(path)) != str(path):  # the tokenizer and the weights are saved by libraries in Rust
-        raise DataError(f"{path} must have a name in UTF-8, got {str(path)!a}: choose another --output-dir")
+    require_utf8_name(path)
     if os.path.ismount(path):
         raise DataError(f"{path} is where a file system begins, and stays: choose an --output-dir in it")
     return path
+
+
+def require_utf8_name(path: Path, error_type: type[FANformerError] = DataError) -> None:
+    """Refuse a folder whose name is not UTF-8: tokenizer and weights are read and written by libraries in Rust.
+
+    Args:
+        path: the folder, which need not exist.
+        error_type: what is raised.
+
+    Raises:
+        FANformerError: of `error_type`.
+    """
+    if printable(str(path)) != str(path):
+        raise error_type(f"{path} must have a name in UTF-8, got {str(path)!a}: choose another --output-dir")
 
 
 def partial_place(output_dir: Path) -> Path:

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fanformer.data.durable import printable
 from fanformer.data.locking import hold
+from fanformer.data.places import require_utf8_name
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.training.artifacts import RUN_FILE
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
@@ -47,8 +47,7 @@ def claimed(
             something that is not a run, which is never deleted, or if another process writes into it.
         ConfigError: if it is a file, or its name is not UTF-8.
     """
-    if printable(str(folder)) != str(folder):  # the libraries in Rust read and write no such place
-        raise ConfigError(f"{folder} must have a name in UTF-8, got {str(folder)!a}: choose another --output-dir")
+    require_utf8_name(folder, ConfigError)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`output_dir` must be a folder, got the file {folder.absolute()}.")
     existed = folder.is_dir()

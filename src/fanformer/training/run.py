@@ -28,7 +28,7 @@ from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
 from fanformer.training import artifacts
 from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
-from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, publish, step_of
+from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import RunConfig
 from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
@@ -231,13 +231,15 @@ class Run:
         """Return the checkpoint to go on from, the newest that is as it was written."""
         if not resuming:
             return None
+        had_some = self.before is not None and bool(checkpoints(self.folder))
+        self.processes.wait()  # the main process renames those that are damaged
         found = agreed_checkpoint(self.folder, self.processes, self._note)
         if self.processes.is_main:
             self.records.forget_after(step_of(found) if found is not None else -1)
         self.processes.wait()  # the others read the records too
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
-            if self.config.init_from is not None and self.before is not None:
+            if self.config.init_from is not None and had_some:  # which make_model left to be read, and are damaged
                 self.model.load_state_dict(load_model(self.config.init_from, "cpu", "float32").state_dict())
         else:
             self._note(f"resuming from {found}")

@@ -79,7 +79,7 @@ def test_a_trained_model_is_quantized_and_computes_on_packed_weights(fanformer, 
     assert not (tmp_path / "small" / "logs").exists()
     report = json.loads((tmp_path / "small" / "quantization.json").read_text())
     cut = [item for item in report["layers"] if item["method"] == "gptq"]
-    assert {item["part"] for item in cut} == {"qkv_input", "q", "k", "v", "o", "gate", "up", "down"}
+    assert {item["part"] for item in cut} == {"qkv_input", "q", "k", "v", "o", "gate_up_input", "gate", "up", "down"}
     assert {item["group_size"] for item in cut} == {32}  # rows of 96 fill no group of 64
     assert all(0 < item["weight_error"] < 0.2 and 0 < item["output_error"] < 0.2 for item in cut)
     assert report["bytes"] < report["bytes_before"]

@@ -271,6 +271,16 @@ def test_rule_comes_with_its_table_and_its_plane(tmp_path):
     assert [link[:22] for link in page.links if not link.startswith("#")] == ["data:image/png;base64,"]
 
 
+def test_rule_whose_rates_were_chosen_elsewhere_says_so(tmp_path):
+    record = rule_record({"ours@60k": (0.75, 1.0)})
+    record["comparison"]["rates_on"] = {"hole_side": 5}
+    record["trainings"] += [rule_training("ours@60k", on_plane(5, 0.5, 1.0), rate, -1) for rate in (0.01, 0.1)]
+    page = read(record, tmp_path)
+    assert "most right answers to what was left out of trainings of their own (hole_side = 5)" in page.text
+    assert "ours@60k to choose a rate 0.1 0 0.5000" in page.text
+    assert "Left out right over learning rate" in page.text
+
+
 def test_rule_is_drawn_for_every_hole_and_names_what_has_no_result(tmp_path):
     record = rule_record({"ours@60k": (0.75, 1.0), "llama@60k": (0.25, 1.0)}, sides=(3, 5))
     record["trainings"] = [

@@ -15,7 +15,7 @@ from fanformer.evaluation.ledger import read_ledger
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.architectures import architecture, without_embeddings
-from fanformer.training.comparison import Comparison, Outcome, best_rate, run_comparison
+from fanformer.training.comparison import RATES, Comparison, Outcome, best_rate, run_comparison
 from fanformer.training.comparison_entries import Provenance, write_comparison
 from fanformer.training.comparison_summary import arms, pairs, to_record, tokens_ratio
 from fanformer.training.trial import RESULT_FILE, Result, Trial
@@ -143,6 +143,7 @@ def test_a_wrong_architecture_is_refused_with_a_remedy(spec, message):
         ({"candidate_tokens": ["640", 1280]}, "`tokens` and `candidate_tokens` must hold each value once"),
         ({"candidate_tokens": [64]}, "`tokens` must be at least one step of 128, got 64"),
         ({"hole_sides": [5]}, "`hole_sides` is for a rule that has a hole"),
+        ({"rates_on": {"hole_side": 5}}, "`rates_on` is for a rule"),
         ({"rule": "modular-addition"}, "does not apply to the rule modular-addition"),
     ],
 )
@@ -150,6 +151,12 @@ def test_a_wrong_comparison_is_refused_with_a_remedy(corpus, fields, message):
     with pytest.raises(ConfigError) as caught:
         small(corpus, **fields)
     assert message in str(caught.value)
+
+
+def test_rates_are_not_chosen_on_what_is_reported():
+    fields = {"architectures": ["nano"], "rule": "modular-addition", "hole_sides": [11]}
+    with pytest.raises(ConfigError, match="`rates_on` must be a variant of modular-addition that is not reported"):
+        Comparison.from_fields({**fields, "rates_on": {"hole_side": 11}})
 
 
 @pytest.mark.slow
@@ -279,6 +286,37 @@ def test_a_rule_is_compared_like_a_language(tmp_path):
     outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
     assert [outcome.variant for outcome in outcomes] == [5, 5, 21, 21]
     assert [pair.variant for pair in pairs(comparison, arms(comparison, outcomes))] == [5, 21]
+
+
+@pytest.mark.slow
+def test_rates_of_a_rule_are_chosen_on_a_hole_that_is_not_reported(tmp_path):
+    fields = {"rule": "modular-addition", "hole_sides": [5, 7], "rates_on": {"hole_side": 3}, "seeds": 2}
+    fields |= {"architectures": ["fanformer@60k"], "learning_rates": [0.01, 0.02], "run": {"max_steps": 3}}
+    comparison = Comparison.from_fields(fields)
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    assert [outcome.trial.rule["hole_side"] for outcome in outcomes] == [3, 3, 5, 7, 5, 7]
+    found = arms(comparison, outcomes)
+    assert [(arm.variant, list(arm.swept), len(arm.outcomes)) for arm in found] == [
+        (5, [0.01, 0.02], 2),
+        (7, [0.01, 0.02], 2),
+    ]
+    write_comparison(tmp_path / "ledger", Provenance("rule", "fanformer compare"), comparison, outcomes, None)
+    assert [entry.details["rates_on"] for entry in read_ledger(tmp_path / "ledger")] == [{"hole_side": 3}] * 2
+
+
+def test_the_rate_chosen_on_a_task_of_its_own_is_the_one_that_fills_it_best():
+    def of_rule(variant, rate, seed, loss, greedy, sampled):
+        figures = {"loss": loss, "hole_accuracy": greedy, "hole_sampled_accuracy": sampled}
+        return Outcome(Trial("nano", rate, seed, {}), variant, Result("finished", "", figures, [], {}))
+
+    chosen = [of_rule(RATES, 0.1, 0, 0.3, 1.0, 0.9), of_rule(RATES, 0.2, 0, 0.2, 1.0, 0.95)]
+    chosen += [of_rule(RATES, 0.3, 0, 0.1, 0.5, 0.99)]
+    shown = [of_rule(5, 0.3, 0, 0.01, 1.0, 1.0), of_rule(5, 0.2, 0, 0.2, 0.0, 0.0)]
+    assert best_rate([*chosen, *shown], "nano", 5) == 0.2
+    assert best_rate(shown, "nano", 5) == 0.3
+    fields = {"architectures": ["nano"], "rule": "modular-addition", "rates_on": {"hole_side": 3}, "hole_sides": [5]}
+    (arm,) = arms(Comparison.from_fields(fields), [*chosen, *shown])
+    assert (arm.learning_rate, arm.at_edge, arm.figures["hole_accuracy"].value) == (0.2, False, 0.0)
 
 
 def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):

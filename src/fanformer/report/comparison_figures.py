@@ -7,6 +7,7 @@ from typing import Any
 
 from fanformer.report.charts import Line
 from fanformer.report.page import table
+from fanformer.training.comparison import RATES
 
 NOT_FINISHED = "no finished training"
 DIGITS = {
@@ -55,7 +56,10 @@ def of_arm(training: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
 
 def tried(record: Mapping[str, Any], arm: Mapping[str, Any]) -> list[float]:
     """Return the learning rates that an arm was trained at, whatever came of it, from the lowest."""
-    return sorted({training["learning_rate"] for training in record["trainings"] if of_arm(training, arm)})
+    choosing = {**arm, "variant": RATES}
+    found = [training for training in record["trainings"] if of_arm(training, choosing)]
+    found = found or [training for training in record["trainings"] if of_arm(training, arm)]
+    return sorted({training["learning_rate"] for training in found})
 
 
 def final_figure(training: Mapping[str, Any], name: str) -> float:
@@ -113,6 +117,7 @@ def trainings_table(record: Mapping[str, Any], variant: str, names: Sequence[str
         ended = training["error"] or (f"{result['status']} {result['message']}".strip() if result else "")
         shown = [f"{figures[name]:,.{DIGITS[name]}f}" if name in figures else "" for name in names]
         rate = f"{training['learning_rate']:g}"
-        rows.append([training["architecture"], f"{training['variant']:,}", rate, str(training["seed"]), *shown, ended])
+        where = "to choose a rate" if training["variant"] == RATES else f"{training['variant']:,}"
+        rows.append([training["architecture"], where, rate, str(training["seed"]), *shown, ended])
     header = ["architecture", variant, "learning rate", "seed", *(name.replace("_", " ") for name in names), "ended"]
     return f"<details><summary>{len(rows)} trainings</summary>{table(header, rows)}</details>"

@@ -19,14 +19,15 @@ from fanformer.report.comparison_figures import (
 )
 from fanformer.report.page import bullets, picture, table, text
 from fanformer.report.rules import COUNTS_FROM_TRAIN_ACCURACY, plot_periods, plot_planes, rule_table
+from fanformer.training.comparison import RATES
 from fanformer.training.rule_learning import RuleResult
 
 _DIFFERENCES = ("train_accuracy_difference", "hole_accuracy_difference")
 _READ = """<ul>
 <li>A rule is trained on generated examples, of which some are left out: a hole in the plane of all questions, or longer
 periods. Right answers there show that the rule was learned, and not the examples.</li>
-<li>Each architecture is shown at the learning rate with the lowest training loss at the first seed; what was left out
-has no part in that choice. Accuracy is that of the most probable answer; "sampled" is what sampling at temperature 0.5
+<li>Each architecture is shown at the learning rate {chosen} at the first seed; what the trainings shown left out has no
+part in that choice. Accuracy is that of the most probable answer; "sampled" is what sampling at temperature 0.5
 reaches on average.</li>
 <li>A comparison counts only where every seed has learned at least 99% of its training examples.</li>
 </ul>"""
@@ -66,8 +67,15 @@ class RuleParts:
             "<h2>Every training</h2>",
             trainings_table(self.record, "hole", names),
             "<h2>How to read this</h2>",
-            _READ,
+            _READ.format(chosen=self._chosen()),
         ]
+
+    def _chosen(self) -> str:
+        """Return in words what a learning rate was chosen by."""
+        if not self.asked.get("rates_on"):
+            return "with the lowest training loss"
+        where = ", ".join(f"{name} = {value}" for name, value in self.asked["rates_on"].items())
+        return f"with the most right answers to what was left out of trainings of their own ({text(where)})"
 
     def _table(self) -> str:
         return rule_table(self.results, "html").replace(" +- ", "\u00a0\u00b1\u00a0")
@@ -156,25 +164,29 @@ class RuleParts:
         return found
 
     def _sweep(self) -> list[str]:
-        """Return the chart of the training loss over the learning rates, for all holes."""
+        """Return the chart of what the learning rates were chosen by over them, for all holes."""
+        figure, title, words = "loss", "Training loss over learning rate", "training loss (nats per answer)"
+        arms = self.record["arms"]
+        if self.asked.get("rates_on"):
+            figure, title, words = "hole_accuracy", "Left out right over learning rate", "right answers (share)"
+            arms = [{"architecture": spec, "variant": RATES} for spec in self.results]
         lines = []
-        for arm in self.record["arms"]:
-            label = arm["architecture"] + of_variant(self.record, arm)
+        for arm in arms:
+            label = arm["architecture"] + ("" if arm["variant"] == RATES else of_variant(self.record, arm))
+            dash = 0 if arm["variant"] == RATES else self.variants.index(arm["variant"])
             family = list(self.results).index(arm["architecture"])
-            lines.append(
-                swept(self.record, arm, "loss", Line(label, family, self.variants.index(arm["variant"]), [], []))
-            )
+            lines.append(swept(self.record, arm, figure, Line(label, family, dash, [], [])))
         if max(len(line.x) for line in lines) < 2:
             return []
         begun = [result.curve[0].loss for several in self.results.values() for result in several if result.curve]
         return [
             chart(
                 lines,
-                "Training loss over learning rate",
+                title,
                 "peak learning rate",
-                "training loss (nats per answer)",
+                words,
                 "sweep",
-                top=max(begun, default=None),
+                top=max(begun, default=None) if figure == "loss" else 1.0,
                 markers=True,
             )
         ]

@@ -2,7 +2,8 @@
 
 For every architecture and budget of tokens, each learning rate is tried at the first seed; the best one then runs at
 the other seeds. Where the best one lies at an end of the sweep, the sweep can go on beyond it. A rule-learning task is
-compared in the same way, with sides of its hole in place of budgets.
+compared in the same way, with sides of its hole in place of budgets; its rates can be chosen on a variant of the task
+that is not reported, by what that leaves out.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ from fanformer.training.sweep import SweepObserver, TrialFailedError, run_trial_
 from fanformer.training.trial import Result, Trial, read_result
 
 DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
+RATES = -1
+"""Stands for a variant in trainings that do nothing but choose a learning rate."""
 OF_LANGUAGE = ("data", "tokens", "candidate_tokens", "preset", "evaluations", "eval_tokens")
 """Fields of a comparison that mean nothing for a rule."""
 _OWN_FIELDS = ("output_dir", "resume", "overwrite", "learning_rate", "seed", "data", "tokens", "max_steps", "epochs")
@@ -60,6 +63,9 @@ class Comparison:
         extend: how many learning rates to add, one by one, while the best one is at an end of the sweep.
         rule: name of a rule-learning task to train instead of language.
         hole_sides: of a rule with a hole, each a comparison of its own.
+        rates_on: fields of the rule's task, such as its hole's side, on which each architecture's learning rate is
+            chosen at the first seed, by the accuracy on what is left out there; none of the variants that are reported.
+            Empty: for every variant, by the loss on what is trained.
         ablation: whether the first architecture is a default of which each of the others changes something, rather
             than a candidate beside its baselines.
     """
@@ -77,6 +83,7 @@ class Comparison:
     extend: int = 0
     rule: str | None = None
     hole_sides: tuple[int, ...] = ()
+    rates_on: Mapping[str, Any] = field(default_factory=dict)
     ablation: bool = False
 
     def __post_init__(self) -> None:
@@ -102,9 +109,15 @@ class Comparison:
             architecture(spec)
         if self.rule is not None:
             for side in self.variants:
-                self.rule_task(side)
+                if self.rates_on and self.rule_task(side) == self.rule_task(RATES):
+                    raise ConfigError(
+                        f"`rates_on` must be a variant of {self.rule} that is not reported, got {dict(self.rates_on)}: "
+                        "choose another hole or other data."
+                    )
             self.rule_settings()
             return
+        if self.rates_on:
+            raise ConfigError("`rates_on` is for a rule, whose task has variants: leave it out.")
         if self.hole_sides:
             raise ConfigError("`hole_sides` is for a rule that has a hole: name it, as `rule: modular-addition`.")
         fewest = min(self.variants)
@@ -135,7 +148,9 @@ class Comparison:
         return getattr(task, "hole_side", 0)
 
     def rule_task(self, side: int) -> RuleTask:
-        """Return the task with a hole of this side."""
+        """Return the task with a hole of this side, or at RATES the one that `rates_on` asks for."""
+        if side == RATES:
+            return create_task(self.rule or "", **self.rates_on)
         usual = create_task(self.rule or "")
         if not isinstance(usual, HoleTask):
             if self.hole_sides:
@@ -194,6 +209,7 @@ class Comparison:
             "learning_rates": _list_of(float),
             "seeds": lambda value: tuple(range(value)) if isinstance(value, int) else _list_of(int)(value),
             "hole_sides": _list_of(int),
+            "rates_on": lambda value: dict(value or {}),
             "run": lambda value: dict(value or {}),
         }
         made = {}
@@ -361,12 +377,15 @@ class _Sweep:
         comparison = self.comparison
         cells = comparison.cells
         rates = sorted(comparison.learning_rates)
-        self.planned = len(cells) * (len(rates) + len(comparison.seeds) - 1)
         first, *others = comparison.seeds
+        swept = cells
+        if comparison.rates_on:
+            swept, others = [(spec, RATES) for spec in comparison.architectures], list(comparison.seeds)
+        self.planned = len(swept) * len(rates) + len(cells) * len(others)
         self._train_all(
-            [(self._trial(spec, variant, rate, first), variant) for rate in rates for spec, variant in cells]
+            [(self._trial(spec, variant, rate, first), variant) for rate in rates for spec, variant in swept]
         )
-        for spec, variant in cells:
+        for spec, variant in swept:
             self._extend(spec, variant, rates)
         best = {cell: best_rate(list(self.outcomes.values()), *cell) for cell in cells}
         repeated = {cell: rate for cell, rate in best.items() if rate is not None}
@@ -445,8 +464,21 @@ def _in_words(result: Result) -> str:
 
 
 def best_rate(outcomes: Sequence[Outcome], spec: str, variant: int) -> float | None:
-    """Return the learning rate with the lowest loss at the sweep's seed, None where no training finished."""
-    swept = [outcome for outcome in outcomes if outcome.trial.architecture == spec and outcome.variant == variant]
+    """Return an architecture's best learning rate at the sweep's seed, None where no training finished.
+
+    It is the one with the most right answers among what is left out where rates are chosen on a task of their own, of
+    several the one surest of them; else the one with the lowest loss at this variant.
+    """
+    mine = [outcome for outcome in outcomes if outcome.trial.architecture == spec]
+    choosing = [outcome for outcome in mine if outcome.variant == RATES]
+    swept = choosing or [outcome for outcome in mine if outcome.variant == variant]
     first = swept[0].trial.seed if swept else 0
     finished = [outcome for outcome in swept if outcome.trial.seed == first and math.isfinite(outcome.loss)]
-    return min(finished, key=lambda outcome: outcome.loss).trial.learning_rate if finished else None
+    return min(finished, key=_badness if choosing else lambda one: one.loss).trial.learning_rate if finished else None
+
+
+def _badness(outcome: Outcome) -> tuple[float, float]:
+    """Return what is lacking of right answers, greedy and sampled, to what a rule's training left out."""
+    assert outcome.result is not None, "the caller looked"
+    figures = outcome.result.figures
+    return 1 - figures["hole_accuracy"], 1 - figures["hole_sampled_accuracy"]

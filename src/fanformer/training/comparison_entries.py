@@ -285,7 +285,12 @@ def _rule_entry(origin: Provenance, comparison: Comparison, arm: Arm) -> Entry:
         configuration=_configuration(arm.outcomes[0].trial, _parameters(arm)),
         data=None,
         result=arm.figures,
-        details={"part_of": origin.name, "at_edge": arm.at_edge, "troubles": arm.troubles},
+        details={
+            "part_of": origin.name,
+            **({"rates_on": dict(comparison.rates_on), "tried": sorted(arm.swept)} if comparison.rates_on else {}),
+            "at_edge": arm.at_edge,
+            "troubles": arm.troubles,
+        },
     )
 
 
@@ -327,7 +332,8 @@ def _rates(shown: Sequence[Arm]) -> dict[str, Any]:
 def _trained_on(trial: Trial, variant: int) -> str:
     if trial.rule is None:
         return f"{variant:,} tokens"
-    return f"rule {trial.rule['task']}" + (f", hole {variant} x {variant}" if variant else "")
+    side = trial.rule.get("hole_side")
+    return f"rule {trial.rule['task']}" + (f", hole {side} x {side}" if side else "")
 
 
 def _parameters(arm: Arm, without_embeddings: bool = False) -> float | None:

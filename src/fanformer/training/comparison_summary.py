@@ -8,7 +8,7 @@ from typing import Any
 
 from fanformer.evaluation.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
 from fanformer.training.architectures import family_and_size
-from fanformer.training.comparison import Comparison, Outcome, best_rate
+from fanformer.training.comparison import RATES, Comparison, Outcome, best_rate
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Arm:
         variant: budget of tokens, or side of the hole.
         learning_rate: the best of the sweep.
         at_edge: whether that is the lowest or the highest that was tried, so that a better one may lie beyond.
-        swept: learning rate to loss; infinite ones (diverged, failed) are left out and named in `troubles`.
+        swept: learning rate to loss, of the trainings that the rate was chosen by; infinite ones (diverged, failed) are
+            left out and named in `troubles`.
         figures: over the seeds, each with its interval.
         outcomes: the trainings at the best learning rate.
         troubles: what went wrong, a line each.
@@ -67,16 +68,21 @@ _COUNTED_RATIOS = {
 def arms(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Arm]:
     """Return every architecture at every variant."""
     return [
-        _arm(spec, variant, [one for one in outcomes if one.trial.architecture == spec and one.variant == variant])
+        _arm(
+            spec,
+            variant,
+            [one for one in outcomes if one.trial.architecture == spec and one.variant in (variant, RATES)],
+        )
         for spec, variant in comparison.cells
     ]
 
 
 def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
     rate = best_rate(outcomes, spec, variant)
-    first = outcomes[0].trial.seed if outcomes else 0
-    sweep = {one.trial.learning_rate: one.loss for one in outcomes if one.trial.seed == first}
-    chosen = [one for one in outcomes if one.trial.learning_rate == rate and math.isfinite(one.loss)]
+    shown = [one for one in outcomes if one.variant == variant]
+    swept = [one for one in outcomes if one.variant == RATES] or shown
+    sweep = {one.trial.learning_rate: one.loss for one in swept if one.trial.seed == swept[0].trial.seed}
+    chosen = [one for one in shown if one.trial.learning_rate == rate and math.isfinite(one.loss)]
     figures = {}
     for name, unit in UNITS.items():
         values = [one.result.figures[name] for one in chosen if one.result is not None and name in one.result.figures]

@@ -111,22 +111,30 @@ def in_a_process(python: str, *words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def write_models(folder: Path, types: list[str], llama: bool) -> dict[str, dict[str, int]]:
-    """Write the folder `model`, its files, and llama.cpp's beside them; return the bytes of each and of a token."""
+def write_folder(name: str, folder: Path) -> None:
+    """Write a model that `speed.build` knows in bfloat16, with a tokenizer as large as its vocabulary."""
     from itertools import islice
 
     import torch
-    from quantization_llama import write_llama
-    from speed import OURS, build
+    from speed import build
 
     from fanformer.data.documents import open_source
     from fanformer.data.tokenizer import train_tokenizer
+
+    model = build(name)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    texts = [document.text for document in islice(open_source("stdlib"), 1200)]
+    train_tokenizer(texts, model.config.vocab_size).save_pretrained(folder)
+
+
+def write_models(folder: Path, types: list[str], llama: bool) -> dict[str, dict[str, int]]:
+    """Write the folder `model`, its files, and llama.cpp's beside them; return the bytes of each and of a token."""
+    from quantization_llama import write_llama
+    from speed import OURS
+
     from fanformer.quantization.gguf_export import Settings, export_gguf
 
-    model = build(OURS)
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
-    texts = [document.text for document in islice(open_source("stdlib"), 1200)]
-    train_tokenizer(texts, model.config.vocab_size).save_pretrained(folder / "model")
+    write_folder(OURS, folder / "model")
     sizes = {}
     for kind in types:
         report = export_gguf(folder / "model", folder, Settings(kind))

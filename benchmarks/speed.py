@@ -25,11 +25,12 @@ from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.architectures import SMOLLM2_135M, architecture
 from fanformer.training.blocked_attention import attend_in_blocks
 from fanformer.training.chunked_loss import skip_logits
+from fanformer.training.configuration import load_preset
 from fanformer.training.environment import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
-OURS, THEIRS, EQUAL = "fanformer", "smollm2-135m", "llama-92m"
-"""The default model, Llama in SmolLM2-135M's shape, and a Llama with as many parameters as ours."""
+OURS, TUNED, THEIRS, EQUAL = "fanformer", "fanformer-tuned", "smollm2-135m", "llama-92m"
+"""The default model, 92m-tuned, Llama in SmolLM2-135M's shape, and a Llama with as many parameters as ours."""
 
 
 def build(name: str, **fields: Any) -> PreTrainedModel:
@@ -37,6 +38,8 @@ def build(name: str, **fields: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     if name == OURS:
         return FANformerForCausalLM(FANformerConfig(**{"dropout": 0.0, **fields}))
+    if name == TUNED:
+        return FANformerForCausalLM(FANformerConfig(**{"dropout": 0.0, **load_preset("92m-tuned").model, **fields}))
     if name == EQUAL:
         vocabulary = {"vocab_size": 49152, "max_position_embeddings": 8192}
         equal = architecture("llama@fanformer").config({**vocabulary, **fields})

@@ -67,6 +67,7 @@ def run_config(corpus, tmp_path):
             "batch_size": 4,
             "max_steps": 6,
             "eval_tokens": 256,
+            "sample_prompt": "zq" * 14,  # fills most of the 32 positions: few tokens are drawn after an evaluation
             "device": "cpu",
             "precision": "float32",
             **{f"model.{key}": value for key, value in TINY_MODEL.items()},

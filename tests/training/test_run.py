@@ -75,8 +75,7 @@ def test_training_learns(run):
     assert result.held_out.loss < 4.0
 
 
-def test_the_folder_loads_and_writes_without_this_package(run, tmp_path):
-    result, _ = run(max_steps=2)
+def test_the_folder_loads_and_writes_without_this_package(finished, tmp_path):
     program = f"""
 import sys
 class Absent:
@@ -85,8 +84,8 @@ class Absent:
             raise ImportError("absent for this test")
 sys.meta_path.insert(0, Absent())
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(result.folder)!r}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({str(result.folder)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(finished)!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({str(finished)!r}, trust_remote_code=True)
 ids = tokenizer("the cat", return_tensors="pt").input_ids
 print(model.generate(ids, max_new_tokens=5, do_sample=True).shape[1] > ids.shape[1])
 """

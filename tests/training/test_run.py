@@ -128,7 +128,7 @@ def test_a_time_limit_alone_sets_the_length_and_lets_the_learning_rate_fall_befo
 
 
 def test_a_time_limit_beside_steps_stops_early_with_a_checkpoint(run):
-    result, _ = run(max_steps=100_000, max_time=3.0)
+    result, _ = run(max_steps=100_000, max_time=2.0, compile="off")
     assert not result.reached_end
     assert checkpoints(result.folder)
     assert "a checkpoint of a run under way" in (result.folder / "README.md").read_text()

@@ -7,8 +7,8 @@
 
 A process has its own process group, nothing on standard input, its output in files, the signal handlers that Python
 starts with, and ends as `fanformer` ends. What is read while a program starts (PYTHON* and OMP_* variables, the seed of
-hashes) is the parent's: a test of those needs a process of its own. The parent forks with one thread and has run no
-operation of torch, so that a child starts its threads itself.
+hashes) is the parent's: a test of those gives its parent the variables, or needs a process of its own. The parent forks
+with one thread and has run no operation of torch, so that a child starts its threads itself.
 """
 
 import gc
@@ -79,11 +79,12 @@ class WarmProcess:
 class WarmParent:
     """The parent; a context manager that ends with all its processes gone."""
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self, *modules: str, env: Mapping[str, str] | None = None) -> None:
         """Start the parent.
 
         Args:
             modules: what it is to import besides the command itself.
+            env: variables besides those of this process; what Python reads of them holds for all processes.
         """
         self._parent = subprocess.Popen(
             [sys.executable, "-m", "tests.warm_processes", *modules],
@@ -91,6 +92,7 @@ class WarmParent:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, **(env or {})},
             start_new_session=True,  # Ctrl-C on the tests is theirs
         )
 
@@ -114,6 +116,9 @@ class WarmParent:
         logs: Path | None = None,
         limits: Mapping[str, int] | None = None,
         strike: Strike | None = None,
+        stdin: Path | None = None,
+        stdout: Path | None = None,
+        call: str | None = None,
     ) -> WarmProcess:
         """Start `fanformer` with `arguments`.
 
@@ -124,16 +129,23 @@ class WarmParent:
             logs: folder for the files `stdout` and `stderr`, which must not be below `cwd`; default: beside it.
             limits: soft limits by their names in `resource`, such as RLIMIT_FSIZE.
             strike: a signal that comes in the middle of the work.
+            stdin: what it reads, a file or a named pipe.
+            stdout: what it writes to, such as a named pipe; the caller makes it. Default: a file in `logs`.
+            call: MODULE:FUNCTION to call with the arguments instead of the command.
         """
         logs = logs or cwd.parent / f"{cwd.name}-logs"
         logs.mkdir(parents=True, exist_ok=True)
-        words, stdout, stderr = [str(word) for word in arguments], logs / "stdout", logs / "stderr"
-        for file in (stdout, stderr):
-            file.write_bytes(b"")  # a process may be killed before it opens them
+        words, stderr = [str(word) for word in arguments], logs / "stderr"
+        stderr.write_bytes(b"")  # a process may be killed before it opens them
+        if stdout is None:
+            stdout = logs / "stdout"
+            stdout.write_bytes(b"")
         pid = self.ask(
             arguments=words,
+            call=call,
             cwd=str(cwd),
             env=dict(env or {}),
+            stdin=str(stdin or os.devnull),
             stdout=str(stdout),
             stderr=str(stderr),
             limits=dict(limits or {}),
@@ -191,7 +203,7 @@ def _become(request: Mapping[str, Any], requests: IO[str], answers: IO[str]) -> 
     for kept in (requests, answers):
         kept.close()
     for target, name, flags in (
-        (0, os.devnull, os.O_RDONLY),
+        (0, request["stdin"], os.O_RDONLY),
         (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
         (2, request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
     ):
@@ -232,7 +244,11 @@ def strike_at_change(strike: Strike, below: Path) -> None:
 
 if __name__ == "__main__":
     wanted = _serve(sys.argv[1:])
-    if wanted is not None:
+    if wanted is not None and wanted["call"] is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+        module, _, function = wanted["call"].partition(":")
+        getattr(importlib.import_module(module), function)(*wanted["arguments"])
+    elif wanted is not None:
         from fanformer.cli.interrupts import heed_from_now
         from fanformer.cli.main import main
 

@@ -9,6 +9,20 @@ from dataclasses import dataclass
 import pytest
 
 from tests.saved_models import loaded, model_copy, saved_model, tiny_tokenizer  # noqa: F401
+from tests.warm_processes import WarmParent
+
+WARM = (
+    "fanformer.cli.chat",
+    "fanformer.cli.generate",
+    "fanformer.cli.report",
+    "fanformer.cli.train",
+    "fanformer.data.shards",
+    "fanformer.inference.generation",
+    "fanformer.inference.loading",
+    "fanformer.training.run",
+    "matplotlib.pyplot",
+    "transformers.models.auto.modeling_auto",
+)
 
 
 @dataclass(frozen=True)
@@ -69,3 +83,10 @@ def process(repository):
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Start the command in processes that have imported what it needs."""
+    with WarmParent(*WARM, env={"OMP_NUM_THREADS": "1"}) as parent:
+        yield parent

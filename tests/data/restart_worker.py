@@ -1,6 +1,5 @@
-"""Prepare a folder in a process that tests kill: a journal entry after every batch, small batches and shards."""
+"""Prepare a folder in a process that tests start and kill: a journal entry a batch, small batches and shards."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -32,7 +31,3 @@ def main(spec: str, output_dir: str, tokenizer: str, workers: str, delay: str) -
         progress=progress,
     )
     print("done", flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -470,4 +470,4 @@ def top(tmp_path_factory):
 def test_a_folder_is_right_or_absent(top):
     with WarmParent(*WARM) as warm:
         PrepareLifecycle.warm, PrepareLifecycle.top, PrepareLifecycle.whole = warm, top, {}
-        run_lifecycle(PrepareLifecycle, examples=5, steps=8)
+        run_lifecycle(PrepareLifecycle, examples=4, steps=8)

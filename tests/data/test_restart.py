@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +14,18 @@ from fanformer.data.documents import open_source
 from fanformer.data.shards import open_prepared, prepare
 from fanformer.data.tokenizer import train_tokenizer
 from fanformer.errors import ConfigError, DataError
+from tests.warm_processes import WarmParent
 
 WORDS = "the small model spoke of many things and then of none while rain fell on an old stone bridge".split()  # noqa: SIM905
-PROGRAM = Path(__file__).with_name("restart_worker.py")
+WARM = (
+    "fanformer.data.documents",
+    "fanformer.data.shards",
+    "fanformer.data.tokenizer",
+    "tests.data.restart_worker",
+    "regex",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +49,43 @@ def tokenizer_folder(tmp_path_factory):
     return str(folder)
 
 
-def start(corpus, out, tokenizer="", workers=1, delay=0.0):
-    command = [sys.executable, str(PROGRAM), corpus, str(out), tokenizer, str(workers), str(delay)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+@pytest.fixture(scope="module")
+def warm():
+    """Start preparations in processes that have imported what they need."""
+    with WarmParent(*WARM) as parent:
+        yield parent
 
 
-def run(*arguments, **options):
-    process = start(*arguments, **options)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out.count("encoding")
+@pytest.fixture(scope="module")
+def start(warm):
+    def begin(corpus, out, tokenizer="", workers=1, delay=0.0):
+        words = [corpus, out, tokenizer, workers, delay]
+        return warm.start(words, out.parent, call="tests.data.restart_worker:main")
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """Prepare to the end, and return how many batches that took."""
+
+    def whole(*arguments, **options):
+        process = start(*arguments, **options)
+        assert process.wait() == 0, process.stderr.read_text()
+        return batches(process)
+
+    return whole
+
+
+def batches(process):
+    """Return how many batches a process has encoded so far."""
+    return process.stdout.read_text().count("encoding\n")
+
+
+def wait_for_batches(process, count):
+    while batches(process) < count:
+        assert process.poll() is None, process.stderr.read_text()
+        time.sleep(0.002)
 
 
 def content(folder):
@@ -60,7 +93,7 @@ def content(folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(corpus, tokenizer_folder, tmp_path_factory):
+def uninterrupted(run, corpus, tokenizer_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     run(corpus, out, tokenizer_folder)
     files = content(out)
@@ -69,16 +102,14 @@ def uninterrupted(corpus, tokenizer_folder, tmp_path_factory):
     return files
 
 
-@pytest.mark.parametrize("batches", [1, 4, 9])
-def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, corpus, tokenizer_folder, uninterrupted, batches):
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_killed_preparation_goes_on_to_the_same_bytes(
+    start, run, tmp_path, corpus, tokenizer_folder, uninterrupted, count
+):
     process = start(corpus, tmp_path / "out", tokenizer_folder, delay=0.02)
-    for line in process.stdout:
-        batches -= line == "encoding\n"
-        if batches < 0:
-            process.send_signal(signal.SIGKILL)
-            break
+    wait_for_batches(process, count + 1)
+    process.kill()
     process.wait()
-    process.stdout.close()
     assert os.listdir(tmp_path).count("out") == 0
     assert run(corpus, tmp_path / "out", tokenizer_folder) > 0
     assert content(tmp_path / "out") == uninterrupted
@@ -89,54 +120,47 @@ def test_killed_preparation_goes_on_to_the_same_bytes(tmp_path, corpus, tokenize
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_kills_at_random_moments_change_nothing(tmp_path, corpus, seed, workers):
+def test_kills_at_random_moments_change_nothing(start, run, tmp_path, corpus, seed, workers):
     run(corpus, tmp_path / "whole")
     out, chance, kills = tmp_path / "out", random.Random(seed), 0
     while not out.exists():
         process = start(corpus, out, workers=workers, delay=0.02)
-        process.stdout.readline()
         try:
             process.wait(chance.uniform(0, 0.5 + kills / 4))
-        except subprocess.TimeoutExpired:
-            process.kill()
+        except TimeoutError:  # and killed
             process.wait()
             kills += 1
-        process.stdout.close()
-        process.stderr.close()
     assert kills > 0
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_number_of_workers_does_not_change_the_result(tmp_path, corpus, tokenizer_folder, uninterrupted):
+def test_number_of_workers_does_not_change_the_result(run, tmp_path, corpus, tokenizer_folder, uninterrupted):
     run(corpus, tmp_path / "out", tokenizer_folder, workers=2)
     assert content(tmp_path / "out") == uninterrupted
 
 
-def test_workers_end_when_their_main_process_is_killed(tmp_path, corpus, tokenizer_folder):
+def test_workers_end_when_their_main_process_is_killed(start, tmp_path, corpus, tokenizer_folder):
     psutil = pytest.importorskip("psutil")
     process = start(corpus, tmp_path / "out", tokenizer_folder, workers=2, delay=0.1)
-    children = []
-    for _ in process.stdout:
-        children = psutil.Process(process.pid).children(recursive=True)
-        if len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) == 2:
-            break
-    process.kill()
+    own, children = psutil.Process(process.pid), []
+    while len([child for child in children if "spawn_main" in " ".join(child.cmdline())]) < 2:
+        assert process.poll() is None, process.stderr.read_text()
+        children = own.children(recursive=True)
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)  # it alone, and not its process group
     process.wait()
-    process.stdout.close()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert children
     assert alive == []
 
 
-def test_second_process_is_told_who_prepares_the_folder(tmp_path, corpus, tokenizer_folder):
+def test_second_process_is_told_who_prepares_the_folder(start, tmp_path, corpus, tokenizer_folder):
     process = start(corpus, tmp_path / "out", tokenizer_folder, delay=0.2)
-    while process.stdout.readline() != "encoding\n":
-        pass
+    wait_for_batches(process, 1)
     with pytest.raises(DataError, match=rf"out is in use by process {process.pid} on \S+ since \S+: wait until it end"):
         prepare(open_source(corpus), tmp_path / "out", tokenizer=None, vocab_size=300)
     process.kill()
     process.wait()
-    process.stdout.close()
 
 
 class Stop(Exception):
@@ -235,7 +259,7 @@ def test_error_in_late_data_keeps_the_work_that_is_worth_it(tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out.partial"]
 
 
-def test_folder_completed_just_before_a_kill_needs_no_more_than_tidying(tmp_path, corpus, tokenizer_folder):
+def test_folder_completed_just_before_a_kill_needs_no_more_than_tidying(run, tmp_path, corpus, tokenizer_folder):
     run(corpus, tmp_path / "out", tokenizer_folder)
     (tmp_path / "out" / "work").mkdir()
     with pytest.raises(DataError, match="out exists already"):
@@ -249,13 +273,11 @@ def test_numbers_below_one_are_refused(tmp_path, corpus, name):
         prepare(open_source(corpus), tmp_path / "out", tokenizer=None, vocab_size=300, **{name: 0})
 
 
-def test_lock_of_a_dead_process_does_not_hold(tmp_path, corpus, tokenizer_folder):
+def test_lock_of_a_dead_process_does_not_hold(start, run, tmp_path, corpus, tokenizer_folder):
     process = start(corpus, tmp_path / "out", tokenizer_folder, delay=5)
-    while process.stdout.readline() != "encoding\n":
-        pass
+    wait_for_batches(process, 1)
     process.kill()
     process.wait()
-    process.stdout.close()
     assert (tmp_path / "out.lock").exists()
     started = time.monotonic()
     run(corpus, tmp_path / "out", tokenizer_folder)

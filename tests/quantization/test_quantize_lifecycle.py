@@ -191,4 +191,4 @@ def models(tmp_path_factory, tiny_model, tiny_tokenizer):
 def test_no_output_is_ever_lost_or_half_there(models):
     with WarmParent(*WARM) as warm:
         QuantizeLifecycle.warm, QuantizeLifecycle.models, QuantizeLifecycle.whole = warm, models, {}
-        run_lifecycle(QuantizeLifecycle, examples=4, steps=7)
+        run_lifecycle(QuantizeLifecycle, examples=3, steps=7)

@@ -76,8 +76,7 @@ def arm(spec, loss, rate=0.01, at_edge=False, spread=0.0625, troubles=(), varian
     return {**about, "swept": swept, "figures": figures, "troubles": list(troubles)}
 
 
-@pytest.fixture
-def record():
+def two_families():
     """Two sizes of two families, two seeds, a learning rate that diverged."""
     losses = {"ours@40k": 2.125, "ours@80k": 2.0, "llama@40k": 2.25, "llama@80k": 2.0625}
     trainings = [
@@ -109,25 +108,38 @@ def record():
     }  # fmt: skip
 
 
+@pytest.fixture
+def record():
+    return two_families()
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The page of the record as it is."""
+    path = tmp_path_factory.mktemp("drawn") / "page.html"
+    write_comparison_page(two_families(), path)
+    return path
+
+
 def read(record, tmp_path):
     path = tmp_path / "page.html"
     write_comparison_page(record, path)
     return Reader(path.read_text())
 
 
-def test_page_is_one_file_with_the_record_inside(record, tmp_path):
-    page = read(record, tmp_path)
+def test_page_is_one_file_with_the_record_inside(drawn, record, tmp_path):
+    page = Reader(drawn.read_text())
     assert [link for link in page.links if not link.startswith("#")] == []
     assert len(set(page.ids)) == len(page.ids)
     assert json.loads(page.record) == record
-    first = (tmp_path / "page.html").read_bytes()
+    first = drawn.read_bytes()
     assert len(first) < 1_000_000
     read(record, tmp_path)
     assert (tmp_path / "page.html").read_bytes() == first
 
 
-def test_every_number_stands_in_the_page_with_its_interval(record, tmp_path):
-    text = read(record, tmp_path).text
+def test_every_number_stands_in_the_page_with_its_interval(drawn):
+    text = Reader(drawn.read_text()).text
     for shown in (
         "2.1250 [2.0625, 2.1875]", "2.0000 [1.9375, 2.0625]", "2.2500 [2.1875, 2.3125]",
         "-0.1250 [-0.1875, -0.0625] better",
@@ -143,11 +155,11 @@ def test_every_number_stands_in_the_page_with_its_interval(record, tmp_path):
         assert title in text
 
 
-def test_page_says_what_went_wrong_and_what_is_doubtful(record, tmp_path):
-    content = read(record, tmp_path).text
+def test_page_says_what_went_wrong_and_what_is_doubtful(drawn):
+    content = Reader(drawn.read_text()).text
     assert "ours@80k: its best learning rate, 0.01, is the highest that was tried" in content
     assert "llama@40k-9: loss <script>alert(1)</script>" in content  # as text
-    assert "<script>alert" not in (tmp_path / "page.html").read_text()
+    assert "<script>alert" not in drawn.read_text()
     assert "1 of 4 results have their best learning rate at an end of the sweep" in content
     assert "Triangles at the upper edge: higher, or diverged." in content
 

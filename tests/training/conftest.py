@@ -1,6 +1,7 @@
 """A tiny corpus, a tiny recipe, and a reporter that remembers."""
 
 import random
+import shutil
 
 import pytest
 
@@ -54,24 +55,31 @@ def corpus(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run_config(corpus, tmp_path):
-    """Make the configuration of a run of a few seconds; keyword arguments replace its fields."""
+def tiny_run(corpus, folder, **fields):
+    """Return the configuration of a run of a few seconds; keyword arguments replace its fields."""
     from fanformer.training.configuration import resolve
 
+    tiny = {
+        "data": str(corpus),
+        "output_dir": str(folder),
+        "sequence_length": 32,
+        "batch_size": 4,
+        "max_steps": 6,
+        "eval_tokens": 256,
+        "sample_prompt": "zq" * 14,  # fills most of the 32 positions: few tokens are drawn after an evaluation
+        "device": "cpu",
+        "precision": "float32",
+        **{f"model.{key}": value for key, value in TINY_MODEL.items()},
+    }
+    return resolve("nano", overrides={**tiny, **fields})
+
+
+@pytest.fixture
+def run_config(corpus, tmp_path):
+    """Make the configuration of a run of a few seconds in a folder of this name."""
+
     def make(name="run", **fields):
-        tiny = {
-            "data": str(corpus),
-            "output_dir": str(tmp_path / name),
-            "sequence_length": 32,
-            "batch_size": 4,
-            "max_steps": 6,
-            "eval_tokens": 256,
-            "device": "cpu",
-            "precision": "float32",
-            **{f"model.{key}": value for key, value in TINY_MODEL.items()},
-        }
-        return resolve("nano", overrides={**tiny, **fields})
+        return tiny_run(corpus, tmp_path / name, **fields)
 
     return make
 
@@ -86,3 +94,17 @@ def run(run_config):
         return train(run_config(name, **fields), notebook), notebook
 
     return start
+
+
+@pytest.fixture(scope="session")
+def finished_once(corpus, tmp_path_factory):
+    """The folder of a run of two steps, to be left as it is."""
+    from fanformer.training.run import train
+
+    return train(tiny_run(corpus, tmp_path_factory.mktemp("finished") / "run", max_steps=2), Notebook()).folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """The folder of a run of two steps, where `run` would make it."""
+    return shutil.copytree(finished_once, tmp_path / "run")

@@ -181,19 +181,6 @@ def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)} == dates
 
 
-def test_architectures_see_the_same_rows_and_a_baseline_does_not_call_itself_a_fanformer(corpus, tmp_path):
-    run_comparison(small(corpus), tmp_path / "out", Watcher())
-    rows = [
-        [json.loads(line)["rows"] for line in path.read_text().splitlines() if "rows" in line]
-        for path in (tmp_path / "out").rglob("metrics.jsonl")
-    ]
-    assert len(rows) == 2
-    assert rows[0] == rows[1] != []
-    cards = [path.read_text() for path in (tmp_path / "out").rglob("run/README.md")]
-    titles = {line for card in cards for line in card.splitlines() if line.startswith("# ")}
-    assert titles == {"# FANformer, preset nano", "# llama, trained as preset nano"}
-
-
 @pytest.mark.slow
 def test_a_training_that_cannot_be_done_does_not_stop_the_others(corpus, tmp_path):
     # a dropout of 2 is accepted by Llama's configuration and refused by the first forward pass
@@ -208,10 +195,10 @@ def test_a_training_that_cannot_be_done_does_not_stop_the_others(corpus, tmp_pat
 def test_a_diverged_training_is_a_result(corpus, tmp_path):
     run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
     run |= {"max_skipped_steps": 1, "optimizer": "adamw", "max_grad_norm": 0.0, "warmup_fraction": 0.0}
-    comparison = small(corpus, architectures=["llama@60k"], learning_rates=[0.01, 1e30], run=run)
+    comparison = small(corpus, architectures=["llama@60k"], learning_rates=[1e30], run=run)
     outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
-    assert [outcome.result.status for outcome in outcomes] == ["finished", "diverged"]
-    assert "not finite" in outcomes[1].result.message
+    assert [outcome.result.status for outcome in outcomes] == ["diverged"]
+    assert "not finite" in outcomes[0].result.message
 
 
 def trial_processes(folder):

@@ -1,17 +1,16 @@
 import json
-import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from fanformer.errors import ConfigError
-from fanformer.training.configuration import resolve
+from fanformer.training.configuration import RunConfig, resolve
 from fanformer.training.environment import decide, keep_freed_memory
+from fanformer.training.run import Silence, train
+from tests.warm_processes import WarmParent
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 
@@ -53,33 +52,32 @@ def test_glibc_accepts_the_allocation_setting():
     assert keep_freed_memory()
 
 
-_STEPS_MARKED = """
-import json, sys
-from fanformer.training.configuration import RunConfig
-from fanformer.training.run import Silence, train
-
 class Marks(Silence):
+    """Says when a step has ended, between the lines of MKL."""
+
     def step(self, step, *rest):
         print("STEP", flush=True)
 
-train(RunConfig(**json.loads(sys.argv[1])), Marks())
-"""
+
+def train_with_marks(configuration):
+    """Train as a JSON object says."""
+    train(RunConfig(**json.loads(configuration)), Marks())
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch is built without MKL")
-def test_a_first_process_and_a_resumed_one_let_mkl_share_products_out_alike(run_config):
+def test_a_first_process_and_a_resumed_one_let_mkl_share_products_out_alike(run_config, tmp_path, monkeypatch):
     """MKL chooses its threads for each product until torch is told a number: where a core runs two threads it takes
     fewer than torch reports, and sums in another order.
     """
-    variables = {**os.environ, "MKL_VERBOSE": "1"}
-    variables.pop("MKL_DYNAMIC", None)
+    monkeypatch.delenv("MKL_DYNAMIC", raising=False)
 
-    def choices(config):
-        words = [sys.executable, "-c", _STEPS_MARKED, json.dumps(config.to_dict())]
-        done = subprocess.run(words, env=variables, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return set(re.findall(r"Dyn:\d|NThr:\d+", done.stdout.partition("STEP")[2]))
+    def choices(warm, config):
+        words, call = [json.dumps(config.to_dict())], "tests.training.test_environment:train_with_marks"
+        process = warm.start(words, tmp_path, call=call)
+        assert process.wait() == 0, process.stderr.read_text()
+        return set(re.findall(r"Dyn:\d|NThr:\d+", process.stdout.read_text().partition("STEP")[2]))
 
-    first = choices(run_config(max_steps=3))
-    assert "Dyn:0" in first
-    assert choices(run_config(max_steps=6, resume=True)) == first
+    with WarmParent("tests.training.test_environment", env={"MKL_VERBOSE": "1"}) as warm:
+        first = choices(warm, run_config(max_steps=3))
+        assert "Dyn:0" in first
+        assert choices(warm, run_config(max_steps=6, resume=True)) == first

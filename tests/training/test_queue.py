@@ -1,5 +1,7 @@
 """A queue does what can be done, says what cannot, keeps everything, and goes on after its time was over."""
 
+import contextlib
+import io
 import json
 import shutil
 import time
@@ -21,61 +23,82 @@ def write(path, content):
     return path
 
 
-@pytest.fixture
-def queue_file(corpus, tmp_path):
+def small(corpus, folder):
     """A queue with a wrong name, a missing file, a text that is too short, a language and a rule."""
-    short = tmp_path / "short.txt"
+    short = folder / "short.txt"
     short.write_text("a few words")
     defaults = {"data": str(corpus), "tokens": 1280, "learning_rates": 0.01, "evaluations": 2, "eval_tokens": 256}
     entries = [
         {"name": "unknown", "architectures": "lama@60k"},
-        {"name": "missing", "architectures": "llama@60k", "data": str(tmp_path / "nowhere.txt")},
+        {"name": "missing", "architectures": "llama@60k", "data": str(folder / "nowhere.txt")},
         {"name": "short", "architectures": "llama@60k", "data": str(short)},
         {"name": "language", "architectures": ["fanformer@60k", "llama@60k"]},
         {"name": "rule", "rule": "modular-addition", "architectures": "fanformer@60k", "run": {"max_steps": 2}},
     ]
-    content = {"output_dir": str(tmp_path / "out"), "record_dir": str(tmp_path / "ledger"), "entries": entries}
-    return write(tmp_path / "queue.yaml", {**content, "defaults": {**defaults, "run": RUN}})
+    content = {"output_dir": str(folder / "out"), "record_dir": str(folder / "ledger"), "entries": entries}
+    return {**content, "defaults": {**defaults, "run": RUN}}
 
 
-def test_bad_entries_cost_a_line_each_and_stop_no_other(queue_file, tmp_path, capsys):
-    assert main([str(queue_file)]) == 2
-    said = capsys.readouterr()
-    unknown, missing, short = said.err.splitlines()
+@pytest.fixture(scope="module")
+def done(corpus, tmp_path_factory):
+    """A folder with a queue that has run, and what it said."""
+    folder, out, err = tmp_path_factory.mktemp("queue"), io.StringIO(), io.StringIO()
+    path = write(folder / "queue.yaml", small(corpus, folder))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([str(path)]) == 2
+    return folder, out.getvalue(), err.getvalue()
+
+
+def test_bad_entries_cost_a_line_each_and_stop_no_other(done):
+    folder, out, err = done
+    unknown, missing, short = err.splitlines()
     assert unknown == "error: unknown: no architecture 'lama': did you mean `llama`?"
-    assert missing.startswith(f"error: missing: data `{tmp_path / 'nowhere.txt'}`: no file")
+    assert missing.startswith(f"error: missing: data `{folder / 'nowhere.txt'}`: no file")
     assert short.startswith("error: short: ")
-    assert "bits per byte" in said.out
-    assert "trained" in said.out
+    assert "bits per byte" in out
+    assert "trained" in out
 
-    status, running = read_status(tmp_path / "out")
+    status, running = read_status(folder / "out")
     states = {name: entry["state"] for name, entry in status["entries"].items()}
     undone = dict.fromkeys(("unknown", "missing", "short"), "cannot be done")
     assert (states, running) == ({**undone, "language": "done", "rule": "done"}, False)
 
-    record = json.loads((tmp_path / "out" / "language" / RECORD_FILE).read_text())
+    record = json.loads((folder / "out" / "language" / RECORD_FILE).read_text())
     assert [arm["architecture"] for arm in record["arms"]] == ["fanformer@60k", "llama@60k"]
     assert record["planned"] == record["finished"] == 2
-    entries = read_ledger(tmp_path / "ledger")
+    entries = read_ledger(folder / "ledger")
     assert sorted(entry.kind for entry in entries) == ["comparison", "rule", "training", "training", "training"]
     (together,) = (entry for entry in entries if entry.kind == "comparison")
     mine, theirs = (arm["figures"]["bits_per_byte"]["value"] for arm in record["arms"])
     assert together.result["bits_per_byte_difference"].value == pytest.approx(mine - theirs)
     assert together.data["fingerprint"] == record["data"]["fingerprint"]
 
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/**/*.json")}
-    trials = tmp_path / "out" / "trials"
-    rule = json.loads((tmp_path / "out" / "rule" / RECORD_FILE).read_text())
-    for path in trials.glob("*-60k-lr*"):
-        shutil.rmtree(path)  # what the ledger knows is not trained again
-    assert main([str(queue_file)]) == 2
-    assert not list(trials.iterdir())
-    again = json.loads((tmp_path / "out" / "language" / RECORD_FILE).read_text())
+
+def test_what_the_ledger_knows_is_not_trained_again(done, corpus, tmp_path):
+    folder, _, _ = done
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("ledger/**/*.json")}
+    content = {**small(corpus, tmp_path), "record_dir": str(folder / "ledger")}
+    assert main([str(write(tmp_path / "queue.yaml", content))]) == 2
+    assert not list((tmp_path / "out").glob("trials/*"))
+    record, again = (json.loads((place / "out/language" / RECORD_FILE).read_text()) for place in (folder, tmp_path))
     assert (again["arms"], again["pairs"]) == (record["arms"], record["pairs"])
-    learned = [json.loads((tmp_path / "out" / "rule" / RECORD_FILE).read_text()), rule]
-    again, before_that = ([one["result"]["details"]["rule"] for one in each["trainings"]] for each in learned)
-    assert again == before_that  # the answers to every question too
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("ledger/**/*.json")} == before
+    rules = [json.loads((place / "out/rule" / RECORD_FILE).read_text()) for place in (folder, tmp_path)]
+    learned, again = ([one["result"]["details"]["rule"] for one in rule["trainings"]] for rule in rules)
+    assert again == learned  # the answers to every question too
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("ledger/**/*.json")} == before
+
+
+def test_architectures_see_the_same_rows_and_a_baseline_does_not_call_itself_a_fanformer(done):
+    out = done[0] / "out"
+    rows = [
+        [json.loads(line)["rows"] for line in path.read_text().splitlines() if "rows" in line]
+        for path in out.rglob("run/metrics.jsonl")
+    ]
+    assert len(rows) == 2
+    assert rows[0] == rows[1] != []
+    cards = [path.read_text() for path in out.rglob("run/README.md")]
+    titles = {line for card in cards for line in card.splitlines() if line.startswith("# ")}
+    assert titles == {"# FANformer, preset nano", "# llama, trained as preset nano"}
 
 
 @pytest.mark.slow
@@ -127,16 +150,22 @@ def test_an_entry_takes_over_the_defaults_and_a_rule_leaves_those_of_language(tm
     assert (fourth.name, str(fourth.folder)) == ("entry-4", "runs/my/entry-4")
 
 
-def test_a_report_that_cannot_be_written_stops_no_training(corpus, tmp_path):
-    entry = {"name": "one", "architectures": "llama@60k", "data": str(corpus), "learning_rates": [0.01, 0.02]}
-    entry |= {"tokens": 256, "evaluations": 2, "eval_tokens": 256, "run": RUN}
-    queue = read_queue(write(tmp_path / "queue.yaml", {"output_dir": str(tmp_path / "out"), "entries": [entry]}))
+def test_a_report_that_cannot_be_written_stops_no_training(done, corpus, tmp_path, monkeypatch):
+    """The first rate is in the ledger; its page fails, and the second is trained all the same."""
+    monkeypatch.setattr("fanformer.training.queue._SECONDS_BETWEEN_PAGES", 0.0)
+    shutil.copytree(done[0] / "ledger", tmp_path / "ledger")
+    entry = {"name": "one", "architectures": "llama@60k", "learning_rates": [0.01, 0.02]}
+    queue = read_queue(write(tmp_path / "queue.yaml", {**small(corpus, tmp_path), "entries": [entry]}))
+    finished = []
 
     def publish(record, folder):
+        finished.append(record["finished"])
         raise ZeroDivisionError("no page")
 
     (outcome,) = run_queue(queue, LineObserver(), "a command", publish=publish)
     assert (outcome.finished, outcome.error) == (2, "the report could not be written, ZeroDivisionError: no page")
+    assert finished == [1, 2, 2]
+    assert len(list((tmp_path / "out" / "trials").iterdir())) == 1
     assert json.loads((tmp_path / "out" / "one" / RECORD_FILE).read_text())["finished"] == 2
 
 

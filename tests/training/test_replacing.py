@@ -24,9 +24,9 @@ def content(folder):
 
 
 @pytest.fixture
-def old(run):
+def old(finished):
     """The folder of a finished run."""
-    return run(max_steps=2)[0].folder
+    return finished
 
 
 @pytest.mark.parametrize(

@@ -152,14 +152,13 @@ def test_a_run_from_before_each_kind_of_layer_had_a_rank_goes_on(run):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_batch_model_or_split_is_refused_and_nothing_is_lost(run, change, message):
-    first, _ = run(max_steps=2)
-    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file() and path.name != ".lock"}
+def test_another_batch_model_or_split_is_refused_and_nothing_is_lost(run, finished, change, message):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(CheckpointError) as caught:
         run(max_steps=4, resume=True, **change)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    after = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
     assert before == after
 
 
@@ -277,9 +276,8 @@ def test_a_run_from_a_machine_with_another_device_says_how_to_go_on(run):
     [("garbage", "got 'garbage'"), ("[1, 2]", "got '[1, 2]'"), ('{"loss": 1}', "with `step`"), ("[" * 10**5, "'[[[")],
     ids=["no JSON", "no object", "no step", "deep"],
 )
-def test_a_garbage_line_of_the_records_is_named(run, line, shown):
-    first, _ = run(max_steps=2, log_steps=1)
-    path = first.folder / "metrics.jsonl"
+def test_a_garbage_line_of_the_records_is_named(run, finished, line, shown):
+    path = finished / "metrics.jsonl"
     good = path.read_text()
     path.write_text(good.replace("\n", f"\n{line}\n", 1))
     with pytest.raises(CheckpointError) as caught:
@@ -291,9 +289,8 @@ def test_a_garbage_line_of_the_records_is_named(run, line, shown):
 
 
 @pytest.mark.parametrize("damage", ["configuration: {}", "configuration: 3", "environment: 3", "model:", "7", "a: ["])
-def test_a_damaged_run_file_is_named(run, damage):
-    first, _ = run(max_steps=2)
-    path = first.folder / "run.yaml"
+def test_a_damaged_run_file_is_named(run, finished, damage):
+    path = finished / "run.yaml"
     name, _, value = damage.partition(": ")
     content = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**content, name.rstrip(":"): yaml.safe_load(value or "null")})

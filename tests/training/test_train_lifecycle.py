@@ -40,11 +40,13 @@ SHAPE = [
     *("--set", "model.hidden_size=32", "--set", "model.num_hidden_layers=1", "--set", "model.num_attention_heads=2"),
     *("--set", "model.num_key_value_heads=1", "--set", "model.head_dim=16", "--set", "model.intermediate_size=32"),
     *("--set", "model.dropout=0.1", "--set", "model.vocab_size=300", "--vocab-size", "300"),
+    *("--set", "model.max_position_embeddings=32"),
 ]
 RECIPE = [
     *("--sequence-length", "32", "--batch-size", "4", "--precision", "float32", "--compile", "off", "--device", "cpu"),
     *("--set", "warmup_fraction=0", "--set", "decay_fraction=0", "--set", "log_steps=1", "--set", "eval_tokens=64"),
     *("--set", "threads=1", "--eval-steps", "3", "--save-steps", "2"),
+    *("--set", "sample_prompt=" + "zq" * 14),  # fills most of the positions: few tokens are drawn
 ]
 TEXTS = {
     "one.txt": "".join(f"line {number} of a plain text file, {number * number} in all.\n" for number in range(60)),
@@ -430,4 +432,4 @@ class TrainLifecycle(RuleBasedStateMachine):
 def test_nothing_saved_is_lost_and_nothing_is_silently_another_run():
     with WarmParent(*WARM) as warm:
         TrainLifecycle.warm = warm
-        run_lifecycle(TrainLifecycle, examples=6, steps=8)
+        run_lifecycle(TrainLifecycle, examples=4, steps=8)

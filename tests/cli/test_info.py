@@ -26,27 +26,27 @@ def record(command, *words):
 
 
 def test_default_is_92m_with_its_exact_count(command):
-    assert record(command)["parameters"]["total"] == 92_204_800
+    assert record(command)["parameters"]["total"] == 92_230_144
     assert record(command, "92m") == record(command)
 
 
 def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     parameters = record(command, "92m")["parameters"]
     assert parameters["layer_parts"] == {
-        "qkv_input": 180_576,
-        "q": 462_912,
-        "k": 231_456,
-        "v": 231_456,
+        "qkv_input": 196_992,
+        "q": 504_896,
+        "k": 252_448,
+        "v": 252_448,
         "o": 524_800,
-        "gate_up_input": 114_912,
-        "gate": 460_800,
-        "up": 460_800,
-        "down": 819_712,
+        "gate_up_input": 131_328,
+        "gate": 526_336,
+        "up": 526_336,
+        "down": 573_952,
         "norms": 384 + 512,
         "gates": 1024,
     }
     assert parameters["parts"]["embedding"] == parameters["parts"]["head"] == 25_165_824
-    assert parameters["without_embeddings"] == 92_204_800 - 2 * 25_165_824
+    assert parameters["without_embeddings"] == 92_230_144 - 2 * 25_165_824
 
 
 @pytest.mark.parametrize("preset", ["nano", "92m", "92m-tuned", "1b"])
@@ -97,16 +97,16 @@ def test_saved_model_shows_its_own_vocabulary(command, saved_model):
 def test_words_say_what_p_and_the_rank_are(command):
     text = " ".join(command("info", "92m").out.split())
     for words in (
-        "92,204,800 parameters",
-        "512 -> 352: the first CoLA factor of Q, K and V, rank 352, with RMSNorm and silu",
-        "352 -> 1536: FAN, P = 224 numbers p give 224 cos(p) and 224 sin(p), the other 1088 are linear; "
+        "92,230,144 parameters",
+        "512 -> 384: the first CoLA factor of Q, K and V, rank 384, with RMSNorm and silu",
+        "384 -> 1536: FAN, P = 224 numbers p give 224 cos(p) and 224 sin(p), the other 1088 are linear; "
         "12 heads of 128",
         "1536 -> 256 -> 512: CoLA, rank 256, with x + silu(x); back from the heads",
-        "512 -> 224: the first CoLA factor of gate and up, rank 224, with RMSNorm and silu",
-        "2048 -> 320 -> 512: CoLA, rank 320, with x + silu(x); back to the width",
+        "512 -> 256: the first CoLA factor of gate and up, rank 256, with RMSNorm and silu",
+        "2048 -> 224 -> 512: CoLA, rank 224, with x + silu(x); back to the width",
         "6 heads, each for 2 query heads (GQA)",
         "start at g = 0.0",
-        "351.7 MiB / 175.9 MiB",
+        "351.8 MiB / 175.9 MiB",
     ):
         assert words in text, words
     text = " ".join(command("info", "92m-tuned").out.split())
@@ -122,15 +122,15 @@ def test_words_say_which_layers_are_low_rank():
     assert words["qkv_input"] == ""
     assert words["q"].startswith("512 -> 1536;")
     assert "CoLA" not in words["o"]
-    assert "the first CoLA factor of gate and up, rank 224" in words["gate_up_input"]
-    assert words["down"].startswith("2048 -> 320 -> 512: CoLA, rank 320, with FAN: P = 48")
-    assert "the other 224 x + silu(x);" in words["down"]
+    assert "the first CoLA factor of gate and up, rank 256" in words["gate_up_input"]
+    assert words["down"].startswith("2048 -> 224 -> 512: CoLA, rank 224, with FAN: P = 32")
+    assert "the other 160 x + silu(x);" in words["down"]
     words = fanformer_words(FANformerConfig(writer_activation="silu", writer_norm=True))
     assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with RMSNorm and silu;")
     fields = {"gate_up_rank": None, "down_rank": None, "cola_input": "separate", "fan_placement": "none"}
     words = fanformer_words(FANformerConfig(**fields, writer_activation="half"))
     assert words["gate_up_input"] == ""
-    assert "the 3 first CoLA factors of Q, K and V, rank 352, with RMSNorm and silu" in words["qkv_input"]
+    assert "the 3 first CoLA factors of Q, K and V, rank 384, with RMSNorm and silu" in words["qkv_input"]
     assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with silu on half of the channels;")
 
 

@@ -60,10 +60,10 @@ def test_a_model_is_filled_up_where_that_saves_bits():
         "intermediate_size 1016 is filled up with zeros to 1024, so that rows of ffn_down fill blocks",
     )
     kinds = {item.spec.name: item.kind.name for item in plan.tensors}
-    whole = ("ffn_down_a", "attn_qkv_a", "attn_output_a", "attn_output")
+    whole = ("ffn_down_a", "ffn_up", "attn_qkv_a", "attn_output_a", "attn_output")
     assert {kinds[f"blk.3.{name}.weight"] for name in whole} == {kinds["token_embd.weight"]} == {"q4_k"}
-    # their ranks are 352, 224 and 320
-    assert {kinds[f"blk.3.{name}.weight"] for name in ("attn_q", "attn_v_fan", "ffn_up", "ffn_down")} == {"iq4_nl"}
+    # their ranks are 384 and 224
+    assert {kinds[f"blk.3.{name}.weight"] for name in ("attn_q", "attn_v_fan", "ffn_down")} == {"iq4_nl"}
     assert kinds["output.weight"] == "q6_k"
 
 

@@ -154,13 +154,13 @@ class FANformerConfig(PreTrainedConfig):
     """P, the channels given to cos, is the multiple of this that is nearest to `fan_ratio` of the channels, so that the
     rest is one too; a power of two. Where it does not divide the channels, or cos or the rest is to have fewer, its
     half takes its place, and so on; 1 is P = int(fan_ratio * channels), as in the published models. Ours."""
-    qkv_rank: int | None = 352
+    qkv_rank: int | None = 384
     """R of Q, K and V as CoLA linears (arXiv:2502.10940), at least 1; None is full rank, here and in the next three."""
     o_rank: int | None = 256
     """R of O, the layer that ends the attention branch."""
-    gate_up_rank: int | None = 224
+    gate_up_rank: int | None = 256
     """R of gate and up."""
-    down_rank: int | None = 320
+    down_rank: int | None = 224
     """R of down, the layer that ends the FFN branch."""
     cola_activation: Literal["silu", "gelu", "linear"] = "silu"
     """Activation between the two factors of Q, K, V, gate and up, the layers that read the residual stream; "gelu" is

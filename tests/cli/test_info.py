@@ -123,8 +123,8 @@ def test_words_say_which_layers_are_low_rank():
     assert words["q"].startswith("512 -> 1536;")
     assert "CoLA" not in words["o"]
     assert "the first CoLA factor of gate and up, rank 256" in words["gate_up_input"]
-    assert words["down"].startswith("2048 -> 224 -> 512: CoLA, rank 224, with FAN: P = 32")
-    assert "the other 160 x + silu(x);" in words["down"]
+    assert words["down"].startswith("2048 -> 224 -> 512: CoLA, rank 224, with FAN: P = 33")
+    assert "the other 158 x + silu(x);" in words["down"]
     words = fanformer_words(FANformerConfig(writer_activation="silu", writer_norm=True))
     assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with RMSNorm and silu;")
     fields = {"gate_up_rank": None, "down_rank": None, "cola_input": "separate", "fan_placement": "none"}

@@ -19,7 +19,7 @@ from fanformer.data.packing import PackedRows
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.evaluation.ledger import versions
 from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
-from fanformer.inference.compiling import compile_options
+from fanformer.inference.compiling import compile_options, keep_compiled_code
 from fanformer.inference.devices import resolve_device
 from fanformer.inference.generation import encode_prompt, generate
 from fanformer.inference.loading import load_model
@@ -191,6 +191,7 @@ class Run:
         """
         self.config, self.reporter, self.folder = config, reporter, config.folder
         self.build_model, self.processes, self.started = build_model, processes, started
+        self._compiling_since: float | None = None
         self.records = RecordFile(self.folder)
         self.before = artifacts.read_run_file(self.folder) if going_on else None
         if self.before is None or config.init_from is None:
@@ -337,8 +338,12 @@ class Run:
         why = choose_attention(self.model, self.config.attention, machine.device, machine.precision, machine.compile)
         self._note(f"attention {self.config.attention} ({why})")
         if machine.compile:
+            kept = keep_compiled_code(machine.threads)
+            where = "" if kept is None else f"; a next run finds the code in {kept}"
+            self._note(f"compiling: the first step takes up to a minute or two{where}")
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)
+            self._compiling_since = time.monotonic()
         trainer = Trainer(
             self.model,
             self.rows,
@@ -380,7 +385,10 @@ class Run:
         return completion.text
 
     def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
-        """Tell the reporter that a step ended."""
+        """Tell the reporter that a step ended, and how long the first took where it compiled."""
+        if self._compiling_since is not None:
+            self._note(f"compiled: the first step took {time.monotonic() - self._compiling_since:.0f} s")
+            self._compiling_since = None
         tokens = step * self.config.batch_size * self.config.sequence_length
         self.reporter.step(step, tokens, elapsed_seconds, progress)
 

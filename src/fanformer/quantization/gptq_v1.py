@@ -41,7 +41,7 @@ from fanformer.quantization.quantized_folder import (
 
 METHOD = "gptq-v1"
 _SMALLEST_GROUP = 32
-_OUTPUTS = 16
+_OUTPUTS = 32
 """The kernels that read the layout on a CPU have no smaller groups, and outputs in so many."""
 _FEWEST_TOKENS = 10
 """GPTQModel leaves shorter texts out."""

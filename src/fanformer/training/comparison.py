@@ -463,18 +463,24 @@ def _in_words(result: Result) -> str:
     return f"{result.figures['bits_per_byte']:.4f} bits per byte"
 
 
+def sweep_of(outcomes: Sequence[Outcome], spec: str, variant: int) -> list[Outcome]:
+    """Return the trainings that choose an architecture's rate: those at RATES, else the variant's, at one seed."""
+    mine = [outcome for outcome in outcomes if outcome.trial.architecture == spec]
+    found = [one for one in mine if one.variant == RATES] or [one for one in mine if one.variant == variant]
+    return [one for one in found if one.trial.seed == found[0].trial.seed]
+
+
 def best_rate(outcomes: Sequence[Outcome], spec: str, variant: int) -> float | None:
     """Return an architecture's best learning rate at the sweep's seed, None where no training finished.
 
     It is the one with the most right answers among what is left out where rates are chosen on a task of their own, of
     several the one surest of them; else the one with the lowest loss at this variant.
     """
-    mine = [outcome for outcome in outcomes if outcome.trial.architecture == spec]
-    choosing = [outcome for outcome in mine if outcome.variant == RATES]
-    swept = choosing or [outcome for outcome in mine if outcome.variant == variant]
-    first = swept[0].trial.seed if swept else 0
-    finished = [outcome for outcome in swept if outcome.trial.seed == first and math.isfinite(outcome.loss)]
-    return min(finished, key=_badness if choosing else lambda one: one.loss).trial.learning_rate if finished else None
+    finished = [outcome for outcome in sweep_of(outcomes, spec, variant) if math.isfinite(outcome.loss)]
+    if not finished:
+        return None
+    badness = _badness if finished[0].variant == RATES else lambda one: one.loss
+    return min(finished, key=badness).trial.learning_rate
 
 
 def _badness(outcome: Outcome) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fanformer.evaluation.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
 from fanformer.training.architectures import family_and_size
-from fanformer.training.comparison import RATES, Comparison, Outcome, best_rate
+from fanformer.training.comparison import RATES, Comparison, Outcome, best_rate, sweep_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def arms(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Arm]:
 def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
     rate = best_rate(outcomes, spec, variant)
     shown = [one for one in outcomes if one.variant == variant]
-    swept = [one for one in outcomes if one.variant == RATES] or shown
-    sweep = {one.trial.learning_rate: one.loss for one in swept if one.trial.seed == swept[0].trial.seed}
+    sweep = {one.trial.learning_rate: one.loss for one in sweep_of(outcomes, spec, variant)}
     chosen = [one for one in shown if one.trial.learning_rate == rate and math.isfinite(one.loss)]
     figures = {}
     for name, unit in UNITS.items():

@@ -73,13 +73,23 @@ def findings(preset: str, steps: int, name: str, folder: Path) -> dict[str, Any]
     }
 
 
+def before(entry_name: str, preset: str, steps: int) -> dict[str, Any]:
+    """Return what the ledger's entry of this processor holds of the same proof, by setting."""
+    path = RESULTS / f"{entry_name}.json"
+    entry = json.loads(path.read_text()) if path.is_file() else {"configuration": {}}
+    same = entry["configuration"].get("preset") == preset and entry["configuration"].get("steps") == steps
+    return dict(entry["details"]["by_setting"]) if same else {}
+
+
 def main() -> int:
     """Prove under every setting; return 1 where one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--write", action="store_true", help="write an entry of the ledger")
+    parser.add_argument(
+        "--write", action="store_true", help="write an entry of the ledger; what --only leaves out stays"
+    )
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here is not None:
@@ -96,8 +106,11 @@ def main() -> int:
         date = datetime.now(UTC).date().isoformat()
         word = "".join(letter if letter.isalnum() else "-" for letter in str(machine["cpu"]).split("@")[0].lower())
         unit = "settings of kernels and threads"
+        entry_name = f"resume-settings-{word.strip('-')}"
+        found = before(entry_name, arguments.preset, arguments.steps) | found
+        holding = sum(one["holds"] for one in found.values())
         entry = Entry(
-            name=f"resume-settings-{word.strip('-')}",
+            name=entry_name,
             what="trainings that were killed and resumed beside one that was not, under other kernels and threads",
             kind="benchmark",
             command=command_line(["python", *sys.argv]),

@@ -98,6 +98,7 @@ def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, 
     assert f"hold {len(outcomes)}, of {len(outcomes)}" in table
 
 
+@pytest.mark.ci
 def test_without_a_device_one_line_says_what_to_do(repository, tmp_path):
     finished = command(repository, "--output", str(tmp_path / "results"), CUDA_VISIBLE_DEVICES="")
     assert finished.returncode == 2

@@ -35,6 +35,7 @@ def refusal(outcome):
     return err
 
 
+@pytest.mark.ci
 def test_training_then_inference_without_naming_the_folder(door, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"the cat number {n} sat on mat {n * n}.\n" for n in range(700)))

@@ -33,6 +33,7 @@ def interrupt(process, stderr, delay):
     return code, [line for line in stderr.read_text().splitlines() if not line.startswith("import time:")]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("verb", ["info", "generate"])
 def test_interrupt_at_any_moment_ends_without_a_traceback(saved_model, tmp_path, verb):
     words = {"info": ("info", "nano"), "generate": ("generate", saved_model, "x", "--device", "cpu")}[verb]

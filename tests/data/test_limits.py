@@ -144,6 +144,7 @@ def test_compressed_parquet_beyond_the_limit_is_refused(tmp_path, monkeypatch):
         list(open_source(str(path)))
 
 
+@pytest.mark.ci
 def test_value_that_many_rows_of_a_parquet_file_share_is_not_copied_for_all_at_once(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "bomb.parquet"

@@ -11,6 +11,7 @@ from tests.warm_processes import WarmParent
 psutil = pytest.importorskip("psutil")
 
 
+@pytest.mark.ci
 def test_ctrl_c_while_workers_start_is_quiet(tmp_path):
     text = json.dumps({"text": "many words and no end of them, " * 20}) + "\n"
     work = tmp_path / "work"

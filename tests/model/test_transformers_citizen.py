@@ -217,6 +217,7 @@ WITHOUT_OUR_PACKAGE = """
 """
 
 
+@pytest.mark.ci
 def test_saved_folder_loads_in_a_process_without_our_package(tiny_model, token_ids, tmp_path):
     model = tiny_model()
     folder, again = tmp_path / "model", tmp_path / "again"

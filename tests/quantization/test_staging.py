@@ -52,6 +52,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.ci
 def test_folder_is_old_or_new_whenever_the_process_is_killed(saved_model, tmp_path, repository):
     words = [sys.executable, "-c", REPLACE_UNTIL_KILLED, str(saved_model), str(tmp_path / "work")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])}

@@ -64,6 +64,7 @@ def train_with_marks(configuration):
     train(RunConfig(**json.loads(configuration)), Marks())
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch is built without MKL")
 def test_a_first_process_and_a_resumed_one_let_mkl_share_products_out_alike(run_config, tmp_path, monkeypatch):
     """MKL chooses its threads for each product until torch is told a number: where a core runs two threads it takes

@@ -42,14 +42,19 @@ class Clock(BaseStreamer):
 
 
 @torch.inference_mode()
-def continue_by(model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int) -> list[float]:
-    """Continue `ids` (batch, context) by so many tokens, on a cache for `capacity`; return when each came, from 0."""
+def continue_by(
+    model: PreTrainedModel, ids: Tensor, compiled: bool, capacity: int, new: int, fast: bool = False
+) -> list[float]:
+    """Continue `ids` (batch, context) by so many tokens, on a cache for `capacity`; return when each came, from 0.
+
+    Compiled code is always our fast way; what is not compiled is transformers' own way unless `fast`.
+    """
     options: dict[str, Any] = compiled_decoding("cpu") if compiled else {}
     settings = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, disable_compile=not compiled, **options
     )
     clock = Clock()
-    with fast_decoding(model) if compiled else nullcontext():
+    with fast_decoding(model) if compiled or fast else nullcontext():
         cache = fixed_cache(model, capacity) if compiled else None
         mask = torch.ones_like(ids)
         model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock, past_key_values=cache)

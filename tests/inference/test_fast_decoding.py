@@ -7,7 +7,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fanformer.inference.compiling import compiled_decoding, fixed_cache
-from fanformer.inference.fast_decoding import FewRowsLinear, fast_decoding, grouped_sdpa
+from fanformer.inference.fast_decoding import fast_decoding, grouped_sdpa
+from fanformer.inference.few_rows import FewRowsLinear
 
 
 def linear(bias=True, dtype=torch.float32):

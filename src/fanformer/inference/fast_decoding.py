@@ -1,6 +1,6 @@
-"""Decoding in fewer bytes and fewer passes: products with few rows on a CPU, attention without repeated keys.
+"""Decoding in fewer bytes and fewer passes: fewer products, with few rows on a CPU, attention without repeated keys.
 
-Both give the numbers of the plain way up to rounding, and hold only within `fast_decoding`: a model's own arithmetic is
+All give the numbers of the plain way up to rounding, and hold only within `fast_decoding`: a model's own arithmetic is
 what its file says.
 """
 
@@ -8,48 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-_FEW_ROWS = 32
-"""Up to so many rows the product is turned round; beyond, both ways are about equally fast."""
+from fanformer.inference.few_rows import FewRowsLinear
+from fanformer.inference.joined_products import joined_products
 
 _GROUPED = "grouped_sdpa"
-
-
-class FewRowsLinear(nn.Linear):
-    """A linear layer that computes W x^T instead of x W^T for few rows on the CPU, which reads W up to 3 times as fast.
-
-    A library's product has kernels for some numbers of rows and a slow way for those between, hence the padding. In
-    compiled code a single row is a sum over W * x, which the compiler makes one pass with what surrounds it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` (..., in_features) to (..., out_features)."""
-        rows = x.shape[:-1].numel()
-        summed = rows == 1 and torch.compiler.is_compiling()
-        turned = rows <= _FEW_ROWS and x.dtype == torch.float32
-        if x.device.type != "cpu" or torch.is_grad_enabled() or not (summed or turned):
-            return super().forward(x)
-        flat = x.reshape(rows, self.in_features)
-        if summed:
-            y = (self.weight.float() * flat.float()).sum(-1)[None].to(x.dtype)  # (1, out)
-        else:
-            y = (self.weight @ F.pad(flat, (0, 0, 0, _padded(rows) - rows)).t())[:, :rows].t()  # (rows, out)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-
-def _padded(rows: int) -> int:
-    """Return the number of rows, at least `rows`, with which the product is fastest."""
-    if rows in (1, 3):
-        return rows + 1
-    return 16 if 8 < rows < 16 else rows
 
 
 def grouped_sdpa(
@@ -89,7 +57,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(_GROUPED, sdpa_mask)
 
 @contextmanager
 def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` decode the fast way within the `with` block; nothing of it is changed afterwards.
+    """Let `model` decode the fast way within the `with` block; its classes and values are as before afterwards.
 
     Only plain linear layers and SDPA attention have a fast way; quantized layers and other attention keep theirs.
     """
@@ -100,7 +68,8 @@ def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
     for module in linears:
         module.__class__ = FewRowsLinear
     try:
-        yield
+        with joined_products(model):
+            yield
     finally:
         for module in linears:
             module.__class__ = nn.Linear

@@ -310,6 +310,14 @@ class FANformerAttention(nn.Module):
         self.k_norm = norm(config.qkv_norm != "none")
         self.v_norm = norm(config.qkv_norm == "qkv")
 
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (B, T, H K), k and v (B, T, G K) of `hidden_states` (B, T, D), before their norms."""
+        if self.fan_layer is not None:
+            hidden_states = self.fan_layer(hidden_states)
+        inputs = self.qkv_input(hidden_states)
+        n = self.readers
+        return self.q_proj(*inputs[:n]), self.k_proj(*inputs[n : 2 * n]), self.v_proj(*inputs[2 * n :])
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -331,13 +339,10 @@ class FANformerAttention(nn.Module):
             (B, T, D), and the attention weights (B, H, T, S) where the backend gives them.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        if self.fan_layer is not None:
-            hidden_states = self.fan_layer(hidden_states)
-        inputs = self.qkv_input(hidden_states)
-        n = self.readers
-        q = self.q_norm(self.q_proj(*inputs[:n]).view(shape))  # (B, T, H, K)
-        k = self.k_norm(self.k_proj(*inputs[n : 2 * n]).view(shape))  # (B, T, G, K)
-        v = self.v_norm(self.v_proj(*inputs[2 * n :]).view(shape))  # (B, T, G, K)
+        q, k, v = self.project(hidden_states)
+        q = self.q_norm(q.view(shape))  # (B, T, H, K)
+        k = self.k_norm(k.view(shape))  # (B, T, G, K)
+        v = self.v_norm(v.view(shape))  # (B, T, G, K)
         q = apply_rotary(q, *position_embeddings).transpose(1, 2)  # (B, H, T, K)
         k = apply_rotary(k, *position_embeddings).transpose(1, 2)  # (B, G, T, K)
         v = v.transpose(1, 2)  # (B, G, T, K)
@@ -364,10 +369,15 @@ class FANformerMLP(nn.Module):
         self.down_proj = branch_output(config, config.intermediate_size, config.down_rank, "ffn")
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def project(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gate and up, each (B, T, F), of `z` (B, T, D)."""
+        gate, up = self.gate_up_input(z)
+        return self.gate_proj(gate), self.up_proj(up)
+
     def forward(self, z: Tensor) -> Tensor:
         """Map `z` (B, T, D) to (B, T, D), each position by itself."""
-        gate, up = self.gate_up_input(z)
-        return self.down_proj(self.act_fn(self.gate_proj(gate)) * self.up_proj(up))
+        gate, up = self.project(z)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class FANformerResidual(nn.Module):

@@ -24,7 +24,7 @@ from click.core import ParameterSource  # noqa: E402
 from fanformer.cli.failure import run_command  # noqa: E402
 from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options  # noqa: E402
 from fanformer.errors import CheckpointError, ConfigError  # noqa: E402
-from fanformer.inference.settings import GenerationSettings  # noqa: E402
+from fanformer.generation.settings import GenerationSettings  # noqa: E402
 
 FLAGS_OF_MODE = {
     "train": {"epochs_text", "batch_size", "p", "data", "preset", "output_dir", "resume", "overwrite"},
@@ -68,7 +68,8 @@ def hybridfun(context: click.Context, mode: str, **flags: Any) -> None:
 
 def train(flags: dict[str, Any]) -> None:
     """Train as the flags say, and remember the folder for inference."""
-    from fanformer.cli.train import resolve_run, run_and_report
+    from fanformer.cli.train import run_and_report
+    from fanformer.training.configuration import resolve_run
 
     names = ("preset", "batch_size", "data", "seed", "device", "resume", "overwrite")
     overrides = {name: flags[name] for name in names if flags[name] not in (None, False)}
@@ -98,9 +99,10 @@ def infer(flags: dict[str, Any]) -> None:
         folder = LAST_TRAINING.read_text(encoding="utf-8").strip()
 
     from fanformer.cli.chat import converse
-    from fanformer.inference.loading import load
+    from fanformer.loading import load_text_model
 
-    converse(load(folder, flags["device"], flags["dtype"]), settings, name=folder, exit_words=("exit",))
+    model = load_text_model(folder, flags["device"], flags["dtype"])
+    converse(model, settings, name=folder, exit_words=("exit",))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def tests(context: Context) -> dict[str, Any]:
 
 def queue(context: Context) -> dict[str, Any]:
     """Train what a queue asks for, for as long as there is time; results go to the ledger as they come."""
-    from fanformer.training.queue import read_output_dir
+    from fanformer.comparison.queue import read_output_dir
 
     if not context.dry_run:
         return train_queue(context, REPOSITORY / read_output_dir(context.queue))
@@ -171,11 +171,11 @@ def queue(context: Context) -> dict[str, Any]:
 
 def train_queue(context: Context, output_dir: Path) -> dict[str, Any]:
     """Run the queue in a process of its own, and return how far it came."""
-    from fanformer.training.queue import read_status
+    from fanformer.comparison.queue import read_status
 
     paths = os.pathsep.join([str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     minutes = max(0.1, (context.seconds_left - QUEUE_ENDS_IN) / 60)
-    command = [sys.executable, "-m", "fanformer.training.queue", str(context.queue), "--minutes", f"{minutes:.2f}"]
+    command = [sys.executable, "-m", "fanformer.comparison.queue", str(context.queue), "--minutes", f"{minutes:.2f}"]
     command += ["--jobs", str(context.jobs)]
     finished = subprocess.run(
         [*command, "--output-dir", str(output_dir), "--record-dir", str(context.output)],

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, hardware, read_entry, versions, write_entry
+from fanformer.comparison.ledger import EXACT, Entry, Figure, read_entry, write_entry
+from fanformer.machine.versions import hardware, versions
 
 COMMAND = "python benchmarks/accelerator.py"
 TRAINING = ("training_regional", "training_whole")

@@ -21,9 +21,9 @@ from speed import kind_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
+from fanformer.comparison.architectures import SMOLLM2_135M
 from fanformer.data.packing import IGNORED_LABEL
 from fanformer.model import FANformerConfig, FANformerForCausalLM
-from fanformer.training.architectures import SMOLLM2_135M
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.packed_attention import choose_attention, document_bounds
 

@@ -27,10 +27,11 @@ try:
     import fanformer.model  # noqa: F401
 except ModuleNotFoundError:
     sys.path.insert(0, str(REPOSITORY / "src"))
+from fanformer.comparison.ledger import Entry, Figure, write_entry  # noqa: E402
 from fanformer.data.tokenizer import load_tokenizer  # noqa: E402  # needs the path above
-from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, versions, write_entry  # noqa: E402
 from fanformer.evaluation.scoring import Score, Scorer  # noqa: E402
 from fanformer.evaluation.tasks import evaluate_scored, parse_tasks  # noqa: E402
+from fanformer.machine.versions import command_line, hardware, versions  # noqa: E402
 
 ON_ACCELERATOR = 16384
 """Tokens computed together where the passes of a CPU would leave most of it idle."""

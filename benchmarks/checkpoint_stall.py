@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.cli.failure import quiet_libraries
-from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
+from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.configuration import resolve
 from fanformer.training.run import Silence, build_fanformer, train
 

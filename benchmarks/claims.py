@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from fanformer.comparison.ledger import EXACT, Entry, Figure
 from fanformer.errors import ConfigError, DataError, did_you_mean
-from fanformer.evaluation.ledger import EXACT, Entry, Figure
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_MEASURED, OTHER_SCALE, NOT_COUNTED = "not measured", "not measured at this scale", "does not count"

@@ -11,8 +11,9 @@ import tokenize
 from pathlib import Path
 
 from fanformer.cli.failure import quiet_libraries
-from fanformer.cli.train import resolve_run, run_and_report
+from fanformer.cli.train import run_and_report
 from fanformer.errors import FANformerError
+from fanformer.training.configuration import resolve_run
 
 COMPLETIONS = 20
 SHOWN = 3
@@ -73,15 +74,13 @@ def main() -> int:
         overrides = {"preset": "nano", "output_dir": str(folder), "max_time": arguments.max_time, "resume": started}
         run_and_report(resolve_run(None, overrides))
 
-    from fanformer.inference.generation import generate
-    from fanformer.inference.loading import load
-    from fanformer.inference.settings import GenerationSettings
+    from fanformer.generation.settings import GenerationSettings
+    from fanformer.loading import load_text_model
     from fanformer.training.artifacts import read_run_file
     from fanformer.training.records import read_records
 
-    model, tokenizer = load(folder)
     settings = GenerationSettings(max_length=96, seed=0)
-    completions = generate(model, tokenizer, ["def "] * COMPLETIONS, settings, batch_size=COMPLETIONS)
+    completions = load_text_model(folder).complete(["def "] * COMPLETIONS, settings, batch_size=COMPLETIONS)
     texts = [completion.prompt + completion.text for completion in completions]
     for text in texts[:SHOWN]:
         print("-" * 80 + f"\n{text}")

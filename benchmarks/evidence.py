@@ -18,8 +18,8 @@ from claims import NOT_MEASURED, Row, judge, load_claims, problems, scale_of
 from performance import performance_page
 from tables import code, hardware_text, interval_text, number, seeds_text, table_row, threshold_text
 
+from fanformer.comparison.ledger import Entry, Kind, read_ledger
 from fanformer.errors import DataError, FANformerError
-from fanformer.evaluation.ledger import Entry, Kind, read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEDGER, CLAIMS = Path("benchmarks/results"), Path("benchmarks/claims.yaml")

@@ -16,14 +16,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINES = {
     "train": ("tests/training/test_train_lifecycle.py", 0.5),
     "prepare": ("tests/data/test_prepare_lifecycle.py", 0.25),
-    "quantize": ("tests/quantization/test_quantize_lifecycle.py", 0.25),
+    "quantize": ("tests/gguf/test_export_lifecycle.py", 0.25),
 }
 """File and share of the time by the name of what is driven."""
 

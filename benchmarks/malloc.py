@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
+from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, resolve
 from fanformer.training.environment import keep_freed_memory, product_rate

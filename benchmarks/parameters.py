@@ -13,10 +13,11 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
-from fanformer.inference.footprint import Footprint, footprint
+from fanformer.comparison.architectures import SMOLLM2_135M
+from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.model import FANformerConfig
-from fanformer.training.architectures import SMOLLM2_135M
+from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset
 
 RESULTS = Path(__file__).parent / "results"

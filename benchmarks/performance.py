@@ -7,7 +7,7 @@ from pathlib import Path
 from claims import FAILS, HOLDS, NOT_MEASURED, Row
 from tables import code, hardware_text, interval_text, number, table_row, threshold_text
 
-from fanformer.evaluation.ledger import Entry
+from fanformer.comparison.ledger import Entry
 
 WORDS = {HOLDS: "reached", FAILS: "not reached"}
 HEAD = """# Performance

@@ -29,16 +29,8 @@ from typing import Any
 
 import psutil
 
-from fanformer.evaluation.ledger import (
-    EXACT,
-    Entry,
-    Figure,
-    command_line,
-    hardware,
-    range_of,
-    versions,
-    write_entry,
-)
+from fanformer.comparison.ledger import EXACT, Entry, Figure, range_of, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 16_384
@@ -55,8 +47,8 @@ def cpu_seconds() -> float:
 
 def ours(data: str, tokenizer: str, folder: str, workers: int, max_bytes: int | None = None) -> dict[str, Any]:
     """Prepare the data and return what it took."""
-    from fanformer.data.documents import open_source
-    from fanformer.data.shards import prepare
+    from fanformer.data.preparation.prepare import prepare
+    from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import load_tokenizer
 
     outcome: list[Any] = []
@@ -198,7 +190,7 @@ def profile(data: Path, tokenizer: str) -> list[str]:
 
 def slice_of(pattern: str, megabytes: int, folder: Path) -> tuple[Path, str]:
     """Write the first documents as one plain jsonl file, train a tokenizer on some; return both."""
-    from fanformer.data.documents import open_source
+    from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import train_tokenizer
 
     path, size, sample = folder / "slice.jsonl", 0, []

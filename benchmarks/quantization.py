@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,7 +67,7 @@ def on_torch(model: Any) -> Callable[[list[int]], np.ndarray]:
 
 def on_engine(path: Path, threads: int) -> Callable[[list[int]], np.ndarray]:
     """Return a function from ids to logits (T, V)."""
-    from fanformer.inference.ggml_engine import Engine
+    from fanformer.gguf.engine import Engine
 
     engine = Engine.open(path, threads)
 
@@ -81,9 +82,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
     """Write the files; return size and bits per byte of each, and of the folder as `folder`, and its parameters."""
     import torch
 
-    from fanformer.data.documents import open_source
-    from fanformer.inference.loading import load, load_model
-    from fanformer.quantization.gguf_export import Settings, export_gguf
+    from fanformer.data.sources.documents import open_source
+    from fanformer.gguf.export import Settings, export_gguf
+    from fanformer.loading import load, load_model
 
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, "cpu", "float32")
@@ -122,7 +123,7 @@ def measure_folder(
     arguments: argparse.Namespace, folder: Path, rows: list[list[int]], num_bytes: int
 ) -> dict[str, Any]:
     """Write a quantized folder, named by its method and bits, and return its size and bits per byte."""
-    from fanformer.inference.loading import load_model
+    from fanformer.loading import load_model
     from fanformer.quantization.compressed_tensors import export_compressed
     from fanformer.quantization.gptq_v1 import METHOD, export_gptq_v1
     from fanformer.quantization.quantized_folder import Settings

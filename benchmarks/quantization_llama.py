@@ -32,10 +32,10 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def write_llama(path: Path, kind: str) -> Path:
     """Write such a model as a GGUF file; rows that do not fill a type's blocks take the type that they take with us."""
-    from fanformer.inference.gguf_blocks import TYPES
-    from fanformer.quantization.gguf_export import encode_rows
-    from fanformer.quantization.gguf_plan import fitting_type
-    from fanformer.quantization.gguf_writer import Value, write_gguf
+    from fanformer.gguf.blocks import TYPES
+    from fanformer.gguf.export import encode_rows
+    from fanformer.gguf.plan import fitting_type
+    from fanformer.gguf.writer import Value, write_gguf
 
     text, array, uint32, int32, float32 = 8, 9, 4, 5, 6
     tokens = [f"[PAD{number}]" for number in range(VOCABULARY)]

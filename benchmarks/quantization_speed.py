@@ -62,12 +62,13 @@ def time_decoding(step: Callable[[list[int]], int]) -> dict[str, float]:
 
 def decode_file(path: str, threads: int) -> dict[str, Any]:
     """Time the engine on a GGUF file, in this process."""
-    from fanformer.inference.ggml_generation import load_engine
-    from fanformer.inference.ggml_runtime import library
+    from fanformer.gguf.ggml_model import GgmlModel
+    from fanformer.gguf.runtime import library
 
     library()
     before = resident_bytes()
-    engine, tokenizer = load_engine(path, threads)
+    model = GgmlModel(path, threads)
+    engine, tokenizer = model.engine, model.tokenizer
     engine.begin(1, PROMPT_TOKENS + WARM_UP_TOKENS + NEW_TOKENS + 1)
     found: dict[str, Any] = time_decoding(lambda ids: int(engine.forward([ids])[0][0][: tokenizer.known].argmax()))
     found |= {"resident_bytes": resident_bytes() - before, "cache_bytes": engine.cache_bytes}
@@ -78,7 +79,7 @@ def decode_folder(path: str, threads: int) -> dict[str, Any]:
     """Time the folder in bfloat16 on torch, in this process."""
     import torch
 
-    from fanformer.inference.loading import load_model
+    from fanformer.loading import load_model
 
     torch.set_num_threads(threads)
     before = resident_bytes()
@@ -118,7 +119,7 @@ def write_folder(name: str, folder: Path) -> None:
     import torch
     from speed import build
 
-    from fanformer.data.documents import open_source
+    from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import train_tokenizer
 
     model = build(name)
@@ -132,7 +133,7 @@ def write_models(folder: Path, types: list[str], llama: bool) -> dict[str, dict[
     from quantization_llama import write_llama
     from speed import OURS
 
-    from fanformer.quantization.gguf_export import Settings, export_gguf
+    from fanformer.gguf.export import Settings, export_gguf
 
     write_folder(OURS, folder / "model")
     sizes = {}
@@ -170,7 +171,7 @@ def main() -> None:
         return
     from speed import arguments_of, finish, times_faster
 
-    from fanformer.evaluation.ledger import EXACT, Figure, range_of
+    from fanformer.comparison.ledger import EXACT, Figure, range_of
 
     arguments = arguments_of(__doc__ or "", types=("q8_0", "q4_k", "q4_0"), rounds=5, llama_cpp="")
     with tempfile.TemporaryDirectory() as name:

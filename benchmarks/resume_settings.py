@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
-from fanformer.inference.threads import spin_briefly
+from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
+from fanformer.machine.threads import spin_briefly
+from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.configuration import resolve
 from fanformer.training.proof import prove
 

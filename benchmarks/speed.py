@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fanformer.comparison.architectures import SMOLLM2_135M, architecture
+from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
 from fanformer.data.packing import IGNORED_LABEL
-from fanformer.evaluation.ledger import Entry, Figure, command_line, hardware, range_of, versions, write_entry
-from fanformer.inference.compiling import compile_options
-from fanformer.inference.footprint import footprint
+from fanformer.machine.compiling import compile_options
+from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.model import FANformerConfig, FANformerForCausalLM
-from fanformer.training.architectures import SMOLLM2_135M, architecture
+from fanformer.model.footprint import footprint
 from fanformer.training.blocked_attention import attend_in_blocks
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import load_preset

@@ -19,7 +19,7 @@ from quantization_speed import DECODE, in_a_process, write_folder
 from speed import OURS, TUNED, Trainee, arguments_of, build, finish, in_turns, random_ids, release, times_faster
 from speed_decode import continue_by, measure
 
-from fanformer.evaluation.ledger import Figure
+from fanformer.comparison.ledger import Figure
 
 NEW = 48
 """Tokens decoded in a round."""
@@ -47,7 +47,7 @@ def decoding(context: int, compiled: bool, rounds: int) -> dict[str, list[float]
 
 def files(kind: str, threads: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Return the seconds of a token that the engine decodes from the files of both."""
-    from fanformer.quantization.gguf_export import Settings, export_gguf
+    from fanformer.gguf.export import Settings, export_gguf
 
     for name in (OURS, TUNED):
         if not (folder / name).is_dir():

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from fanformer.evaluation.ledger import Figure, range_of
-from fanformer.inference.compiling import compiled_decoding, fixed_cache
-from fanformer.inference.fast_decoding import fast_decoding
+from fanformer.comparison.ledger import Figure, range_of
+from fanformer.generation.fast_decoding import fast_decoding
+from fanformer.machine.compiling import compiled_decoding, fixed_cache
 
 
 class Clock(BaseStreamer):

@@ -15,11 +15,11 @@ import torch
 from speed import Trainee, arguments_of, finish, in_turns, times_faster
 from torch import Tensor
 
-from fanformer.data.documents import open_source
+from fanformer.comparison.ledger import Figure, range_of
 from fanformer.data.packing import PackedRows
 from fanformer.data.prepared import TokenStream
+from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import encode_documents, start_token_id, train_tokenizer
-from fanformer.evaluation.ledger import Figure, range_of
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset
 

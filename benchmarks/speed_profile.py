@@ -14,7 +14,7 @@ import torch
 from speed import EQUAL, OURS, THEIRS, Trainee, arguments_of, build, finish, kind_of, random_ids, release
 from speed_decode import continue_by
 
-from fanformer.evaluation.ledger import Figure
+from fanformer.comparison.ledger import Figure
 
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::linear"),

@@ -15,7 +15,7 @@ from speed import OURS, arguments_of, build, exponent, finish, in_turns, random_
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.evaluation.ledger import Figure, range_of
+from fanformer.comparison.ledger import Figure, range_of
 
 
 @torch.inference_mode()

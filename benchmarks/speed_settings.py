@@ -15,7 +15,7 @@ import torch
 from speed import OURS, Trainee, arguments_of, build, finish, in_turns, random_ids, times_faster
 from torch import Tensor
 
-from fanformer.evaluation.ledger import Figure, range_of
+from fanformer.comparison.ledger import Figure, range_of
 
 
 @contextlib.contextmanager

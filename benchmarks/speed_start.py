@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from speed import arguments_of, finish, in_turns
 
-from fanformer.data.documents import open_source
+from fanformer.comparison.ledger import range_of
+from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import train_tokenizer
-from fanformer.evaluation.ledger import range_of
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset
 

@@ -21,7 +21,7 @@ from speed import (
     times_faster,
 )
 
-from fanformer.evaluation.ledger import Figure, range_of
+from fanformer.comparison.ledger import Figure, range_of
 
 
 def main() -> None:

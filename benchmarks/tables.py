@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from claims import Claim, thresholds
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure
+from fanformer.comparison.ledger import EXACT, Entry, Figure
 
 SIGNS = {"at_least": "at least", "at_most": "at most", "more_than": "more than", "less_than": "less than"}
 

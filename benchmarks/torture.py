@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 from fanformer.cli.failure import quiet_libraries
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, command_line, hardware, versions, write_entry
+from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
+from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint_name, checkpoints, problem
 from fanformer.training.configuration import RunConfig, resolve
 from fanformer.training.records import read_records

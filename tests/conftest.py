@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fanformer.inference.threads import spin_briefly
+from fanformer.machine.threads import spin_briefly
 
 spin_briefly(os.environ)  # tests side by side share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fanformer.quantization.gguf_export import Settings, export_gguf
+from fanformer.gguf.export import Settings, export_gguf
 from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED, every_rank
 
 VARIANTS = {

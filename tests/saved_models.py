@@ -54,6 +54,13 @@ def model_copy(saved_model, tmp_path):
 @pytest.fixture(scope="session")
 def loaded(saved_model):
     """The saved model and its tokenizer, loaded on the CPU."""
-    from fanformer.inference.loading import load
+    from fanformer.loading import load
 
     return load(saved_model, device="cpu")
+
+
+def complete_on_torch(model, tokenizer, prompts, settings, on_text=None, *, compiled=False, **arguments):
+    """Return the completions of a model of `transformers`."""
+    from fanformer.generation.torch_model import TorchModel
+
+    return list(TorchModel(model, tokenizer, compiled).complete(prompts, settings, on_text, **arguments))

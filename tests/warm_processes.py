@@ -1,6 +1,6 @@
 """Processes of the `fanformer` command that start in milliseconds: forked from a parent that has imported the rest.
 
-    with WarmParent("fanformer.cli.quantize", "fanformer.quantization.gguf_export") as warm:
+    with WarmParent("fanformer.cli.quantize", "fanformer.gguf.export") as warm:
         process = warm.start(["quantize", ...], cwd=folder)
         process.kill(signal.SIGINT)
         assert process.wait() == 130

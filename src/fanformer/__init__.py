@@ -4,22 +4,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fanformer.api import evaluate, train
+    from fanformer.loading import load_text_model as load
     from fanformer.model import FANformerConfig, FANformerForCausalLM, FANformerModel
 
 __version__ = "0.1.0"
 
-__all__ = ["FANformerConfig", "FANformerForCausalLM", "FANformerModel", "__version__"]
+__all__ = [
+    "FANformerConfig",  # the three classes for `transformers`
+    "FANformerForCausalLM",
+    "FANformerModel",
+    "__version__",
+    "evaluate",  # what `fanformer eval` does
+    "load",  # a folder or a GGUF file -> a TextModel with .generate(), .stream() and .score()
+    "train",  # what `fanformer train` does
+]
+_WHERE = {
+    "load": ("fanformer.loading", "load_text_model"),
+    "train": ("fanformer.api", "train"),
+    "evaluate": ("fanformer.api", "evaluate"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model when one of its classes is asked for (PEP 562).
+    """Import what is asked for when it is asked for (PEP 562).
 
     Raises:
         AttributeError: if there is no such public name.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("fanformer.model"), name)
+    module, attribute = _WHERE.get(name, ("fanformer.model", name))
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fanformer.evaluation.ledger import read_entry, read_ledger
+from fanformer.comparison.ledger import read_entry, read_ledger
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 
 ABOUT = {"date": "2026-11-25T00:00:00+00:00", "device": "a card", "dry_run": True, "asked": ["checks"]}

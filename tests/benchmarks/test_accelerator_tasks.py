@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fanformer.evaluation.ledger import read_entry
+from fanformer.comparison.ledger import read_entry
 from fanformer.evaluation.tasks import evaluate_tasks
 from tests.evaluation.released_files import write_released_files
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from fanformer.comparison.ledger import EXACT, Entry, Figure, read_ledger, write_entry
 from fanformer.errors import ConfigError, DataError
-from fanformer.evaluation.ledger import EXACT, Entry, Figure, read_ledger, write_entry
 
 
 @pytest.fixture

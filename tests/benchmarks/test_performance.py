@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fanformer.evaluation.ledger import EXACT, Entry, Figure
+from fanformer.comparison.ledger import EXACT, Entry, Figure
 
 
 @pytest.fixture

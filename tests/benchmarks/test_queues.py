@@ -1,6 +1,6 @@
 """Every queue file that is kept here can be run."""
 
-from fanformer.training.queue import read_queue
+from fanformer.comparison.queue import read_queue
 
 
 def test_every_queue_is_read_without_an_error_and_no_two_comparisons_have_one_name(repository):

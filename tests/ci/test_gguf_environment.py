@@ -9,14 +9,14 @@ pytestmark = pytest.mark.ci
 
 PINS = ("ggml-python==0.0.45", "gguf==0.19.0", "hypothesis==6.170.17", "sortedcontainers==2.4.0")
 FILES = (
-    "tests/inference/test_ggml_runtime.py",
-    "tests/inference/test_ggml_engine.py",
-    "tests/inference/test_ggml_generation.py",
-    "tests/inference/test_gguf_file.py",
-    "tests/quantization/test_gguf_export.py",
-    "tests/inference/test_fuzzing.py",
+    "tests/gguf/test_runtime.py",
+    "tests/gguf/test_engine.py",
+    "tests/gguf/test_generation.py",
+    "tests/gguf/test_file.py",
+    "tests/gguf/test_export.py",
+    "tests/gguf/test_fuzzing.py",
 )
-FUZZED_ENGINE = "tests/inference/test_fuzzing.py::test_mutated_gguf_files_never_end_the_engines_process"
+FUZZED_ENGINE = "tests/gguf/test_fuzzing.py::test_mutated_gguf_files_never_end_the_engines_process"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fanformer.inference.loading import load, load_model
+from fanformer.loading import load, load_model
 from fanformer.quantization.gptq_v1 import stored_weight
 
 packed, tokenizer = load(sys.argv[2], "cpu")

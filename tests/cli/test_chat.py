@@ -63,13 +63,14 @@ def test_settings_and_folder_are_checked_as_in_generate(command, tmp_path):
 
 def test_message_that_is_no_unicode_is_refused_and_the_conversation_kept(loaded):
     from fanformer.errors import ConfigError
-    from fanformer.inference.chat import Conversation
-    from fanformer.inference.interruption import Interruption
-    from fanformer.inference.settings import GenerationSettings
+    from fanformer.generation.chat import Conversation
+    from fanformer.generation.interruption import Interruption
+    from fanformer.generation.settings import GenerationSettings
+    from fanformer.generation.torch_model import TorchModel
 
     tokenizer = copy.deepcopy(loaded.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    conversation = Conversation(loaded.model, tokenizer, GenerationSettings(max_length=3, seed=1))
+    conversation = Conversation(TorchModel(loaded.model, tokenizer), GenerationSettings(max_length=3, seed=1))
     conversation.answer("hi", lambda text: None, Interruption())
     before = list(conversation.messages)
     with pytest.raises(ConfigError, match="must be valid UTF-8"):

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from fanformer.evaluation.ledger import read_ledger
+from fanformer.comparison.ledger import read_ledger
 
 SMALL = [
     "--tokens=1280", "--evaluations=2", "--eval-tokens=256",

@@ -17,7 +17,7 @@ def test_published_weights_become_a_model_folder(command, shared, tmp_path, name
     import torch
     from safetensors.torch import load_file
 
-    from fanformer.inference.loading import load_model
+    from fanformer.loading import load_model
 
     outcome = command(*arguments(shared, name, tmp_path / "new" / "model", published_format))
     assert (outcome.code, outcome.out) == (0, "")

@@ -14,7 +14,7 @@ def book(tmp_path):
 
 
 def test_prepared_folder_is_what_the_summary_says(command, book, tmp_path):
-    from fanformer.data.shards import open_prepared
+    from fanformer.data.preparation.prepare import open_prepared
 
     outcome = command("data", "prepare", book, "--output-dir", tmp_path / "out", "--vocab-size", "300")
     assert (outcome.code, outcome.err) == (0, "")
@@ -25,7 +25,7 @@ def test_prepared_folder_is_what_the_summary_says(command, book, tmp_path):
 
 
 def test_given_tokenizer_is_used(command, book, saved_model, tmp_path):
-    from fanformer.data.shards import open_prepared
+    from fanformer.data.preparation.prepare import open_prepared
 
     command("data", "prepare", book, "--output-dir", tmp_path / "out", "--tokenizer", saved_model)
     assert len(open_prepared(tmp_path / "out").tokenizer()) == 300

@@ -7,7 +7,12 @@ import pytest
 from tests.warm_processes import WarmParent
 
 FIXED = ("--seed", "1", "--max-length", "8", "--min-length", "8", "--device", "cpu")
-WARM = ("fanformer.cli.chat", "fanformer.cli.generate", "fanformer.inference.generation", "fanformer.inference.loading")
+WARM = (
+    "fanformer.cli.chat",
+    "fanformer.cli.generate",
+    "fanformer.generation.torch_model",
+    "fanformer.generation.loading",
+)
 C_LOCALE = {"PYTHONUTF8": "0", "LC_ALL": "C"}
 ENCODINGS = {
     "utf-8 mode": {"PYTHONUTF8": "1"},

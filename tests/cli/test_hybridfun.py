@@ -46,7 +46,7 @@ def test_training_then_inference_without_naming_the_folder(door, tmp_path):
     assert code == 0, err
     folder = tmp_path / "runs" / "hybridfun-nano"
     assert str(folder) in out
-    from fanformer.inference.loading import load_config
+    from fanformer.loading import load_config
 
     assert load_config(folder).fan_ratio == 0.25
     settings = ("--max_length", "5", "--min_length", "5", "--top_k", "50", "--top_p", "0.9", "--temperature", "0.7")

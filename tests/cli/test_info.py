@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fanformer.cli.info import fanformer_words
-from fanformer.inference.footprint import footprint
 from fanformer.model import FANformerConfig
+from fanformer.model.footprint import footprint
 from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
 
 VARIANTS = [

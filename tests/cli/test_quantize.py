@@ -77,8 +77,8 @@ def test_damaged_file_is_one_line(command, tmp_path):
 
 
 def test_help_names_the_types_and_defaults_that_there_are(command):
-    from fanformer.quantization.gguf_importance import DEFAULT_TOKENS
-    from fanformer.quantization.gguf_plan import OFFERED
+    from fanformer.gguf.importance import DEFAULT_TOKENS
+    from fanformer.gguf.plan import OFFERED
 
     text = command("quantize", "--help").out
     assert "|".join(OFFERED) in text

@@ -5,9 +5,10 @@ from pathlib import Path
 
 
 def main(spec: str, output_dir: str, tokenizer: str, workers: str, delay: str) -> None:
-    from fanformer.data import journal, selection, shards
-    from fanformer.data import workers as pool
-    from fanformer.data.documents import open_source
+    from fanformer.data.preparation import journal, selection
+    from fanformer.data.preparation import prepare as shards
+    from fanformer.data.preparation import workers as pool
+    from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import load_tokenizer
 
     journal.INTERVAL_SECONDS = 0.0

@@ -3,7 +3,8 @@
 For processes that tests start, and end at any moment.
 """
 
-from fanformer.data import journal, selection, shards, workers
+from fanformer.data.preparation import journal, selection, workers
+from fanformer.data.preparation import prepare as shards
 from tests.data.texts import SMALL_SHARD_TOKENS
 
 journal.INTERVAL_SECONDS = 0.0

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from fanformer.data.documents import open_source
-from fanformer.data.shards import open_prepared, prepare
+from fanformer.data.preparation.prepare import open_prepared, prepare
+from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import load_tokenizer, train_tokenizer
 from fanformer.errors import ConfigError, DataError
 
@@ -18,7 +18,7 @@ WORDS = "a small model spoke of many things while rain fell on the old bridge".s
 PROGRAM = """
 import sys, json
 from datatrove.executor import LocalPipelineExecutor
-from fanformer.data.datatrove_pipeline import Job, stages
+from fanformer.data.preparation.datatrove_pipeline import Job, stages
 
 if __name__ == "__main__":
     job = Job(**json.loads(sys.argv[1]) | {"filters": ("min-words",)})
@@ -76,7 +76,7 @@ def test_two_tasks_give_the_folder_of_one_machine(corpus, deduplicate):
 
 def test_jobs_that_cannot_be_done_are_refused_before_they_start(corpus):
     pytest.importorskip("datatrove")
-    from fanformer.data.datatrove_pipeline import Job, JoinParts, stages
+    from fanformer.data.preparation.datatrove_pipeline import Job, JoinParts, stages
 
     job = Job(f"{corpus}/*.jsonl", str(corpus / "out"), str(corpus / "tokenizer"))
     with pytest.raises(ConfigError, match=r"`tasks` must be at least 1, got 0"):
@@ -92,7 +92,7 @@ def test_jobs_that_cannot_be_done_are_refused_before_they_start(corpus):
 
 
 def run_stages(job):
-    from fanformer.data.datatrove_pipeline import stages
+    from fanformer.data.preparation.datatrove_pipeline import stages
 
     for pipeline, tasks in stages(job, 2):
         for rank in range(tasks):
@@ -101,7 +101,7 @@ def run_stages(job):
 
 def test_spoilt_part_is_refused_with_what_to_do(corpus):
     pytest.importorskip("datatrove")
-    from fanformer.data.datatrove_pipeline import EncodeParts, Job, JoinParts, stages
+    from fanformer.data.preparation.datatrove_pipeline import EncodeParts, Job, JoinParts, stages
 
     job = Job(f"{corpus}/*.jsonl", str(corpus / "out"), str(corpus / "tokenizer"))
     stages(job, 1)
@@ -124,7 +124,7 @@ def test_spoilt_part_is_refused_with_what_to_do(corpus):
 
 def test_work_of_another_job_is_refused(corpus):
     pytest.importorskip("datatrove")
-    from fanformer.data.datatrove_pipeline import EncodeParts, Job, stages
+    from fanformer.data.preparation.datatrove_pipeline import EncodeParts, Job, stages
 
     job = Job(f"{corpus}/*.jsonl", str(corpus / "out"), str(corpus / "tokenizer"))
     stages(job, 1)
@@ -147,8 +147,8 @@ def test_work_of_another_job_is_refused(corpus):
 
 def test_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove.pipeline.base", None)
-    monkeypatch.delitem(sys.modules, "fanformer.data.datatrove_pipeline", raising=False)
+    monkeypatch.delitem(sys.modules, "fanformer.data.preparation.datatrove_pipeline", raising=False)
     from fanformer.errors import DependencyError
 
     with pytest.raises(DependencyError, match=r"needs the package `datatrove`.*'fanformer\[cluster\]'"):
-        import fanformer.data.datatrove_pipeline  # noqa: F401
+        import fanformer.data.preparation.datatrove_pipeline  # noqa: F401

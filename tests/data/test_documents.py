@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from fanformer.data import readers
-from fanformer.data.decompression import CHUNK_BYTES
-from fanformer.data.documents import FileSource, StdlibSource, is_prepared_folder, open_source
+from fanformer.data.sources import readers
+from fanformer.data.sources.decompression import CHUNK_BYTES
+from fanformer.data.sources.documents import FileSource, StdlibSource, is_prepared_folder, open_source
 from fanformer.errors import DataError, DependencyError
 
 TEXTS = ["first\r\n\tindented\n", "zweite Zeile: äöü 漢字 🙂", "", "third\u2028\x0b end"]
@@ -150,7 +150,7 @@ def test_description_changes_with_the_content(tmp_path):
 
 
 def test_description_of_a_large_file_names_its_time_of_change(tmp_path, monkeypatch):
-    monkeypatch.setattr("fanformer.data.documents.HASHED_BYTES", 2)
+    monkeypatch.setattr("fanformer.data.sources.documents.HASHED_BYTES", 2)
     path = tmp_path / "a.txt"
     path.write_text("one")
     [entry] = open_source(str(path)).describe()["files"]

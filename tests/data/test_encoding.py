@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from fanformer.data import encoding
-from fanformer.data.encoding import AnyEncoder, BackendEncoder, PieceEncoder, document_encoder
+from fanformer.data.preparation import encoding
+from fanformer.data.preparation.encoding import AnyEncoder, BackendEncoder, PieceEncoder, document_encoder
 from fanformer.data.tokenizer import encode_documents, train_tokenizer
 
 SAMPLE = (
@@ -58,7 +58,7 @@ def test_ids_are_those_of_the_tokenizer(request, name, alphabet):
 
 
 def test_ids_of_real_text_are_those_of_the_tokenizer(tokenizer):
-    from fanformer.data.documents import StdlibSource
+    from fanformer.data.sources.documents import StdlibSource
 
     texts = [document.text for document in StdlibSource()][::8]
     ids = document_encoder(tokenizer).encode(texts)

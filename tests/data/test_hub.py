@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from fanformer.data import hub
-from fanformer.data.documents import Document, open_source
-from fanformer.data.readers import Fields
+from fanformer.data.sources import hub
+from fanformer.data.sources.documents import Document, open_source
+from fanformer.data.sources.readers import Fields
 from fanformer.errors import DataError, DependencyError
 from tests.local_hub import LocalHub, point_at
 

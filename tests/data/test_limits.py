@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from fanformer.data import decompression, readers
-from fanformer.data.documents import open_source
+from fanformer.data.sources import decompression, readers
+from fanformer.data.sources.documents import open_source
 from fanformer.errors import DataError
 
 MEBIBYTE = 1 << 20
@@ -79,8 +79,10 @@ def test_line_beyond_the_limit_is_refused_with_its_number(tmp_path, monkeypatch,
     path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(suffix, bytes)(content[:0]))
 
 
-READ = "import sys; from fanformer.data.documents import open_source\nfor document in open_source(sys.argv[1]): pass"
-FIELDS = "import sys; from pathlib import Path; from fanformer.data.readers import field_names\n" + (
+READ = "import sys; from fanformer.data.sources.documents import open_source\n" + (
+    "for document in open_source(sys.argv[1]): pass"
+)
+FIELDS = "import sys; from pathlib import Path; from fanformer.data.sources.readers import field_names\n" + (
     "field_names(Path(sys.argv[1]))"
 )
 
@@ -104,7 +106,7 @@ def test_zstandard_bomb_is_read_in_small_pieces(tmp_path):
     # no checksum, no size, a window of 128 KiB
     path.write_bytes(b"\x28\xb5\x2f\xfd\x00" + bytes([7 << 3]) + block * blocks + last)
     done = run_limited(
-        "import sys; from pathlib import Path; from fanformer.data.decompression import read_chunks\n"
+        "import sys; from pathlib import Path; from fanformer.data.sources.decompression import read_chunks\n"
         "print(sum(len(chunk) for chunk in read_chunks(Path(sys.argv[1]))))",
         path,
         gibibytes=1,

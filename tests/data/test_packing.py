@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fanformer.data.packing import IGNORED_LABEL, PackedRows, evaluation_rows
-from fanformer.data.shards import TokenStream
+from fanformer.data.preparation.prepare import TokenStream
 from fanformer.errors import ConfigError, DataError
 
 LENGTHS = [5, 1, 40, 2, 17, 1, 1, 90, 33]

@@ -24,9 +24,9 @@ pytest.importorskip("hypothesis", reason="needs hypothesis of requirements-dev.t
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from fanformer.data.documents import open_source
-from fanformer.data.file_patterns import matching_files
-from fanformer.data.shards import open_prepared, prepare
+from fanformer.data.preparation.prepare import open_prepared, prepare
+from fanformer.data.sources.documents import open_source
+from fanformer.data.sources.file_patterns import matching_files
 from fanformer.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.data.texts import SMALL_SHARD_TOKENS
 from tests.lifecycle import run_lifecycle
@@ -34,7 +34,7 @@ from tests.warm_processes import Strike, WarmParent
 
 WARM = (
     "fanformer.cli.data",
-    "fanformer.data.shards",
+    "fanformer.data.preparation.prepare",
     "tests.data.small_batches",
     "regex",
     "rich.progress",

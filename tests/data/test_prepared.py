@@ -9,7 +9,7 @@ import pytest
 
 from fanformer.data import prepared as prepared_module
 from fanformer.data import token_files
-from fanformer.data.shards import open_prepared, prepare
+from fanformer.data.preparation.prepare import open_prepared, prepare
 from fanformer.data.tokenizer import encode_documents
 from fanformer.errors import DataError
 from tests.data.texts import MANY, Texts, read_back

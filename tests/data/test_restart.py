@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fanformer.data import journal, selection
-from fanformer.data.documents import open_source
-from fanformer.data.shards import open_prepared, prepare
+from fanformer.data.preparation import journal, selection
+from fanformer.data.preparation.prepare import open_prepared, prepare
+from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import train_tokenizer
 from fanformer.errors import ConfigError, DataError
 from tests.warm_processes import WarmParent
 
 WORDS = "the small model spoke of many things and then of none while rain fell on an old stone bridge".split()  # noqa: SIM905
 WARM = (
-    "fanformer.data.documents",
-    "fanformer.data.shards",
+    "fanformer.data.sources.documents",
+    "fanformer.data.preparation.prepare",
     "fanformer.data.tokenizer",
     "tests.data.restart_worker",
     "regex",

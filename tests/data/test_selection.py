@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fanformer.data import outputs
-from fanformer.data.deduplication import SeenTexts
-from fanformer.data.documents import open_source
-from fanformer.data.filters import FILTERS, clean_urls, min_words
-from fanformer.data.locking import hold
-from fanformer.data.shards import prepare
+from fanformer.data.preparation import outputs
+from fanformer.data.preparation.deduplication import SeenTexts
+from fanformer.data.preparation.filters import FILTERS, clean_urls, min_words
+from fanformer.data.preparation.prepare import prepare
+from fanformer.data.sources.documents import open_source
 from fanformer.errors import CheckpointError, ConfigError, DataError
+from fanformer.files.locking import hold
 
 LONG = "one two three four five six seven eight nine ten eleven"
 

@@ -9,10 +9,12 @@ import subprocess
 import numpy as np
 import pytest
 
-from fanformer.data import compression, journal, selection, shards, splitting, token_files
-from fanformer.data.documents import open_source
-from fanformer.data.shards import open_prepared, prepare
-from fanformer.data.splitting import is_held_out
+from fanformer.data import token_files
+from fanformer.data.preparation import compression, journal, selection, splitting
+from fanformer.data.preparation import prepare as shards
+from fanformer.data.preparation.prepare import open_prepared, prepare
+from fanformer.data.preparation.splitting import is_held_out
+from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import encode_documents
 from fanformer.errors import ConfigError, DataError
 from tests.data.texts import CODE, MANY, Texts, read_back

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from fanformer.data.encoding import document_encoder
+from fanformer.data.preparation.encoding import document_encoder
+from fanformer.data.preparation.workers import BatchEncoder
 from fanformer.data.tokenizer import (
     END_OF_TEXT,
     LONGEST_RUN,
@@ -20,7 +21,6 @@ from fanformer.data.tokenizer import (
     start_token_id,
     train_tokenizer,
 )
-from fanformer.data.workers import BatchEncoder
 from fanformer.errors import ConfigError, DataError
 
 TEXT = 'def add(a, b):\n    """Return 12345 + don\'t."""\n    return a + b\n\n\nclass __Name__(Base):\n\tpass\n' * 20

@@ -18,7 +18,9 @@ def test_ctrl_c_while_workers_start_is_quiet(tmp_path):
     work.mkdir()
     (work / "a.jsonl").write_text(text * 60)
     command = ["data", "prepare", "a.jsonl", "--vocab-size", 300, "--workers", 2, "--output-dir", "out"]
-    with WarmParent("fanformer.cli.data", "fanformer.data.shards", "tests.data.small_batches", "regex") as warm:
+    with WarmParent(
+        "fanformer.cli.data", "fanformer.data.preparation.prepare", "tests.data.small_batches", "regex"
+    ) as warm:
         for pause in (0.0, 0.04, 0.1):
             process = warm.start(command, work)
             own = psutil.Process(process.pid)

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from fanformer.data.documents import Document, DocumentSource
+from fanformer.data.sources.documents import Document, DocumentSource
 
 SMALL_SHARD_TOKENS = 1200
 """Gives a text of few kilobytes several shards."""

@@ -99,7 +99,7 @@ def test_passes_are_as_large_as_their_width_allows(make_model):
 
 
 def test_fingerprint_is_that_of_weights_configuration_and_dtype(saved_model, make_model):
-    from fanformer.inference.loading import load_model
+    from fanformer.loading import load_model
 
     first = model_fingerprint(load_model(saved_model, "cpu"))
     model = load_model(saved_model, "cpu")

@@ -269,7 +269,7 @@ def test_killed_command_goes_on_and_batch_size_changes_no_bit(harness, saved_mod
 def test_real_files_give_the_figures_of_upstream(harness, make_model, tiny_tokenizer, shared, tmp_path, kind):
     """A nano model of 100 steps, and other architectures, on ARC, PIQA, HellaSwag, LAMBADA and BLiMP."""
     if kind == "nano":
-        from fanformer.inference.loading import load
+        from fanformer.loading import load
 
         command = [sys.executable, "-m", "fanformer.cli.main", "train", "--preset", "nano", "--max-steps", "100"]
         text = shared / "data" / "tinyshakespeare" / "input.txt"

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from fanformer.data.held_out import held_out_stream
 from fanformer.errors import CheckpointError, ConfigError, DataError, DependencyError
-from fanformer.inference.loading import load
+from fanformer.loading import load
 from fanformer.quantization.compressed_tensors import export_compressed
-from fanformer.quantization.held_out import held_out_stream
 from fanformer.quantization.quantized_folder import Settings
 
 installed = importlib.util.find_spec("llmcompressor") is not None

@@ -109,7 +109,7 @@ def test_rounding_is_within_half_a_step_of_each_group():
 def test_scan_puts_the_weights_back(loaded, tmp_path):
     import copy
 
-    from fanformer.quantization.held_out import held_out_stream
+    from fanformer.data.held_out import held_out_stream
     from fanformer.quantization.sensitivity import scan_model
 
     text = tmp_path / "text.txt"

@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from fanformer.data.locking import hold
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.files.locking import hold
 from fanformer.training.folder import LOCK_FILE, claimed
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fanformer.data.locking import hold
+from fanformer.files.locking import hold
 from fanformer.errors import CheckpointError
 with hold(Path(sys.argv[1]) / ".lock", "the folder", CheckpointError):
     print("held", flush=True)

@@ -166,7 +166,8 @@ def test_other_data_than_a_killed_beginning_prepared_are_prepared_anew(run, run_
 
 
 def test_work_that_a_killed_run_began_on_other_data_goes_with_overwrite_only(run, run_config, tmp_path, monkeypatch):
-    from fanformer.data import journal, shards
+    from fanformer.data.preparation import journal
+    from fanformer.data.preparation import prepare as shards
 
     other = tmp_path / "other.txt"
     other.write_text("a quick red fox jumps over it all.\n" * 500, encoding="utf-8")

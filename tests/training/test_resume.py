@@ -93,7 +93,7 @@ def test_a_damaged_newest_checkpoint_costs_no_more_than_the_steps_after_the_one_
 
 
 def test_every_checkpoint_is_a_model_folder_whose_card_has_the_figures_of_its_step(run):
-    from fanformer.inference.loading import load
+    from fanformer.loading import load
 
     result, _ = run(max_steps=6, save_steps=3, eval_steps=3, log_steps=1)
     for step in (3, 6):
@@ -190,8 +190,8 @@ def test_other_data_are_refused_with_both_fingerprints_unless_allowed_and_then_r
 
 
 def test_prepared_data_that_were_written_anew_in_their_place_are_refused(run, corpus, other_text, tmp_path):
-    from fanformer.data.documents import open_source
-    from fanformer.data.shards import prepare
+    from fanformer.data.preparation.prepare import prepare
+    from fanformer.data.sources.documents import open_source
 
     place = tmp_path / "prepared"
     first = prepare(open_source(str(corpus)), place, tokenizer=None, vocab_size=300)

@@ -157,8 +157,8 @@ def test_held_out_documents_give_the_loss_a_standard_error(run, tmp_path):
 
 
 def test_prepared_data_is_used_as_it_is(run, corpus, tmp_path):
-    from fanformer.data.documents import open_source
-    from fanformer.data.shards import prepare
+    from fanformer.data.preparation.prepare import prepare
+    from fanformer.data.sources.documents import open_source
 
     prepared = prepare(open_source(str(corpus)), tmp_path / "prepared", tokenizer=None, vocab_size=300)
     result, _ = run(max_steps=1, data=str(tmp_path / "prepared"))

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from fanformer.data.documents import open_source
-from fanformer.data.shards import prepare
+from fanformer.data.preparation.prepare import prepare
+from fanformer.data.sources.documents import open_source
 from fanformer.errors import CheckpointError, ConfigError
 
 

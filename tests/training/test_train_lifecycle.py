@@ -31,7 +31,7 @@ WARM = (
     "fanformer.cli.train",
     "fanformer.cli.report",
     "fanformer.training.run",
-    "fanformer.data.shards",
+    "fanformer.data.preparation.prepare",
     "matplotlib.pyplot",
     "transformers.models.auto.modeling_auto",
 )

@@ -12,11 +12,10 @@ import click
 from fanformer.cli.generate import write_now
 from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError
-from fanformer.inference.settings import GenerationSettings
+from fanformer.generation.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from fanformer.inference.ggml_generation import LoadedEngine
-    from fanformer.inference.loading import LoadedModel
+    from fanformer.generation.text_model import TextModel
 
 HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-C stops the text."
 
@@ -34,29 +33,26 @@ def chat(folder: str, threads: int | None, device: str, dtype: str, **sampling: 
     Commands: /help, /reset, /exit. Ctrl-C stops the text; twice at the prompt, it leaves.
     """
     settings = GenerationSettings(**sampling)
-    from fanformer.inference.text_models import load_text_model
+    from fanformer.loading import load_text_model
 
-    loaded = load_text_model(folder, device, dtype, threads)
-    converse(loaded, settings, name=folder)
+    converse(load_text_model(folder, device, dtype, threads), settings, name=folder)
 
 
-def converse(
-    loaded: "LoadedModel | LoadedEngine", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()
-) -> None:
+def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()) -> None:
     """Answer every line of standard input until its end or an exit word.
 
     Args:
-        loaded: the model and its tokenizer.
+        model: that answers.
         settings: how answers are drawn; a seed is used for the first one and counted up.
         name: what the notices call the model.
         exit_words: lines that leave, besides /exit.
     """
-    from fanformer.inference.chat import Conversation
-    from fanformer.inference.interruption import interruptible
+    from fanformer.generation.chat import Conversation
+    from fanformer.generation.interruption import interruptible
 
     accept_any_bytes()
-    conversation = Conversation(loaded.model, loaded.tokenizer, settings)
-    if not conversation.has_template:
+    conversation = Conversation(model, settings)
+    if not model.has_chat_template:
         _notice(f"{name} is a base model: it continues what you write, it has not learnt to answer.")
     _notice(HELP)
     while (line := read_line()) is not None:

@@ -14,7 +14,7 @@ from fanformer.cli.options import Verb
 from fanformer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fanformer.training.queue import Queue
+    from fanformer.comparison.queue import Queue
 
 PAGE_FILE, LOG_FILE = "comparison.html", "queue.log"
 _LISTS = ("tokens", "candidate_tokens", "learning_rates", "seeds", "hole_sides")
@@ -87,7 +87,7 @@ def compare(
 
 def folder_of(queue: Path | None, output_dir: Path | None) -> Path:
     """Return the folder that a comparison or a queue works in."""
-    from fanformer.training.queue import read_output_dir
+    from fanformer.comparison.queue import read_output_dir
 
     if output_dir is not None:
         return output_dir
@@ -103,9 +103,9 @@ def read(
     record_dir: Path | None,
 ) -> "Queue":
     """Return what to run, from the command's words."""
-    from fanformer.training.comparison import Comparison
+    from fanformer.comparison.compare import Comparison
+    from fanformer.comparison.queue import Queue, QueueEntry, read_queue, relocate
     from fanformer.training.configuration import parse_setting
-    from fanformer.training.queue import Queue, QueueEntry, read_queue, relocate
 
     if queue is not None:
         return relocate(read_queue(queue), output_dir, record_dir)
@@ -127,8 +127,8 @@ def read(
 def run(queue: "Queue", words: Sequence[str], jobs: int) -> None:
     """Train, draw the progress, and print what came out."""
     from fanformer.cli.report import SweepReporter
-    from fanformer.evaluation.ledger import command_line
-    from fanformer.training.queue import RECORD_FILE, run_queue
+    from fanformer.comparison.queue import RECORD_FILE, run_queue
+    from fanformer.machine.versions import command_line
 
     with SweepReporter() as reporter:
         outcomes = run_queue(queue, reporter, command_line(["fanformer", *words]), publish=publish, jobs=jobs)
@@ -144,14 +144,14 @@ def run(queue: "Queue", words: Sequence[str], jobs: int) -> None:
 
 def publish(record: Mapping[str, Any], folder: Path) -> None:
     """Write the report of a comparison, or as much as there is of it."""
-    from fanformer.report.comparison import write_comparison_page
+    from fanformer.comparison.pages.report import write_comparison_page
 
     write_comparison_page(record, folder / PAGE_FILE)
 
 
 def print_result(folder: Path) -> None:
     """Print a comparison's arms and pairs, and where the rest is."""
-    from fanformer.training.queue import RECORD_FILE
+    from fanformer.comparison.queue import RECORD_FILE
 
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     rule = record["comparison"]["rule"] is not None
@@ -193,7 +193,7 @@ def start_in_background(words: Sequence[str], folder: Path) -> None:
     Raises:
         ConfigError: if it ends at once.
     """
-    from fanformer.training.queue import STATUS_FILE
+    from fanformer.comparison.queue import STATUS_FILE
 
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG_FILE
@@ -221,7 +221,7 @@ def start_in_background(words: Sequence[str], folder: Path) -> None:
 
 def show_status(folder: Path) -> None:
     """Print how far a queue is."""
-    from fanformer.training.queue import read_status
+    from fanformer.comparison.queue import read_status
 
     content, running = read_status(folder)
     click.echo(f"process {content['pid']} {'runs' if running else 'has ended'}, last word {content['updated']}")

@@ -14,7 +14,7 @@ from fanformer.errors import ConfigError
 from fanformer.training.configuration import parse_count
 
 if TYPE_CHECKING:
-    from fanformer.data.shards import PreparedData, Throughput
+    from fanformer.data.preparation.prepare import PreparedData, Throughput
 
 SECONDS_BETWEEN_LINES = 5.0
 VOCAB_SIZE = 4096
@@ -77,9 +77,9 @@ def prepare(
             "`--vocab-size` has no effect on the tokenizer that `--tokenizer` names: leave one of them out"
         )
     limit = parse_count(max_bytes) if max_bytes is not None else None
-    from fanformer.data import shards
-    from fanformer.data.documents import open_source
-    from fanformer.data.places import lock_place, output_place, partial_place
+    from fanformer.data.preparation import prepare as shards
+    from fanformer.data.preparation.places import lock_place, output_place, partial_place
+    from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import load_tokenizer
 
     place = output_place(Path(output_dir))
@@ -108,7 +108,7 @@ def prepare(
 
 
 def _summarize(prepared: "PreparedData") -> None:
-    from fanformer.data.shards import SPLITS
+    from fanformer.data.preparation.prepare import SPLITS
 
     for name in SPLITS:
         entry = prepared.metadata["splits"][name]
@@ -133,7 +133,7 @@ def _tell(throughput: "Throughput") -> None:
 @click.argument("folder", metavar="DIR")
 def verify(folder: str) -> None:
     """Read every file of a prepared folder and compare it with its hash."""
-    from fanformer.data.shards import open_prepared
+    from fanformer.data.preparation.prepare import open_prepared
 
     prepared = open_prepared(Path(folder), verify=True)
     _summarize(prepared)

@@ -13,12 +13,10 @@ from fanformer.cli.failure import writing
 from fanformer.cli.options import Verb, device_option, dtype_option
 from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
+from fanformer.evaluation.files import MeasuredFiles, check_files
 
 if TYPE_CHECKING:
-    from fanformer.evaluation.loss import DocumentSums
-    from fanformer.inference.loading import LoadedModel
-
-_DEFAULT_FIELD = "src"
+    from fanformer.generation.loading import LoadedModel
 
 
 @click.command(
@@ -83,21 +81,19 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value is not None and value < 1:
             raise ConfigError(f"`{name}` must be at least 1, got {value}.")
-    field = _check_texts(paths, by)
+    field = check_files(paths, by)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
     wanted = _Tasks.parse(tasks, data_dir, limit, num_fewshot, cache_dir) if tasks is not None else None
 
-    from fanformer.inference.loading import load
+    from fanformer.loading import load
 
     loaded = load(folder, device, dtype)
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    if sequence_length is not None and longest is not None and sequence_length > longest:
-        raise ConfigError(f"`sequence_length` must be at most the model's {longest} positions, got {sequence_length}.")
-    texts = _Texts(loaded, field, sequence_length, batch_size)
+    texts = MeasuredFiles(*loaded, field, sequence_length, batch_size)
     result: dict[str, Any] = {}
     try:
         for path in paths:
+            click.echo(f"{path} ...", err=True)
             texts.measure(path)
         result = texts.result() if paths else {}
         if wanted is not None:
@@ -203,85 +199,6 @@ def _show_tasks(figures: dict[str, dict[str, Any]], names: Sequence[str]) -> Non
             )
         if entry["truncated_requests"]:
             click.echo(f"{name}: {entry['truncated_requests']:,} requests were cut on the left to the model's context")
-
-
-def _check_texts(paths: list[str], by: str | None) -> str | None:
-    """Refuse, before torch is imported, files that cannot be read or hold no text; return what `_source_field` does."""
-    from fanformer.data.documents import open_source
-
-    for number, path in enumerate(paths):
-        if path in paths[:number]:
-            raise ConfigError(f"`--text` must name every file once, got {path} twice.")
-        Path(path).open("rb").close()
-    field = _source_field(paths, by)
-    for path in paths:
-        next(iter(open_source(path)))
-    return field
-
-
-def _source_field(paths: list[str], by: str | None) -> str | None:
-    """Return the field that says where a text comes from, or None.
-
-    Raises:
-        ConfigError: if `by` is asked for where no file has fields.
-    """
-    from fanformer.data.readers import field_names, file_kind
-
-    names = {path: set(field_names(Path(path))) for path in paths if file_kind(Path(path)) != "text"}
-    if by == "none":
-        return None
-    if by is not None and not names:
-        raise ConfigError(f"`--by {by}` applies to jsonl and parquet files, got {', '.join(paths)}: leave it out.")
-    if by is None and names and all(_DEFAULT_FIELD in found for found in names.values()):
-        return _DEFAULT_FIELD
-    return by
-
-
-class _Texts:
-    """Measures files one after the other."""
-
-    def __init__(self, loaded: "LoadedModel", field: str | None, sequence_length: int | None, batch_size: int) -> None:
-        from fanformer.evaluation.loss import default_sequence_length
-
-        self._loaded, self._field, self._batch_size = loaded, field, batch_size
-        self._length = sequence_length or default_sequence_length(loaded.model)
-        self._sources: list[str | None] = []
-        self.by_file: dict[str, DocumentSums] = {}
-
-    def measure(self, path: str) -> None:
-        """Measure a file."""
-        from fanformer.data.documents import open_source
-        from fanformer.data.readers import file_kind
-        from fanformer.evaluation.loss import evaluate_documents
-
-        click.echo(f"{path} ...", err=True)
-        has_fields = file_kind(Path(path)) != "text"
-        documents = list(open_source(path, source_field=self._field if has_fields else None))
-        texts = [document.text for document in documents]
-        model, tokenizer = self._loaded
-        self.by_file[path] = evaluate_documents(model, tokenizer, texts, self._length, self._batch_size)
-        self._sources += [document.source for document in documents]
-
-    def result(self) -> dict[str, Any]:
-        """Return the figures of all files together, with those of each as `files` and of each source as `sources`."""
-        import numpy as np
-
-        from fanformer.evaluation.loss import DocumentSums
-
-        everything = DocumentSums.join(self.by_file.values())
-        result: dict[str, Any] = everything.figures().to_dict()
-        result |= {"sequence_length": self._length}
-        result |= {"files": {path: _figures(sums) for path, sums in self.by_file.items()}}
-        if self._field is not None:
-            labels = np.array(["" if source is None else source for source in self._sources])
-            names = sorted({source for source in self._sources if source is not None})
-            sources = {name: _figures(everything.select(labels == name)) for name in names}
-            result |= {"by": self._field, "sources": sources}
-        return result
-
-
-def _figures(sums: "DocumentSums") -> dict[str, Any]:
-    return sums.figures().to_dict()
 
 
 def _show_text(result: dict[str, Any]) -> None:

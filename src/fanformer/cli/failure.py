@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 
 from fanformer.cli.interrupts import INTERRUPTED, heeded
-from fanformer.data.durable import error_number
 from fanformer.errors import FANformerError, did_you_mean
-from fanformer.training.launch import launched_rank
+from fanformer.files.durable import error_number
+from fanformer.machine.launch import launched_rank
 
 USER_ERROR = 2
 BUG = 1

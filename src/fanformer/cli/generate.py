@@ -11,7 +11,7 @@ import click
 from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError, DataError
-from fanformer.inference.settings import GenerationSettings
+from fanformer.generation.settings import GenerationSettings
 
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
@@ -51,26 +51,14 @@ def generate(
         raise ConfigError("prompts come from one place, got PROMPT and --prompts-file: keep one of them.")
     texts = read_prompts(prompts_file) if prompts_file is not None else list(prompts) or [""]
 
-    from fanformer.inference.gguf_file import is_gguf
-    from fanformer.inference.interruption import interruptible
-    from fanformer.inference.text_models import generation_of, load_text_model
+    from fanformer.generation.interruption import interruptible
+    from fanformer.loading import load_text_model
 
-    if compiled and is_gguf(folder):
-        raise ConfigError(f"`--compile` is for model folders, got {folder}: leave it out, ggml needs no compiling.")
-    model, tokenizer = load_text_model(folder, device, dtype, threads)
-    how: dict[str, Any] = {"compiled": True} if compiled else {}
+    model = load_text_model(folder, device, dtype, threads, compiled)
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
-        completions = generation_of(model).iterate(
-            model,
-            tokenizer,
-            texts,
-            settings,
-            on_text=write_now if streamed else None,
-            batch_size=batch_size,
-            interruption=interruption,
-            **how,
-        )
+        on_text = write_now if streamed else None
+        completions = model.complete(texts, settings, on_text, batch_size=batch_size, interruption=interruption)
         if streamed:
             write_now(texts[0])
         for completion in completions:

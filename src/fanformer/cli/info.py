@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedConfig
 
-    from fanformer.inference.footprint import Footprint
+    from fanformer.model.footprint import Footprint
 
 FORMULA = (
     "2 x weights of all matrix products + 4 L H K T for attention (every query against T keys); training is 3 x that"
@@ -32,7 +32,7 @@ def info(model: str, as_json: bool) -> None:
     tokenizer may be smaller than a preset's vocabulary; DIR shows the model as it is.
     """
     config = _configuration(model)
-    from fanformer.inference.footprint import footprint
+    from fanformer.model.footprint import footprint
 
     measured = footprint(config)
     if as_json:
@@ -58,7 +58,7 @@ def _configuration(model: str) -> "PreTrainedConfig":
         return FANformerConfig(**load_preset(model).model)
     if not Path(model).exists() and not set(model) & set("/\\"):
         raise ConfigError(f"no preset or folder {model!r}: {did_you_mean(model, preset_names())}")
-    from fanformer.inference.loading import load_config
+    from fanformer.loading import load_config
 
     return load_config(model)
 

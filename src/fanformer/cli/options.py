@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from fanformer.errors import did_you_mean
-from fanformer.inference.settings import GenerationSettings
+from fanformer.generation.settings import GenerationSettings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

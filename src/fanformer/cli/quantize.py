@@ -11,7 +11,7 @@ from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fanformer.quantization.gguf_export import Report
+    from fanformer.gguf.export import Report
     from fanformer.quantization.quantized_folder import Report as LayersReport
     from fanformer.quantization.sensitivity import Scan
 
@@ -88,7 +88,7 @@ def quantize(
     if wanted != "gguf":
         _quantize_layers(folder, output_dir, wanted, bits, group_size, calibration, calibration_tokens, overwrite)
         return
-    from fanformer.quantization.gguf_export import Settings, export_gguf, output_file, report_file
+    from fanformer.gguf.export import Settings, export_gguf, output_file, report_file
 
     settings = Settings(kind, embedding_type, head_type, calibration, calibration_tokens, overwrite)
     path = output_file(output_dir, kind)

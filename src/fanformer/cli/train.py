@@ -3,15 +3,15 @@
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
 from fanformer.cli.options import Verb
-from fanformer.errors import ConfigError
-from fanformer.inference.threads import spin_briefly
+from fanformer.machine.launch import launched_rank
+from fanformer.machine.threads import spin_briefly
 from fanformer.training.configuration import (
     FIELD_TYPES,
     RunConfig,
@@ -19,9 +19,8 @@ from fanformer.training.configuration import (
     parse_duration,
     parse_setting,
     preset_names,
-    resolve,
+    resolve_run,
 )
-from fanformer.training.launch import launched_rank
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (
@@ -119,22 +118,6 @@ def train(
         prove_and_report(config)
     else:
         run_and_report(config)
-
-
-def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a new run, or of the one that is resumed with the given fields changed."""
-    if overrides.get("resume") and config_file is None:
-        folder = Path(overrides.get("output_dir") or f"runs/{overrides.get('preset', 'nano')}")
-        if (folder / "run.yaml").is_file():
-            config_file = folder / "run.yaml"
-    config = resolve(config_file=config_file, overrides=overrides)
-    fields = sorted(name for name in overrides if name.startswith("model."))
-    if config.init_from is not None and fields:
-        raise ConfigError(
-            f"`{fields[0]}` does not apply beside `init_from`, got {overrides[fields[0]]!r}: the weights of "
-            f"{config.init_from} have a shape of their own; leave it out."
-        )
-    return config if overrides.get("resume") else dataclasses.replace(config, resume=False)
 
 
 def run_and_report(config: RunConfig) -> None:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fanformer.data.decompression import unreadable
-from fanformer.data.documents import PREPARED_METADATA
-from fanformer.data.durable import hash_file, read_json, read_pieces
+from fanformer.data.sources.decompression import unreadable
+from fanformer.data.sources.documents import PREPARED_METADATA
 from fanformer.data.token_files import ShardedTokens
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import DataError
+from fanformer.files.durable import hash_file, read_json, read_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fanformer.data.decompression import require_regular
-from fanformer.data.durable import printable
-from fanformer.data.hub import require_hub
+from fanformer.data.sources.decompression import require_regular
+from fanformer.data.sources.hub import require_hub
 from fanformer.errors import ConfigError
+from fanformer.files.durable import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

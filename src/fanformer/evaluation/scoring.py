@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from fanformer.data.durable import hash_file
 from fanformer.errors import DataError
+from fanformer.files.durable import hash_file
 
 TOKENS_PER_PASS = 1024
 """Of short rows, 64 of 16 tokens: a third faster than 8 on a CPU core, and the logits of 50,000 words take 200 MB."""

@@ -70,7 +70,7 @@ def check_tasks(names: Sequence[str], data_dir: Path | None, limit: int | None, 
                 f"`--tasks` needs the package `{package}`, which is not installed: pip install 'fanformer[eval]'"
             )
     if data_dir is None:
-        from fanformer.data.hub import require_hub
+        from fanformer.data.sources.hub import require_hub
 
         require_hub(f"task `{names[0]}` without `--data-dir`", "give local files as `--data-dir DIR`")
     elif not data_dir.is_dir():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
-from fanformer.inference.loading import load
+from fanformer.loading import load
 from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
 from fanformer.quantization.quantized_folder import (
     LayerReport,

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
-from fanformer.inference.gguf_file import ARCHITECTURE
-from fanformer.inference.loading import load, quiet_gptqmodel
+from fanformer.generation.loading import quiet_gptqmodel
+from fanformer.gguf.file import ARCHITECTURE
+from fanformer.loading import load
 from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
 from fanformer.quantization.quantized_folder import (
     KEPT_HIGH,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
-from fanformer.inference.footprint import part_of
+from fanformer.model.footprint import part_of
 
 SMALLEST_GROUP = 16
 """Below this many weights to a scale of 32 bits, the scales take more than half of the room."""

@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fanformer.data.durable import replace_json, replace_text
+from fanformer.data.held_out import DEFAULT_TOKENS, held_out_stream
 from fanformer.data.packing import PackedRows
 from fanformer.errors import ConfigError
 from fanformer.evaluation.loss import default_sequence_length, every_nth
-from fanformer.inference.gguf_file import ARCHITECTURE
-from fanformer.inference.loading import load_config
-from fanformer.quantization.held_out import DEFAULT_TOKENS, held_out_stream
+from fanformer.files.durable import replace_json, replace_text
+from fanformer.files.staging import replace_folder
+from fanformer.gguf.file import ARCHITECTURE
+from fanformer.loading import load_config
 from fanformer.quantization.linear_layers import SMALLEST_GROUP, check_bits_and_group, fitting_group, matrices_by_part
-from fanformer.quantization.staging import replace_folder
 
 REPORT_FILE = "quantization.json"
 KEPT_HIGH = ("embedding", "head")

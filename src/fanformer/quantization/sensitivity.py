@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fanformer.data.durable import replace_json
+from fanformer.data.held_out import held_out_stream
 from fanformer.data.prepared import TokenStream
 from fanformer.errors import ConfigError
 from fanformer.evaluation.loss import default_sequence_length, held_out_loss
-from fanformer.inference.gguf_file import ARCHITECTURE
-from fanformer.inference.loading import load
-from fanformer.quantization.held_out import held_out_stream
+from fanformer.files.durable import replace_json
+from fanformer.files.staging import check_free
+from fanformer.gguf.file import ARCHITECTURE
+from fanformer.loading import load
 from fanformer.quantization.linear_layers import (
     check_bits_and_group,
     fill_intermediate,
@@ -22,7 +23,6 @@ from fanformer.quantization.linear_layers import (
     matrices_by_part,
     round_to_nearest,
 )
-from fanformer.quantization.staging import check_free
 
 SCAN_FILE = "sensitivity.json"
 _ROWS_AT_ONCE = 8

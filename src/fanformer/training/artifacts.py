@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from fanformer.data.durable import replace_text
 from fanformer.errors import CheckpointError
+from fanformer.files.durable import replace_text
 from fanformer.training.records import read_records
 
 RUN_FILE, CURVE_FILE = "run.yaml", "loss.png"

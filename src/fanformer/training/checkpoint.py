@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fanformer.data.durable import hash_file, is_disk_full, sync
 from fanformer.errors import CheckpointError
+from fanformer.files.durable import hash_file, is_disk_full, sync
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "training_state.json"

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fanformer.data.documents import is_prepared_folder
+from fanformer.data.sources.documents import is_prepared_folder
 from fanformer.errors import ConfigError, did_you_mean
 
 # What a configuration of `transformers` holds besides the model's fields.
@@ -296,6 +296,22 @@ def resolve(
         else:
             raise ConfigError(f"`{key}` is not a field of the run configuration: {did_you_mean(key, FIELD_TYPES)}")
     return RunConfig(**merged)
+
+
+def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a new run, or of the one that is resumed with the given fields changed."""
+    if overrides.get("resume") and config_file is None:
+        folder = Path(overrides.get("output_dir") or f"runs/{overrides.get('preset', 'nano')}")
+        if (folder / "run.yaml").is_file():
+            config_file = folder / "run.yaml"
+    config = resolve(config_file=config_file, overrides=overrides)
+    fields = sorted(name for name in overrides if name.startswith("model."))
+    if config.init_from is not None and fields:
+        raise ConfigError(
+            f"`{fields[0]}` does not apply beside `init_from`, got {overrides[fields[0]]!r}: the weights of "
+            f"{config.init_from} have a shape of their own; leave it out."
+        )
+    return config if overrides.get("resume") else dataclasses.replace(config, resume=False)
 
 
 def _without_replaced_length(from_file: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

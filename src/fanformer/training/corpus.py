@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanformer.data.documents import DocumentSource, is_prepared_folder, open_source
-from fanformer.data.journal import OtherArgumentsError
-from fanformer.data.places import partial_place
-from fanformer.data.shards import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
+from fanformer.data.preparation.journal import OtherArgumentsError
+from fanformer.data.preparation.places import partial_place
+from fanformer.data.preparation.prepare import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
+from fanformer.data.sources.documents import DocumentSource, is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.inference.loading import load_config
-from fanformer.inference.loading import load_tokenizer as load_tokenizer_of_model
+from fanformer.loading import load_config
+from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
 from fanformer.training.changes import DATA_FIELDS, check_data, fingerprint
 from fanformer.training.checkpoint import checkpoints

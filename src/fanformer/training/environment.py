@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from fanformer.errors import ConfigError
-from fanformer.evaluation.ledger import hardware
-from fanformer.inference.compiling import why_not_compile
-from fanformer.inference.devices import resolve_device
+from fanformer.machine.compiling import why_not_compile
+from fanformer.machine.devices import resolve_device
+from fanformer.machine.versions import hardware
 from fanformer.training.configuration import RunConfig
 
 # glibc's malloc.h

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fanformer.data.locking import hold
-from fanformer.data.places import require_utf8_name
+from fanformer.data.preparation.places import require_utf8_name
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.files.locking import hold
 from fanformer.training.artifacts import RUN_FILE
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
 from fanformer.training.corpus import DATA_FOLDER, HELD_OUT_FOLDER

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fanformer.errors import ConfigError, ProcessLostError
-from fanformer.training.launch import choose_spread, launched_processes, launched_rank
+from fanformer.machine.launch import choose_spread, launched_processes, launched_rank
 
 _PREPARATION_LIMIT = timedelta(days=2)
 """How long processes wait while the first one prepares data; a process that dies ends the wait at once."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fanformer.errors import ConfigError
+from fanformer.machine.launch import is_restarted, launched_processes, launched_rank
 from fanformer.training.artifacts import read_run_file
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
 from fanformer.training.configuration import RunConfig
-from fanformer.training.launch import is_restarted, launched_processes, launched_rank
 from fanformer.training.records import read_records
 from fanformer.training.run import Silence, train
 
@@ -110,7 +110,7 @@ def _can_run_two(config: RunConfig, note: Callable[[str], None]) -> bool:
     """Say why, where two processes cannot be tried."""
     import torch
 
-    from fanformer.inference.devices import resolve_device
+    from fanformer.machine.devices import resolve_device
 
     device = resolve_device(config.device).type
     why = None

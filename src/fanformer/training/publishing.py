@@ -6,7 +6,7 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fanformer.data.hub import is_temporary, require_hub
+from fanformer.data.sources.hub import is_temporary, require_hub
 from fanformer.errors import CheckpointError, ConfigError
 
 TRIES = 4

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from fanformer.data.durable import replace_text
 from fanformer.errors import CheckpointError
+from fanformer.files.durable import replace_text
 
 METRICS_FILE = "metrics.jsonl"
 EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_stderr", "val_bits_per_byte"})

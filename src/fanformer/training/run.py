@@ -14,16 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
 
-from fanformer.data.durable import replace_text
 from fanformer.data.packing import PackedRows
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.evaluation.ledger import versions
 from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
-from fanformer.inference.compiling import compile_options, keep_compiled_code
-from fanformer.inference.devices import resolve_device
-from fanformer.inference.generation import encode_prompt, generate
-from fanformer.inference.loading import load_model
-from fanformer.inference.settings import GenerationSettings
+from fanformer.files.durable import replace_text
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.torch_model import TorchModel
+from fanformer.loading import load_model
+from fanformer.machine.compiling import compile_options, keep_compiled_code
+from fanformer.machine.devices import resolve_device
+from fanformer.machine.launch import is_restarted
+from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
 from fanformer.training import artifacts
@@ -39,7 +40,6 @@ from fanformer.training.environment import (
     what_sums_depend_on,
 )
 from fanformer.training.folder import claimed
-from fanformer.training.launch import is_restarted
 from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
 from fanformer.training.publishing import check_push_possible, push
@@ -376,13 +376,14 @@ class Run:
     def _sample(self) -> str:
         """Continue the sample prompt with the model as it is now."""
         prompt = self.config.sample_prompt or ""
-        room = self.model.config.max_position_embeddings - len(encode_prompt(self.tokenizer, prompt))
+        writer = TorchModel(self.model, self.tokenizer)
+        room = self.model.config.max_position_embeddings - len(writer.encode(prompt))
         settings = GenerationSettings(max_length=max(1, min(_SAMPLE_LENGTH, room)), seed=self.config.seed)
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            completion = generate(self.model, self.tokenizer, [prompt], settings)[0]
+            text = next(writer.complete([prompt], settings)).text
         self.model.train()
-        return completion.text
+        return text
 
     def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
         """Tell the reporter that a step ended, and how long the first took where it compiled."""

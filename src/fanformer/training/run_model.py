@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fanformer.errors import ConfigError
-from fanformer.inference.generation import encode_prompt
-from fanformer.inference.loading import load_config, load_model
-from fanformer.inference.settings import GenerationSettings
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.torch_model import encode_prompt
+from fanformer.loading import load_config, load_model
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
 from fanformer.training.configuration import RunConfig

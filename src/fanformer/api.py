@@ -1,0 +1,114 @@
+"""Training and evaluation as functions: what `fanformer train` and `fanformer eval` do, for programs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fanformer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fanformer.training.run import Reporter, RunResult
+
+_PathLike = str | os.PathLike[str]
+
+
+def train(data: str = "stdlib", *, reporter: "Reporter | None" = None, **fields: Any) -> "RunResult":
+    """Train a model and leave a complete `transformers` folder behind, as `fanformer train` does.
+
+    Args:
+        data: what `--data` takes: a file or glob, `stdlib`, `hf:NAME`, or a folder of prepared data.
+        reporter: hears what happens; None is silence.
+        **fields: of the run, such as `preset="nano"`, `output_dir="runs/mine"`, `max_steps=200`, `tokens="2M"`,
+            `max_time="5m"`, `resume=True`, or `model={"fan_ratio": 0.25}`. What `fanformer train --help` lists, and
+            every field of `--set`.
+
+    Returns:
+        Where the folder is, the last step, and the held-out loss.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
+        DivergenceError: if the loss or the gradients do not stay finite.
+    """
+    from fanformer.training.configuration import parse_count, parse_duration, resolve_run
+    from fanformer.training.run import Silence
+    from fanformer.training.run import train as run
+
+    given = {"data": data, **fields}
+    for name, parse in (("tokens", parse_count), ("max_time", parse_duration)):
+        if isinstance(given.get(name), str):
+            given[name] = parse(given[name])
+    for name, value in dict(given.pop("model", {})).items():
+        given[f"model.{name}"] = value
+    if "output_dir" in given:
+        given["output_dir"] = os.fspath(given["output_dir"])
+    return run(resolve_run(None, given), reporter or Silence())
+
+
+def evaluate(
+    path: _PathLike,
+    texts: Sequence[_PathLike] = (),
+    tasks: Sequence[str] = (),
+    *,
+    by: str | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    data_dir: _PathLike | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Measure how well a model predicts text files, or does benchmark tasks, as `fanformer eval` does.
+
+    Args:
+        path: a model folder or a GGUF file.
+        texts: text, jsonl or parquet files to predict.
+        tasks: benchmarks such as `arc_easy`, with the extra `eval`.
+        by: field of jsonl and parquet files to give figures by.
+        sequence_length: longest context in tokens; None is the model's longest, at most 2,048.
+        batch_size: rows of text computed together.
+        data_dir: folder of the tasks' files; None takes them from the hub.
+        limit: documents of each task; None is all.
+        num_fewshot: examples in front of each question; None is the task's own.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+
+    Returns:
+        Figures of all files (`loss` in nats per token, `perplexity`, `bits_per_byte`, standard errors), `files` with
+        those of each, and `tasks` with those of each task.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, DependencyError: on bad input, before anything is measured.
+    """
+    from fanformer.evaluation.files import MeasuredFiles, check_files
+    from fanformer.loading import load
+
+    paths = [os.fspath(text) for text in texts]
+    if not paths and not tasks:
+        raise ConfigError("`texts` or `tasks` is needed to evaluate, got neither: give files to predict, or tasks.")
+    field = check_files(paths, by)
+    folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
+    if tasks:
+        from fanformer.evaluation.tasks import check_tasks, default_cache_folder, evaluate_tasks, parse_tasks
+
+        names = parse_tasks(",".join(tasks))
+        check_tasks(names, folder, limit, num_fewshot)
+    model, tokenizer = load(os.fspath(path), device, dtype)
+    result: dict[str, Any] = {}
+    if paths:
+        measured = MeasuredFiles(model, tokenizer, field, sequence_length, batch_size)
+        for text in paths:
+            measured.measure(text)
+        result = measured.result()
+    if tasks:
+        result["tasks"] = evaluate_tasks(
+            model,
+            tokenizer,
+            names,
+            data_dir=folder,
+            cache_folder=default_cache_folder(),
+            limit=limit,
+            num_fewshot=num_fewshot,
+        )
+    return result

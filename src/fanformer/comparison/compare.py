@@ -1,0 +1,490 @@
+"""Several architectures trained on the same tokens in the same order, each at its own best learning rate.
+
+For every architecture and budget of tokens, each learning rate is tried at the first seed; the best one then runs at
+the other seeds. Where the best one lies at an end of the sweep, the sweep can go on beyond it. A rule-learning task is
+compared in the same way, with sides of its hole in place of budgets; its rates can be chosen on a variant of the task
+that is not reported, by what that leaves out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fanformer.comparison.architectures import architecture, family_and_size
+from fanformer.comparison.rule_learning import RuleSettings, rule_settings
+from fanformer.comparison.rules import HoleTask, RuleTask, create_task
+from fanformer.comparison.sweep import SweepObserver, TrialFailedError, run_trial_in_process
+from fanformer.comparison.trial import Result, Trial, read_result
+from fanformer.data.packing import PackedRows
+from fanformer.data.preparation.prepare import prepare
+from fanformer.data.prepared import PreparedData, open_prepared
+from fanformer.data.sources.documents import is_prepared_folder, open_source
+from fanformer.data.tokenizer import load_tokenizer
+from fanformer.errors import ConfigError, DataError, did_you_mean
+from fanformer.training.configuration import RunConfig, load_preset, parse_count, resolve
+from fanformer.training.corpus import identity
+from fanformer.training.environment import decide
+
+DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
+RATES = -1
+"""Stands for a variant in trainings that do nothing but choose a learning rate."""
+OF_LANGUAGE = ("data", "tokens", "candidate_tokens", "preset", "evaluations", "eval_tokens")
+"""Fields of a comparison that mean nothing for a rule."""
+_OWN_FIELDS = ("output_dir", "resume", "overwrite", "learning_rate", "seed", "data", "tokens", "max_steps", "epochs")
+"""Fields of RunConfig that a comparison sets itself."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        architectures: as `architectures.architecture` reads them; the first one's family is the candidate, all others
+            are baselines.
+        data: as `fanformer train --data`.
+        tokens: budgets to train each architecture for.
+        candidate_tokens: more budgets, for the candidate alone; from the ends of its trainings of several lengths the
+            tokens to a baseline's loss are read.
+        learning_rates: to sweep.
+        seeds: to repeat the best learning rate with.
+        preset: whose training recipe is taken over.
+        run: fields of RunConfig, or of RuleSettings for a rule, the same for all.
+        evaluations: how often the held-out loss is measured in a run.
+        eval_tokens: held-out tokens of each measurement.
+        extend: how many learning rates to add, one by one, while the best one is at an end of the sweep.
+        rule: name of a rule-learning task to train instead of language.
+        hole_sides: of a rule with a hole, each a comparison of its own.
+        rates_on: fields of the rule's task, such as its hole's side, on which each architecture's learning rate is
+            chosen at the first seed, by the accuracy on what is left out there; none of the variants that are reported.
+            Empty: for every variant, by the loss on what is trained.
+        ablation: whether the first architecture is a default of which each of the others changes something, rather
+            than a candidate beside its baselines.
+    """
+
+    architectures: tuple[str, ...]
+    data: str = "stdlib"
+    tokens: tuple[int, ...] = (2_000_000,)
+    candidate_tokens: tuple[int, ...] = ()
+    learning_rates: tuple[float, ...] = (0.0025, 0.005, 0.01)
+    seeds: tuple[int, ...] = (0,)
+    preset: str = "nano"
+    run: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: int = 16
+    eval_tokens: int = 131_072
+    extend: int = 0
+    rule: str | None = None
+    hole_sides: tuple[int, ...] = ()
+    rates_on: Mapping[str, Any] = field(default_factory=dict)
+    ablation: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("architectures", "tokens", "learning_rates", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"`{name}` must hold at least one value, each once, got {list(values)}.")
+        budgets = [*self.tokens, *self.candidate_tokens]
+        if len(set(budgets)) < len(budgets):
+            raise ConfigError(f"`tokens` and `candidate_tokens` must hold each value once, got {budgets}.")
+        for name in ("tokens", "candidate_tokens", "learning_rates"):
+            if min(getattr(self, name), default=1) <= 0:
+                raise ConfigError(f"`{name}` must be above 0, got {min(getattr(self, name))}.")
+        for name in ("evaluations", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in _OWN_FIELDS if self.rule is None else ("learning_rate", "seed"):
+            if name in self.run:
+                raise ConfigError(
+                    f"`{name}` is set by the comparison itself, for every training: leave it out of `run`."
+                )
+        for spec in self.architectures:
+            architecture(spec)
+        if self.rule is not None:
+            for side in self.variants:
+                if self.rates_on and self.rule_task(side) == self.rule_task(RATES):
+                    raise ConfigError(
+                        f"`rates_on` must be a variant of {self.rule} that is not reported, got {dict(self.rates_on)}: "
+                        "choose another hole or other data."
+                    )
+            self.rule_settings()
+            return
+        if self.rates_on:
+            raise ConfigError("`rates_on` is for a rule, whose task has variants: leave it out.")
+        if self.hole_sides:
+            raise ConfigError("`hole_sides` is for a rule that has a hole: name it, as `rule: modular-addition`.")
+        fewest = min(self.variants)
+        config = self.run_config(fewest)
+        if fewest < config.batch_size * config.sequence_length:
+            step = config.batch_size * config.sequence_length
+            raise ConfigError(f"`tokens` must be at least one step of {step:,}, got {fewest:,}.")
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        """What architectures are trained for: budgets of tokens, sides of a hole, or 0 for a rule without one."""
+        budgets = (*self.tokens, *self.candidate_tokens)
+        return tuple(sorted(budgets if self.rule is None else self.hole_sides or (self._usual_side(),)))
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """Every architecture with every variant that it is trained for."""
+        candidate = family_and_size(self.architectures[0])[0]
+        return [
+            (spec, variant)
+            for variant in self.variants
+            for spec in self.architectures
+            if variant not in self.candidate_tokens or family_and_size(spec)[0] == candidate
+        ]
+
+    def _usual_side(self) -> int:
+        task = create_task(self.rule or "")
+        return getattr(task, "hole_side", 0)
+
+    def rule_task(self, side: int) -> RuleTask:
+        """Return the task with a hole of this side, or at RATES the one that `rates_on` asks for."""
+        if side == RATES:
+            return create_task(self.rule or "", **self.rates_on)
+        usual = create_task(self.rule or "")
+        if not isinstance(usual, HoleTask):
+            if self.hole_sides:
+                raise ConfigError(
+                    f"`hole_sides` is for a rule that has a hole, which {self.rule} has not: leave it out."
+                )
+            return usual
+        return create_task(self.rule or "", hole_side=side)
+
+    def rule_settings(self) -> RuleSettings:
+        """Return the settings that the trainings of a rule share."""
+        return rule_settings(create_task(self.rule or ""), **self.run)
+
+    def run_config(self, tokens: int) -> RunConfig:
+        """Return the configuration that the trainings of one budget share."""
+        return resolve(overrides={**self.shared_settings(tokens), "data": self.data})
+
+    def shared_settings(self, tokens: int) -> dict[str, Any]:
+        """Return the fields of RunConfig that the trainings of one budget share, data and machine aside."""
+        probe = resolve(overrides={"preset": self.preset, **self.run, "tokens": tokens})
+        steps = max(1, round(tokens / (probe.batch_size * probe.sequence_length)))
+        log_steps = max(1, steps // 100)
+        every = max(log_steps, steps // self.evaluations // log_steps * log_steps)
+        return {
+            "preset": self.preset,
+            "log_steps": log_steps,
+            "eval_steps": every,
+            "eval_tokens": self.eval_tokens,
+            "final_eval_tokens": self.eval_tokens,
+            "keep_best": False,
+            "keep_last": 1,
+            **self.run,
+            "tokens": tokens,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Comparison":
+        """Return the comparison of an entry of a queue: lists may be single values, counts may be written 2M.
+
+        Raises:
+            ConfigError: if a field is unknown (the nearest is offered), missing or of the wrong type.
+        """
+        valid = {item.name for item in dataclasses.fields(cls)}
+        for key in fields:
+            if key not in valid:
+                raise ConfigError(f"`{key}` is not a field of a comparison: {did_you_mean(key, valid)}")
+        for key in OF_LANGUAGE:
+            if key in fields and fields.get("rule") is not None:
+                raise ConfigError(f"`{key}` does not apply to the rule {fields['rule']}: leave it out.")
+        if "architectures" not in fields:
+            raise ConfigError("`architectures` is missing: name at least one, such as [nano, llama@nano].")
+        readers: dict[str, Callable[[Any], Any]] = {
+            "architectures": _list_of(str),
+            "tokens": _list_of(lambda value: parse_count(str(value))),
+            "candidate_tokens": _list_of(lambda value: parse_count(str(value))),
+            "learning_rates": _list_of(float),
+            "seeds": lambda value: tuple(range(value)) if isinstance(value, int) else _list_of(int)(value),
+            "hole_sides": _list_of(int),
+            "rates_on": lambda value: dict(value or {}),
+            "run": lambda value: dict(value or {}),
+        }
+        made = {}
+        for key, value in fields.items():
+            try:
+                made[key] = readers[key](value) if key in readers else value
+            except (TypeError, ValueError) as error:
+                reason = str(error).rstrip(".")
+                raise ConfigError(f"`{key}` of a comparison cannot be {value!r}: {reason}.") from error
+        for item in dataclasses.fields(cls):
+            if item.type in ("bool", bool) and not isinstance(made.get(item.name, False), bool):
+                raise ConfigError(f"`{item.name}` of a comparison must be true or false, got {made[item.name]!r}.")
+            if item.type in ("int", int) and not isinstance(made.get(item.name, 0), int):
+                raise ConfigError(f"`{item.name}` of a comparison must be a whole number, got {made[item.name]!r}.")
+        return cls(**made)
+
+
+def _list_of(kind: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return lambda value: tuple(map(kind, value if isinstance(value, list | tuple) else [value]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A training of a comparison and how it ended.
+
+    Attributes:
+        trial: what was trained.
+        variant: one of `Comparison.variants`.
+        result: how it ended, None where it could not be done.
+        error: why it could not.
+    """
+
+    trial: Trial
+    variant: int
+    result: Result | None
+    error: str | None = None
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss in nats per token, or a rule's training loss; infinite where there is none."""
+        return self.result.figures["loss"] if self.result is not None and self.result.figures else math.inf
+
+
+OnOutcome = Callable[[Outcome, PreparedData | None], None]
+
+
+def run_comparison(
+    comparison: Comparison,
+    folder: Path,
+    observer: SweepObserver,
+    on_outcome: OnOutcome | None = None,
+    deadline: float | None = None,
+    shared: Path | None = None,
+    known: Callable[[Trial], Result | None] = lambda trial: None,
+    jobs: int = 1,
+) -> list[Outcome]:
+    """Train everything that is not trained yet and return all outcomes.
+
+    Args:
+        comparison: what to compare.
+        folder: for what belongs to this comparison alone; the same call goes on there.
+        observer: hears what happens.
+        on_outcome: called with every training's outcome, old ones too.
+        deadline: when to stop, on the clock of `time.monotonic`; None for never.
+        shared: for data and trainings, which other comparisons may have in common; default: `folder`.
+        known: returns what is known of a training from elsewhere, which is then not done again.
+        jobs: trainings at a time. What they come to does not depend on it; how fast they are does.
+
+    Raises:
+        ConfigError, DataError: on bad input, before the first training.
+        OutOfTimeError: at the deadline.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = shared or folder
+    data = _open_data(comparison, shared, observer) if comparison.rule is None else None
+    sweep = _Sweep(comparison, folder, shared / TRIALS_FOLDER, data, observer, on_outcome, deadline, known, jobs)
+    return sweep.run()
+
+
+def _data_folder(config: RunConfig, vocab_size: int) -> str:
+    """Return the name of the folder for data prepared in this way."""
+    way = [str(config.data), config.tokenizer, vocab_size, config.held_out_fraction, config.max_data_bytes]
+    return f"{DATA_FOLDER}-{hashlib.sha256(json.dumps(way).encode()).hexdigest()[:8]}"
+
+
+def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> PreparedData:
+    """Prepare the data once for all trainings, or open those that are prepared.
+
+    Raises:
+        DataError: if they do not fill one row, or were prepared from something else.
+    """
+    config = comparison.run_config(max(comparison.variants))
+    if is_prepared_folder(comparison.data):
+        data = open_prepared(Path(comparison.data))
+    else:
+        source = open_source(comparison.data)
+        vocab_size = config.vocab_size or load_preset(comparison.preset).model["vocab_size"]
+        here = root / _data_folder(config, vocab_size)
+        if is_prepared_folder(str(here)):
+            data = open_prepared(here)
+            if identity(data.metadata["source"]) != identity(source.describe()):
+                raise DataError(
+                    f"{here.absolute()} was prepared from {comparison.data} as it was then, which has changed: choose "
+                    "another --output-dir."
+                )
+        else:
+            data = prepare(
+                source,
+                here,
+                tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
+                vocab_size=vocab_size,
+                held_out_fraction=config.held_out_fraction,
+                max_bytes=config.max_data_bytes,
+                progress=observer.data_progress,
+            )
+    rows = len(PackedRows(data.split("train"), config.sequence_length))
+    repeated = max(comparison.variants) / max(1, rows * config.sequence_length)
+    if repeated > 1:
+        observer.note(f"the longest training reads the data {repeated:.1f} times")
+    return data
+
+
+class _Sweep:
+    """The trainings of one comparison."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        folder: Path,
+        trials: Path,
+        data: PreparedData | None,
+        observer: SweepObserver,
+        on_outcome: OnOutcome | None,
+        deadline: float | None,
+        known: Callable[[Trial], Result | None],
+        jobs: int,
+    ):
+        self.comparison, self.folder, self.trials, self.jobs = comparison, folder, trials, jobs
+        self.data, self.observer = data, observer
+        self.on_outcome, self.deadline, self.known = on_outcome, deadline, known
+        self.machine = self._decide() if comparison.rule is None else {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.planned = 0
+
+    def _decide(self) -> dict[str, Any]:
+        """Decide about the machine once for all trainings, so that they differ in nothing but what is compared."""
+        path = self.folder / DECISIONS_FILE
+        if path.is_file():
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = self.comparison.run_config(max(self.comparison.variants))
+        largest = max(architecture(spec).count().training_operations for spec in self.comparison.architectures)
+        decided = decide(config, float(largest) * max(self.comparison.variants), None)
+        machine = {
+            "device": decided.device,
+            "precision": decided.precision,
+            "compile": "on" if decided.compile else "off",
+            "threads": decided.threads,
+        }
+        self.observer.note(", ".join(f"{name} {value}" for name, value in machine.items()) + ": the same for all")
+        path.write_text(yaml.safe_dump(machine), encoding="utf-8")
+        return machine
+
+    def run(self) -> list[Outcome]:
+        """Sweep the learning rates, then repeat the best ones."""
+        comparison = self.comparison
+        cells = comparison.cells
+        rates = sorted(comparison.learning_rates)
+        first, *others = comparison.seeds
+        swept = cells
+        if comparison.rates_on:
+            swept, others = [(spec, RATES) for spec in comparison.architectures], list(comparison.seeds)
+        self.planned = len(swept) * len(rates) + len(cells) * len(others)
+        self._train_all(
+            [(self._trial(spec, variant, rate, first), variant) for rate in rates for spec, variant in swept]
+        )
+        for spec, variant in swept:
+            self._extend(spec, variant, rates)
+        best = {cell: best_rate(list(self.outcomes.values()), *cell) for cell in cells}
+        repeated = {cell: rate for cell, rate in best.items() if rate is not None}
+        self.planned -= len(others) * (len(cells) - len(repeated))
+        self._train_all(
+            [
+                (self._trial(spec, variant, rate, seed), variant)
+                for seed in others
+                for (spec, variant), rate in repeated.items()
+            ]
+        )
+        return list(self.outcomes.values())
+
+    def _extend(self, spec: str, variant: int, rates: Sequence[float]) -> None:
+        """Add learning rates while the best one is the lowest or the highest that was tried."""
+        tried = list(rates)
+        for _ in range(self.comparison.extend):
+            best = best_rate(list(self.outcomes.values()), spec, variant)
+            if best is None or len(tried) < 2 or best not in (tried[0], tried[-1]):
+                return
+            step = (tried[-1] / tried[0]) ** (1 / (len(tried) - 1))
+            added = float(f"{best * step if best == tried[-1] else best / step:.3g}")
+            tried = sorted([*tried, added])
+            self.planned += 1
+            self._train_all([(self._trial(spec, variant, added, self.comparison.seeds[0]), variant)])
+
+    def _trial(self, spec: str, variant: int, rate: float, seed: int) -> Trial:
+        block = architecture(spec).block
+        if self.data is None:
+            task = self.comparison.rule_task(variant).to_dict()
+            rule = {"task": task.pop("name"), **task}
+            return Trial(spec, rate, seed, self.comparison.run, rule=rule, block=block)
+        settings = {**self.comparison.shared_settings(variant), **self.machine}
+        return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
+
+    def _train_all(self, trials: Sequence[tuple[Trial, int]]) -> None:
+        """Train each with its variant, `jobs` of them at a time, and keep the outcomes in the order given.
+
+        Raises:
+            OutOfTimeError: at the deadline.
+        """
+        halt = threading.Event()
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="training") as pool:
+            waiting = [pool.submit(self._train, trial, variant, halt) for trial, variant in trials]
+            try:
+                for future in waiting:  # in their order, whichever ends first: what is made of them depends on it
+                    outcome, text = future.result()
+                    self.outcomes[outcome.trial.name] = outcome
+                    self.observer.end(outcome.trial.name, text)
+                    if self.on_outcome is not None:
+                        self.on_outcome(outcome, self.data)
+            finally:  # whatever ends this ends the trainings under way, which save
+                halt.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _train(self, trial: Trial, variant: int, halt: threading.Event) -> tuple[Outcome, str]:
+        """Return a training's outcome, and the same in words."""
+        folder = self.trials / trial.name
+        self.observer.begin(trial.name, len(self.outcomes), self.planned)
+        try:
+            result = self.known(trial) if read_result(folder) is None else None
+            if result is None:
+                result = run_trial_in_process(trial, folder, self.observer, self.deadline, halt)
+        except TrialFailedError as error:
+            return Outcome(trial, variant, None, str(error)), f"failed: {error}"
+        return Outcome(trial, variant, result), _in_words(result)
+
+
+def _in_words(result: Result) -> str:
+    if result.status != "finished":
+        return f"{result.status}: {result.message}"
+    if "hole_accuracy" in result.figures:
+        figures = result.figures
+        return f"trained {figures['train_accuracy']:.1%} right, left out {figures['hole_accuracy']:.1%}"
+    return f"{result.figures['bits_per_byte']:.4f} bits per byte"
+
+
+def sweep_of(outcomes: Sequence[Outcome], spec: str, variant: int) -> list[Outcome]:
+    """Return the trainings that choose an architecture's rate: those at RATES, else the variant's, at one seed."""
+    mine = [outcome for outcome in outcomes if outcome.trial.architecture == spec]
+    found = [one for one in mine if one.variant == RATES] or [one for one in mine if one.variant == variant]
+    return [one for one in found if one.trial.seed == found[0].trial.seed]
+
+
+def best_rate(outcomes: Sequence[Outcome], spec: str, variant: int) -> float | None:
+    """Return an architecture's best learning rate at the sweep's seed, None where no training finished.
+
+    It is the one with the most right answers among what is left out where rates are chosen on a task of their own, of
+    several the one surest of them; else the one with the lowest loss at this variant.
+    """
+    finished = [outcome for outcome in sweep_of(outcomes, spec, variant) if math.isfinite(outcome.loss)]
+    if not finished:
+        return None
+    badness = _badness if finished[0].variant == RATES else lambda one: one.loss
+    return min(finished, key=badness).trial.learning_rate
+
+
+def _badness(outcome: Outcome) -> tuple[float, float]:
+    """Return what is lacking of right answers, greedy and sampled, to what a rule's training left out."""
+    assert outcome.result is not None, "the caller looked"
+    figures = outcome.result.figures
+    return 1 - figures["hole_accuracy"], 1 - figures["hole_sampled_accuracy"]

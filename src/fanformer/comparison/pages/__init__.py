@@ -1,0 +1,1 @@
+"""What a comparison shows people: a page with figures and tables."""

@@ -1,0 +1,288 @@
+"""The parts of a comparison's page that are about language."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fanformer.comparison.architectures import family_and_size
+from fanformer.comparison.pages.figures import (
+    NOT_FINISHED,
+    best_trainings,
+    figure_text,
+    interval_of,
+    swept,
+    trainings_table,
+    verdict,
+)
+from fanformer.comparison.summary import tokens_at
+from fanformer.report.charts import Line, chart, clip_above
+from fanformer.report.page import bullets, table, text
+
+_RATIOS = ("tokens_ratio", "size_ratio", "size_ratio_without_embeddings", "training_operations_ratio",
+           "train_tokens_per_second_ratio")  # fmt: skip
+_CURVES = (
+    ("tokens", "tokens", "tokens trained on", "tokens"),
+    ("operations", "computing", "training operations (FLOPs)", "operations"),
+    ("seconds", "time", "training time at the median rate (s)", "seconds"),
+)
+_UNIT = "held-out bits per byte"
+_READ = """<ul>
+<li>All trainings read the same rows in the same order, with the same tokenizer, optimizer and schedule; each
+architecture is shown at the learning rate with the lowest held-out loss at the first seed. Lines are means over the
+seeds, bands their lowest and highest.</li>
+<li>Bits per byte do not depend on the tokenizer; lower is better. Operations per token count every matrix product,
+forward and backward, the output head included.</li>
+<li>Tokens to equal loss: the tokens that the candidate needs for the worse one's final loss, over those that the
+baseline needs. Where it was trained for several budgets, read off the ends of those trainings. Else read off its
+curve: before the learning rate has decayed it lies above what a training of that length would reach, so a ratio below 1
+is an upper bound, and one above 1 a lower bound.</li>
+<li>Time is the tokens over the median rate of the training steps: start-up, compilation and evaluations do not
+count.</li>
+</ul>"""
+
+
+class LanguageParts:
+    """The parts of a page about language."""
+
+    def __init__(self, record: Mapping[str, Any]):
+        self.record, self.asked = record, record["comparison"]
+        self.longest = max(arm["variant"] for arm in record["arms"])
+        specs = self.asked["architectures"]
+        self.families = list(dict.fromkeys(family_and_size(spec)[0] for spec in specs))
+        self.styles = {
+            spec: [other for other in specs if family_and_size(other)[0] == family_and_size(spec)[0]].index(spec)
+            for spec in specs
+        }
+
+    def parts(self) -> list[str]:
+        """Return them."""
+        return [
+            *self._verdicts(),
+            *self._charts(),
+            "<h2>Every architecture at its best learning rate</h2>",
+            self._arms(),
+            *self._equal_loss(),
+            "<h2>Every training</h2>",
+            trainings_table(self.record, "tokens", ("bits_per_byte", "tokens_per_second", "seconds")),
+            "<h2>How to read this</h2>",
+            _READ,
+        ]
+
+    def _verdicts(self) -> list[str]:
+        pairs = [pair for pair in self.record["pairs"] if pair["variant"] == self.longest]
+        if not pairs:
+            return ["<p>No two architectures have a finished training at the same seed and budget yet.</p>"]
+        header = ["candidate", "baseline", "bits per byte, less the baseline's", "verdict", "tokens to equal loss",
+                  "parameters", "without embeddings", "operations per token", "training tokens/s"]  # fmt: skip
+        rows = []
+        for pair in pairs:
+            figures = pair["figures"]
+            ratios = [figure_text(figures.get(name), 3) for name in _RATIOS]
+            difference = figures["bits_per_byte_difference"]
+            rows.append(
+                [
+                    pair["candidate"],
+                    pair["baseline"],
+                    figure_text(difference, signed=True),
+                    verdict(difference, ("better", "worse")),
+                    *ratios,
+                ]
+            )
+        used = [pair["figures"].get(name) for pair in pairs for name in ("bits_per_byte_difference", "tokens_ratio")]
+        note = f"At {self.longest:,} tokens. Ratios are times the baseline's; {interval_of(used)}."
+        return [
+            "<h2>Candidate against baselines</h2>",
+            bullets(_in_words(pair) for pair in pairs),
+            table(header, rows),
+            f'<p class="quiet">{text(note)}</p>',
+        ]
+
+    def _best(self, arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return best_trainings(self.record, arm)
+
+    def _charts(self) -> list[str]:
+        arms = [arm for arm in self.record["arms"] if arm["variant"] == self.longest and self._best(arm)]
+        if not arms:
+            return []
+        found = []
+        for name, title, x_label, scale in _CURVES:
+            lines = [self._curve(arm, scale) for arm in arms]
+            top = clip_above(value for line in lines for value in line.y)
+            found.append(chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=top))
+        found += [*self._equal_loss_charts(arms), *self._sweeps(), *self._size_charts(arms)]
+        if len({arm["variant"] for arm in self.record["arms"]}) > 1:
+            lines = [line for spec in self.asked["architectures"] for line in self._budgets(spec)]
+            found.append(_points(lines, "Final loss over the budget", "tokens trained on", "budget"))
+        return ["<h2>Charts</h2>", '<div class="charts">', *found, "</div>"]
+
+    def _sweeps(self) -> list[str]:
+        """Return, for each budget, the chart of the final loss over the learning rates."""
+        variants = dict.fromkeys(arm["variant"] for arm in self.record["arms"])
+        found = []
+        for variant in variants:
+            lines = [self._sweep(arm) for arm in self.record["arms"] if arm["variant"] == variant]
+            if max(len(line.x) for line in lines) > 1:
+                budget = f", {variant:,} tokens" if len(variants) > 1 else ""
+                title = f"Final loss over learning rate{budget}"
+                found.append(_points(lines, title, "peak learning rate", f"sweep-{variant}"))
+        return found
+
+    def _size_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the charts of the final loss over parameters where a family has several sizes."""
+        sizes = {
+            family: [arm for arm in arms if family_and_size(arm["architecture"])[0] == family]
+            for family in self.families
+        }
+        if all(len(several) < 2 for several in sizes.values()):
+            return []
+        found = []
+        for key in ("parameters_without_embeddings", "parameters"):
+            words = key.replace("_", " ")
+            lines = [self._sizes(family, several, key) for family, several in sizes.items() if several]
+            found.append(_points(lines, f"Final loss over {words}", words, key))
+        return found
+
+    def _equal_loss_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the charts of tokens and of parameters to equal loss, as far as there is something to draw."""
+        found = []
+        by_spec = {arm["architecture"]: arm for arm in arms}
+        several = [
+            self._token_ratios(by_spec[pair["candidate"]], by_spec[pair["baseline"]])
+            for pair in self.record["pairs"]
+            if pair["variant"] == self.longest and {pair["candidate"], pair["baseline"]} <= set(by_spec)
+        ]
+        lines = [line for line in several if len(line.x) > 1]
+        if lines:
+            found.append(chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
+                               "candidate's tokens over the baseline's", "equal-tokens", level=1.0))  # fmt: skip
+        ratios = self.record["parameters_to_equal_loss"]
+        lines = [
+            Line(
+                key.replace("_", " "),
+                index,
+                0,
+                [self._best(by_spec[name])[0]["result"]["figures"][key] for name in named],
+                [named[name]["value"] for name in named],
+            )
+            for index, (key, named) in enumerate(ratios.items())
+            if named
+        ]
+        if lines:
+            found.append(chart(lines, "Parameters to equal loss", "the baseline's parameters",
+                               "candidate's parameters, times the baseline's", "equal-parameters", level=1.0,
+                               markers=True))  # fmt: skip
+        return found
+
+    def _token_ratios(self, candidate: Mapping[str, Any], baseline: Mapping[str, Any]) -> Line:
+        """Return, over a baseline's tokens, the share of them that the candidate needs to come as low."""
+        curves = []
+        for arm in (candidate, baseline):
+            line = self._curve(arm, "tokens")
+            curves.append([{"tokens": x, "val_loss": y} for x, y in zip(line.x, line.y, strict=True)])
+        mine, theirs = curves
+        reached = [point for point in theirs if mine[-1]["val_loss"] <= point["val_loss"] <= mine[0]["val_loss"]]
+        return Line(
+            f"{candidate['architecture']} against {baseline['architecture']}",
+            self._family(baseline["architecture"]),
+            self.styles[baseline["architecture"]],
+            [point["tokens"] for point in reached],
+            [tokens_at(mine, point["val_loss"]) / point["tokens"] for point in reached],
+        )
+
+    def _curve(self, arm: Mapping[str, Any], scale: str) -> Line:
+        """Return an arm's held-out loss, the mean over its seeds with their range."""
+        trainings = self._best(arm)
+        curves = [training["result"]["curve"] for training in trainings]
+        shortest = min(len(curve) for curve in curves)
+        factor = 1.0
+        if scale == "operations":
+            factor = trainings[0]["result"]["figures"]["training_operations_per_token"]
+        elif scale == "seconds":
+            rates = [training["result"]["figures"]["tokens_per_second"] for training in trainings]
+            factor = 1 / (sum(rates) / len(rates))
+        points = list(zip(*(curve[:shortest] for curve in curves), strict=True))
+        values = [[point["val_bits_per_byte"] for point in several] for several in points]
+        several = len(curves) > 1
+        return Line(
+            arm["architecture"],
+            self._family(arm["architecture"]),
+            self.styles[arm["architecture"]],
+            [point[0]["tokens"] * factor for point in points],
+            [sum(seeds) / len(seeds) for seeds in values],
+            [min(seeds) for seeds in values] if several else None,
+            [max(seeds) for seeds in values] if several else None,
+        )
+
+    def _family(self, spec: str) -> int:
+        return self.families.index(family_and_size(spec)[0])
+
+    def _sweep(self, arm: Mapping[str, Any]) -> Line:
+        spec = arm["architecture"]
+        return swept(self.record, arm, "bits_per_byte", Line(spec, self._family(spec), self.styles[spec], [], []))
+
+    def _sizes(self, family: str, arms: Sequence[Mapping[str, Any]], key: str) -> Line:
+        points = sorted(
+            (self._best(arm)[0]["result"]["figures"][key], arm["figures"]["bits_per_byte"]["value"]) for arm in arms
+        )
+        return Line(family, self.families.index(family), 0, [x for x, _ in points], [y for _, y in points])
+
+    def _budgets(self, spec: str) -> list[Line]:
+        arms = [arm for arm in self.record["arms"] if arm["architecture"] == spec and "bits_per_byte" in arm["figures"]]
+        values = [arm["figures"]["bits_per_byte"]["value"] for arm in arms]
+        return (
+            [Line(spec, self._family(spec), self.styles[spec], [arm["variant"] for arm in arms], values)]
+            if arms
+            else []
+        )
+
+    def _arms(self) -> str:
+        header = ["architecture", "tokens", "parameters", "without embeddings", "learning rate", "seeds",
+                  "nats per token", "bits per byte", "training tokens/s", "operations per token"]  # fmt: skip
+        rows = []
+        for arm in self.record["arms"]:
+            best, figures = self._best(arm), arm["figures"]
+            if not best:
+                rows.append([arm["architecture"], f"{arm['variant']:,}", NOT_FINISHED, *[""] * 7])
+                continue
+            first = best[0]["result"]["figures"]
+            rows.append(
+                [
+                    arm["architecture"],
+                    f"{arm['variant']:,}",
+                    f"{first['parameters']:,}",
+                    f"{first['parameters_without_embeddings']:,}",
+                    f"{arm['learning_rate']:g}",
+                    ", ".join(str(training["seed"]) for training in best),
+                    figure_text(figures.get("loss")),
+                    figure_text(figures.get("bits_per_byte")),
+                    figure_text(figures.get("tokens_per_second"), 0),
+                    f"{first['training_operations_per_token']:.4g}",
+                ]
+            )
+        return table(header, rows)
+
+    def _equal_loss(self) -> list[str]:
+        found = self.record["parameters_to_equal_loss"]
+        names = dict.fromkeys(name for several in found.values() for name in several)
+        if not names:
+            return []
+        rows = [[name, *(figure_text(several.get(name), 3) for several in found.values())] for name in names]
+        header = ["baseline", *(key.replace("_", " ") for key in found)]
+        note = "The candidate's parameters at each baseline's loss, as a share of the baseline's."
+        return ["<h2>Parameters to equal loss</h2>", f"<p>{note}</p>", table(header, rows)]
+
+
+def _in_words(pair: Mapping[str, Any]) -> str:
+    """Return what a pair says in a sentence, to be seen where the table is too wide."""
+    candidate, baseline, difference = pair["candidate"], pair["baseline"], pair["figures"]["bits_per_byte_difference"]
+    shown = f"{figure_text(difference, signed=True)} bits per byte"
+    decided = verdict(difference, ("better", "worse"))
+    if decided in ("better", "worse"):
+        return f"{candidate} is {decided} than {baseline}: {shown}."
+    doubt = "one seed, no interval" if difference["low"] is None else decided
+    return f"{candidate} against {baseline}: {doubt}, {shown}."
+
+
+def _points(lines: Sequence[Line], title: str, x_label: str, name: str) -> str:
+    """Return a chart of final losses, with those far above the others at its upper edge."""
+    top = clip_above(value for line in lines for value in line.y)
+    return chart(lines, title, x_label, _UNIT, name, top=top, markers=True)

@@ -1,0 +1,99 @@
+"""A comparison as one HTML page: who is better by how much, every curve and sweep, and the numbers behind them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fanformer.comparison.pages.figures import of_variant, tried
+from fanformer.comparison.pages.language import LanguageParts
+from fanformer.comparison.pages.rule import RuleParts
+from fanformer.files.durable import replace_text
+from fanformer.report.page import bullets, page, table, text
+
+
+def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
+    """Write the report of a comparison as one file that needs no other.
+
+    Args:
+        record: as `comparison_summary.to_record` returns it, with `name`, `command`, `date`, `hardware`, `versions`,
+            `data`, `planned` and `finished` on top where they are known.
+        path: of the page.
+    """
+    title = str(record.get("name", "comparison"))
+    content = RuleParts(record) if record["comparison"]["rule"] is not None else LanguageParts(record)
+    body = [
+        f"<h1>{text(title)}</h1>",
+        f'<p class="quiet">{text(_summary(record))}</p>',
+        *_unfinished(record),
+        *_edge(record),
+        *content.parts(),
+        *_troubles(record),
+        *_configuration(record),
+    ]
+    replace_text(path, page(title, body, record, f"{title}.json"))
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    asked = record["comparison"]
+    what = f"rule {asked['rule']}" if asked["rule"] else f"data {asked['data']}"
+    seeds, when = len(asked["seeds"]), record.get("date")
+    several = f"{seeds} seed{'s' if seeds > 1 else ''}, {len(asked['learning_rates'])} learning rates each"
+    return ", ".join([what, several, *([str(when)] if when else [])])
+
+
+def _unfinished(record: Mapping[str, Any]) -> list[str]:
+    planned, finished = record.get("planned"), record.get("finished", len(record["trainings"]))
+    if planned is None or finished >= planned:
+        return []
+    return [
+        f'<p class="warn">{finished} of {planned} trainings have ended; the same command goes on with the others.</p>'
+    ]
+
+
+def _edge(record: Mapping[str, Any]) -> list[str]:
+    edges, arms = sum(arm["at_edge"] for arm in record["arms"]), len(record["arms"])
+    if not edges:
+        return []
+    return [
+        f'<p class="warn">{edges} of {arms} results have their best learning rate at an end of the sweep, so that a '
+        "better one may lie beyond: named below.</p>"
+    ]
+
+
+def _troubles(record: Mapping[str, Any]) -> list[str]:
+    lines = [line for arm in record["arms"] for line in arm["troubles"]]
+    edges = [
+        f"{arm['architecture']}{of_variant(record, arm)}: its best learning rate, {arm['learning_rate']:g}, is the "
+        f"{'lowest' if arm['learning_rate'] == min(tried(record, arm)) else 'highest'} that was tried; a better one "
+        "may lie beyond: give more of them, or --extend 2"
+        for arm in record["arms"]
+        if arm["at_edge"]
+    ]
+    parts = []
+    if edges:
+        parts += ["<h2>Best at the edge of the sweep</h2>", bullets(dict.fromkeys(edges))]
+    if lines:
+        parts += ["<h2>Diverged or failed</h2>", bullets(lines)]
+    return parts
+
+
+def _configuration(record: Mapping[str, Any]) -> list[str]:
+    command = [f"<p>Measured by <code>{text(record['command'])}</code></p>"] if record.get("command") else []
+    rows = [
+        [f"{about}, {name.replace('_', ' ')}", value if isinstance(value, str) else json.dumps(value)]
+        for about in ("data", "hardware", "versions")
+        for name, value in (record.get(about) or {}).items()
+        if value not in (None, [])
+    ]
+    shown = json.dumps(record["comparison"], indent=2)
+    return [
+        "<h2>Configuration</h2>",
+        *command,
+        f"<details><summary>All settings</summary><pre>{text(shown)}</pre></details>",
+        *(
+            [f"<details><summary>Data, hardware and versions</summary>{table(['what', 'value'], rows)}</details>"]
+            if rows
+            else []
+        ),
+    ]

@@ -1,0 +1,190 @@
+"""How well a model knows a rule: greedy answers, and the paper's sampled decoding as its exact expectation."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fanformer.comparison.rules import IGNORED, Examples, HoleTask, PeriodicContinuation, RuleTask
+from fanformer.errors import ConfigError
+
+SAMPLING_TEMPERATURE = 0.5  # FANformer, arXiv:2502.21309, section 4.4.3, with 10 samples per point
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right answers, in [0, 1].
+
+    Attributes:
+        greedy: of the most probable tokens.
+        sampled: that samples at temperature 0.5 reach on average; the paper draws 10 samples per point, whose mean
+            share has exactly this expectation.
+        answers: how many were asked for.
+    """
+
+    greedy: float
+    sampled: float
+    answers: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The (a, b) plane of a hole task, row a, column b.
+
+    Attributes:
+        hole: first and last a, and b, of the hole.
+        percent: probability of the right answer at temperature 0.5, in whole percent.
+        correct: for each a a text of one sign for each b, "1" where the greedy answer is right, else "0".
+    """
+
+    hole: tuple[int, int]
+    percent: list[list[int]]
+    correct: list[str]
+
+
+@dataclass(frozen=True)
+class RuleScore:
+    """What a model knows of a task.
+
+    Attributes:
+        train: on training examples: of a hole task all of them, of `periodic` the first `MAX_TRAIN_ROWS` rows.
+        test: on what training left out: the hole, or the longer periods together.
+        grid: of a hole task the plane.
+        by_period: of `periodic` the accuracy for each period, trained ones (with new patterns) and longer ones.
+    """
+
+    train: Accuracy
+    test: Accuracy
+    grid: Grid | None = None
+    by_period: dict[int, Accuracy] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values that JSON can hold."""
+        figures = asdict(self)
+        if self.by_period is not None:
+            figures["by_period"] = {str(period): asdict(accuracy) for period, accuracy in self.by_period.items()}
+        return figures
+
+    @classmethod
+    def from_dict(cls, figures: Mapping[str, Any]) -> "RuleScore":
+        """Return the score that `to_dict` wrote."""
+        grid, periods = figures.get("grid"), figures.get("by_period")
+        return cls(
+            train=Accuracy(**figures["train"]),
+            test=Accuracy(**figures["test"]),
+            grid=None if grid is None else Grid(**{**grid, "hole": tuple(grid["hole"])}),
+            by_period=None if periods is None else {int(key): Accuracy(**value) for key, value in periods.items()},
+        )
+
+
+MAX_TRAIN_ROWS = 1200  # rows of `periodic` that stand for all its training rows; 16 answers each
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, examples: Examples, batch_size: int = 2048) -> tuple[Tensor, Tensor]:
+    """Compare a model's predictions with the labels.
+
+    Args:
+        model: a causal language model; its training mode is restored.
+        examples: N rows.
+        batch_size: rows per forward pass; the last batch is smaller.
+
+    Returns:
+        Whether the most probable token is the label, (N, T) bool, and the probability of the label at temperature 0.5,
+        (N, T) float32; False and 0 where there is no label.
+
+    Raises:
+        ConfigError: if the model has fewer tokens than the examples.
+    """
+    highest = int(torch.maximum(examples.input_ids.max(), examples.labels.max()))
+    if model.config.vocab_size <= highest:
+        raise ConfigError(
+            f"`vocab_size` of the model must be above the task's highest token {highest}, got "
+            f"{model.config.vocab_size}: build it with model_fields(task)."
+        )
+    was_training = model.training
+    model.eval()
+    right, probability = [], []
+    with torch.compiler.set_stance("force_eager"):  # another batch size would be compiled once more
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            labels = batch.labels.to(model.device)
+            asked = labels != IGNORED
+            logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits.float()  # (B, T, V)
+            wanted = labels.clamp(min=0)
+            right.append(((logits.argmax(-1) == wanted) & asked).cpu())
+            chances = F.softmax(logits / SAMPLING_TEMPERATURE, dim=-1).gather(-1, wanted[..., None]).squeeze(-1)
+            probability.append((chances * asked).cpu())
+    model.train(was_training)
+    return torch.cat(right), torch.cat(probability)
+
+
+def _accuracy(right: Tensor, probability: Tensor, labels: Tensor) -> Accuracy:
+    """Return the shares over all labels; the three tensors have one shape."""
+    count = int((labels != IGNORED).sum())
+    return Accuracy(int(right.sum()) / count, float(probability.double().sum()) / count, count)
+
+
+def score(model: PreTrainedModel, task: RuleTask) -> RuleScore:
+    """Measure what `model` knows of `task`.
+
+    Args:
+        model: a causal language model whose token ids are the task's; its training mode is restored.
+        task: one of `fanformer.comparison.rules.TASKS`.
+
+    Raises:
+        ConfigError: if the model has fewer tokens than the task.
+    """
+    if isinstance(task, HoleTask):
+        return _score_hole(model, task)
+    assert isinstance(task, PeriodicContinuation), f"no score is known for {type(task).__name__}"
+    return _score_periods(model, task)
+
+
+def accuracy_on_test(model: PreTrainedModel, task: RuleTask) -> float:
+    """Return the greedy accuracy on what training left out, as `score` does, without the rest."""
+    examples = _scored(task, task.test)
+    right, probability = answers(model, examples)
+    return _accuracy(right, probability, examples.labels).greedy
+
+
+def _score_hole(model: PreTrainedModel, task: HoleTask) -> RuleScore:
+    everything = task.everything
+    right, probability = answers(model, everything)
+    parts = {
+        inside: _accuracy(right[rows], probability[rows], everything.labels[rows])
+        for inside, rows in ((True, task.in_hole), (False, ~task.in_hole))
+    }
+    shape = (task.size, task.size)
+    percent = (100 * probability[:, -1]).round().int().view(shape).tolist()
+    correct = ["".join(str(int(answer)) for answer in row) for row in right[:, -1].view(shape).tolist()]
+    return RuleScore(parts[False], parts[True], grid=Grid(task.hole, percent, correct))
+
+
+def _scored(task: RuleTask, examples: Examples) -> Examples:
+    """Return the examples without the labels at positions that are not scored."""
+    if not isinstance(task, PeriodicContinuation):
+        return examples
+    labels = examples.labels.clone()
+    labels[:, : task.scored_from] = IGNORED
+    return Examples(examples.input_ids, labels, examples.keys)
+
+
+def _score_periods(model: PreTrainedModel, task: PeriodicContinuation) -> RuleScore:
+    def measure(examples: Examples) -> tuple[Accuracy, dict[int, Accuracy]]:
+        examples = _scored(task, examples)
+        right, probability = answers(model, examples)
+        periods = {}
+        for period in examples.keys.unique().tolist():
+            rows = examples.keys == period
+            periods[period] = _accuracy(right[rows], probability[rows], examples.labels[rows])
+        return _accuracy(right, probability, examples.labels), periods
+
+    train, _ = measure(task.train[:MAX_TRAIN_ROWS])
+    _, trained = measure(task.fresh)
+    test, longer = measure(task.test)
+    return RuleScore(train, test, by_period={**trained, **longer})

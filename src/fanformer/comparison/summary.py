@@ -1,0 +1,276 @@
+"""What a comparison says: each architecture at its best learning rate, and the candidate against every baseline."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fanformer.comparison.architectures import family_and_size
+from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, sweep_of
+from fanformer.comparison.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An architecture at one budget of tokens, or one side of a hole.
+
+    Attributes:
+        architecture: as it was asked for.
+        variant: budget of tokens, or side of the hole.
+        learning_rate: the best of the sweep.
+        at_edge: whether that is the lowest or the highest that was tried, so that a better one may lie beyond.
+        swept: learning rate to loss, of the trainings that the rate was chosen by; infinite ones (diverged, failed) are
+            left out and named in `troubles`.
+        figures: over the seeds, each with its interval.
+        outcomes: the trainings at the best learning rate.
+        troubles: what went wrong, a line each.
+    """
+
+    architecture: str
+    variant: int
+    learning_rate: float | None
+    at_edge: bool
+    swept: dict[float, float]
+    figures: dict[str, Figure]
+    outcomes: list[Outcome]
+    troubles: list[str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The candidate against a baseline, on the same variant."""
+
+    candidate: str
+    baseline: str
+    variant: int
+    figures: dict[str, Figure]
+
+
+UNITS = {
+    "loss": "nats per token",
+    "bits_per_byte": "bits per byte",
+    "tokens_per_second": "tokens/s",
+    "seconds": "s",
+    "train_accuracy": "share",
+    "hole_accuracy": "share",
+    "train_sampled_accuracy": "share",
+    "hole_sampled_accuracy": "share",
+}
+_COUNTED_RATIOS = {
+    "size_ratio": "parameters",
+    "size_ratio_without_embeddings": "parameters_without_embeddings",
+    "training_operations_ratio": "training_operations_per_token",
+}
+"""Ratios of a pair that are counted, each with the figure of a training that they are of."""
+
+
+def arms(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Arm]:
+    """Return every architecture at every variant."""
+    return [
+        _arm(
+            spec,
+            variant,
+            [one for one in outcomes if one.trial.architecture == spec and one.variant in (variant, RATES)],
+        )
+        for spec, variant in comparison.cells
+    ]
+
+
+def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
+    rate = best_rate(outcomes, spec, variant)
+    shown = [one for one in outcomes if one.variant == variant]
+    sweep = {one.trial.learning_rate: one.loss for one in sweep_of(outcomes, spec, variant)}
+    chosen = [one for one in shown if one.trial.learning_rate == rate and math.isfinite(one.loss)]
+    figures = {}
+    for name, unit in UNITS.items():
+        values = [one.result.figures[name] for one in chosen if one.result is not None and name in one.result.figures]
+        if values:
+            figures[name] = interval_over_seeds(values, unit)
+    troubles = [
+        f"{one.trial.name}: {one.error or (one.result.message if one.result else '')}"
+        for one in outcomes
+        if not math.isfinite(one.loss)
+    ]
+    finite = {key: value for key, value in sorted(sweep.items()) if math.isfinite(value)}
+    at_edge = len(sweep) > 1 and rate in (min(sweep), max(sweep))
+    return Arm(spec, variant, rate, at_edge, finite, figures, chosen, troubles)
+
+
+def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
+    """Return the first architecture's family against all others, at equal variant and equally named size."""
+    candidate = family_and_size(comparison.architectures[0])[0]
+    result = []
+    for one in found:
+        name, size = family_and_size(one.architecture)
+        if name != candidate:
+            continue
+        sizes = {family_and_size(other.architecture)[1] for other in found if other is not one}
+        for other in found:
+            other_name, other_size = family_and_size(other.architecture)
+            comparable = other_size == size or size not in sizes
+            if other_name != candidate and other.variant == one.variant and comparable:
+                figures = _pair_figures(one, other, _budgets(found, one), _budgets(found, other))
+                if figures:
+                    result.append(Pair(one.architecture, other.architecture, one.variant, figures))
+    return result
+
+
+def _budgets(found: Sequence[Arm], arm: Arm) -> list[Arm]:
+    """Return an architecture at its budgets up to that of `arm`, in their order."""
+    return [other for other in found if other.architecture == arm.architecture and other.variant <= arm.variant]
+
+
+def _pair_figures(one: Arm, other: Arm, mine: Sequence[Arm], theirs: Sequence[Arm]) -> dict[str, Figure]:
+    seeds = {outcome.trial.seed: outcome for outcome in one.outcomes}
+    matched = [(seeds[base.trial.seed], base) for base in other.outcomes if base.trial.seed in seeds]
+    if not matched:
+        return {}
+    results = [(mine.result, base.result) for mine, base in matched if mine.result and base.result]
+    if "hole_accuracy" in results[0][0].figures:
+        names, units = ("hole_accuracy", "train_accuracy"), "share"
+        return {
+            f"{name}_difference": interval_over_seeds([a.figures[name] - b.figures[name] for a, b in results], units)
+            for name in names
+        }
+    first, base = results[0]
+    figures = {
+        name: Figure(first.figures[counted] / base.figures[counted], "ratio", interval=EXACT)
+        for name, counted in _COUNTED_RATIOS.items()
+    }
+    differences = [a.figures["bits_per_byte"] - b.figures["bits_per_byte"] for a, b in results]
+    figures["bits_per_byte_difference"] = interval_over_seeds(differences, "bits per byte")
+    speeds = [a.figures["tokens_per_second"] / b.figures["tokens_per_second"] for a, b in results]
+    figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
+    seeds_in_common = [base.trial.seed for _, base in matched]
+    curves = [(_over_tokens(mine, seed), _over_tokens(theirs, seed)) for seed in seeds_in_common]
+    ratios = [ratio for a, b in curves if (ratio := tokens_ratio(a, b)) is not None]
+    if len(ratios) == len(results):
+        figures["tokens_ratio"] = ratio_over_seeds(ratios)
+    return figures
+
+
+def _over_tokens(budgets: Sequence[Arm], seed: int) -> list[dict[str, Any]]:
+    """Return a seed's final points at every budget, where there are several, else the curve of its one training."""
+    results = [one.result for arm in budgets for one in arm.outcomes if one.trial.seed == seed and one.result]
+    finals = [result.curve[-1] for result in results if result.curve]
+    return finals if len(finals) > 1 else results[-1].curve
+
+
+def tokens_ratio(candidate: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float | None:
+    """Return the tokens that the candidate needs over those that the baseline needs, for the worse one's final loss.
+
+    Read off the two curves, by linear interpolation in the logarithm of the tokens. The points of one training before
+    its learning rate has decayed lie above what a training of that length would reach, so the better one's gain is
+    understated: a ratio below 1 is an upper bound, one above 1 a lower bound. The ends of trainings of several lengths
+    give the ratio itself, unless the shortest is good enough already.
+
+    Args:
+        candidate: points with `tokens` and `val_loss`, of one training or of the ends of several.
+        baseline: likewise.
+
+    Returns:
+        The ratio, None where a curve has fewer than two points.
+    """
+    if min(len(candidate), len(baseline)) < 2:
+        return None
+    if candidate[-1]["val_loss"] <= baseline[-1]["val_loss"]:
+        return tokens_at(candidate, baseline[-1]["val_loss"]) / baseline[-1]["tokens"]
+    return candidate[-1]["tokens"] / tokens_at(baseline, candidate[-1]["val_loss"])
+
+
+def tokens_at(curve: Sequence[dict[str, Any]], loss: float) -> float:
+    """Return the tokens at which a curve first falls to `loss`, which it does."""
+    before = curve[0]
+    for point in curve:
+        if point["val_loss"] <= loss:
+            if point is before or before["val_loss"] == point["val_loss"]:
+                return float(point["tokens"])
+            share = (before["val_loss"] - loss) / (before["val_loss"] - point["val_loss"])
+            low, high = math.log(before["tokens"]), math.log(point["tokens"])
+            return math.exp(low + share * (high - low))
+        before = point
+    return float(curve[-1]["tokens"])
+
+
+def parameters_ratio(
+    found: Sequence[Arm], comparison: Comparison, key: str = "parameters"
+) -> dict[str, tuple[Figure, list[int]]]:
+    """Return, by baseline arm, the candidate's parameters at that arm's loss over that arm's parameters.
+
+    The candidate's loss at sizes between those that were trained is interpolated linearly in the logarithm of the
+    parameters, for each seed that all of them share; beyond the trained sizes nothing is said.
+
+    Args:
+        found: the arms.
+        comparison: whose first architecture's family is the candidate.
+        key: "parameters" or "parameters_without_embeddings".
+
+    Returns:
+        The ratio over the seeds, and those seeds.
+    """
+    candidate, longest = family_and_size(comparison.architectures[0])[0], max(comparison.tokens)
+    points: dict[bool, list[tuple[str, dict[int, tuple[float, float]]]]] = {True: [], False: []}
+    for arm in found:
+        if arm.variant == longest and "bits_per_byte" in arm.figures:
+            mine = family_and_size(arm.architecture)[0] == candidate
+            points[mine].append((arm.architecture, _by_seed(arm, key)))
+    ladder = [by_seed for _, by_seed in points[True]]
+    ratios = {}
+    for name, baseline in points[False]:
+        shared = [seed for seed in baseline if all(seed in rung for rung in ladder)]
+        by_seed = [_ratio_at(baseline[seed], sorted(rung[seed] for rung in ladder)) for seed in shared]
+        known = [ratio for ratio in by_seed if ratio is not None]
+        if known and len(known) == len(shared):
+            ratios[name] = (ratio_over_seeds(known), shared)
+    return ratios
+
+
+def _by_seed(arm: Arm, key: str) -> dict[int, tuple[float, float]]:
+    """Return parameters and bits per byte by seed."""
+    finished = [(one.trial.seed, one.result.figures) for one in arm.outcomes if one.result is not None]
+    return {seed: (float(figures[key]), figures["bits_per_byte"]) for seed, figures in finished}
+
+
+def _ratio_at(baseline: tuple[float, float], ladder: Sequence[tuple[float, float]]) -> float | None:
+    """Return the parameters at which the ladder has the baseline's loss over the baseline's, None off the ladder."""
+    parameters, loss = baseline
+    for (small, worse), (large, better) in itertools.pairwise(ladder):
+        if better <= loss <= worse and better < worse:
+            share = (worse - loss) / (worse - better)
+            return math.exp(math.log(small) + share * math.log(large / small)) / parameters
+    return None
+
+
+def to_record(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the raw numbers of a comparison as plain values: what was asked for, every training, arms and pairs."""
+    found = arms(comparison, outcomes)
+    return {
+        "comparison": asdict(comparison),
+        "arms": [
+            {
+                **{name: getattr(arm, name) for name in ("architecture", "variant", "learning_rate", "at_edge")},
+                "swept": [[rate, loss] for rate, loss in arm.swept.items()],
+                "figures": {name: asdict(figure) for name, figure in arm.figures.items()},
+                "troubles": arm.troubles,
+            }
+            for arm in found
+        ],
+        "pairs": [asdict(pair) for pair in pairs(comparison, found)],
+        "parameters_to_equal_loss": {
+            key: {name: asdict(figure) for name, (figure, _) in parameters_ratio(found, comparison, key).items()}
+            for key in ("parameters", "parameters_without_embeddings")
+        },
+        "trainings": [
+            {
+                "name": one.trial.name,
+                "architecture": one.trial.architecture,
+                "variant": one.variant,
+                "learning_rate": one.trial.learning_rate,
+                "seed": one.trial.seed,
+                "error": one.error,
+                "result": None if one.result is None else asdict(one.result),
+            }
+            for one in outcomes
+        ],
+    }

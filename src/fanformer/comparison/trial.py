@@ -1,0 +1,246 @@
+"""One training of a comparison, in a process of its own: `python -m fanformer.comparison.trial FOLDER`.
+
+FOLDER holds trial.json, what to train; it gets result.json when the training ended or diverged, and goes on from its
+last checkpoint where an earlier process was stopped. Progress goes to stdout, a JSON object a line.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fanformer.errors import DivergenceError, FANformerError
+from fanformer.files.durable import replace_json
+
+TRIAL_FILE, RESULT_FILE, RUN_FOLDER = "trial.json", "result.json", "run"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SECONDS_BETWEEN_LINES = 0.5
+_NEEDED = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What the data decide of a model's configuration."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What to train.
+
+    Attributes:
+        architecture: as `architectures.architecture` reads it.
+        learning_rate: peak learning rate.
+        seed: of initialisation and data order.
+        settings: fields of RunConfig; the same for all trainings that are compared.
+        data_folder: prepared data; they may move, so their path is not part of the name.
+        data_fingerprint: of these data.
+        rule: fields of a rule-learning task instead, with its name under `task`; `settings` are then that training's.
+        block: `architectures.Architecture.block` of the architecture.
+    """
+
+    architecture: str
+    learning_rate: float
+    seed: int
+    settings: Mapping[str, Any] = field(hash=False)
+    data_folder: str = ""
+    data_fingerprint: str = ""
+    rule: Mapping[str, Any] | None = field(default=None, hash=False)
+    block: int = 1
+
+    @property
+    def name(self) -> str:
+        """A name for a folder; trainings that differ in anything have different ones."""
+        content = {key: value for key, value in asdict(self).items() if key != "data_folder"}
+        if self.block == 1:
+            del content["block"]  # older than this field
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        words = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in self.architecture)
+        told = words[-48:] if os.sep in self.architecture else words[:48]  # of a path the end tells more
+        return f"{told.strip('-')}-lr{self.learning_rate:g}-seed{self.seed}-{digest}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended.
+
+    Attributes:
+        status: "finished" or "diverged".
+        message: why it diverged, else empty.
+        figures: its numbers by name; none where it diverged.
+        curve: its held-out figures as it went, or the rule task's.
+        details: configuration, counts, data, decisions and versions.
+    """
+
+    status: str
+    message: str
+    figures: dict[str, Any]
+    curve: list[dict[str, Any]]
+    details: dict[str, Any]
+
+
+def read_result(folder: Path) -> Result | None:
+    """Return the result of the training in `folder`, None where it has not ended."""
+    path = folder / RESULT_FILE
+    return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+class _Lines:
+    """Tells a parent process what a run does, and ends with it."""
+
+    def __init__(self) -> None:
+        self._last, self._parent = 0.0, os.getppid()
+
+    def tell(self, **content: Any) -> None:
+        """Write one line."""
+        print(json.dumps(content), flush=True)  # noqa: T201  # the parent reads it
+
+    def note(self, text: str) -> None:
+        """Tell one line of text."""
+        self.tell(note=text)
+
+    def data_progress(self, done: int, total: int | None) -> None:
+        """Leave out how much of the data is read: they are prepared."""
+
+    def record(self, record: Mapping[str, Any], progress: float) -> None:
+        """Tell the held-out loss."""
+        if "val_loss" in record:
+            self.tell(progress=progress, text=f"held out {record['val_bits_per_byte']:.4f} bits per byte")
+
+    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
+        """Tell how far the run is, now and then."""
+        if os.getppid() != self._parent:
+            raise SystemExit("the process that started this training is gone")
+        if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self.tell(progress=progress, text=f"{tokens / max(elapsed_seconds, 1e-9):,.0f} tokens/s")
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Leave out what the model writes."""
+
+
+def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
+    """Train and return the result.
+
+    Raises:
+        FANformerError: on bad input; a run that diverged is a result.
+        SystemExit: where a signal stopped the run, which then goes on at the next call.
+    """
+    return _train_rule(trial, lines) if trial.rule is not None else _train_language(trial, folder, lines)
+
+
+def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
+    from fanformer.comparison.architectures import architecture
+    from fanformer.training.artifacts import read_run_file
+    from fanformer.training.configuration import resolve
+    from fanformer.training.records import read_records
+    from fanformer.training.run import train
+
+    chosen = architecture(trial.architecture)
+    own = {
+        "data": trial.data_folder,
+        "output_dir": str(folder / RUN_FOLDER),
+        "resume": True,
+        "learning_rate": trial.learning_rate,
+        "seed": trial.seed,
+    }
+    config = resolve(overrides={**trial.settings, **own})
+    size = {name: value for name, value in config.model.items() if name == "vocab_size"}
+    config = replace(config, model={**size, "max_position_embeddings": 1})
+    run_folder = config.folder
+    try:
+        outcome = train(config, lines, lambda fields: chosen.build({name: fields[name] for name in _NEEDED}))
+    except DivergenceError as error:
+        return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
+    if not outcome.reached_end:
+        raise SystemExit(128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 1)
+    described, records = read_run_file(run_folder), read_records(run_folder)
+    needed = {name: described["model"][name] for name in _NEEDED if name in described["model"]}
+    counted = chosen.count({**needed, "max_position_embeddings": config.sequence_length})
+    measured = [record for record in records if "val_loss" in record]
+    rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
+    curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]
+    assert outcome.held_out is not None, "a run that reached its end was measured"
+    figures = {
+        **outcome.held_out.to_dict(),
+        "trained_tokens": measured[-1]["tokens"],
+        "seconds": max(record.get("elapsed_seconds", 0.0) for record in records),
+        "tokens_per_second": rates[len(rates) // 2],
+        "parameters": counted.total,
+        "parameters_without_embeddings": counted.without_embeddings,
+        "training_operations_per_token": counted.training_operations,
+    }
+    details = {name: described[name] for name in ("configuration", "model", "environment", "versions", "resumed")}
+    details["data"] = {
+        "fingerprint": described["data"]["fingerprint"],
+        "source": described["data"]["metadata"]["source"],
+    }
+    for checkpoint in run_folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the finished model lies in the run's folder
+    return Result("finished", "", figures, curve, details)
+
+
+def _train_rule(trial: Trial, lines: _Lines) -> Result:
+    import torch
+
+    from fanformer.comparison.architectures import architecture
+    from fanformer.comparison.rule_learning import RulePoint, rule_settings, train_rule
+    from fanformer.comparison.rules import create_task, model_fields
+    from fanformer.machine.versions import versions
+
+    def tell(point: RulePoint, progress: float) -> None:
+        lines.tell(progress=progress, text=f"train {point.train_accuracy:.1%}, left out {point.test_accuracy:.1%}")
+
+    assert trial.rule is not None, "the caller looked"
+    fields = dict(trial.rule)
+    task = create_task(fields.pop("task"), **fields)
+    own = {"learning_rate": trial.learning_rate, "seed": trial.seed}
+    settings = rule_settings(task, **{**trial.settings, **own})
+    torch.manual_seed(trial.seed)
+    model = architecture(trial.architecture).build(model_fields(task))
+    try:
+        result = train_rule(task, model, settings, tell).to_dict()
+    except DivergenceError as error:
+        return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
+    curve, scored = result.pop("curve"), result["score"]
+    figures = {
+        "loss": curve[-1]["loss"],
+        "train_accuracy": scored["train"]["greedy"],
+        "hole_accuracy": scored["test"]["greedy"],
+        "train_sampled_accuracy": scored["train"]["sampled"],
+        "hole_sampled_accuracy": scored["test"]["sampled"],
+        "seconds": result["seconds"],
+        "parameters": result["parameters"],
+        "parameters_without_embeddings": result["block_parameters"],
+    }
+    details = {"rule": {**result, "curve": curve}, "model": model.config.to_diff_dict(), "versions": versions()}
+    return Result("finished", "", figures, curve, details)
+
+
+def _end_with_parent() -> None:
+    """Let Linux kill this process when its parent dies; elsewhere `_Lines.step` looks."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(folder: Path) -> int:
+    """Train what `folder` asks for; the status is 2, with one line on stderr, on bad input."""
+    _end_with_parent()
+    trial = Trial(**json.loads((folder / TRIAL_FILE).read_text(encoding="utf-8")))
+    lines = _Lines()
+    try:
+        result = run_trial(trial, folder, lines)
+    except (FANformerError, OSError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            lines.tell(error=" ".join(str(error).split()) or type(error).__name__)
+        return 2
+    replace_json(folder / RESULT_FILE, asdict(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,448 @@
+"""Text to a prepared folder: read, filter, split, encode on all cores, write; and go on after any end.
+
+Everything is written to `NAME.partial` beside the folder and renamed at the end. Its subfolder `work` holds what is not
+part of the result: the journal, which says how far the files are to be trusted, and the set of texts seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fanformer import __version__
+from fanformer.data.preparation.deduplication import SeenTexts
+from fanformer.data.preparation.encoding import document_encoder
+from fanformer.data.preparation.journal import Journal
+from fanformer.data.preparation.outputs import Attribution, Outputs
+from fanformer.data.preparation.places import (
+    delete_beginnings,
+    delete_partial,
+    lock_place,
+    output_place,
+    partial_place,
+    refuse_existing,
+)
+from fanformer.data.preparation.selection import Position, Selection
+from fanformer.data.preparation.splitting import Split, choose_split
+from fanformer.data.preparation.workers import BatchEncoder, encode_in_order, peak_bytes
+from fanformer.data.prepared import (
+    ATTRIBUTION,
+    FORMAT_VERSION,
+    SPLITS,
+    PreparedData,
+    SplitName,
+    TokenStream,
+    fingerprint,
+    hash_tokenizer_files,
+    open_prepared,
+)
+from fanformer.data.sources.documents import PREPARED_METADATA, DocumentSource
+from fanformer.data.tokenizer import end_token_id, load_tokenizer, start_token_id, train_tokenizer
+from fanformer.errors import ConfigError, DataError, FANformerError
+from fanformer.files.durable import error_number, hash_file, is_disk_full, read_json, replace_json, sync
+from fanformer.files.locking import hold
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SPLITS", "PreparedData", "SplitName", "Throughput", "TokenStream", "open_prepared", "prepare"]
+
+SHARD_TOKENS = 1 << 24
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_TRAINING_BYTES = 1 << 28
+"""Most text that a tokenizer is trained on: the first of the training split."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a preparation did and took, its own part where it went on from an earlier one.
+
+    Attributes:
+        bytes: UTF-8 bytes that were encoded.
+        tokens: tokens that they became.
+        encoding_seconds: time for reading, encoding and writing them.
+        tokenizer_seconds: time for training a tokenizer, 0 where none was trained.
+        peak_bytes: most memory of all processes together, at most: the sum of their peaks.
+        resumed_bytes: bytes that an earlier process had encoded.
+    """
+
+    bytes: int
+    tokens: int
+    encoding_seconds: float
+    tokenizer_seconds: float
+    peak_bytes: int
+    resumed_bytes: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prepare; `prepare` says what each means."""
+
+    vocab_size: int
+    held_out_fraction: float
+    shard_tokens: int
+    licence: str | None
+    workers: int
+
+
+def prepare(
+    source: DocumentSource,
+    output_dir: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    held_out_fraction: float = 0.05,
+    max_bytes: int | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+    filters: Sequence[str] = (),
+    deduplicate: bool = False,
+    licence: str | None = None,
+    workers: int = 1,
+    shard_tokens: int = SHARD_TOKENS,
+    report: Callable[[Throughput], None] | None = None,
+) -> PreparedData:
+    """Split documents into training and held-out, encode them, and write a prepared folder.
+
+    The folder is complete once it exists. Whatever ends the work after its first seconds, the same call goes on from
+    there, and the result is the same to the byte.
+
+    Args:
+        source: the documents.
+        output_dir: folder to create.
+        tokenizer: encodes the text; None trains one on the training split.
+        vocab_size: most tokens of a tokenizer that is trained here.
+        held_out_fraction: share of the text that is held out, in [0, 0.5].
+        max_bytes: read documents of the source only until they hold this many UTF-8 bytes; None reads all.
+        progress: called with the UTF-8 bytes read so far, and their expected total where it is known.
+        filters: names of `fanformer.data.preparation.filters.FILTERS`, in the order they are applied.
+        deduplicate: whether to drop texts that were there before.
+        licence: of documents that name none, for the attribution.
+        workers: processes that encode large sources; the result does not depend on them. More than one needs a main
+            module that can be imported without effects, as for every use of `multiprocessing`.
+        shard_tokens: tokens of a shard.
+        report: called at the end with what it took.
+
+    Raises:
+        ConfigError: if an argument is out of range or the tokenizer has no token to put between documents.
+        DataError: if the source is empty or broken, `output_dir` exists, another process is preparing it, earlier work
+            was begun with other arguments, or the disk is full.
+    """
+    for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, got {value}")
+    output_dir = output_place(output_dir)
+    selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
+    options = Options(vocab_size, held_out_fraction, shard_tokens, licence, workers)
+    partial = partial_place(output_dir)
+    refuse_existing(output_dir)
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{partial} cannot be written: {error.strerror or error}") from error
+    with hold(lock_place(output_dir), str(output_dir)):
+        refuse_existing(output_dir)  # another process may have completed it meanwhile
+        preparation = _Preparation(selection, partial, tokenizer, options, progress)
+        with preparation.kept_or_deleted():
+            preparation.run()
+            if output_dir.exists():
+                output_dir.rmdir()
+            os.replace(partial, output_dir)
+        sync(output_dir.parent)
+        shutil.rmtree(output_dir / "work", ignore_errors=True)  # another process may do the same
+    if report is not None:
+        report(preparation.throughput())
+    return open_prepared(output_dir)
+
+
+def saved_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the SHA-256 of the files that a tokenizer is saved as."""
+    with _saved_aside(tokenizer) as files:
+        return hash_tokenizer_files(files)
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the SHA-256 of all that a tokenizer is saved as, its settings too, which name its special tokens.
+
+    How it was found (on the hub, in the cache, in a folder) makes no difference.
+    """
+    with _saved_aside(tokenizer) as files:
+        hashes = _hashes(files)
+        for settings in (path for path in files if path.name == TOKENIZER_SETTINGS):
+            content = read_json(settings)
+            found = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
+            hashes[settings.name] = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+@contextlib.contextmanager
+def _saved_aside(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Path]]:
+    """Give the files that a tokenizer is saved as, in a folder that goes with the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            files = [Path(path) for path in tokenizer.save_pretrained(folder)]
+        except Exception as error:
+            number = error_number(error)
+            if number is None:
+                raise
+            raise DataError(
+                f"{folder} cannot be written ({os.strerror(number)}): make room, or have TMPDIR name a folder with room"
+            ) from error
+        yield files
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    return {path.name: hash_file(path) for path in files if path.is_file()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what has a say in the tokens."""
+    own = {"python": platform.python_version(), "fanformer": __version__}  # which may lie on the path, not installed
+    return own | {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")}
+
+
+def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> BatchEncoder:
+    """Return what encodes and lays out documents with this tokenizer, in the smallest integers that hold its ids.
+
+    Raises:
+        ConfigError: if the tokenizer has no token to put between documents.
+    """
+    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    ids = start_token_id(tokenizer), end_token_id(tokenizer)
+    return BatchEncoder(document_encoder(tokenizer), *ids, vocab_size=len(tokenizer), dtype=dtype)
+
+
+def closing(encoder: BatchEncoder) -> bytes:
+    """Return what ends a stream: the end token, where it is not there already."""
+    end = np.array([encoder.end_id] if encoder.start_id == encoder.end_id else [], dtype=encoder.dtype)
+    return end.tobytes()
+
+
+def description(
+    selection: Selection, split_kind: str, held_out_fraction: float, tokenizer_origin: str, encoder: BatchEncoder
+) -> dict[str, Any]:
+    """Return the part of data.json that says how the data were made."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": selection.description,
+        "max_bytes": selection.max_bytes,
+        "filters": list(selection.filters),
+        "deduplicate": selection.deduplicate,
+        "split": split_kind,
+        "held_out_fraction": held_out_fraction,
+        "tokenizer": tokenizer_origin,
+        "dtype": encoder.dtype,
+        "vocab_size": encoder.vocab_size,
+        "start_token_id": encoder.start_id,
+        "end_token_id": encoder.end_id,
+    }
+
+
+def write_description(folder: Path, metadata: dict[str, Any], attribution: Attribution) -> None:
+    """Write the attribution, then data.json with the fingerprint.
+
+    Raises:
+        DataError: if a split that was asked for is empty.
+    """
+    for name, entry in metadata["splits"].items():
+        if not entry["documents"] and metadata["split"] != "none":
+            raise DataError(f"none of the documents fell into the split {name}: use another `held_out_fraction`")
+    replace_json(folder / ATTRIBUTION, attribution.rows())
+    metadata |= {"fingerprint": fingerprint(metadata), "created_with": versions()}
+    replace_json(folder / PREPARED_METADATA, metadata)
+
+
+class _Preparation:
+    """One call of `prepare`, in its partial folder."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        partial: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: Options,
+        progress: Callable[[int, int | None], None] | None,
+    ) -> None:
+        self._selection, self._partial, self._options = selection, partial, options
+        self._tokenizer, self._progress = tokenizer, progress
+        self._work = partial / "work"
+        arguments = {
+            "source": selection.description,
+            "max_bytes": selection.max_bytes,
+            "filters": list(selection.filters),
+            "deduplicate": selection.deduplicate,
+            "held_out_fraction": options.held_out_fraction,
+            "shard_tokens": options.shard_tokens,
+            "licence": options.licence,
+            "tokenizer": identity(tokenizer) if tokenizer is not None else options.vocab_size,
+            "versions": versions(),
+        }
+        self._journal = Journal(self._work / "journal.json", arguments)
+        self._outputs: Outputs | None = None
+        self._seen: SeenTexts | None = None
+        self._peaks: dict[int, int] = {}
+        self._tokenizer_seconds = self._encoding_seconds = 0.0
+        self._resumed = self._done = (0, 0)
+
+    def run(self) -> None:
+        """Write everything that the folder needs."""
+        entry = self._journal.load()
+        try:
+            if entry is None and self._partial.exists():  # of a process that ended in its first seconds
+                delete_beginnings(self._partial)
+            self._work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self._partial} cannot be written: {error.strerror or error}") from error
+        split = Split(**entry["split"]) if entry else choose_split(self._selection, self._options.held_out_fraction)
+        tokenizer, origin, saved = self._open_tokenizer(entry, split)
+        encoder = batch_encoder(tokenizer)
+        fixed = {"split": asdict(split), "tokenizer_files": saved, "origin": origin}
+        self._write(entry, split, encoder, fixed)
+        assert self._outputs is not None, "_write opens the outputs"
+        fraction = self._options.held_out_fraction
+        metadata = description(self._selection, split.kind, fraction, origin, encoder) | {
+            "tokenizer_files": hash_tokenizer_files([self._partial / name for name in saved]),
+            "asked_vocab_size": self._options.vocab_size if self._tokenizer is None else None,
+            "dropped": self._position.dropped,
+            "splits": self._outputs.finish(closing(encoder)),
+        }
+        write_description(self._partial, metadata, self._outputs.attribution)
+
+    def _open_tokenizer(
+        self, entry: dict[str, Any] | None, split: Split
+    ) -> tuple[PreTrainedTokenizerBase, str, dict[str, str]]:
+        """Return the tokenizer, where it comes from, and the hashes of all its files, which are then in the folder."""
+        if entry is not None:
+            saved = entry["tokenizer_files"]
+            if _hashes([self._partial / name for name in saved]) != saved:
+                raise DataError(f"{self._partial} lacks the tokenizer it was begun with: delete it to start anew")
+            return load_tokenizer(str(self._partial)), entry["origin"], saved
+        tokenizer, origin = self._tokenizer, ""
+        if tokenizer is None:
+            started = time.monotonic()
+            tokenizer = train_tokenizer(self._tokenizer_texts(split), self._options.vocab_size)
+            self._tokenizer_seconds, origin = time.monotonic() - started, "trained on the training split"
+        saved = _hashes([Path(path) for path in tokenizer.save_pretrained(self._partial)])
+        return tokenizer, origin or tokenizer.name_or_path, saved
+
+    def _tokenizer_texts(self, split: Split) -> Iterator[str]:
+        seen_bytes = 0
+        for held_out, document in split.assign(self._selection):
+            if not held_out:
+                yield document.text
+                seen_bytes += len(document.text.encode())
+                if seen_bytes >= TOKENIZER_TRAINING_BYTES:
+                    return
+
+    def _write(self, entry: dict[str, Any] | None, split: Split, encoder: BatchEncoder, fixed: dict[str, Any]) -> None:
+        """Encode and write all documents that are left."""
+        self._position = Position(**entry["position"]) if entry else Position()
+        rows = entry["outputs"]["attribution"] if entry else ()
+        attribution = Attribution(self._selection.source.spec, self._options.licence, rows)
+        self._outputs = outputs = Outputs(
+            self._partial,
+            self._work,
+            np.dtype(encoder.dtype),
+            self._options.shard_tokens,
+            attribution,
+            entry["outputs"] if entry else None,
+        )
+        self._resumed = self._done = (self._position.source_bytes, outputs.tokens)
+        if self._selection.deduplicate:
+            self._seen = SeenTexts(self._work / "seen.sqlite")
+            self._seen.go_back(self._position.number, self._position.seen_checksum)
+        if self._tokenizer_seconds and self._journal.is_due():  # nothing else that is done by now is worth keeping
+            self._save(self._position, fixed)
+        started = time.monotonic()
+        batches = self._selection.batches(split, self._position, self._seen)
+        # closed at once on an error, so that its processes end before files are deleted
+        with contextlib.closing(encode_in_order(batches, encoder, self._options.workers)) as all_encoded:
+            for batch, encoded in all_encoded:
+                streams = encoded.train, encoded.held_out
+                completed = outputs.add(batch.documents, streams, encoded.num_bytes, encoded.num_tokens)
+                self._peaks[encoded.process] = encoded.peak_bytes
+                self._done = (batch.position.source_bytes, outputs.tokens)
+                if self._progress:
+                    self._progress(batch.position.source_bytes, self._selection.total_bytes)
+                if completed or self._journal.is_due():
+                    self._save(batch.position, fixed)
+        self._encoding_seconds = time.monotonic() - started
+
+    def _save(self, position: Position, fixed: dict[str, Any]) -> None:
+        """Note that everything up to a position is done, once the disk holds it."""
+        assert self._outputs is not None, "_write opens the outputs"
+        self._outputs.sync()
+        sync(self._partial)
+        if self._seen is not None:
+            self._seen.commit()
+        self._journal.save(fixed | {"position": asdict(position), "outputs": self._outputs.state()})
+
+    def throughput(self) -> Throughput:
+        """Return what this process did."""
+        self._peaks[os.getpid()] = peak_bytes()
+        return Throughput(
+            bytes=self._done[0] - self._resumed[0],
+            tokens=self._done[1] - self._resumed[1],
+            encoding_seconds=self._encoding_seconds,
+            tokenizer_seconds=self._tokenizer_seconds,
+            peak_bytes=sum(self._peaks.values()),
+            resumed_bytes=self._resumed[0],
+        )
+
+    @contextlib.contextmanager
+    def kept_or_deleted(self) -> Iterator[None]:
+        """Close the files after the block; if it fails, keep the partial folder where there is work to go on from."""
+        begun = self._partial.exists()
+        try:
+            yield
+        except BaseException as error:
+            self._close()
+            kept = self._journal.exists()
+            written = sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
+            if not kept and not (begun and self._outputs is None):
+                with contextlib.suppress(OSError):
+                    delete_partial(self._partial)
+            if is_disk_full(error):
+                raise self._disk_full(written, kept) from error
+            number = None if isinstance(error, FANformerError) else error_number(error)
+            if number is not None and getattr(error, "filename", None) is None:
+                remedy = "the same command goes on from what is kept there" if kept else "choose another --output-dir"
+                raise DataError(f"{self._partial} cannot be written ({os.strerror(number)}): {remedy}") from error
+            if kept and isinstance(error, FANformerError) and self._outputs is not None:
+                place = f"what was done is kept in {self._partial}, and the same command goes on from there"
+                raise type(error)(f"{error} ({place})") from error
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._outputs is not None:
+                self._outputs.close()
+        if self._seen is not None:
+            self._seen.close()
+
+    def _disk_full(self, written: int, kept: bool) -> DataError:
+        free = shutil.disk_usage(self._partial.parent).free
+        total = self._selection.total_bytes
+        of_total = f" of {total:,}" if total else ""
+        remedy = (
+            f"make room, and the same command goes on from what is kept in {self._partial}"
+            if kept
+            else "make room or choose another --output-dir"
+        )
+        return DataError(
+            f"{self._partial.parent} is full: {written:,} bytes were written for {self._done[0]:,}{of_total} bytes of "
+            f"text and {free:,} are free: {remedy}"
+        )

@@ -1,0 +1,1 @@
+"""Where documents come from: files, archives, folders and the hub."""

@@ -1,0 +1,1 @@
+"""Files that survive: written whole or not at all, locked while in use, put aside before they are replaced."""

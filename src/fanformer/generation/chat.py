@@ -1,0 +1,72 @@
+"""A conversation: which tokens the model sees for the next answer, and what is forgotten when they are too many."""
+
+import dataclasses
+from collections.abc import Callable
+
+from fanformer.errors import ConfigError
+from fanformer.generation.interruption import Interruption
+from fanformer.generation.prompts import check_text
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.text_model import Remembered, TextModel
+
+
+class Conversation:
+    """Messages so far, and the model that answers the next one.
+
+    A tokenizer without a chat template belongs to a base model: each message is then a text of its own to continue.
+    With one, what earlier turns had in common with this one is not read again.
+    """
+
+    def __init__(self, model: TextModel, settings: GenerationSettings) -> None:
+        self.messages: list[dict[str, str]] = []
+        self._model = model
+        self._settings = settings
+        self._answers = 0
+        self._remembered = Remembered()
+
+    def reset(self) -> None:
+        """Forget all messages."""
+        self.messages = []
+
+    def answer(self, message: str, on_text: Callable[[str], None], interruption: Interruption) -> int:
+        """Answer `message`, or continue it where there is no chat template.
+
+        Args:
+            message: what the user wrote.
+            on_text: is handed the answer piece by piece.
+            interruption: ends the answer early when requested; what was written of it stays in the conversation.
+
+        Returns:
+            How many of the oldest messages were forgotten to make room.
+
+        Raises:
+            ConfigError: if the message is not valid Unicode, or leaves no room for an answer.
+        """
+        check_text(message)
+        settings = self._settings
+        if settings.seed is not None:  # a fixed seed reproduces the conversation, not one and the same answer
+            settings = dataclasses.replace(settings, seed=settings.seed + self._answers)
+        if not self._model.has_chat_template:
+            list(self._model.complete([message], settings, on_text, interruption=interruption))
+            self._answers += 1
+            return 0
+        messages = [*self.messages, {"role": "user", "content": message}]
+        ids, forgotten = self._fit(messages)
+        completion = self._model.complete_ids(
+            ids, message, settings, on_text, interruption=interruption, remembered=self._remembered
+        )
+        self.messages = [*messages[forgotten:], {"role": "assistant", "content": completion.text}]
+        self._answers += 1
+        return forgotten
+
+    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+        """Return the ids of `messages` without as many of the oldest as do not fit, and their number."""
+        positions, tokenizer = self._model.positions, self._model.tokenizer
+        for start in range(0, len(messages), 2):  # a question goes with its answer
+            ids = tokenizer.apply_chat_template(messages[start:], add_generation_prompt=True, return_dict=False)
+            if positions is None or len(ids) + self._settings.max_length <= positions:
+                return ids, start
+        raise ConfigError(
+            f"the message has {len(ids)} tokens with its template, and max_length {self._settings.max_length} more do "
+            f"not fit the model's {positions} positions: shorten it, or lower max_length."
+        )

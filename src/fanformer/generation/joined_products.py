@@ -1,0 +1,128 @@
+"""The matrices that read one input, as one product: Q, K and V with their Fourier parts, and gate and up.
+
+A decoded token is a few small products, and each costs the time of calling it. The weights stay the model's own, under
+their own names: they are laid out one after another in memory, and the product reads them as one matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fanformer.generation.few_rows import FewRowsLinear
+from fanformer.model.modeling_fanformer import FANformerAttention, FANformerMLP, FANProjection
+
+_JOINED = "_joined_product"  # attribute of a layer: not a module of it, so that its state has no weight twice
+
+
+class JoinedAttention(FANformerAttention):
+    """Attention whose Q, K and V are one product, and their cosines and sines taken at once."""
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `FANformerAttention.project` does."""
+        if torch.compiler.is_compiling():
+            return super().project(hidden_states)
+        if self.fan_layer is not None:
+            hidden_states = self.fan_layer(hidden_states)
+        together = getattr(self, _JOINED)(self.qkv_input(hidden_states)[0])
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if not isinstance(self.q_proj, FANProjection):
+            q, k, v = together.split([projection.out_features for projection in projections], dim=-1)
+            return q, k, v
+        periods = [projection.periodic.out_features for projection in projections]
+        p, *linear = together.split([sum(periods), *(one.linear.out_features for one in projections)], dim=-1)
+        cos, sin = p.cos().split(periods, dim=-1), p.sin().split(periods, dim=-1)
+        parts = [part for parts in zip(cos, sin, linear, strict=True) for part in parts]
+        widths = [2 * periodic + one.shape[-1] for periodic, one in zip(periods, linear, strict=True)]
+        q, k, v = torch.cat(parts, dim=-1).split(widths, dim=-1)
+        return q, k, v
+
+
+class JoinedMLP(FANformerMLP):
+    """FFN whose gate and up are one product."""
+
+    def project(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `FANformerMLP.project` does."""
+        if torch.compiler.is_compiling():
+            return super().project(z)
+        gate, up = getattr(self, _JOINED)(self.gate_up_input(z)[0]).chunk(2, dim=-1)
+        return gate, up
+
+
+@contextmanager
+def joined_products(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a FANformer that can compute what reads one input as one product, within the `with` block.
+
+    Left as they are: layers whose readers have inputs of their own (`cola_input="separate"`), and those where a reader
+    is no plain `nn.Linear`, has a hook or another dtype or device than the rest, as with LoRA, quantized weights or
+    offloading. The first time moves the weights in memory; the layers' parameters are views of the joined matrix then,
+    under the same names and with the same values, and stay so.
+    """
+    layers: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for layer in list(model.modules()):
+            if type(layer) is FANformerAttention and layer.qkv_input.count == 1:
+                projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+                if isinstance(layer.q_proj, FANProjection):
+                    readers = [*(one.periodic for one in projections), *(one.linear for one in projections)]
+                else:
+                    readers = list(projections)
+                joined_kind: type[nn.Module] = JoinedAttention
+            elif type(layer) is FANformerMLP and layer.gate_up_input.count == 1:
+                readers, joined_kind = [layer.gate_proj, layer.up_proj], JoinedMLP
+            else:
+                continue
+            product = joined(readers)
+            if product is not None:
+                layers.append((layer, type(layer)))
+                object.__setattr__(layer, _JOINED, product)
+                layer.__class__ = joined_kind
+        yield
+    finally:
+        for layer, kind in layers:
+            layer.__class__ = kind
+            object.__delattr__(layer, _JOINED)
+
+
+def joined(readers: Sequence[nn.Module]) -> nn.Linear | None:
+    """Return the layers that read one input as one, of the same weights in memory; None where they cannot be."""
+    plain = [reader for reader in readers if type(reader) in (nn.Linear, FewRowsLinear) and not _hooks(reader)]
+    if len(plain) < len(readers) or len({(one.weight.dtype, one.weight.device, one.in_features) for one in plain}) > 1:
+        return None
+    if plain[0].weight.is_meta:
+        return None
+    with torch.inference_mode(False), torch.no_grad():  # what is trained later must not be an inference tensor
+        weight = _side_by_side([reader.weight for reader in plain])
+        bias = None
+        if any(reader.bias is not None for reader in plain):
+            biases = [weight.new_zeros(one.out_features) if one.bias is None else one.bias for one in plain]
+            bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    with torch.device("meta"):
+        product = FewRowsLinear(plain[0].in_features, len(weight), bias=bias is not None)
+    product.weight, product.bias = nn.Parameter(weight, requires_grad=False), bias
+    return product
+
+
+def _side_by_side(weights: list[nn.Parameter]) -> Tensor:
+    """Return the rows of all in one matrix whose memory they share, moving them there unless they are there."""
+    width, rows = weights[0].shape[1], sum(len(weight) for weight in weights)
+    at = weights[0].storage_offset()
+    storage = weights[0].untyped_storage().data_ptr()
+    for weight in weights:
+        if not weight.is_contiguous() or (weight.untyped_storage().data_ptr(), weight.storage_offset()) != (
+            storage,
+            at,
+        ):
+            break
+        at += weight.numel()
+    else:
+        return weights[0].detach().as_strided((rows, width), (width, 1))
+    matrix = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, matrix.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return matrix
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,306 @@
+"""What writes text, whatever it runs on: prompts in, completions out; torch-free."""
+
+import math
+import secrets
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from queue import SimpleQueue
+from typing import Any, Literal, NamedTuple, overload
+
+from fanformer.errors import ConfigError, did_you_mean
+from fanformer.generation.decoding import decode_new
+from fanformer.generation.interruption import Interruption
+from fanformer.generation.prompts import check_length, row_seed, withhold_spaces
+from fanformer.generation.settings import GenerationSettings
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continued prompt."""
+
+    prompt: str
+    text: str
+    """The continuation alone."""
+    tokens: int
+    """New tokens, the end token included."""
+    finish_reason: Literal["end", "length", "interrupted"]
+    tokens_per_second: float
+    """New tokens of this prompt over the seconds that its batch took."""
+    seed: int
+    """The seed that was used, given or drawn."""
+
+
+@dataclass
+class Remembered:
+    """What a model has read and written, kept so that a text with the same beginning goes on from there."""
+
+    ids: list[int] = field(default_factory=list)
+    """The tokens whose keys and values are kept."""
+    kept: Any = None
+    """Where they are: a cache of torch, or which text of the ggml engine's they belong to."""
+
+    def take(self, ids: Sequence[int]) -> tuple[int, Any]:
+        """Return how many of `ids` need not be read again, and where they are; nothing is remembered until told anew.
+
+        The last token always has to be read: what follows it is asked for.
+        """
+        known, kept = self.ids, self.kept
+        self.ids, self.kept = [], None
+        limit = min(len(known), len(ids) - 1)
+        shared = next((index for index in range(limit) if known[index] != ids[index]), limit)
+        return (shared if kept is not None else 0), kept
+
+    def keep(self, row: Sequence[int], new: Sequence[int], length: int, kept: Any) -> None:
+        """Remember a text that was continued.
+
+        Args:
+            row: the tokens that were there.
+            new: those written after them.
+            length: how many of all these the model has read.
+            kept: where they are.
+        """
+        self.ids, self.kept = [*row, *new][:length], kept
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are continued together."""
+
+    rows: Sequence[list[int]]
+    """Their token ids."""
+    beginnings: Sequence[str]
+    """What the text of each row's first new token must begin with."""
+    seeds: Sequence[int]
+    """Of each row's random numbers."""
+
+
+class Score(NamedTuple):
+    """How likely a text is."""
+
+    log_likelihood: float
+    """Of its tokens behind those before them, in nats."""
+    tokens: int
+    """How many were scored."""
+    bits_per_byte: float
+    """The same in bits, over the UTF-8 bytes of the text; nan for an empty one."""
+
+
+class TextModel(ABC):
+    """A language model that writes and scores text: a folder on torch or a GGUF file on ggml.
+
+    Attributes:
+        tokenizer: turns text into token ids and back.
+        positions: how many tokens a text may have, its start token included; None is without limit.
+        end_ids: tokens that end a text.
+    """
+
+    tokenizer: Any
+    positions: int | None
+    end_ids: Sequence[int]
+
+    @abstractmethod
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of `prompt`, the start token in front; what looks like a special token is plain text.
+
+        Raises:
+            ConfigError: if the prompt is not valid Unicode, or the tokenizer has no token to start a text with.
+        """
+
+    @abstractmethod
+    def continue_batch(
+        self,
+        batch: Batch,
+        settings: GenerationSettings,
+        on_text: Callable[[str], None] | None,
+        interruption: Interruption,
+        remembered: Remembered | None,
+    ) -> list[list[int]]:
+        """Return the new token ids of each row, up to an end token, which is included, or the longest length.
+
+        Args:
+            batch: the rows; a single one where `on_text` or `remembered` is given.
+            settings: lengths and sampling.
+            on_text: is handed the text as it comes.
+            interruption: ends all rows when requested.
+            remembered: what was read before, and takes over what is read now.
+        """
+
+    @abstractmethod
+    def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
+        """Return the log-probability in nats of every token of `ids` but the first, given those before it."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer knows how a conversation is written."""
+        return bool(self.tokenizer.chat_template)
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **sampling: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
+        """Continue a prompt, or several, and return what was written after each.
+
+        Args:
+            prompt: a text or several.
+            **sampling: fields of `GenerationSettings`, such as `seed=1` or `max_length=50`.
+
+        Raises:
+            ConfigError: as `complete`, or if a field of the settings is wrong.
+        """
+        one = isinstance(prompt, str)
+        found = [done.text for done in self.complete([prompt] if one else prompt, _settings(sampling))]  # type: ignore[list-item]
+        return found[0] if one else found
+
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
+        """Continue a prompt and yield what is written, piece by piece; closing the iterator stops the text.
+
+        Args:
+            prompt: a text.
+            **sampling: as for `generate`.
+
+        Raises:
+            ConfigError: as `generate`.
+        """
+        return self._pieces(prompt, _settings(sampling))
+
+    def _pieces(self, prompt: str, settings: GenerationSettings) -> Iterator[str]:
+        """Yield what another thread writes."""
+        interruption, pieces = Interruption(), SimpleQueue[str | BaseException | None]()
+
+        def write() -> None:
+            try:
+                list(self.complete([prompt], settings, pieces.put, interruption=interruption))
+            except BaseException as error:  # raised again where the pieces are read
+                pieces.put(error)
+            pieces.put(None)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            interruption.request()
+            writer.join()
+
+    def score(self, text: str, prompt: str = "") -> Score:
+        """Return how likely `text` is after `prompt`.
+
+        The two are encoded by themselves and joined, with a start token in front.
+
+        Raises:
+            ConfigError: if both together are longer than the model's positions, or no valid Unicode.
+        """
+        before = self.encode(prompt)
+        ids = self.encode(text)[1:]
+        if self.positions is not None and len(before) + len(ids) > self.positions:
+            raise ConfigError(
+                f"prompt and text have {len(before) + len(ids)} tokens with the start token, and the model has "
+                f"{self.positions} positions: score it in parts."
+            )
+        total = sum(self.log_likelihoods([*before, *ids])[len(before) - 1 :]) if ids else 0.0
+        num_bytes = len(text.encode())
+        return Score(total, len(ids), -total / num_bytes / math.log(2) if num_bytes else float("nan"))
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        settings: GenerationSettings,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        batch_size: int = 8,
+        interruption: Interruption | None = None,
+    ) -> Iterator[Completion]:
+        """Continue every prompt, batch by batch, and say what became of each.
+
+        Args:
+            prompts: the texts; an empty one begins a new text.
+            settings: lengths and sampling.
+            on_text: is handed the text of a single prompt as it comes, the prompt left out.
+            batch_size: prompts that are continued together.
+            interruption: ends the texts early when requested; prompts not begun are then left out.
+
+        Raises:
+            ConfigError: if a prompt and its continuation are longer than the model's positions, if a prompt is no
+                valid text, if the tokenizer has no start token, if several prompts are to be streamed, if `batch_size`
+                is below 1, or if torch cannot compile here.
+            CheckpointError: if the model computes values that are no numbers.
+        """
+        if on_text is not None and len(prompts) != 1:
+            raise ConfigError(f"`on_text` streams the text of one prompt, got {len(prompts)}: call once for each.")
+        if batch_size < 1:
+            raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}.")
+        encoded = [self.encode(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            check_length(self.positions, prompt, ids, settings.max_length)
+        cut = [withhold_spaces(self.tokenizer, ids) for ids in encoded]
+        rows, spaces = [ids for ids, _ in cut], [withheld for _, withheld in cut]
+        return self._in_batches(prompts, rows, spaces, settings, on_text, batch_size, interruption or Interruption())
+
+    def complete_ids(
+        self,
+        ids: list[int],
+        prompt: str,
+        settings: GenerationSettings,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        interruption: Interruption | None = None,
+        remembered: Remembered | None = None,
+    ) -> Completion:
+        """Continue a text that is token ids already; `prompt` is what the completion calls it.
+
+        With `remembered` it is read from where it differs from the text before it.
+        """
+        stop = interruption or Interruption()
+        return next(self._in_batches([prompt], [ids], [""], settings, on_text, 1, stop, remembered))
+
+    def _in_batches(
+        self,
+        prompts: Sequence[str],
+        rows: Sequence[list[int]],
+        beginnings: Sequence[str],
+        settings: GenerationSettings,
+        on_text: Callable[[str], None] | None,
+        batch_size: int,
+        interruption: Interruption,
+        remembered: Remembered | None = None,
+    ) -> Iterator[Completion]:
+        """Continue `rows`, the token ids of `prompts` without the `beginnings` that their new text has to have."""
+        seed = secrets.randbits(32) if settings.seed is None else settings.seed
+        for start in range(0, len(rows), batch_size):
+            if interruption.requested:
+                return
+            end = min(start + batch_size, len(rows))
+            seeds = [row_seed(seed, index) for index in range(start, end)]
+            batch = Batch(rows[start:end], beginnings[start:end], seeds)
+            began = time.perf_counter()
+            outputs = self.continue_batch(batch, settings, on_text, interruption, remembered)
+            seconds = time.perf_counter() - began
+            for prompt, row, beginning, new in zip(
+                prompts[start:end], batch.rows, batch.beginnings, outputs, strict=True
+            ):
+                ended = bool(new) and new[-1] in self.end_ids
+                cut_short = interruption.requested and len(new) < settings.max_length
+                yield Completion(
+                    prompt=prompt,
+                    text=decode_new(self.tokenizer, row, new)[len(beginning) :],
+                    tokens=len(new),
+                    finish_reason="end" if ended else "interrupted" if cut_short else "length",
+                    tokens_per_second=len(new) / seconds,
+                    seed=seed,
+                )
+
+
+def _settings(sampling: dict[str, Any]) -> GenerationSettings:
+    """Return settings from keywords; a wrong name is an error that says which there are."""
+    known = [one.name for one in fields(GenerationSettings)]
+    for name in sampling:
+        if name not in known:
+            raise ConfigError(f"no setting `{name}`: {did_you_mean(name, known)}")
+    return GenerationSettings(**sampling)

@@ -1,0 +1,236 @@
+"""Text by a model of `transformers`: sampling that a seed reproduces, batches, streaming."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from fanformer.data.tokenizer import encode_documents, start_token_id
+from fanformer.errors import CheckpointError
+from fanformer.generation.fast_decoding import fast_decoding
+from fanformer.generation.interruption import Interruption
+from fanformer.generation.prompts import check_text
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.streaming import StopWhenInterrupted, TextStreamer
+from fanformer.generation.text_model import Batch, Remembered, TextModel
+from fanformer.machine.compiling import compiled_decoding, fixed_cache
+
+
+class KnownTokensOnly(LogitsProcessor):
+    """Makes ids that the tokenizer does not have impossible: padding of the vocabulary to a round size."""
+
+    def __init__(self, known: int):
+        self._known = known
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V) with minus infinity from id `known` on.
+
+        Raises:
+            CheckpointError: if a score is no number, which would otherwise come out as arbitrary text.
+        """
+        if scores.isnan().any():
+            raise CheckpointError(
+                "the model computes values that are no numbers: its dtype may be too narrow, try float32 or bfloat16."
+            )
+        return scores.index_fill(-1, torch.arange(self._known, scores.shape[-1], device=scores.device), -torch.inf)
+
+
+class BeginsWith(LogitsProcessor):
+    """Lets the first new token of a row be only one whose text begins with the row's own beginning."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, beginnings: Sequence[str], width: int):
+        self._width = width
+        texts = [tokenizer.decode([token_id]) for token_id in range(len(tokenizer))]
+        self._excluded = torch.tensor([[not text.startswith(beginning) for text in texts] for beginning in beginnings])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V), at the first new position with minus infinity for all other tokens."""
+        if input_ids.shape[1] != self._width:
+            return scores
+        excluded = torch.ones_like(scores, dtype=torch.bool)
+        excluded[:, : self._excluded.shape[1]] = self._excluded.to(scores.device)
+        return scores.masked_fill(excluded, -torch.inf)
+
+
+class Temperature(LogitsProcessor):
+    """Divides scores, after the row's largest is taken from all: only what is as good as impossible overflows."""
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V) less their row's largest, over the temperature."""
+        return (scores - scores.amax(dim=-1, keepdim=True)) / self._temperature
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest score is a sample of the softmax; each row has its own random stream.
+
+    So the text of a prompt does not depend on which others share its batch, and no global random state is touched.
+
+    Source: the Gumbel-max trick, arXiv:1611.00712, section 2.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` (B, V) plus noise, in float32."""
+        # The noise is drawn on the CPU, where a seed means the same on every machine.
+        noise = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self._generators])
+        return scores.float() - noise.clamp_min(torch.finfo(torch.float32).tiny).log().to(scores.device)
+
+
+class TorchModel(TextModel):
+    """A causal language model of `transformers` that writes and scores text."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, compiled: bool = False) -> None:
+        """Take a model in evaluation mode and its tokenizer.
+
+        Args:
+            model: where it is and in its dtype.
+            tokenizer: the one that it was trained with.
+            compiled: compile the step from token to token: some ten seconds, or a minute the first time, and faster
+                then. What is remembered of a conversation is not used then.
+        """
+        self.model, self.tokenizer, self.compiled = model, tokenizer, compiled
+        self.positions = getattr(model.config, "max_position_embeddings", None)
+        self.end_ids = end_token_ids(model, tokenizer)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Do what `TextModel.encode` says."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def continue_batch(
+        self,
+        batch: Batch,
+        settings: GenerationSettings,
+        on_text: Callable[[str], None] | None,
+        interruption: Interruption,
+        remembered: Remembered | None,
+    ) -> list[list[int]]:
+        """Do what `TextModel.continue_batch` says."""
+        streamer = TextStreamer(self.tokenizer, on_text, len(batch.beginnings[0])) if on_text is not None else None
+        positions = max(map(len, batch.rows)) + settings.max_length
+        cache: Cache | None = fixed_cache(self.model, positions) if self.compiled else None
+        if remembered is not None and not self.compiled:
+            cache = _cache_of(self.model, batch.rows[0], remembered)
+        found = _continue_batch(
+            self.model, self.tokenizer, batch, settings, self.end_ids, streamer, interruption, cache
+        )
+        if remembered is not None and isinstance(cache, DynamicCache):
+            remembered.keep(batch.rows[0], found[0], cache.get_seq_length(), cache)
+        return found
+
+    @torch.inference_mode()
+    def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
+        """Do what `TextModel.log_likelihoods` says, in float32."""
+        tokens = torch.tensor([ids], device=self.model.device)
+        logits = self.model(tokens[:, :-1]).logits[0].float()  # (T - 1, V)
+        return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Return the token ids of `prompt`, the start token in front; what looks like a special token is plain text.
+
+    Raises:
+        ConfigError: if the prompt is not valid Unicode, or the tokenizer has no token to start a text with.
+    """
+    check_text(prompt)
+    return [start_token_id(tokenizer), *encode_documents(tokenizer, [prompt])[0]]
+
+
+def _cache_of(model: PreTrainedModel, ids: list[int], remembered: Remembered) -> DynamicCache:
+    """Return a cache with the keys and values of the beginning that `ids` shares with what is remembered."""
+    shared, cache = remembered.take(ids)
+    # layers of another kind keep less than the whole text, and cannot be cut
+    if not shared or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return DynamicCache(config=model.config)
+    excess = cache.get_seq_length() - shared
+    if excess:
+        cache.crop(-excess)
+    return cache
+
+
+@torch.inference_mode()
+def _continue_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: Batch,
+    settings: GenerationSettings,
+    end_ids: Sequence[int],
+    streamer: TextStreamer | None,
+    interruption: Interruption,
+    cache: Cache | None,
+) -> list[list[int]]:
+    """Return for each row its new token ids, an end token included; with a fixed cache the step is compiled."""
+    compiling = compiled_decoding(model.device.type) if isinstance(cache, StaticCache) else {}
+    rows = batch.rows
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
+    present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    with fast_decoding(model):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=present,
+            generation_config=GenerationConfig(
+                max_new_tokens=settings.max_length,
+                min_new_tokens=settings.min_length,
+                do_sample=False,  # the noise that _processors adds makes the most likely token a sample
+                num_beams=1,
+                use_cache=True,
+                pad_token_id=padding,
+                eos_token_id=list(end_ids) or None,
+                **compiling,
+            ),
+            logits_processor=_processors(tokenizer, batch, width, settings),
+            stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
+            streamer=streamer,
+            past_key_values=cache,
+        )
+    results = []
+    for new_ids in output[:, width:].tolist():
+        end = next((index for index, token_id in enumerate(new_ids) if token_id in end_ids), len(new_ids))
+        results.append(new_ids[: end + 1])
+    return results
+
+
+def _processors(
+    tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int, settings: GenerationSettings
+) -> LogitsProcessorList:
+    processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
+    if any(batch.beginnings):
+        processors.append(BeginsWith(tokenizer, batch.beginnings, width))
+    if settings.is_greedy:
+        return processors
+    processors.append(Temperature(settings.temperature))
+    if settings.top_k > 0:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(GumbelNoise(batch.seeds))
+    return processors
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids that end a text: the folder's generation settings, else its configuration, else its tokenizer."""
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return list(ids) if isinstance(ids, list) else [ids]
+    return []

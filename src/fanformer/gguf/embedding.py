@@ -1,0 +1,55 @@
+"""The embedding of a GGUF file, read from it row by row: a token needs one row, so memory need not hold them all."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fanformer.errors import CheckpointError
+from fanformer.gguf.blocks import Bytes, Floats, dequantize
+from fanformer.gguf.file import TensorInfo
+
+_ROWS_AT_ONCE = 256
+
+
+class Embedding:
+    """Rows of the embedding, in float32; the file stays open."""
+
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        """Open the file, and check all rows.
+
+        Args:
+            path: a checked file.
+            info: the embedding, (V, D).
+
+        Raises:
+            CheckpointError: if a number is not finite.
+        """
+        self._path, self._info = path, info
+        self._row_bytes = info.kind.row_bytes(info.shape[-1])
+        self._stream = path.open("rb", buffering=0)
+        for first in range(0, info.shape[0], _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, info.shape[0] - first)
+            if not np.isfinite(self._numbers(self._read(first, count))).all():
+                raise CheckpointError(f"{path.absolute()}: tensor `{info.name}` holds values that are not finite.")
+
+    def rows(self, ids: NDArray[np.int32]) -> Floats:
+        """Return the rows (N, D) of token ids (N,), which must be the model's.
+
+        Raises:
+            CheckpointError: if the file has become shorter.
+        """
+        return self._numbers(np.concatenate([self._read(number, 1) for number in ids.tolist()]))
+
+    def _numbers(self, raw: Bytes) -> Floats:
+        return dequantize(raw, self._info.kind, (len(raw) // self._row_bytes, self._info.shape[-1]))
+
+    def _read(self, first: int, count: int) -> Bytes:
+        raw, done = np.empty(count * self._row_bytes, dtype=np.uint8), 0
+        self._stream.seek(self._info.offset + first * self._row_bytes)
+        while done < len(raw):
+            got = self._stream.readinto(raw[done:].data)
+            if not got:
+                raise CheckpointError(f"{self._path.absolute()} became shorter while it was in use: copy it again.")
+            done += got
+        return raw

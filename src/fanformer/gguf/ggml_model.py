@@ -1,0 +1,106 @@
+"""Text by a GGUF file on ggml; never imports torch."""
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fanformer.generation.decoding import TextWriter
+from fanformer.generation.interruption import Interruption
+from fanformer.generation.prompts import check_text
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.text_model import Batch, Remembered, TextModel
+from fanformer.gguf.engine import Engine
+from fanformer.gguf.sampling import Sampler
+from fanformer.gguf.tensors import open_model
+from fanformer.gguf.tokenizer import GGUFTokenizer
+
+
+class GgmlModel(TextModel):
+    """A GGUF file that runs as it is, quantized, on the CPU; a seed gives other texts than on torch."""
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        """Open a file.
+
+        Args:
+            path: of the file.
+            threads: how many compute at once; None chooses the free cores.
+
+        Raises:
+            CheckpointError: if the file or its tokenizer is missing, damaged, or of another kind.
+            ConfigError: if the engine cannot do the model's kind of RoPE, or that many threads.
+            DependencyError: if the extra `gguf` is not installed.
+        """
+        file, model = open_model(str(path))
+        self.tokenizer = GGUFTokenizer(file, model.vocab_size)
+        self.engine = Engine(file, model, threads)
+        del file  # the texts of all tokens are in its metadata
+        self.positions, self.end_ids = model.max_position_embeddings, self.tokenizer.end_ids
+        give_back_freed_memory()
+
+    def encode(self, prompt: str) -> list[int]:
+        """Do what `TextModel.encode` says."""
+        check_text(prompt)
+        return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
+
+    def continue_batch(
+        self,
+        batch: Batch,
+        settings: GenerationSettings,
+        on_text: Callable[[str], None] | None,
+        interruption: Interruption,
+        remembered: Remembered | None,
+    ) -> list[list[int]]:
+        """Do what `TextModel.continue_batch` says."""
+        tokenizer, engine, rows = self.tokenizer, self.engine, batch.rows
+        writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
+        samplers = [
+            Sampler(settings, seed, tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, beginning))
+            for seed, beginning in zip(batch.seeds, batch.beginnings, strict=True)
+        ]
+        shared, text = remembered.take(rows[0]) if remembered is not None else (0, None)
+        kept = engine.begin(len(rows), max(map(len, rows)) + settings.max_length, shared if text == engine.texts else 0)
+        found: list[list[int]] = [[] for _ in rows]
+        following: list[list[int]] = [row[kept:] for row in rows]
+        for _ in range(settings.max_length):
+            active = [stream for stream, ids in enumerate(following) if ids]
+            logits = engine.forward(following)
+            following = [[] for _ in rows]
+            for stream in active:
+                token = samplers[stream].draw(logits[stream][0])
+                found[stream].append(token)
+                if writer is not None:
+                    writer.push(token)
+                if token not in tokenizer.end_ids:
+                    following[stream] = [token]
+            if interruption.requested or not any(following):
+                break
+        if writer is not None:
+            writer.finish()
+        if remembered is not None:
+            remembered.keep(rows[0], found[0], engine.length(0), engine.texts)
+        return found
+
+    def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
+        """Do what `TextModel.log_likelihoods` says, in float32."""
+        self.engine.begin(1, len(ids))
+        logits = self.engine.forward([list(ids[:-1])], every=True)[0]  # (T - 1, V)
+        largest = logits.max(axis=-1, keepdims=True)
+        normalizer = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=-1))
+        return (logits[np.arange(len(logits)), ids[1:]] - normalizer).tolist()
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give memory that nobody uses any more to the system; without glibc it does so by itself."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _excluded(tokenizer: GGUFTokenizer, beginning: str) -> NDArray[np.bool_] | None:
+    """Return which tokens do not begin with `beginning`, (known) bool, or None where it is empty."""
+    if not beginning:
+        return None
+    return np.array([not tokenizer.decode([number]).startswith(beginning) for number in range(tokenizer.known)])

@@ -1,0 +1,310 @@
+"""The tokenizer inside a GGUF file, on the `tokenizers` library alone: the same ids as the folder's, without torch.
+
+llama.cpp's keys hold the tokens and merges. What they cannot say (how text is cut into pieces, special tokens' flags)
+is in `tokenizer.fanformer.pipeline`: the folder's tokenizer.json without its tokens and merges.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from fanformer.errors import CheckpointError, ConfigError, DependencyError
+from fanformer.gguf.file import GGUFFile, Texts
+
+PIPELINE = "tokenizer.fanformer.pipeline"
+END_IDS = "fanformer.end_token_ids"
+TEMPLATE = "tokenizer.chat_template"
+TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Types of a token, in llama.cpp's numbers."""
+_TEXTS_AT_ONCE = 256
+_SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of a file's special tokens, None for one that it does not have."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
+    end_ids: list[int]
+    """The ids that end a text."""
+
+
+class GGUFTokenizer:
+    """Turns text into token ids and back, as the tokenizer of the folder that the file was made of does."""
+
+    def __init__(self, file: GGUFFile, vocab_size: int) -> None:
+        """Build the tokenizer.
+
+        Args:
+            file: a GGUF file of ours.
+            vocab_size: V, how many ids the model has.
+
+        Raises:
+            CheckpointError: if the file's tokenizer is missing, damaged, or does not fit the model.
+        """
+        self.name_or_path = str(file.path)
+        self.backend_tokenizer = _backend(file, vocab_size)
+        used = np.flatnonzero(file.metadata[TOKEN_TYPES] != UNUSED).tolist()
+        self.known: int = max([*used[-1:], *self.backend_tokenizer.get_added_tokens_decoder()], default=-1) + 1
+        """One more than the largest id that stands for text; those from here on only fill up the vocabulary."""
+        special = self.special_ids(file, vocab_size)
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = special.bos, special.eos, special.pad
+        self.end_ids = special.end_ids
+        """The ids that end a text."""
+        ids = {"bos": special.bos, "eos": special.eos, "pad": special.pad, "unk": special.unk}
+        self.special_tokens: dict[str, str] = {}
+        for name, number in ids.items():
+            if number is not None:
+                text = self.backend_tokenizer.id_to_token(number)
+                if text is None:
+                    raise file.fail(f"is damaged: its {name} token has the id {number}, which its tokenizer lacks.")
+                self.special_tokens[f"{name}_token"] = text
+        """Text of each special token by its name, such as bos_token."""
+        template = file.metadata.get(TEMPLATE)
+        if template is not None and not isinstance(template, str):
+            raise file.fail(f"is damaged: `{TEMPLATE}` must be a text, got {type(template).__name__}.")
+        self.chat_template: str | None = template
+
+    @staticmethod
+    def special_ids(file: GGUFFile, vocab_size: int) -> SpecialIds:
+        """Return the ids of a file's special tokens without building its tokenizer.
+
+        Raises:
+            CheckpointError: if one is not among the model's ids.
+        """
+        ids = {name: _special_id(file, key, vocab_size) for name, key in _SPECIAL.items()}
+        return SpecialIds(**ids, end_ids=_end_ids(file, ids["eos"], vocab_size))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the ids of `text`, without start and end tokens.
+
+        Args:
+            text: what to encode.
+            special: whether what looks like a special token is one; else it is ordinary text.
+        """
+        self.backend_tokenizer.encode_special_tokens = not special
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Return the text of token ids; the arguments are those of `transformers`.
+
+        Raises:
+            ConfigError: if spaces are to be cleaned up, which this tokenizer never does.
+        """
+        if clean_up_tokenization_spaces:
+            raise ConfigError("`clean_up_tokenization_spaces` must be False, got True: a GGUF's text is never changed.")
+        return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @property
+    def start_id(self) -> int:
+        """The id that opens every text: bos, or eos where there is no bos.
+
+        Raises:
+            ConfigError: if the file names neither.
+        """
+        for number in (self.bos_token_id, self.eos_token_id):
+            if number is not None:
+                return number
+        raise ConfigError(f"{self.name_or_path} names neither a bos nor an eos token, and texts begin with one.")
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True, return_dict: bool = False
+    ) -> list[int]:
+        """Return the ids of a conversation; the arguments are those of `transformers`.
+
+        Raises:
+            ConfigError: if a dictionary is asked for, or if the file has no template.
+            CheckpointError: if the template refuses the messages or is broken.
+        """
+        if return_dict or self.chat_template is None:
+            raise ConfigError(
+                f"`return_dict` must be False and a chat template be there, got {return_dict} and "
+                f"{'none' if self.chat_template is None else 'one'} in {self.name_or_path}."
+            )
+        text = _render(self.chat_template, self.name_or_path, messages, add_generation_prompt, self.special_tokens)
+        return self.encode(text, special=True)
+
+
+def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bool, special: dict[str, str]) -> str:
+    """Return the conversation as text; the environment is the one that `transformers` documents for templates."""
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise DependencyError(
+            "chat templates need jinja2, which is not installed: pip install 'fanformer[gguf]'"
+        ) from error
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **special
+        )
+    except (TemplateError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError(f"{name}: its chat template fails: {reason}.") from error
+
+
+def _special_id(file: GGUFFile, key: str, vocab_size: int) -> int | None:
+    name = f"tokenizer.ggml.{key}"
+    number = file.metadata.get(name)
+    if number is None:
+        return None
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
+        raise file.fail(f"is damaged: `{name}` must be in [0, {vocab_size}), got {str(number)[:40]}.")
+    return number
+
+
+def _end_ids(file: GGUFFile, eos: int | None, vocab_size: int) -> list[int]:
+    numbers = file.metadata.get(END_IDS)
+    if numbers is None:
+        return [] if eos is None else [eos]
+    if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in "iu":
+        raise file.fail(f"is damaged: `{END_IDS}` must be an array of whole numbers.")
+    found = [int(number) for number in numbers]
+    if not all(0 <= number < vocab_size for number in found):
+        raise file.fail(f"is damaged: `{END_IDS}` must be in [0, {vocab_size}), got {found[:8]}.")
+    return found
+
+
+def _texts(file: GGUFFile, key: str) -> Texts:
+    value = file.metadata.get(key)
+    if not isinstance(value, Texts):
+        raise file.fail(f"its tokenizer is missing or damaged: `{key}` must be an array of texts.")
+    return value
+
+
+def _backend(file: GGUFFile, vocab_size: int) -> Tokenizer:
+    """Put tokens and merges back into the pipeline, and build the tokenizer from it."""
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise file.fail(f"its tokenizer is {str(kind)[:40]!r}, expected `gpt2`: byte-level BPE.")
+    tokens, merges = _texts(file, TOKENS), _texts(file, MERGES)
+    types = file.metadata.get(TOKEN_TYPES)
+    if len(tokens) != vocab_size or not isinstance(types, np.ndarray) or types.shape != (vocab_size,):
+        raise file.fail(
+            f"its tokenizer does not fit: expected {vocab_size} tokens with their types, got {len(tokens)}."
+        )
+    try:
+        content = rebuild_json(str(file.metadata.get(PIPELINE)), tokens, types.tolist(), merges)
+        backend = Tokenizer.from_str(content)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception at all
+        reason = " ".join(str(error).split())[:200]
+        raise file.fail(f"its tokenizer cannot be read: {reason}.") from error
+    # all other ids are places in `tokens`; asking for the whole vocabulary would take as much memory again
+    if max(backend.get_added_tokens_decoder(), default=0) >= vocab_size:
+        raise file.fail(f"its tokenizer has ids beyond the model's {vocab_size}: it belongs to another model.")
+    return backend
+
+
+def rebuild_json(pipeline: str, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> str:
+    """Return the tokenizer.json that `pipeline`, tokens and merges were taken out of.
+
+    Args:
+        pipeline: the value of PIPELINE.
+        tokens: (V) text of every id.
+        types: (V) type of every id.
+        merges: pairs of tokens, a space between them.
+
+    Raises:
+        ValueError: if they do not fit together.
+    """
+    content = json.loads(pipeline)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"`{PIPELINE}` must be a tokenizer.json with a model")
+    outside = set(content.pop("outside_vocabulary"))
+    known = zip(range(len(tokens)), types, strict=True)
+    ids = np.fromiter((number for number, kind in known if kind != UNUSED and number not in outside), np.int64)
+    _check_unique(tokens, ids)
+    model = content.pop("model")
+    # the last, so that its vocabulary and merges can be written behind it
+    content["model"] = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+    text = io.StringIO()
+    text.write(json.dumps(content).removesuffix("}}"))
+    text.write(', "vocab": {')
+    text.writelines(_in_pieces(len(ids), lambda part: {tokens[number]: number for number in ids[part].tolist()}))
+    text.write('}, "merges": [')
+    text.writelines(_in_pieces(len(merges), lambda part: [merge.split(" ") for merge in merges[part]]))
+    text.write("]}}")
+    return text.getvalue()
+
+
+def _in_pieces(count: int, values: Callable[[slice], Any]) -> Iterator[str]:
+    """Yield JSON of `count` values without the brackets around them; `values` returns those of a slice.
+
+    A few at a time: of a hundred thousand small objects at once, megabytes would stay with the process.
+    """
+    for at in range(0, count, _TEXTS_AT_ONCE):
+        piece = json.dumps(values(slice(at, at + _TEXTS_AT_ONCE)))[1:-1]
+        yield f",{piece}" if at else piece
+
+
+def _check_unique(tokens: Sequence[str], ids: NDArray[np.int64]) -> None:
+    """Raise ValueError if two of these ids have the same text."""
+    hashes = np.fromiter((hash(tokens[number]) for number in ids), np.int64, len(ids))
+    if len(np.unique(hashes)) == len(ids):
+        return
+    seen: set[str] = set()
+    for number in ids.tolist():
+        if tokens[number] in seen:
+            raise ValueError(f"token {tokens[number]!r} is there twice")
+        seen.add(tokens[number])
+
+
+def strip_json(content: dict[str, Any], num_tokens: int) -> tuple[str, list[str], list[int], list[str]]:
+    """Return pipeline, tokens, types and merges of a byte-level BPE's tokenizer.json: what `rebuild_json` takes.
+
+    Args:
+        content: tokenizer.json.
+        num_tokens: V; ids that the tokenizer lacks become unused tokens.
+
+    Raises:
+        ConfigError: if it is another kind of tokenizer.
+    """
+    model = content["model"]
+    parts = content.get("pre_tokenizer") or {}
+    steps = [step["type"] for step in parts.get("pretokenizers", [parts]) if step]
+    if model["type"] != "BPE" or "ByteLevel" not in steps:
+        raise ConfigError(
+            f"the tokenizer is {model['type']} with the steps {steps}, expected byte-level BPE: no other kind can be "
+            "put into a GGUF file yet."
+        )
+    tokens = [f"[PAD{number}]" for number in range(num_tokens)]
+    types = [UNUSED] * num_tokens
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, NORMAL
+    added = content.get("added_tokens", [])
+    for item in added:
+        tokens[item["id"]] = item["content"]
+        types[item["id"]] = CONTROL if item["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    outside = [item["id"] for item in added if item["content"] not in model["vocab"]]
+    rest = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+    pipeline = {**content, "model": rest, "truncation": None, "padding": None, "outside_vocabulary": outside}
+    return json.dumps(pipeline, ensure_ascii=False), tokens, types, merges

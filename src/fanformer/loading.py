@@ -1,0 +1,120 @@
+"""What a path names: a model folder, on torch, or a GGUF file, on ggml or on torch. Imports only what it needs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fanformer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from fanformer.generation.loading import LoadedModel
+    from fanformer.generation.text_model import TextModel
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Return whether `path` means a GGUF file rather than a folder: it ends in .gguf and is no folder."""
+    return Path(path).suffix == ".gguf" and not Path(path).is_dir()
+
+
+def load_text_model(
+    path: str | Path, device: str = "auto", dtype: str = "auto", threads: int | None = None, compiled: bool = False
+) -> "TextModel":
+    """Load what writes text: a folder on torch, a .gguf file on ggml, for which torch is never imported.
+
+    Args:
+        path: a model folder or a GGUF file.
+        device: of a folder: auto, cpu, cuda, cuda:N or mps; a file runs on the CPU.
+        dtype: of a folder: auto (as saved), float32, bfloat16 or float16; a file has its own types.
+        threads: of a file; None chooses the free cores.
+        compiled: of a folder: whether the step from token to token is compiled, which pays for long texts.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another kind.
+        ConfigError: if an argument has no effect on what `path` names, or is wrong.
+        DependencyError: if a file is named and the extra `gguf` is not installed.
+    """
+    if not is_gguf(path):
+        if threads is not None:
+            raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")
+        from fanformer.generation.loading import load as load_folder
+        from fanformer.generation.torch_model import TorchModel
+
+        return TorchModel(*load_folder(path, device, dtype), compiled)
+    if compiled:
+        raise ConfigError(f"`--compile` is for model folders, got {path}: leave it out, ggml needs no compiling.")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"`device` must be auto or cpu for a .gguf file, got {device!r}: ggml runs on the CPU here.")
+    if dtype != "auto":
+        raise ConfigError(
+            f"`dtype` must be auto for a .gguf file, got {dtype!r}: its types were chosen when it was written."
+        )
+    from fanformer.gguf.ggml_model import GgmlModel
+
+    return GgmlModel(path, threads)
+
+
+def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> "LoadedModel":
+    """Load model and tokenizer for torch; of a GGUF file the numbers become float32.
+
+    Args:
+        path: a model folder or a GGUF file.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: if anything is missing, damaged, of another kind, or does not fit together.
+        ConfigError: if the device is not there or the dtype not known.
+        DependencyError: if it is quantized and the package that reads it is not installed.
+    """
+    from fanformer.generation.loading import LoadedModel
+
+    model = load_model(path, device, dtype)
+    return LoadedModel(model, load_tokenizer(path, model.config.vocab_size))
+
+
+def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> "PreTrainedModel":
+    """Load the model for torch, in evaluation mode; arguments and errors as in `load`."""
+    if not is_gguf(path):
+        from fanformer.generation.loading import load_model as load_folder
+
+        return load_folder(path, device, dtype)
+    from fanformer.gguf.loading import read_model
+    from fanformer.machine.devices import resolve_device, resolve_dtype
+
+    placed, kind = resolve_device(device), resolve_dtype(dtype)
+    return read_model(path, kind).to(placed)
+
+
+def load_config(path: str | Path) -> "PreTrainedConfig":
+    """Return the configuration of the model.
+
+    Raises:
+        CheckpointError: if it is missing, or not that of a causal language model.
+    """
+    if is_gguf(path):
+        from fanformer.gguf.loading import read_config
+
+        return read_config(path)
+    from fanformer.generation.loading import load_config as read_from_folder
+
+    return read_from_folder(path)
+
+
+def load_tokenizer(path: str | Path, vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of the model, as `transformers` has it.
+
+    Args:
+        path: a model folder or a GGUF file.
+        vocab_size: V, how many token ids the model knows.
+
+    Raises:
+        CheckpointError: if it is missing, broken, has more tokens than `vocab_size`, or brings code of its own.
+    """
+    if is_gguf(path):
+        from fanformer.gguf.loading import read_tokenizer
+
+        return read_tokenizer(path)
+    from fanformer.generation.loading import load_tokenizer as read_from_folder
+
+    return read_from_folder(path, vocab_size)

@@ -1,0 +1,369 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fanformer.comparison.architectures import architecture, without_embeddings
+from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, run_comparison
+from fanformer.comparison.entries import Provenance, write_comparison
+from fanformer.comparison.ledger import read_ledger
+from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
+from fanformer.comparison.trial import RESULT_FILE, Result, Trial
+from fanformer.errors import ConfigError
+from fanformer.model import FANformerConfig
+from fanformer.model.configuration_fanformer import RANKS
+
+NEEDED = {"vocab_size": 320, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+class Watcher:
+    """Hears a sweep and keeps what it is told."""
+
+    def __init__(self):
+        self.begun, self.ended = [], {}
+
+    def note(self, text):
+        pass
+
+    def data_progress(self, done, total):
+        pass
+
+    def begin(self, name, done, total):
+        self.begun.append(name)
+
+    def progress(self, name, share, text):
+        pass
+
+    def end(self, name, text):
+        self.ended[name] = text
+
+
+def small(corpus, **fields):
+    run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
+    given = {"architectures": ["fanformer@60k", "llama@60k"], "data": str(corpus), "tokens": 1280, "run": run}
+    return Comparison.from_fields({**given, "learning_rates": [0.01], "evaluations": 2, "eval_tokens": 256, **fields})
+
+
+def outcome(spec, budget, seed, loss):
+    """A training that ended at this loss."""
+    curve = [{"tokens": budget // 2, "val_loss": 9.0}, {"tokens": budget, "val_loss": loss}]
+    sizes = ("parameters", "parameters_without_embeddings", "training_operations_per_token", "tokens_per_second")
+    figures = {"loss": loss, "bits_per_byte": loss, **dict.fromkeys(sizes, 1.0)}
+    return Outcome(Trial(spec, 0.01, seed, {}), budget, Result("finished", "", figures, curve, {}))
+
+
+SCALED = ["fanformer@300k", "fanformer-tuned@300k", "llama@300k", "llama-qk-norm@300k", "cola-llama@300k"]
+
+
+@pytest.mark.parametrize("spec", SCALED)
+def test_a_size_is_met_within_a_hundredth(spec):
+    assert abs(without_embeddings(architecture(spec).config()) / 300_000 - 1) <= 0.01
+
+
+def test_a_size_can_be_that_of_another_architecture():
+    nano = without_embeddings(architecture("nano").config())
+    assert abs(without_embeddings(architecture("llama@nano").config()) / nano - 1) <= 0.01
+
+
+def test_a_name_without_size_is_the_published_shape():
+    assert architecture("llama").count().total == 134_515_008
+    assert architecture("fanformer").count().total == 92_230_144
+    assert architecture("fanformer-tuned").count().total == 92_158_804
+
+
+@pytest.mark.parametrize("size", ["200k", "1m", "4m", "fanformer"])
+def test_the_definition_at_any_size_has_its_ffn_and_low_ranks_in_all_layers(size):
+    config = architecture(f"fanformer@{size}").config()
+    width = config.hidden_size
+    assert config.intermediate_size == 4 * width
+    ranks = {name: getattr(config, name) for name in RANKS}
+    step = 32 if width >= 256 else 8
+    assert all(rank % step == 0 for rank in ranks.values()), ranks
+    usual = sum(getattr(FANformerConfig(), name) for name in RANKS) / 512
+    assert 0.5 < sum(ranks.values()) / width / usual < 1.5
+    assert abs(without_embeddings(config) / without_embeddings(architecture(f"llama@{size}").config()) - 1) < 0.02
+
+
+def test_ranks_make_up_for_what_a_part_costs_and_the_ffn_where_there_are_none():
+    whole = architecture("fanformer@1m").config()
+    plain = architecture("fanformer@1m:o_rank=null,down_rank=null").config()
+    assert (plain.o_rank, plain.down_rank, plain.intermediate_size) == (None, None, whole.intermediate_size)
+    assert plain.qkv_rank < whole.qkv_rank
+    full = architecture("fanformer@1m:qkv_rank=null,o_rank=null,gate_up_rank=null,down_rank=null").config()
+    assert full.intermediate_size < whole.intermediate_size
+
+
+def test_scaled_initialisation_is_the_one_of_the_experiments():
+    model = architecture("llama@300k").build(NEEDED)
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(1.0, rel=0.05)
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(model.config.hidden_size**-0.5, rel=0.05)
+    assert not layer.mlp.down_proj.weight.any()
+    assert not layer.self_attn.o_proj.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lama", "no architecture 'lama': did you mean `llama`?"),
+        ("llama:hidden=2", "`hidden` is not a field of llama"),
+        ("nano@2m", "preset nano has its size"),
+        ("llama@3", "must be at least 20k parameters"),
+        ("llama@foo", "must be a count such as 2m, or the name of an architecture"),
+        ("llama:x", "must be NAME=VALUE"),
+        ("fanformer:initialisation=scaled", "FANformer classes have their own"),
+        ("llama@2m:hidden_size=32", "no shape of llama has 2,000,000 parameters"),
+    ],
+)
+def test_a_wrong_architecture_is_refused_with_a_remedy(spec, message):
+    with pytest.raises(ConfigError) as caught:
+        architecture(spec)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token": 3}, "`token` is not a field of a comparison: did you mean `tokens`?"),
+        ({"tokens": 4}, "`tokens` must be at least one step of 128"),
+        ({"seeds": [0, 0]}, "`seeds` must hold at least one value, each once"),
+        ({"learning_rates": []}, "`learning_rates` must hold at least one value"),
+        ({"learning_rates": "fast"}, "`learning_rates` of a comparison cannot be 'fast'"),
+        ({"ablation": 1}, "`ablation` of a comparison must be true or false, got 1"),
+        ({"evaluations": "many"}, "`evaluations` of a comparison must be a whole number"),
+        ({"run": {"seed": 3}}, "`seed` is set by the comparison itself"),
+        ({"run": {"optimiser": "muon"}}, "did you mean `optimizer`?"),
+        ({"candidate_tokens": ["640", 1280]}, "`tokens` and `candidate_tokens` must hold each value once"),
+        ({"candidate_tokens": [64]}, "`tokens` must be at least one step of 128, got 64"),
+        ({"hole_sides": [5]}, "`hole_sides` is for a rule that has a hole"),
+        ({"rates_on": {"hole_side": 5}}, "`rates_on` is for a rule"),
+        ({"rule": "modular-addition"}, "does not apply to the rule modular-addition"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_with_a_remedy(corpus, fields, message):
+    with pytest.raises(ConfigError) as caught:
+        small(corpus, **fields)
+    assert message in str(caught.value)
+
+
+def test_rates_are_not_chosen_on_what_is_reported():
+    fields = {"architectures": ["nano"], "rule": "modular-addition", "hole_sides": [11]}
+    with pytest.raises(ConfigError, match="`rates_on` must be a variant of modular-addition that is not reported"):
+        Comparison.from_fields({**fields, "rates_on": {"hole_side": 11}})
+
+
+@pytest.mark.slow
+def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_is_trained_twice(corpus, tmp_path):
+    comparison, first, second = small(corpus, learning_rates=[0.01, 1e-5], seeds=2), Watcher(), Watcher()
+    outcomes = run_comparison(comparison, tmp_path / "out", first)
+    assert len(outcomes) == 6, first.ended
+    assert all(outcome.result is not None for outcome in outcomes), first.ended
+    for spec in comparison.architectures:
+        assert best_rate(outcomes, spec, 1280) == 0.01
+    found = arms(comparison, outcomes)
+    assert [len(arm.outcomes) for arm in found] == [2, 2]
+    (pair,) = pairs(comparison, found)
+    assert (pair.candidate, pair.baseline) == ("fanformer@60k", "llama@60k")
+    difference = found[0].figures["bits_per_byte"].value - found[1].figures["bits_per_byte"].value
+    assert pair.figures["bits_per_byte_difference"].value == pytest.approx(difference)
+    json.dumps(to_record(comparison, outcomes), allow_nan=False)
+
+    dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)}
+    again = run_comparison(comparison, tmp_path / "out", second)
+    assert [outcome.loss for outcome in again] == [outcome.loss for outcome in outcomes]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)} == dates
+
+
+@pytest.mark.slow
+def test_a_training_that_cannot_be_done_does_not_stop_the_others(corpus, tmp_path):
+    # a dropout of 2 is accepted by Llama's configuration and refused by the first forward pass
+    comparison = small(corpus, architectures=["fanformer@60k", "llama@60k:attention_dropout=2.0"])
+    watcher = Watcher()
+    outcomes = run_comparison(comparison, tmp_path / "out", watcher)
+    assert outcomes[0].result is not None, watcher.ended
+    assert outcomes[1].result is None
+    assert arms(comparison, outcomes)[1].troubles[0].startswith(outcomes[1].trial.name)
+
+
+def test_a_diverged_training_is_a_result(corpus, tmp_path):
+    run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
+    run |= {"max_skipped_steps": 1, "optimizer": "adamw", "max_grad_norm": 0.0, "warmup_fraction": 0.0}
+    comparison = small(corpus, architectures=["llama@60k"], learning_rates=[1e30], run=run)
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    assert [outcome.result.status for outcome in outcomes] == ["diverged"]
+    assert "not finite" in outcomes[0].result.message
+
+
+def trial_processes(folder):
+    """Return the command lines of the trainings that run below `folder`."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue  # it ended while we looked
+    return [line for line in lines if "fanformer.comparison.trial" in line and str(folder) in line]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_comparison import *\n"
+        "run_comparison(small(sys.argv[2], tokens=25600), Path(sys.argv[3]), Watcher())"
+    )
+    here = str(Path(__file__).parent)
+    process = subprocess.Popen([sys.executable, "-c", code, here, str(corpus), str(out)])
+    deadline = time.monotonic() + 120
+    while len(list(out.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (first,) = out.rglob(RESULT_FILE)
+    kept = first.read_bytes(), first.stat().st_mtime_ns
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while trial_processes(out) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert trial_processes(out) == []
+    watcher = Watcher()
+    outcomes = run_comparison(small(corpus, tokens=25600), out, watcher)  # not refused: no lock is left behind
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"], watcher.ended
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
+
+
+@pytest.mark.slow
+def test_trainings_side_by_side_come_to_the_same_in_the_same_order(corpus, tmp_path):
+    comparison = small(corpus, learning_rates=[0.01, 0.005], seeds=2)
+    alone = run_comparison(comparison, tmp_path / "alone", Watcher())
+    together = run_comparison(comparison, tmp_path / "together", Watcher(), jobs=3)
+    assert [outcome.trial.name for outcome in together] == [outcome.trial.name for outcome in alone]
+    assert [outcome.loss for outcome in together] == [outcome.loss for outcome in alone]
+
+
+class Impatient(Watcher):
+    """Ends everything when the first training has ended."""
+
+    def end(self, name, text):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_what_ends_a_sweep_ends_all_trainings_side_by_side_and_it_goes_on_from_there(corpus, tmp_path):
+    comparison = small(corpus, architectures=["fanformer@60k"], tokens=[128, 64000])
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(comparison, tmp_path / "out", Impatient(), jobs=2)
+    assert trial_processes(tmp_path / "out") == []
+    (first,) = (tmp_path / "out").rglob(RESULT_FILE)
+    date = first.stat().st_mtime_ns
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher(), jobs=2)
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"]
+    assert first.stat().st_mtime_ns == date
+
+
+@pytest.mark.slow
+def test_a_rule_is_compared_like_a_language(tmp_path):
+    fields = {"rule": "modular-addition", "hole_sides": [5, 21], "learning_rates": [0.01], "run": {"max_steps": 3}}
+    comparison = Comparison.from_fields({"architectures": ["fanformer@60k", "llama@60k"], **fields})
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    assert [outcome.variant for outcome in outcomes] == [5, 5, 21, 21]
+    assert [pair.variant for pair in pairs(comparison, arms(comparison, outcomes))] == [5, 21]
+
+
+@pytest.mark.slow
+def test_rates_of_a_rule_are_chosen_on_a_hole_that_is_not_reported(tmp_path):
+    fields = {"rule": "modular-addition", "hole_sides": [5, 7], "rates_on": {"hole_side": 3}, "seeds": 2}
+    fields |= {"architectures": ["fanformer@60k"], "learning_rates": [0.01, 0.02], "run": {"max_steps": 3}}
+    comparison = Comparison.from_fields(fields)
+    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    assert [outcome.trial.rule["hole_side"] for outcome in outcomes] == [3, 3, 5, 7, 5, 7]
+    found = arms(comparison, outcomes)
+    assert [(arm.variant, list(arm.swept), len(arm.outcomes)) for arm in found] == [
+        (5, [0.01, 0.02], 2),
+        (7, [0.01, 0.02], 2),
+    ]
+    write_comparison(tmp_path / "ledger", Provenance("rule", "fanformer compare"), comparison, outcomes, None)
+    assert [entry.details["rates_on"] for entry in read_ledger(tmp_path / "ledger")] == [{"hole_side": 3}] * 2
+
+
+def test_the_rate_chosen_on_a_task_of_its_own_is_the_one_that_fills_it_best():
+    def of_rule(variant, rate, seed, loss, greedy, sampled):
+        figures = {"loss": loss, "hole_accuracy": greedy, "hole_sampled_accuracy": sampled}
+        return Outcome(Trial("nano", rate, seed, {}), variant, Result("finished", "", figures, [], {}))
+
+    chosen = [of_rule(RATES, 0.1, 0, 0.3, 1.0, 0.9), of_rule(RATES, 0.2, 0, 0.2, 1.0, 0.95)]
+    chosen += [of_rule(RATES, 0.3, 0, 0.1, 0.5, 0.99)]
+    shown = [of_rule(5, 0.3, 0, 0.01, 1.0, 1.0), of_rule(5, 0.2, 0, 0.2, 0.0, 0.0)]
+    assert best_rate([*chosen, *shown], "nano", 5) == 0.2
+    assert best_rate(shown, "nano", 5) == 0.3
+    fields = {"architectures": ["nano"], "rule": "modular-addition", "rates_on": {"hole_side": 3}, "hole_sides": [5]}
+    (arm,) = arms(Comparison.from_fields(fields), [*chosen, *shown])
+    assert (arm.learning_rate, arm.at_edge, arm.figures["hole_accuracy"].value) == (0.2, False, 0.0)
+
+
+def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
+    comparison = small(corpus, tokens=4096, candidate_tokens=[1024, 2048], seeds=2)
+    fanformer, llama = comparison.architectures
+    assert comparison.cells == [(fanformer, 1024), (fanformer, 2048), (fanformer, 4096), (llama, 4096)]
+
+    ends = [(fanformer, 1024, 4.0), (fanformer, 2048, 3.0), (fanformer, 4096, 2.0), (llama, 4096, 3.0)]
+    outcomes = [outcome(spec, budget, seed, loss) for seed in (0, 1) for spec, budget, loss in ends]
+    (pair,) = pairs(comparison, arms(comparison, outcomes))
+    assert pair.figures["tokens_ratio"].value == pytest.approx(0.5)
+
+
+def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path):
+    changed = ["fanformer@60k:fan_ratio=0.3", "fanformer@60k:cola_activation=gelu", "fanformer@60k:qkv_norm=qk"]
+    comparison = small(corpus, architectures=["fanformer@60k", *changed], ablation=True, seeds=2)
+    losses = {"fanformer@60k": (2.0, 2.25), changed[0]: (1.5, 1.75), changed[1]: (2.5, 2.25), changed[2]: (3.0,)}
+    outcomes = [outcome(spec, 1280, seed, loss) for spec, of in losses.items() for seed, loss in enumerate(of)]
+    write_comparison(tmp_path, Provenance("parts", "fanformer compare"), comparison, outcomes, None)
+    (entry,) = read_ledger(tmp_path)
+    assert (entry.kind, entry.seeds, entry.details["default"]) == ("ablation", [0, 1], "fanformer-60k")
+    assert set(entry.details["arms"].values()) == {"fanformer@60k", *changed[:2]}  # the last lacks a seed
+    better = entry.result["difference_of_fanformer-60k-fan-ratio-0.3"]
+    assert (better.value, better.low, better.high) == (-0.5, -0.5, -0.5)
+    mixed = entry.result["difference_of_fanformer-60k-cola-activation-gelu"]
+    assert mixed.value == 0.25
+    assert mixed.low < 0 < mixed.high
+
+
+def test_what_a_name_builds_is_not_taken_for_what_it_built_before(monkeypatch):
+    default = Trial("fanformer@1m", 0.01, 0, {})
+    monkeypatch.setattr("fanformer.comparison.architectures.BLOCK", 7)
+    specs = ["fanformer@1m", "nano", "llama@1m", "cola-llama@1m", "1b", "llama@1m:initialisation=library"]
+    monkeypatch.setattr("fanformer.comparison.architectures.BASELINES", 6)
+    assert [architecture(spec).block for spec in specs] == [7, 7, 6, 6, 7, 1]
+    assert len({replace(default, block=block).name for block in (1, 2, 7)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "number", "expected"),
+    [
+        ("fanformer@300k", 6, [-0.0575, 0.1230, -0.0408, 0.0366]),
+        ("fanformer-tuned@300k", 3, [-0.1225, -0.0402, 0.0800, -0.1081]),
+        ("llama@300k", 2, [-0.1266, 0.0523, 0.0624, 0.0022]),
+        ("cola-llama@300k", 2, [-0.0389, -0.0718, 0.0479, 0.1970]),
+    ],
+)
+def test_the_number_of_what_names_build_is_that_of_their_logits(spec, number, expected):
+    torch.manual_seed(0)
+    model = architecture(spec).build(NEEDED).eval()
+    with torch.no_grad():
+        logits = model(torch.arange(32)[None]).logits[0, -1, :4].tolist()
+    assert (architecture(spec).block, logits) == (number, pytest.approx(expected, abs=1e-4)), (
+        f"{spec} has changed: raise BLOCK or BASELINES"
+    )
+
+
+def test_tokens_ratio_reads_the_worse_curves_final_loss():
+    slow = [{"tokens": t, "val_loss": loss} for t, loss in ((100, 4.0), (200, 3.0), (400, 2.0))]
+    fast = [{"tokens": t, "val_loss": loss} for t, loss in ((100, 3.0), (200, 2.0), (400, 1.0))]
+    assert tokens_ratio(fast, slow) == pytest.approx(0.5)
+    assert tokens_ratio(slow, fast) == pytest.approx(2.0)
+    assert tokens_ratio(slow, slow) == pytest.approx(1.0)

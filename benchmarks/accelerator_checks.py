@@ -169,7 +169,7 @@ def compiled_equals_eager(device: str, whole: bool, compiling: bool) -> float:
 def resumed_training_equals_uninterrupted(device: str, precision: str) -> float:
     """Count the tensors of weights and optimizer whose bits differ between a run and one resumed in its middle."""
     from fanformer.training.configuration import resolve
-    from fanformer.training.run import Silence, train
+    from fanformer.training.run import train
 
     model = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32, "dropout": 0.1}
     steps, different = 8, 0
@@ -182,9 +182,9 @@ def resumed_training_equals_uninterrupted(device: str, precision: str) -> float:
             "compile": "off", **{f"model.{name}": value for name, value in model.items()},
         }  # fmt: skip
         for name in ("straight", "resumed"):
-            train(resolve("nano", overrides={**fields, "output_dir": str(folder / name)}), Silence())
+            train(resolve("nano", overrides={**fields, "output_dir": str(folder / name)}))
         shutil.rmtree(folder / "resumed" / f"checkpoint-{steps}")
-        train(resolve("nano", overrides={**fields, "output_dir": str(folder / "resumed"), "resume": True}), Silence())
+        train(resolve("nano", overrides={**fields, "output_dir": str(folder / "resumed"), "resume": True}))
         for file in ("model.safetensors", "optimizer.safetensors"):
             one, two = (load_file(folder / name / f"checkpoint-{steps}" / file) for name in ("straight", "resumed"))
             different += sum(not torch.equal(one[name], two[name]) for name in one)

@@ -25,22 +25,24 @@ from fanformer.cli.failure import quiet_libraries
 from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.configuration import resolve
-from fanformer.training.run import Silence, build_fanformer, train
+from fanformer.training.events import Event
+from fanformer.training.run import build_fanformer, train
 
 RESULTS = Path(__file__).parent / "results"
 SAVE_STEPS, SAVES = 16, 3  # far enough apart for one to be written before the next begins
 WORDS = ("the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and")
 
 
-class Stopwatch(Silence):
-    """A reporter that keeps the time of every step."""
+class Stopwatch:
+    """A listener that keeps the time of every step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
+    def __call__(self, event: Event) -> None:
         """Keep the time."""
-        self.times.append(time.perf_counter())
+        if event.kind == "step":
+            self.times.append(time.perf_counter())
 
 
 def measure(preset: str, background: bool, threads: int, folder: str) -> dict[str, float]:

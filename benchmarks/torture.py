@@ -28,8 +28,9 @@ from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint_name, checkpoints, problem
 from fanformer.training.configuration import RunConfig, resolve
+from fanformer.training.events import Event
 from fanformer.training.records import read_records
-from fanformer.training.run import Silence, train
+from fanformer.training.run import train
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = ("the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and")
@@ -47,15 +48,16 @@ MODEL = {
 LONGEST_LIFE_SECONDS = 300.0
 
 
-class Diary(Silence):
-    """A reporter that writes the number of every step into a file, which outlives its process."""
+class Diary:
+    """A listener that writes the number of every step into a file, which outlives its process."""
 
     def __init__(self, path: Path) -> None:
         self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
+    def __call__(self, event: Event) -> None:
         """Write a step's number."""
-        os.write(self.handle, f"{step}\n".encode())
+        if event.kind == "step":
+            os.write(self.handle, f"{event.figures['step']}\n".encode())
 
 
 def configure(folder: Path, text: Path, steps: int) -> RunConfig:

@@ -76,7 +76,7 @@ def test_training_and_evaluating_are_the_commands(corpus, tmp_path):  # noqa: F8
     sizes = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "eval_tokens": 256}
     fields = {**sizes, "precision": "float32", "compile": "off", "device": "cpu", "model": TINY_MODEL}
     heard = Notebook()
-    result = fanformer.train(str(corpus), output_dir=tmp_path / "run", tokens="1280", reporter=heard, **fields)
+    result = fanformer.train(str(corpus), output_dir=tmp_path / "run", tokens="1280", listener=heard, **fields)
     assert (result.step, heard.steps[-1]) == (10, 10)
     text = tmp_path / "text.txt"
     text.write_text("the old cat sees the river. " * 20)

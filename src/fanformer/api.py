@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 from fanformer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fanformer.training.run import Reporter, RunResult
+    from fanformer.training.events import Listener
+    from fanformer.training.run import RunResult
 
 _PathLike = str | os.PathLike[str]
 
 
-def train(data: str = "stdlib", *, reporter: "Reporter | None" = None, **fields: Any) -> "RunResult":
+def train(data: str = "stdlib", *, listener: "Listener | None" = None, **fields: Any) -> "RunResult":
     """Train a model and leave a complete `transformers` folder behind, as `fanformer train` does.
 
     Args:
         data: what `--data` takes: a file or glob, `stdlib`, `hf:NAME`, or a folder of prepared data.
-        reporter: hears what happens; None is silence.
+        listener: a function that hears every `Event` of the run; None is silence.
         **fields: of the run, such as `preset="nano"`, `output_dir="runs/mine"`, `max_steps=200`, `tokens="2M"`,
             `max_time="5m"`, `resume=True`, or `model={"fan_ratio": 0.25}`. What `fanformer train --help` lists, and
             every field of `--set`.
@@ -31,7 +32,7 @@ def train(data: str = "stdlib", *, reporter: "Reporter | None" = None, **fields:
         DivergenceError: if the loss or the gradients do not stay finite.
     """
     from fanformer.training.configuration import parse_count, parse_duration, resolve_run
-    from fanformer.training.run import Silence
+    from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
     given = {"data": data, **fields}
@@ -42,7 +43,7 @@ def train(data: str = "stdlib", *, reporter: "Reporter | None" = None, **fields:
         given[f"model.{name}"] = value
     if "output_dir" in given:
         given["output_dir"] = os.fspath(given["output_dir"])
-    return run(resolve_run(None, given), reporter or Silence())
+    return run(resolve_run(None, given), listener or silent)
 
 
 def evaluate(

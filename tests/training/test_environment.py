@@ -9,7 +9,7 @@ import torch
 from fanformer.errors import ConfigError
 from fanformer.training.configuration import RunConfig, resolve
 from fanformer.training.environment import decide, keep_freed_memory
-from fanformer.training.run import Silence, train
+from fanformer.training.run import train
 from tests.warm_processes import WarmParent
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
@@ -52,16 +52,15 @@ def test_glibc_accepts_the_allocation_setting():
     assert keep_freed_memory()
 
 
-class Marks(Silence):
-    """Says when a step has ended, between the lines of MKL."""
-
-    def step(self, step, *rest):
+def mark(event):
+    """Say when a step has ended, between the lines of MKL."""
+    if event.kind == "step":
         print("STEP", flush=True)
 
 
 def train_with_marks(configuration):
     """Train as a JSON object says."""
-    train(RunConfig(**json.loads(configuration)), Marks())
+    train(RunConfig(**json.loads(configuration)), mark)
 
 
 @pytest.mark.ci

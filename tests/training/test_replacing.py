@@ -71,7 +71,7 @@ class KilledAt(Notebook):
         super().__init__()
         self.at = step
 
-    def step(self, step, *rest):
+    def step(self, step):
         if step == self.at:
             raise Struck
 
@@ -190,7 +190,7 @@ def test_work_that_a_killed_run_began_on_other_data_goes_with_overwrite_only(run
 
 def test_a_signal_in_the_first_step_leaves_a_checkpoint_of_the_new_run(run_config, old):
     class Impatient(Notebook):
-        def step(self, step, *rest):
+        def step(self, step):
             if step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -221,7 +221,7 @@ def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_it_bit_for_b
     straight, _ = run("straight", **fields)
 
     class Impatient(Notebook):
-        def step(self, step, *rest):
+        def step(self, step):
             if step == 12:
                 os.kill(os.getpid(), number)
 
@@ -305,7 +305,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(run_config, monkeypatch)
     stamps = []
 
     class Timed(Notebook):
-        def step(self, step, *rest):
+        def step(self, step):
             stamps.append((step, len(checkpoints(config.folder))))
             assert threading.main_thread() not in slow_threads
 
@@ -320,7 +320,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_training_but_the_last_
     full_until = 8
 
     class Disk(Notebook):
-        def step(self, step, *rest):
+        def step(self, step):
             self.now = step
 
     notebook = Disk()

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from fanformer.training.events import Event
+
 
 class _Terminal:
     """Draws on stderr; stdout stays free for the result."""
@@ -58,13 +60,27 @@ class _Terminal:
 class TerminalReporter(_Terminal):
     """Draws a run."""
 
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
-        """Show rate and time left."""
-        left = elapsed_seconds * (1 - progress) / max(progress, 1e-9)
-        rate = tokens / max(elapsed_seconds, 1e-9)
-        self._show("one", "train", progress, f"step {step:,}  {rate:,.0f} tokens/s  {_clock(left)} left")
+    def __call__(self, event: Event) -> None:
+        """Show what happened."""
+        figures = event.figures
+        match event.kind:
+            case "note":
+                self.note(event.text)
+            case "data":
+                self.data_progress(figures["bytes"], figures["total_bytes"])
+            case "step":
+                elapsed = figures["elapsed_seconds"]
+                left = elapsed * (1 - event.share) / max(event.share, 1e-9)
+                rate = figures["tokens"] / max(elapsed, 1e-9)
+                text = f"step {figures['step']:,}  {rate:,.0f} tokens/s  {_clock(left)} left"
+                self._show("one", "train", event.share, text)
+            case "record":
+                self._record(figures, event.share)
+            case "sample":
+                shown = event.text.replace("\n", "\\n")
+                self.note(f"      it writes: {shown[:150]}")
 
-    def record(self, record: Mapping[str, float], progress: float) -> None:
+    def _record(self, record: Mapping[str, float], progress: float) -> None:
         """Print one step's figures."""
         parts = [f"{progress:4.0%}", f"step {record['step']:>6,}"]
         if "loss" in record:
@@ -75,11 +91,6 @@ class TerminalReporter(_Terminal):
             parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
         if self.bar is None or "val_loss" in record or record["step"] == 1:
             self.note("  ".join(parts))
-
-    def sample(self, prompt: str, text: str) -> None:
-        """Print what the model writes now, as one line."""
-        shown = (prompt + text).replace("\n", "\\n")
-        self.note(f"      it writes: {shown[:150]}")
 
 
 def _clock(seconds: float) -> str:

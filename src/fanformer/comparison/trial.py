@@ -20,6 +20,7 @@ from typing import Any
 
 from fanformer.errors import DivergenceError, FANformerError
 from fanformer.files.durable import replace_json
+from fanformer.training.events import Event
 
 TRIAL_FILE, RESULT_FILE, RUN_FOLDER = "trial.json", "result.json", "run"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -99,28 +100,19 @@ class _Lines:
         """Write one line."""
         print(json.dumps(content), flush=True)  # noqa: T201  # the parent reads it
 
-    def note(self, text: str) -> None:
-        """Tell one line of text."""
-        self.tell(note=text)
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Leave out how much of the data is read: they are prepared."""
-
-    def record(self, record: Mapping[str, Any], progress: float) -> None:
-        """Tell the held-out loss."""
-        if "val_loss" in record:
-            self.tell(progress=progress, text=f"held out {record['val_bits_per_byte']:.4f} bits per byte")
-
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
-        """Tell how far the run is, now and then."""
-        if os.getppid() != self._parent:
-            raise SystemExit("the process that started this training is gone")
-        if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            self.tell(progress=progress, text=f"{tokens / max(elapsed_seconds, 1e-9):,.0f} tokens/s")
-
-    def sample(self, prompt: str, text: str) -> None:
-        """Leave out what the model writes."""
+    def __call__(self, event: Event) -> None:
+        """Tell notes and the held-out loss, and now and then how far the run is."""
+        if event.kind == "note":
+            self.tell(note=event.text)
+        elif event.kind == "record" and "val_loss" in event.figures:
+            self.tell(progress=event.share, text=f"held out {event.figures['val_bits_per_byte']:.4f} bits per byte")
+        elif event.kind == "step":
+            if os.getppid() != self._parent:
+                raise SystemExit("the process that started this training is gone")
+            if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+                self._last = time.monotonic()
+                rate = event.figures["tokens"] / max(event.figures["elapsed_seconds"], 1e-9)
+                self.tell(progress=event.share, text=f"{rate:,.0f} tokens/s")
 
 
 def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
@@ -222,7 +214,7 @@ def _train_rule(trial: Trial, lines: _Lines) -> Result:
 
 
 def _end_with_parent() -> None:
-    """Let Linux kill this process when its parent dies; elsewhere `_Lines.step` looks."""
+    """Let Linux kill this process when its parent dies; elsewhere `_Lines` looks."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -21,8 +21,9 @@ from fanformer.machine.launch import is_restarted, launched_processes, launched_
 from fanformer.training.artifacts import read_run_file
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
 from fanformer.training.configuration import RunConfig
+from fanformer.training.events import Event
 from fanformer.training.records import read_records
-from fanformer.training.run import Silence, train
+from fanformer.training.run import train
 
 DEFAULT_STEPS = 20
 LARGEST_DIFFERENCE = 1e-6
@@ -215,15 +216,15 @@ def _same_tensors(one: Path, other: Path) -> bool:
     )
 
 
-class _Killer(Silence):
-    """A reporter that says nothing and kills a process of this training at a step."""
+class _Killer:
+    """Kills a process of this training at a step."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._folder, self._step = folder, step
 
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
+    def __call__(self, event: Event) -> None:
         """Kill, once the first checkpoint is whole, the last process of this training."""
-        if step != self._step:
+        if event.kind != "step" or event.figures["step"] != self._step:
             return
         deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
         while not checkpoints(self._folder) and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +39,7 @@ from fanformer.training.environment import (
     use_deterministic_operations,
     what_sums_depend_on,
 )
+from fanformer.training.events import Event, Listener, data_to, note_to, silent
 from fanformer.training.folder import claimed
 from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
@@ -56,44 +57,6 @@ from fanformer.training.schedule import RunLength, run_length
 from fanformer.training.trainer import Outcome, Record, Trainer, agreed_checkpoint
 
 _SAMPLE_LENGTH = 40
-
-
-class Reporter(Protocol):
-    """Where a run tells what it does; the command line draws it, tests collect it."""
-
-    def note(self, text: str) -> None:
-        """Tell one line."""
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Tell how many bytes of the data are read."""
-
-    def record(self, record: Mapping[str, Any], progress: float) -> None:
-        """Tell one step's figures."""
-
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
-        """Tell that a step ended."""
-
-    def sample(self, prompt: str, text: str) -> None:
-        """Tell what the model writes at this point."""
-
-
-class Silence:
-    """A reporter that says nothing; others keep of a run what they are about."""
-
-    def note(self, text: str) -> None:
-        """Hear one line."""
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Hear how much of the data is read."""
-
-    def record(self, record: Mapping[str, Any], progress: float) -> None:
-        """Hear one step's figures."""
-
-    def step(self, step: int, tokens: int, elapsed_seconds: float, progress: float) -> None:
-        """Hear that a step ended."""
-
-    def sample(self, prompt: str, text: str) -> None:
-        """Hear what the model writes."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +82,14 @@ class RunResult:
     stopped_by: str | None = None
 
 
-def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = build_fanformer) -> RunResult:
+def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuilder = build_fanformer) -> RunResult:
     """Train as `config` says and leave a complete folder behind.
 
     Called in every process that a launcher starts; the first one writes files and reports.
 
     Args:
         config: the run.
-        reporter: where the run tells what it does.
+        listener: hears what the run does.
         build_model: makes the model; another architecture trains on the same rows in the same order.
 
     Raises:
@@ -145,10 +108,10 @@ def train(config: RunConfig, reporter: Reporter, build_model: ModelBuilder = bui
                 if config.overwrite:
                     refuse_own_sources(config)
                 going_on_here = config.resume or is_restarted()
-                claim = claimed(config.folder, going_on_here, config.overwrite, reporter.note)
+                claim = claimed(config.folder, going_on_here, config.overwrite, note_to(listener))
                 going_on = stack.enter_context(claim)
             going_on = bool(processes.exchange([float(going_on)])[0][0])
-            return Run(config, reporter, build_model, processes, going_on, started).train()
+            return Run(config, listener, build_model, processes, going_on, started).train()
     finally:
         processes.leave()
 
@@ -173,7 +136,7 @@ class Run:
     def __init__(
         self,
         config: RunConfig,
-        reporter: Reporter,
+        listener: Listener,
         build_model: ModelBuilder,
         processes: Processes,
         going_on: bool,
@@ -183,13 +146,13 @@ class Run:
 
         Args:
             config: the run.
-            reporter: where the run tells what it does.
+            listener: hears what the run does.
             build_model: makes the model.
             processes: that train together.
             going_on: whether the folder holds a run that this one continues.
             started: when this process began its work, on the clock of `time.monotonic`.
         """
-        self.config, self.reporter, self.folder = config, reporter, config.folder
+        self.config, self.listener, self.folder = config, listener, config.folder
         self.build_model, self.processes, self.started = build_model, processes, started
         self._compiling_since: float | None = None
         self.records = RecordFile(self.folder)
@@ -200,7 +163,7 @@ class Run:
         with processes.main_first():
             self.data = self._open_data()
             self.tokenizer = self.data.tokenizer()
-            self.held_out = held_out_stream(config, self.data, self.tokenizer, self.before, reporter.data_progress)
+            self.held_out = held_out_stream(config, self.data, self.tokenizer, self.before, data_to(listener))
         self.rows = PackedRows(self.data.split("train"), config.sequence_length)
         self.length: RunLength = run_length(config, len(self.rows))
         if config.deterministic and resolve_device(config.device).type == "cuda":
@@ -220,10 +183,10 @@ class Run:
 
     def _note(self, text: str) -> None:
         if self.processes.is_main:
-            self.reporter.note(text)
+            self.listener(Event("note", text))
 
     def _open_data(self) -> Any:
-        progress = self.reporter.data_progress if self.processes.is_main else None
+        progress = data_to(self.listener) if self.processes.is_main else None
         if self.before is None:
             return begin_data(self.config, progress)
         return resume_data(self.config, self.before["data"], self.changed, progress)
@@ -386,24 +349,25 @@ class Run:
         return text
 
     def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
-        """Tell the reporter that a step ended, and how long the first took where it compiled."""
+        """Tell that a step ended, and how long the first took where it compiled."""
         if self._compiling_since is not None:
             self._note(f"compiled: the first step took {time.monotonic() - self._compiling_since:.0f} s")
             self._compiling_since = None
         tokens = step * self.config.batch_size * self.config.sequence_length
-        self.reporter.step(step, tokens, elapsed_seconds, progress)
+        figures = {"step": step, "tokens": tokens, "elapsed_seconds": elapsed_seconds}
+        self.listener(Event("step", share=progress, figures=figures))
 
     def on_record(self, record: Record, progress: float) -> None:
         """Keep and tell one step's figures."""
         self.latest |= record
         self.records.append(record)
-        self.reporter.record(record, progress)
+        self.listener(Event("record", share=progress, figures=record))
         if "val_loss" in record:
-            self.reporter.sample(self.config.sample_prompt or "", self.sample)
+            self.listener(Event("sample", (self.config.sample_prompt or "") + self.sample, progress))
 
     def note(self, text: str) -> None:
         """Tell one line."""
-        self.reporter.note(text)
+        self._note(text)
 
     def before_save(self) -> None:
         """Make the records durable: none may be older than a checkpoint that was written after it."""

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.data.durable import replace_text
+from fanformer.evaluation.series import SeriesContinuation
 from fanformer.report.comparison_figures import of_variant, tried
 from fanformer.report.comparison_language import LanguageParts
 from fanformer.report.comparison_rule import RuleParts
+from fanformer.report.comparison_series import SeriesParts
 from fanformer.report.page import bullets, page, table, text
 
 
@@ -21,13 +23,15 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
         path: of the page.
     """
     title = str(record.get("name", "comparison"))
-    content = RuleParts(record) if record["comparison"]["rule"] is not None else LanguageParts(record)
+    rule = record["comparison"]["rule"]
+    of_rule = SeriesParts if rule == SeriesContinuation.name else RuleParts
+    parts = LanguageParts(record).parts() if rule is None else of_rule(record).parts()
     body = [
         f"<h1>{text(title)}</h1>",
         f'<p class="quiet">{text(_summary(record))}</p>',
         *_unfinished(record),
         *_edge(record),
-        *content.parts(),
+        *parts,
         *_troubles(record),
         *_configuration(record),
     ]

@@ -33,7 +33,12 @@ MEASURES = {
     "val_loss": "held-out loss, nats per token",
     "loss": "loss, nats per token",
 }
-HELD_OUT = {"bits_per_byte": "bits per byte", "hole_accuracy": "share right", "loss": "nats per token"}
+HELD_OUT = {
+    "bits_per_byte": "bits per byte",
+    "error_beyond_window": "standard deviations of error",
+    "hole_accuracy": "share right",
+    "loss": "nats per token",
+}
 """Figures that say how good a training's model is, the first one there is shown, with their units."""
 KINDS = {
     "comparison": "Comparisons",

@@ -306,6 +306,29 @@ def test_the_rate_chosen_on_a_task_of_its_own_is_the_one_that_fills_it_best():
     assert (arm.learning_rate, arm.at_edge, arm.figures["hole_accuracy"].value) == (0.2, False, 0.0)
 
 
+def test_a_series_is_judged_by_its_error_beyond_the_window_where_less_is_better():
+    def of_series(spec, variant, rate, within, beyond):
+        figures = {"loss": 1.0, "hole_accuracy": rate, "hole_sampled_accuracy": rate, "train_accuracy": 1.0}
+        figures |= {"error_within_window": within, "error_beyond_window": beyond}
+        return Outcome(Trial(spec, rate, 0, {}), variant, Result("finished", "", figures, [], {}))
+
+    fields = {"architectures": ["nano", "llama@nano"], "rule": "series", "rates_on": {"skipped": 252}}
+    outcomes = [
+        of_series(spec, RATES, *figures)
+        for spec in fields["architectures"]
+        for figures in ((0.1, 0.5, 0.5), (0.2, 0.75, 0.25), (0.3, 0.25, 0.75))
+    ]
+    outcomes += [of_series("nano", 0, 0.2, 0.5, 0.5), of_series("llama@nano", 0, 0.2, 0.25, 1.0)]
+    comparison = Comparison.from_fields(fields)
+    found = arms(comparison, outcomes)
+    assert [(arm.learning_rate, arm.figures["error_beyond_window"].value) for arm in found] == [(0.2, 0.5), (0.2, 1.0)]
+    (pair,) = pairs(comparison, found)
+    assert {name: figure.value for name, figure in pair.figures.items()} == {
+        "error_beyond_window_difference": -0.5,
+        "error_within_window_difference": 0.25,
+    }
+
+
 def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
     comparison = small(corpus, tokens=4096, candidate_tokens=[1024, 2048], seeds=2)
     fanformer, llama = comparison.architectures

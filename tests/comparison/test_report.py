@@ -1,6 +1,7 @@
 """The page of a comparison: one file, every number of the record, and plain words for what is not known."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -9,8 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from fanformer.comparison.pages.report import write_comparison_page
+from fanformer.comparison.rule_score import Accuracy, RuleScore
+from fanformer.comparison.rules import create_task
+from fanformer.comparison.series_score import Horizon
 from fanformer.report.charts import Line, chart, clip_above
-from tests.comparison.test_rules_page import on_plane, over_periods
+from tests.comparison.test_rules_page import on_plane, over_periods, result
 
 VOID = {"meta", "img", "link", "br"}
 SPREAD = "95% t-interval over 2 seeds"
@@ -324,3 +328,58 @@ def test_periods_are_drawn_over_their_length(tmp_path):
     page = read(record, tmp_path)
     assert "Accuracy over the period of the pattern." in page.text
     assert "periods 6 to 8" in page.text
+
+
+def over_horizon(errors, rate, seed):
+    task = create_task("series", held_out=88, trained_horizon=2, horizon=4)
+    horizon = Horizon(2, errors, {"persistence": [1.0] * 4, "a day ago": [0.5, 0.5, 0.125, 0.125]})
+    made = result(task, RuleScore(Accuracy(0.5, 0.5, 90), Accuracy(0.5, 0.5, 90), horizon=horizon), seed)
+    return dataclasses.replace(made, settings={**made.settings, "learning_rate": rate})
+
+
+def series_record(errors):
+    trainings = [
+        rule_training(spec, over_horizon(errors_of_it, 0.1, seed), 0.1, 0)
+        for spec, of_seeds in errors.items()
+        for seed, errors_of_it in enumerate(of_seeds)
+    ]
+    for one in trainings:
+        one["result"]["figures"] |= over_horizon_figures(one)
+    figures = {f"error_{part}_window_difference": figure(-0.25, 0.125) for part in ("within", "beyond")}
+    pair = {"candidate": "ours@60k", "baseline": "llama@60k", "variant": 0, "figures": figures}
+    asked = {"architectures": list(errors), "rule": "series", "seeds": [0, 1], "learning_rates": [0.1]}
+    return {
+        "comparison": asked,
+        "arms": [arm(spec, 0.25, 0.1, variant=0) for spec in errors],
+        "pairs": [pair],
+        "trainings": trainings,
+    }
+
+
+def over_horizon_figures(training):
+    return RuleScore.from_dict(training["result"]["details"]["rule"]["score"]).figures()
+
+
+def test_series_comes_with_its_errors_beside_naive_forecasts_and_their_chart(tmp_path):
+    page = read(
+        series_record(
+            {
+                "ours@60k": [[0.25, 0.25, 0.25, 0.5], [0.25, 0.25, 0.5, 0.75]],
+                "llama@60k": [[0.25, 0.25, 0.75, 0.75]] * 2,
+            }
+        ),
+        tmp_path,
+    )
+    assert "ours@60k 1,000 0.1 2 0.250 [0.250, 0.250] 0.500 [-1.088, 2.088]" in page.text  # 12.706 * 0.125
+    assert "persistence 1.000 1.000" in page.text
+    assert "a day ago 0.500 0.125" in page.text
+    assert "-0.2500 [-0.3750, -0.1250] -0.2500 [-0.3750, -0.1250] better" in page.text
+    assert "Error over the horizon" in page.text
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_series_that_is_continued_no_better_than_by_its_shortest_period_does_not_count(tmp_path):
+    page = read(
+        series_record({"ours@60k": [[0.25] * 4] * 2, "llama@60k": [[0.25] * 4, [0.75, 0.25, 0.0, 0.0]]}), tmp_path
+    )
+    assert "[-0.3750, -0.1250] does not count" in page.text

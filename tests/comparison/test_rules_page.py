@@ -142,8 +142,14 @@ def test_pictures_are_written_with_their_labels(tmp_path, ending):
             DataError,
             "a picture of the periods needs results of one `periodic` task, got 0 of them: draw each alone.",
         ),
+        (
+            lambda _: rule_table({"A": [result(create_task("series"), RuleScore(*[Accuracy(0.5, 0.5, 9)] * 2))]}),
+            DataError,
+            "a table of accuracies needs results of a rule with right answers, got those of series: its errors stand "
+            "in the page of a comparison.",
+        ),
     ],
-    ids=["nothing", "ending", "no hole", "no periods"],
+    ids=["nothing", "ending", "no hole", "no periods", "series"],
 )
 def test_wrong_report_is_refused_in_one_line(draw, kind, message, tmp_path):
     with pytest.raises(kind) as caught:

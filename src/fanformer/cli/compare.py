@@ -152,10 +152,12 @@ def publish(record: Mapping[str, Any], folder: Path) -> None:
 def print_result(folder: Path) -> None:
     """Print a comparison's arms and pairs, and where the rest is."""
     from fanformer.comparison.queue import RECORD_FILE
+    from fanformer.comparison.rule_score import judged_by
 
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     rule = record["comparison"]["rule"] is not None
-    measure = "hole_accuracy" if rule else "bits_per_byte"
+    known = {name for arm in record["arms"] for name in arm["figures"]}
+    measure = judged_by(known) if rule else "bits_per_byte"
     names = ["architecture", "hole" if rule else "tokens", "learning rate", measure.replace("_", " ")]
     lines = [names if rule else [*names, "tokens/s"]]
     for arm in record["arms"]:
@@ -169,7 +171,7 @@ def print_result(folder: Path) -> None:
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     for pair in record["pairs"]:
-        name = "hole_accuracy_difference" if rule else "bits_per_byte_difference"
+        name = f"{measure}_difference"
         text = f"{pair['candidate']} less {pair['baseline']}: {figure_text(pair['figures'].get(name), signed=True)}"
         click.echo(f"{text} {names[3]}")
     for arm in record["arms"]:

@@ -21,6 +21,7 @@ import yaml
 
 from fanformer.comparison.architectures import architecture, family_and_size
 from fanformer.comparison.rule_learning import RuleSettings, rule_settings
+from fanformer.comparison.rule_score import lacking
 from fanformer.comparison.rules import HoleTask, RuleTask, create_task
 from fanformer.comparison.sweep import SweepObserver, TrialFailedError, run_trial_in_process
 from fanformer.comparison.trial import Result, Trial, read_result
@@ -64,8 +65,8 @@ class Comparison:
         rule: name of a rule-learning task to train instead of language.
         hole_sides: of a rule with a hole, each a comparison of its own.
         rates_on: fields of the rule's task, such as its hole's side, on which each architecture's learning rate is
-            chosen at the first seed, by the accuracy on what is left out there; none of the variants that are reported.
-            Empty: for every variant, by the loss on what is trained.
+            chosen at the first seed, by the accuracy, or the error, on what is left out there; none of the variants
+            that are reported. Empty: for every variant, by the loss on what is trained.
         ablation: whether the first architecture is a default of which each of the others changes something, rather
             than a candidate beside its baselines.
     """
@@ -457,10 +458,14 @@ class _Sweep:
 def _in_words(result: Result) -> str:
     if result.status != "finished":
         return f"{result.status}: {result.message}"
-    if "hole_accuracy" in result.figures:
-        figures = result.figures
+    figures = result.figures
+    if "error_beyond_window" in figures:
+        return (
+            f"error within the window {figures['error_within_window']:.3f}, beyond {figures['error_beyond_window']:.3f}"
+        )
+    if "hole_accuracy" in figures:
         return f"trained {figures['train_accuracy']:.1%} right, left out {figures['hole_accuracy']:.1%}"
-    return f"{result.figures['bits_per_byte']:.4f} bits per byte"
+    return f"{figures['bits_per_byte']:.4f} bits per byte"
 
 
 def sweep_of(outcomes: Sequence[Outcome], spec: str, variant: int) -> list[Outcome]:
@@ -474,17 +479,12 @@ def best_rate(outcomes: Sequence[Outcome], spec: str, variant: int) -> float | N
     """Return an architecture's best learning rate at the sweep's seed, None where no training finished.
 
     It is the one with the most right answers among what is left out where rates are chosen on a task of their own, of
-    several the one surest of them; else the one with the lowest loss at this variant.
+    several the one surest of them, or of a series the one with the lowest error; else the one with the lowest loss at
+    this variant.
     """
     finished = [outcome for outcome in sweep_of(outcomes, spec, variant) if math.isfinite(outcome.loss)]
     if not finished:
         return None
-    badness = _badness if finished[0].variant == RATES else lambda one: one.loss
-    return min(finished, key=badness).trial.learning_rate
-
-
-def _badness(outcome: Outcome) -> tuple[float, float]:
-    """Return what is lacking of right answers, greedy and sampled, to what a rule's training left out."""
-    assert outcome.result is not None, "the caller looked"
-    figures = outcome.result.figures
-    return 1 - figures["hole_accuracy"], 1 - figures["hole_sampled_accuracy"]
+    elsewhere = finished[0].variant == RATES
+    best = min(finished, key=lambda one: lacking(one.result.figures) if elsewhere and one.result else (one.loss,))
+    return best.trial.learning_rate

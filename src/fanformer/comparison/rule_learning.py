@@ -93,6 +93,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "modular-addition": {"max_steps": 1500, **_MUON},
     "linear-regression": {"max_steps": 1000, **_MUON},
     "periodic": {"max_steps": 400, "batch_size": 96},
+    "series": {"max_steps": 600, "batch_size": 16, "records": 10},
 }
 """For each task settings with which FANformer and Llama learn its examples; what they leave out has its default."""
 

@@ -1,6 +1,6 @@
 """How well a model knows a rule: greedy answers, and the paper's sampled decoding as its exact expectation."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.comparison.rules import IGNORED, Examples, HoleTask, PeriodicContinuation, RuleTask
+from fanformer.comparison.rule_base import IGNORED, Examples, RuleTask
+from fanformer.comparison.rules import HoleTask, PeriodicContinuation
+from fanformer.comparison.series import SeriesContinuation
+from fanformer.comparison.series_score import Horizon, score_horizon
 from fanformer.errors import ConfigError
 
 SAMPLING_TEMPERATURE = 0.5  # FANformer, arXiv:2502.21309, section 4.4.3, with 10 samples per point
@@ -51,16 +54,31 @@ class RuleScore:
     """What a model knows of a task.
 
     Attributes:
-        train: on training examples: of a hole task all of them, of `periodic` the first `MAX_TRAIN_ROWS` rows.
-        test: on what training left out: the hole, or the longer periods together.
+        train: on training examples: of a hole task all of them, of `periodic` the first `MAX_TRAIN_ROWS` rows, of
+            `series` a tenth as many.
+        test: on what training left out: the hole, the longer periods together, or the later part of the series, where
+            every next value is predicted from the measured ones.
         grid: of a hole task the plane.
         by_period: of `periodic` the accuracy for each period, trained ones (with new patterns) and longer ones.
+        horizon: of `series` the errors of continuations that read back what they said.
     """
 
     train: Accuracy
     test: Accuracy
     grid: Grid | None = None
     by_period: dict[int, Accuracy] | None = None
+    horizon: Horizon | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Return what a comparison keeps of it, by name."""
+        errors = {} if self.horizon is None else self.horizon.figures()
+        return {
+            "train_accuracy": self.train.greedy,
+            "hole_accuracy": self.test.greedy,
+            "train_sampled_accuracy": self.train.sampled,
+            "hole_sampled_accuracy": self.test.sampled,
+            **errors,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values that JSON can hold."""
@@ -72,13 +90,26 @@ class RuleScore:
     @classmethod
     def from_dict(cls, figures: Mapping[str, Any]) -> "RuleScore":
         """Return the score that `to_dict` wrote."""
-        grid, periods = figures.get("grid"), figures.get("by_period")
+        grid, periods, horizon = (figures.get(name) for name in ("grid", "by_period", "horizon"))
         return cls(
             train=Accuracy(**figures["train"]),
             test=Accuracy(**figures["test"]),
             grid=None if grid is None else Grid(**{**grid, "hole": tuple(grid["hole"])}),
             by_period=None if periods is None else {int(key): Accuracy(**value) for key, value in periods.items()},
+            horizon=None if horizon is None else Horizon(**horizon),
         )
+
+
+def judged_by(figures: Collection[str]) -> str:
+    """Return which of a rule's figures says how well it was learned: a series's error, else the share of answers."""
+    return "error_beyond_window" if "error_beyond_window" in figures else "hole_accuracy"
+
+
+def lacking(figures: Mapping[str, float]) -> tuple[float, float]:
+    """Return what keeps `figures` from perfect: errors beyond and within the window, or wrong answers, sampled too."""
+    if judged_by(figures) == "error_beyond_window":
+        return figures["error_beyond_window"], figures["error_within_window"]
+    return 1 - figures["hole_accuracy"], 1 - figures["hole_sampled_accuracy"]
 
 
 MAX_TRAIN_ROWS = 1200  # rows of `periodic` that stand for all its training rows; 16 answers each
@@ -141,6 +172,8 @@ def score(model: PreTrainedModel, task: RuleTask) -> RuleScore:
     """
     if isinstance(task, HoleTask):
         return _score_hole(model, task)
+    if isinstance(task, SeriesContinuation):
+        return _score_series(model, task)
     assert isinstance(task, PeriodicContinuation), f"no score is known for {type(task).__name__}"
     return _score_periods(model, task)
 
@@ -163,6 +196,15 @@ def _score_hole(model: PreTrainedModel, task: HoleTask) -> RuleScore:
     percent = (100 * probability[:, -1]).round().int().view(shape).tolist()
     correct = ["".join(str(int(answer)) for answer in row) for row in right[:, -1].view(shape).tolist()]
     return RuleScore(parts[False], parts[True], grid=Grid(task.hole, percent, correct))
+
+
+def _score_series(model: PreTrainedModel, task: SeriesContinuation) -> RuleScore:
+    def measure(examples: Examples) -> Accuracy:
+        right, probability = answers(model, examples)
+        return _accuracy(right, probability, examples.labels)
+
+    horizon = score_horizon(model, task)
+    return RuleScore(measure(task.train[: MAX_TRAIN_ROWS // 10]), measure(task.test), horizon=horizon)
 
 
 def _scored(task: RuleTask, examples: Examples) -> Examples:

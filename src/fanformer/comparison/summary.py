@@ -9,6 +9,7 @@ from typing import Any
 from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, sweep_of
 from fanformer.comparison.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
+from fanformer.comparison.rule_score import judged_by
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ UNITS = {
     "hole_accuracy": "share",
     "train_sampled_accuracy": "share",
     "hole_sampled_accuracy": "share",
+    "error_within_window": "standard deviations",
+    "error_beyond_window": "standard deviations",
 }
 _COUNTED_RATIOS = {
     "size_ratio": "parameters",
@@ -128,9 +131,12 @@ def _pair_figures(one: Arm, other: Arm, mine: Sequence[Arm], theirs: Sequence[Ar
         return {}
     results = [(mine.result, base.result) for mine, base in matched if mine.result and base.result]
     if "hole_accuracy" in results[0][0].figures:
-        names, units = ("hole_accuracy", "train_accuracy"), "share"
+        of_series = judged_by(results[0][0].figures) == "error_beyond_window"
+        names = ("error_beyond_window", "error_within_window") if of_series else ("hole_accuracy", "train_accuracy")
         return {
-            f"{name}_difference": interval_over_seeds([a.figures[name] - b.figures[name] for a, b in results], units)
+            f"{name}_difference": interval_over_seeds(
+                [a.figures[name] - b.figures[name] for a, b in results], UNITS[name]
+            )
             for name in names
         }
     first, base = results[0]

@@ -195,16 +195,14 @@ def _train_rule(trial: Trial, lines: _Lines) -> Result:
     torch.manual_seed(trial.seed)
     model = architecture(trial.architecture).build(model_fields(task))
     try:
-        result = train_rule(task, model, settings, tell).to_dict()
+        measured = train_rule(task, model, settings, tell)
     except DivergenceError as error:
         return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
-    curve, scored = result.pop("curve"), result["score"]
+    result = measured.to_dict()
+    curve = result.pop("curve")
     figures = {
         "loss": curve[-1]["loss"],
-        "train_accuracy": scored["train"]["greedy"],
-        "hole_accuracy": scored["test"]["greedy"],
-        "train_sampled_accuracy": scored["train"]["sampled"],
-        "hole_sampled_accuracy": scored["test"]["sampled"],
+        **measured.score.figures(),
         "seconds": result["seconds"],
         "parameters": result["parameters"],
         "parameters_without_embeddings": result["block_parameters"],

@@ -57,6 +57,7 @@ def chart(
     top: float | None = None,
     markers: bool = False,
     level: float | None = None,
+    edge: float | None = None,
 ) -> str:
     """Return a chart as a figure of a page.
 
@@ -70,6 +71,7 @@ def chart(
         top: values above it are marked at the upper edge; None shows all.
         markers: whether every point gets one.
         level: a value that a horizontal line shows.
+        edge: a position that a vertical line shows.
     """
     values = [value for line in lines for value in line.y if math.isfinite(value)]
     beyond = any(value > top for line in lines for value in line.y) if top is not None else False
@@ -83,6 +85,8 @@ def chart(
         if level is not None:
             limit, floor = max(limit, level), min(floor, level)
             axes.axhline(level, color=_NEUTRAL, linewidth=0.8)
+        if edge is not None:
+            axes.axvline(edge, color=_NEUTRAL, linewidth=0.8)
         margin = 0.06 * max(limit - floor, 1e-6)
         axes.set_ylim(floor - margin, limit + margin)
         width = min(6, 60 / max(1, len(lines)))  # points from one line's triangles to the next one's

@@ -17,6 +17,8 @@ DIGITS = {
     "seconds": 1,
     "train_accuracy": 4,
     "hole_accuracy": 4,
+    "error_within_window": 4,
+    "error_beyond_window": 4,
 }
 """Digits after the point of a training's figures."""
 NO_BREAK = ",\u00a0"  # a comma and a space at which no line is broken

@@ -8,6 +8,8 @@ from typing import Any
 from fanformer.comparison.pages.figures import of_variant, tried
 from fanformer.comparison.pages.language import LanguageParts
 from fanformer.comparison.pages.rule import RuleParts
+from fanformer.comparison.pages.series import SeriesParts
+from fanformer.comparison.series import SeriesContinuation
 from fanformer.files.durable import replace_text
 from fanformer.report.page import bullets, page, table, text
 
@@ -21,13 +23,15 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
         path: of the page.
     """
     title = str(record.get("name", "comparison"))
-    content = RuleParts(record) if record["comparison"]["rule"] is not None else LanguageParts(record)
+    rule = record["comparison"]["rule"]
+    of_rule = SeriesParts if rule == SeriesContinuation.name else RuleParts
+    parts = LanguageParts(record).parts() if rule is None else of_rule(record).parts()
     body = [
         f"<h1>{text(title)}</h1>",
         f'<p class="quiet">{text(_summary(record))}</p>',
         *_unfinished(record),
         *_edge(record),
-        *content.parts(),
+        *parts,
         *_troubles(record),
         *_configuration(record),
     ]

@@ -22,7 +22,6 @@ from fanformer.comparison.rule_learning import RuleResult
 from fanformer.report.charts import Line, chart
 from fanformer.report.page import bullets, picture, table, text
 
-_DIFFERENCES = ("train_accuracy_difference", "hole_accuracy_difference")
 _READ = """<ul>
 <li>A rule is trained on generated examples, of which some are left out: a hole in the plane of all questions, or longer
 periods. Right answers there show that the rule was learned, and not the examples.</li>
@@ -34,7 +33,27 @@ reaches on average.</li>
 
 
 class RuleParts:
-    """The parts of a page about a rule."""
+    """The parts of a page about a rule.
+
+    Attributes:
+        differences: figures of a pair to show, the one that decides last.
+        difference_words: for each of them.
+        difference_note: below them.
+        verdict_words: for a difference below 0 and for one above.
+        shown: figures of every training.
+        sweep_words: title and vertical axis of the sweep where rates were chosen elsewhere.
+        chosen_elsewhere: what chose them.
+        read: how to read the page.
+    """
+
+    differences = ("train_accuracy_difference", "hole_accuracy_difference")
+    difference_words = ("train accuracy, less the baseline's", "left out, less the baseline's")
+    difference_note = "Shares; {intervals}. A comparison counts only where both learned what they were trained on."
+    verdict_words = ("worse", "better")
+    shown = ("loss", "train_accuracy", "hole_accuracy", "seconds")
+    sweep_words = ("Left out right over learning rate", "right answers (share)")
+    chosen_elsewhere = "with the most right answers to what was left out of trainings of their own"
+    read = _READ
 
     def __init__(self, record: Mapping[str, Any]):
         self.record, self.asked = record, record["comparison"]
@@ -57,7 +76,6 @@ class RuleParts:
         if any(self.results.values()):
             results = [f'<div class="wide">{self._table()}</div>']
             pictures = ["<h2>Pictures</h2>", *self._pictures()]
-        names = ("loss", "train_accuracy", "hole_accuracy", "seconds")
         return [
             "<h2>Results</h2>",
             *results,
@@ -65,9 +83,9 @@ class RuleParts:
             *self._pairs(),
             *pictures,
             "<h2>Every training</h2>",
-            trainings_table(self.record, "hole", names),
+            trainings_table(self.record, "hole", self.shown),
             "<h2>How to read this</h2>",
-            _READ.format(chosen=self._chosen()),
+            self.read.format(chosen=self._chosen()),
         ]
 
     def _chosen(self) -> str:
@@ -75,7 +93,7 @@ class RuleParts:
         if not self.asked.get("rates_on"):
             return "with the lowest training loss"
         where = ", ".join(f"{name} = {value}" for name, value in self.asked["rates_on"].items())
-        return f"with the most right answers to what was left out of trainings of their own ({text(where)})"
+        return f"{self.chosen_elsewhere} ({text(where)})"
 
     def _table(self) -> str:
         return rule_table(self.results, "html").replace(" +- ", "\u00a0\u00b1\u00a0")
@@ -96,21 +114,14 @@ class RuleParts:
                 pair["candidate"],
                 pair["baseline"],
                 str(pair["variant"] or ""),
-                *(figure_text(pair["figures"].get(name), signed=True) for name in _DIFFERENCES),
+                *(figure_text(pair["figures"].get(name), signed=True) for name in self.differences),
                 self._verdict(pair),
             ]
             for pair in self.record["pairs"]
         ]
-        used = [pair["figures"].get("hole_accuracy_difference") for pair in self.record["pairs"]]
-        header = [
-            "candidate",
-            "baseline",
-            "hole",
-            "train accuracy, less the baseline's",
-            "left out, less the baseline's",
-            "verdict",
-        ]
-        note = f"Shares; {interval_of(used)}. A comparison counts only where both learned what they were trained on."
+        used = [pair["figures"].get(self.differences[-1]) for pair in self.record["pairs"]]
+        header = ["candidate", "baseline", "hole", *self.difference_words, "verdict"]
+        note = self.difference_note.format(intervals=interval_of(used))
         return ["<h2>Candidate against baselines</h2>", table(header, rows), f'<p class="quiet">{text(note)}</p>']
 
     def _verdict(self, pair: Mapping[str, Any]) -> str:
@@ -118,11 +129,19 @@ class RuleParts:
         for arm in self.record["arms"]:
             if arm["variant"] == pair["variant"] and arm["architecture"] in (pair["candidate"], pair["baseline"]):
                 trainings = best_trainings(self.record, arm)
-                if any(final_figure(one, "train_accuracy") < COUNTS_FROM_TRAIN_ACCURACY for one in trainings):
+                if not all(map(self._counts, trainings)):
                     return "does not count"
-        return verdict(pair["figures"]["hole_accuracy_difference"], ("worse", "better"))
+        return verdict(pair["figures"][self.differences[-1]], self.verdict_words)
+
+    def _counts(self, training: Mapping[str, Any]) -> bool:
+        """Return whether a training learned enough for a comparison of it to count."""
+        return final_figure(training, "train_accuracy") >= COUNTS_FROM_TRAIN_ACCURACY
 
     def _pictures(self) -> list[str]:
+        return [*self._drawn(), '<div class="charts">', *self._learning(), *self._sweep(), "</div>"]
+
+    def _drawn(self) -> list[str]:
+        """Return the pictures of what was learned."""
         first = next(result for several in self.results.values() for result in several)
         found = []
         import matplotlib
@@ -135,7 +154,7 @@ class RuleParts:
             elif first.score.by_period is not None:
                 plot_periods(self.results, path)
                 found.append(picture(path, "Accuracy over the period of the pattern."))
-        return [*found, '<div class="charts">', *self._learning(), *self._sweep(), "</div>"]
+        return found
 
     def _learning(self) -> list[str]:
         """Return, for each hole, the chart of the accuracies over the steps; every seed has a line of its own.
@@ -168,7 +187,7 @@ class RuleParts:
         figure, title, words = "loss", "Training loss over learning rate", "training loss (nats per answer)"
         arms = self.record["arms"]
         if self.asked.get("rates_on"):
-            figure, title, words = "hole_accuracy", "Left out right over learning rate", "right answers (share)"
+            figure, (title, words) = self.differences[-1].removesuffix("_difference"), self.sweep_words
             arms = [{"architecture": spec, "variant": RATES} for spec in self.results]
         lines = []
         for arm in arms:
@@ -186,7 +205,7 @@ class RuleParts:
                 "peak learning rate",
                 words,
                 "sweep",
-                top=max(begun, default=None) if figure == "loss" else 1.0,
+                top={"loss": max(begun, default=None), "hole_accuracy": 1.0}.get(figure),
                 markers=True,
             )
         ]

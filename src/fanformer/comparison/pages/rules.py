@@ -75,7 +75,11 @@ def _cells(results: Results) -> dict[RuleTask, list[_Cell]]:
 def _asked(task: RuleTask) -> str:
     if isinstance(task, HoleTask):
         return f"hole {task.side} x {task.side}"
-    assert isinstance(task, PeriodicContinuation), f"no words are known for {type(task).__name__}"
+    if not isinstance(task, PeriodicContinuation):
+        raise DataError(
+            f"a table of accuracies needs results of a rule with right answers, got those of {task.name}: its errors "
+            "stand in the page of a comparison."
+        )
     return f"periods {task.trained_period + 1} to {task.longest_period}"
 
 
@@ -95,7 +99,7 @@ def rule_table(results: Results, style: Literal["markdown", "html"] = "markdown"
         style: of the table.
 
     Raises:
-        DataError: if there is no result.
+        DataError: if there is no result, or one of `series`, which has errors instead.
     """
     header = [
         *("rule", "left out of training", "architecture", "parameters in the blocks", "learning rate", "seeds"),

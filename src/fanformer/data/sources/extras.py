@@ -6,8 +6,8 @@ from types import ModuleType
 from fanformer.errors import DependencyError
 
 
-def import_extra(module: str, purpose: str) -> ModuleType:
-    """Import an optional package of the extra `data`.
+def import_extra(module: str, purpose: str, extra: str = "data") -> ModuleType:
+    """Import an optional package of an extra.
 
     Raises:
         DependencyError: if it is not installed; the message names the extra that brings it.
@@ -17,5 +17,5 @@ def import_extra(module: str, purpose: str) -> ModuleType:
     except ImportError as error:
         raise DependencyError(
             f"{purpose} needs the package `{module.partition('.')[0]}`, which is not installed: "
-            "pip install 'fanformer[data]'"
+            f"pip install 'fanformer[{extra}]'"
         ) from error

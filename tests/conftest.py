@@ -1,4 +1,4 @@
-"""Fixtures common to all tests: no network, a tiny model, the shared golden and real data where they are at hand."""
+"""Fixtures common to all tests: no network, a tiny model, golden files, and real data where they are at hand."""
 
 import os
 import shutil
@@ -53,11 +53,17 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_files() -> Path:
+    """The folder of weights and logits of the published implementations."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
 def shared(repository: Path) -> Path:
-    """The folder of golden files and real data beside the repository."""
+    """The folder of real data beside the repository."""
     path = repository.parent / "shared"
     if not path.is_dir():
-        pytest.skip(f"needs golden files and real data, which are not at {path}")
+        pytest.skip(f"needs real data, which are not at {path}")
     return path
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 
-def arguments(shared, name, output_dir, published_format):
-    weights = shared / "golden" / f"{name}_reference_tiny.weights.safetensors"
-    config = shared / "golden" / f"{name}_reference_tiny.config.json"
+def arguments(golden_files, name, output_dir, published_format):
+    weights = golden_files / f"{name}_reference_tiny.weights.safetensors"
+    config = golden_files / f"{name}_reference_tiny.config.json"
     return ["convert", weights, "--config", config, "--format", published_format, "--output-dir", output_dir]
 
 
@@ -13,16 +13,16 @@ def arguments(shared, name, output_dir, published_format):
     ("name", "published_format"),
     [("fanformer", "fanformer-olmo"), ("cola", "cola"), ("hybridnorm", "hybridnorm-olmo")],
 )
-def test_published_weights_become_a_model_folder(command, shared, tmp_path, name, published_format):
+def test_published_weights_become_a_model_folder(command, golden_files, tmp_path, name, published_format):
     import torch
     from safetensors.torch import load_file
 
     from fanformer.loading import load_model
 
-    outcome = command(*arguments(shared, name, tmp_path / "new" / "model", published_format))
+    outcome = command(*arguments(golden_files, name, tmp_path / "new" / "model", published_format))
     assert (outcome.code, outcome.out) == (0, "")
     model = load_model(tmp_path / "new" / "model", device="cpu")
-    golden = load_file(shared / "golden" / f"{name}_reference_tiny.io.safetensors")
+    golden = load_file(golden_files / f"{name}_reference_tiny.io.safetensors")
     with torch.no_grad():
         logits = model(golden["input_ids"].long(), use_cache=False).logits
     # The published code's own rounding in float32; design.md asks for 1e-5.
@@ -30,23 +30,23 @@ def test_published_weights_become_a_model_folder(command, shared, tmp_path, name
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
 
 
-def test_empty_folder_is_taken_and_a_used_one_refused(command, shared, tmp_path):
+def test_empty_folder_is_taken_and_a_used_one_refused(command, golden_files, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert command(*arguments(shared, "cola", tmp_path / "empty", "cola")).code == 0
+    assert command(*arguments(golden_files, "cola", tmp_path / "empty", "cola")).code == 0
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "empty").iterdir())
-    message = command(*arguments(shared, "cola", tmp_path / "empty", "cola")).refusal()
+    message = command(*arguments(golden_files, "cola", tmp_path / "empty", "cola")).refusal()
     assert f"must be new or empty, got {tmp_path / 'empty'}" in message
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "empty").iterdir())
 
 
-def test_wrong_format_is_refused_and_writes_nothing(command, shared, tmp_path):
-    message = command(*arguments(shared, "cola", tmp_path / "out", "colla")).refusal()
+def test_wrong_format_is_refused_and_writes_nothing(command, golden_files, tmp_path):
+    message = command(*arguments(golden_files, "cola", tmp_path / "out", "colla")).refusal()
     assert "cola" in message.replace("colla", "")
-    command(*arguments(shared, "cola", tmp_path / "out", "fanformer-olmo")).refusal()
+    command(*arguments(golden_files, "cola", tmp_path / "out", "fanformer-olmo")).refusal()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_while_writing_leaves_nothing(command, shared, tmp_path, monkeypatch):
+def test_failure_while_writing_leaves_nothing(command, golden_files, tmp_path, monkeypatch):
     from transformers import PreTrainedModel
 
     def write_half(self, folder):
@@ -55,7 +55,7 @@ def test_failure_while_writing_leaves_nothing(command, shared, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", write_half)
-    message = command(*arguments(shared, "cola", tmp_path / "out", "cola")).refusal()
+    message = command(*arguments(golden_files, "cola", tmp_path / "out", "cola")).refusal()
     assert message == f"error: no space left on the disk: {tmp_path / 'out'}"
     assert list(tmp_path.iterdir()) == []
 

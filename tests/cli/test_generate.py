@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fanformer.cli.generate import write_now
-from fanformer.generation.streaming import StopWhenInterrupted
+from fanformer.generation.torch_model import StopWhenInterrupted
 
 FIXED = ("--seed", "1", "--max-length", "12", "--min-length", "12", "--device", "cpu")
 

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fanformer.generation.fast_decoding import fast_decoding, grouped_sdpa
-from fanformer.generation.few_rows import FewRowsLinear
+from fanformer.generation.products import FewRowsLinear
 from fanformer.machine.compiling import compiled_decoding, fixed_cache
 
 

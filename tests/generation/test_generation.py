@@ -7,8 +7,8 @@ import torch
 
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.prompts import withhold_spaces
 from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.text_model import withhold_spaces
 from fanformer.generation.torch_model import GumbelNoise, encode_prompt
 from fanformer.machine.compiling import fixed_cache
 from tests.saved_models import complete_on_torch as generate

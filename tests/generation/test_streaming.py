@@ -11,7 +11,7 @@ import torch
 from fanformer.generation.decoding import TextDecoder
 from fanformer.generation.interruption import Interruption, interruptible
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.streaming import StopWhenInterrupted, TextStreamer
+from fanformer.generation.torch_model import StopWhenInterrupted, TextStreamer
 from tests.saved_models import complete_on_torch as generate
 
 # Chinese, Thai, an emoji of three joined ones with skin tones, a flag, combining accents, leading and double spaces.

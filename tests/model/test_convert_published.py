@@ -19,13 +19,13 @@ GOLDEN = {
 }
 
 
-def files(shared, published_format):
+def files(golden_files, published_format):
     stem = GOLDEN[published_format]
-    return shared / f"golden/{stem}.weights.safetensors", shared / f"golden/{stem}.config.json"
+    return golden_files / f"{stem}.weights.safetensors", golden_files / f"{stem}.config.json"
 
 
-def golden_io(shared, published_format):
-    return load_file(shared / f"golden/{GOLDEN[published_format]}.io.safetensors")
+def golden_io(golden_files, published_format):
+    return load_file(golden_files / f"{GOLDEN[published_format]}.io.safetensors")
 
 
 @torch.no_grad()
@@ -35,26 +35,26 @@ def relative_error(model, io):
 
 
 @pytest.mark.parametrize("published_format", GOLDEN)
-def test_published_weights_give_the_authors_logits(shared, published_format):
-    model = convert(*files(shared, published_format), published_format)
-    assert relative_error(model, golden_io(shared, published_format)) < 1e-5
+def test_published_weights_give_the_authors_logits(golden_files, published_format):
+    model = convert(*files(golden_files, published_format), published_format)
+    assert relative_error(model, golden_io(golden_files, published_format)) < 1e-5
 
 
 @pytest.mark.parametrize("published_format", GOLDEN)
-def test_converted_model_survives_saving(shared, tmp_path, published_format):
-    model = convert(*files(shared, published_format), published_format)
+def test_converted_model_survives_saving(golden_files, tmp_path, published_format):
+    model = convert(*files(golden_files, published_format), published_format)
     model.save_pretrained(tmp_path)
     loaded = FANformerForCausalLM.from_pretrained(tmp_path)
-    io = golden_io(shared, published_format)
+    io = golden_io(golden_files, published_format)
     with torch.no_grad():
         assert torch.equal(loaded(io["input_ids"]).logits, model(io["input_ids"]).logits)
     assert relative_error(loaded, io) < 1e-5
 
 
 @pytest.mark.parametrize("published_format", GOLDEN)
-def test_every_published_weight_matters(shared, tmp_path, published_format):
-    weights, config = files(shared, published_format)
-    io = golden_io(shared, published_format)
+def test_every_published_weight_matters(golden_files, tmp_path, published_format):
+    weights, config = files(golden_files, published_format)
+    io = golden_io(golden_files, published_format)
     tensors = load_file(weights)
     for name in tensors:
         path = tmp_path / "changed.safetensors"
@@ -62,8 +62,8 @@ def test_every_published_weight_matters(shared, tmp_path, published_format):
         assert relative_error(convert(path, config, published_format), io) > 1e-4, f"{name} has no influence"
 
 
-def test_fan_projection_equals_the_golden_file(shared):
-    golden = load_file(shared / "golden/cola_fan_projection.safetensors")
+def test_fan_projection_equals_the_golden_file(golden_files):
+    golden = load_file(golden_files / "cola_fan_projection.safetensors")
     config = FANformerConfig(cola_input="separate", fan_multiple=1)
     factors = CoLAInput(config, 24, rank=6, readers=2, branch="attention", activation="gelu", norm=False)
     projection = FANProjection(6, 40, config.periodic_width(40), bias=True, gain=1.0)

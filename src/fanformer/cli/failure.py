@@ -14,8 +14,6 @@ import click
 
 from fanformer.cli.interrupts import INTERRUPTED, heeded
 from fanformer.errors import FANformerError, did_you_mean
-from fanformer.files.durable import error_number
-from fanformer.machine.launch import launched_rank
 
 USER_ERROR = 2
 BUG = 1
@@ -88,6 +86,8 @@ def _run(command: click.Command, own: list[str], name: str) -> int:
             code = BUG
         else:
             code = USER_ERROR
+        from fanformer.machine.launch import launched_rank
+
         rank = launched_rank()  # of several processes that train together
         click.echo(f"process {rank}: {message}" if rank else f"error: {message}", err=True)
         try:
@@ -114,6 +114,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def user_message(error: Exception) -> str | None:
     """Return the line for an error that the user can mend, or None for a bug."""
+    from fanformer.files.durable import error_number
+
     message: str | None = None
     if isinstance(error, click.ClickException):
         message = _usage_message(error)

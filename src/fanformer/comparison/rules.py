@@ -36,7 +36,7 @@ class HoleTask(RuleTask):
 
     @abstractmethod
     def answer(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return c for pairs of integers."""
+        """Return c for pairs of integers, of their shape."""
 
     @property
     @abstractmethod
@@ -197,7 +197,7 @@ class LinearRegression(HoleTask):
         return ("(", "a", ",", "b", ")", "=")
 
     def answer(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return a + 2 b + 3."""
+        """Return a + 2 b + 3, of their shape."""
         return a + 2 * b + 3
 
 

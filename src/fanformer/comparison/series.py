@@ -156,7 +156,7 @@ class SeriesContinuation(RuleTask):
         return ((values + LIMIT) * (self.levels / (2 * LIMIT))).floor().long().clamp(0, self.levels - 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return the middles of the steps that tokens stand for, in standard deviations: float64."""
+        """Return the middles of the steps that tokens of any shape stand for, in standard deviations: float64."""
         return (tokens.double() + 0.5) * (2 * LIMIT / self.levels) - LIMIT
 
     @cached_property

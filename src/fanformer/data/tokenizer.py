@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fanformer.data.sources.decompression import require_regular
-from fanformer.data.sources.hub import require_hub
 from fanformer.errors import ConfigError
-from fanformer.files.durable import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -114,6 +111,11 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
         ConfigError: if there is none, or it needs code of its own.
         DataError: if it is on the hub and the hub does not answer, or a file of a folder is a pipe or a device.
     """
+    # what encodes text for a model that is loaded needs none of these
+    from fanformer.data.sources.decompression import require_regular
+    from fanformer.data.sources.hub import require_hub
+    from fanformer.files.durable import printable
+
     folder = Path(name_or_folder).expanduser().absolute()
     if folder.is_dir():
         if printable(str(folder)) != str(folder):

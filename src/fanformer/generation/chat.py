@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 from fanformer.errors import ConfigError
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.prompts import check_text
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.text_model import Remembered, TextModel
+from fanformer.generation.text_model import Remembered, TextModel, check_text
 
 
 class Conversation:

@@ -14,8 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from fanformer.generation.few_rows import FewRowsLinear
-from fanformer.generation.joined_products import joined_products
+from fanformer.generation.products import FewRowsLinear, joined_products
 
 _GROUPED = "grouped_sdpa"
 

@@ -1,6 +1,7 @@
 """Text by a model of `transformers`: sampling that a seed reproduces, batches, streaming."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +14,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     StaticCache,
+    StoppingCriteria,
     StoppingCriteriaList,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
 
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError
+from fanformer.generation.decoding import TextWriter
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.prompts import check_text
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.streaming import StopWhenInterrupted, TextStreamer
-from fanformer.generation.text_model import Batch, Remembered, TextModel
-from fanformer.machine.compiling import compiled_decoding, fixed_cache
+from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text
 
 
 class KnownTokensOnly(LogitsProcessor):
@@ -95,6 +96,41 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() - noise.clamp_min(torch.finfo(torch.float32).tiny).log().to(scores.device)
 
 
+class TextStreamer(BaseStreamer):
+    """Hands the text of one sequence to a function while `generate` makes it, as a TextWriter does."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], skip: int = 0):
+        self._tokenizer = tokenizer
+        self._skip = skip
+        self._on_text = on_text
+        self._writer: TextWriter | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (1, T) at the first call, and the next token (1,) at every other."""
+        ids = value.flatten().tolist()
+        if self._writer is None:
+            self._writer = TextWriter(self._tokenizer, ids, self._on_text, self._skip)
+            return
+        for token_id in ids:
+            self._writer.push(token_id)
+
+    def end(self) -> None:
+        """Hand over what was held back."""
+        if self._writer is not None:
+            self._writer.finish()
+
+
+class StopWhenInterrupted(StoppingCriteria):
+    """Ends every sequence of a batch once an interruption is requested."""
+
+    def __init__(self, interruption: Interruption):
+        self._interruption = interruption
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return for each row of `input_ids` (B, T) whether it ends here."""
+        return torch.full((input_ids.shape[0],), self._interruption.requested, device=input_ids.device)
+
+
 class TorchModel(TextModel):
     """A causal language model of `transformers` that writes and scores text."""
 
@@ -126,7 +162,11 @@ class TorchModel(TextModel):
         """Do what `TextModel.continue_batch` says."""
         streamer = TextStreamer(self.tokenizer, on_text, len(batch.beginnings[0])) if on_text is not None else None
         positions = max(map(len, batch.rows)) + settings.max_length
-        cache: Cache | None = fixed_cache(self.model, positions) if self.compiled else None
+        cache: Cache | None = None
+        if self.compiled:
+            from fanformer.machine.compiling import fixed_cache
+
+            cache = fixed_cache(self.model, positions)
         if remembered is not None and not self.compiled:
             cache = _cache_of(self.model, batch.rows[0], remembered)
         found = _continue_batch(
@@ -178,7 +218,11 @@ def _continue_batch(
     cache: Cache | None,
 ) -> list[list[int]]:
     """Return for each row its new token ids, an end token included; with a fixed cache the step is compiled."""
-    compiling = compiled_decoding(model.device.type) if isinstance(cache, StaticCache) else {}
+    compiling: dict[str, Any] = {}
+    if isinstance(cache, StaticCache):
+        from fanformer.machine.compiling import compiled_decoding
+
+        compiling = compiled_decoding(model.device.type)
     rows = batch.rows
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
     width = max(map(len, rows))

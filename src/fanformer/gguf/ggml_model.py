@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.prompts import check_text
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.text_model import Batch, Remembered, TextModel
+from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text
 from fanformer.gguf.engine import Engine
 from fanformer.gguf.sampling import Sampler
 from fanformer.gguf.tensors import open_model

@@ -77,7 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass made."""
+        """Scale what the forward pass made, which keeps its shape."""
         of_x, of_weight = ctx.saved_tensors
         return of_x * gradient.to(of_x.dtype), of_weight * gradient.to(of_weight.dtype), None, None, None, None
 

@@ -172,12 +172,12 @@ def _agree(store: dist.Store, rank: int, count: int) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its parts, of which FSDP2 leaves one in every process; all processes must ask."""
+    """Return a tensor of any shape with all its parts, of which FSDP2 leaves one in every process; all have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this process's part of a whole tensor that all have, spread as `like` is; itself where that is not."""
+    """Return this process's part of a whole tensor of any shape, spread as `like` is; itself where that is not."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

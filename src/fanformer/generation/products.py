@@ -1,6 +1,7 @@
-"""The matrices that read one input, as one product: Q, K and V with their Fourier parts, and gate and up.
+"""Products while decoding: few rows in one pass over the weights, and the matrices that read one input as one.
 
-A decoded token is a few small products, and each costs the time of calling it. The weights stay the model's own, under
+Q, K and V with their Fourier parts are one matrix, gate and up another. A decoded token is a few small products, and
+each costs the time of calling it. The weights stay the model's own, under
 their own names: they are laid out one after another in memory, and the product reads them as one matrix.
 """
 
@@ -8,12 +9,45 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fanformer.generation.few_rows import FewRowsLinear
 from fanformer.model.modeling_fanformer import FANformerAttention, FANformerMLP, FANProjection
 
 _JOINED = "_joined_product"  # attribute of a layer: not a module of it, so that its state has no weight twice
+_FEW_ROWS = 32
+"""Up to so many rows the product is turned round; beyond, both ways are about equally fast."""
+
+
+class FewRowsLinear(nn.Linear):
+    """A linear layer that computes W x^T instead of x W^T for few rows on the CPU, which reads W up to 3 times as fast.
+
+    A library's product has kernels for some numbers of rows and a slow way for those between, hence the padding. In
+    compiled code a single row is a sum over W * x, which the compiler makes one pass with what surrounds it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features)."""
+        rows = x.shape[:-1].numel()
+        summed = rows == 1 and torch.compiler.is_compiling()
+        turned = rows <= _FEW_ROWS and x.dtype == torch.float32
+        if x.device.type != "cpu" or torch.is_grad_enabled() or not (summed or turned):
+            return super().forward(x)
+        flat = x.reshape(rows, self.in_features)
+        if summed:
+            y = (self.weight.float() * flat.float()).sum(-1)[None].to(x.dtype)  # (1, out)
+        else:
+            y = (self.weight @ F.pad(flat, (0, 0, 0, _padded(rows) - rows)).t())[:, :rows].t()  # (rows, out)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def _padded(rows: int) -> int:
+    """Return the number of rows, at least `rows`, with which the product is fastest."""
+    if rows in (1, 3):
+        return rows + 1
+    return 16 if 8 < rows < 16 else rows
 
 
 class JoinedAttention(FANformerAttention):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fanformer.generation.fast_decoding import fast_decoding
-from fanformer.generation.joined_products import JoinedAttention, JoinedMLP, joined_products
+from fanformer.generation.products import JoinedAttention, JoinedMLP, joined_products
 from fanformer.model import FANformerForCausalLM
 
 FULL_RANK = dict.fromkeys(("qkv_rank", "o_rank", "gate_up_rank", "down_rank"))

@@ -13,7 +13,6 @@ from fanformer.data.prepared import SPLITS
 from fanformer.data.sources.documents import Document
 from fanformer.data.token_files import StreamWriter
 from fanformer.errors import ConfigError, DataError
-from fanformer.files.durable import read_pieces
 
 MOST_SOURCES = 10_000
 """Most rows of the attribution: every one is in memory and in the journal."""
@@ -51,14 +50,6 @@ class Attribution:
         row["documents"] += 1
         row["bytes"] += num_bytes
         row["tokens"] += num_tokens
-
-    def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add what another attribution counted."""
-        for row in rows:
-            key = (row["source"], row["licence"])
-            own = self._rows.setdefault(key, dict.fromkeys(row, 0) | {"source": key[0], "licence": key[1]})
-            for name in ("documents", "bytes", "tokens"):
-                own[name] += row[name]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for every source and licence, most bytes first."""
@@ -155,36 +146,6 @@ class Outputs:
             while view:
                 view = view[self._text.write(view) :]
 
-    def append(self, folder: Path, state: dict[str, Any]) -> None:
-        """Append what other outputs hold, all of it in one shard.
-
-        Args:
-            folder: their folder, which is their folder for other files too.
-            state: their state.
-
-        Raises:
-            DataError: if the files do not hold what `state` says.
-        """
-        for name, stream in self._streams.items():
-            digest = hashlib.sha256()
-            for path in sorted(folder.glob(f"{name}-*.bin")):
-                for content in read_pieces(path):
-                    digest.update(content)
-                    stream.write(content)
-            if digest.hexdigest() != state["streams"][name]["open_sha256"]:
-                raise _changed(folder, f"{name}-00000.bin")
-            for count, value in state["counts"][name].items():
-                self.counts[name][count] += value
-        self.attribution.add_rows(state["attribution"])
-        if state["text_bytes"] <= compression.LARGEST_COMPRESSED:
-            path = folder / self._text_path.name
-            content = path.read_bytes() if path.is_file() else b""
-            if hashlib.sha256(content).hexdigest() != state["text_sha256"]:
-                raise _changed(folder, path.name)
-            self._keep_text(content)
-        else:
-            self._text_bytes += state["text_bytes"]
-
     def sync(self) -> None:
         """Have the disk hold everything that was written."""
         for stream in self._streams.values():
@@ -223,7 +184,3 @@ class Outputs:
         self._text.close()
         for stream in self._streams.values():
             stream.close()
-
-
-def _changed(folder: Path, name: str) -> DataError:
-    return DataError(f"{folder / name} is not as it was left: delete {folder} and run the stage that encodes again")

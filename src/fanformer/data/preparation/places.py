@@ -63,15 +63,14 @@ def delete_beginnings(partial: Path) -> None:
     """Delete what a process left that ended before its first journal.
 
     Raises:
-        DataError: if the folder is not of such a process, but somebody's own, or of a pipeline of several machines.
+        DataError: if the folder is not of such a process, but somebody's own.
         OSError: if it cannot be deleted.
     """
     work = partial / "work"
     names = os.listdir(work) if work.is_dir() else []
     if not all(name.startswith(_OWN_WORK) for name in names) or (not work.is_dir() and os.listdir(partial)):
         raise DataError(
-            f"{partial} is in the way and holds what no preparation on one machine has left: choose another "
-            "--output-dir, or delete it"
+            f"{partial} is in the way and holds what no preparation has left: choose another --output-dir, or delete it"
         )
     delete_partial(partial)
 

@@ -1,7 +1,6 @@
 """Encode batches of documents on several cores; what comes out does not depend on how many."""
 
 import os
-import resource
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process, resource_tracker
 
 import numpy as np
+import psutil
 
 from fanformer.data.preparation.encoding import DocumentEncoder
 from fanformer.data.preparation.selection import Batch
@@ -117,6 +117,10 @@ class BatchEncoder:
 
 def peak_bytes() -> int:
     """Return the most memory that this process has had, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -180,6 +184,9 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
     It goes to all processes of a terminal, and one that had not come as far as `_start_worker` wrote a traceback.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     resource_tracker.ensure_running()  # where it is not, multiprocessing starts it, and lets Ctrl-C through after that
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -86,10 +86,9 @@ class PreparedData:
         return TokenStream(tokens, start_id, end_id, entry["documents"], entry["bytes"])
 
 
-def hash_tokenizer_files(paths: list[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each saved file of a tokenizer that has a say in which ids a text becomes."""
-    content = (path for path in sorted(paths) if path.is_file() and path.name not in _NOT_CONTENT)
-    return {path.name: hash_file(path) for path in content}
+def of_ids(tokenizer_files: dict[str, str]) -> dict[str, str]:
+    """Return the hashes of those of a tokenizer's files that have a say in which ids a text becomes."""
+    return {name: digest for name, digest in tokenizer_files.items() if name not in _NOT_CONTENT}
 
 
 def fingerprint(metadata: dict[str, Any]) -> str:

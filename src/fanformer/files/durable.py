@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ def hash_file(path: Path) -> str:
     for content in read_pieces(path):
         digest.update(content)
     return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of those of the files that are there, by their names."""
+    return {path.name: hash_file(path) for path in sorted(paths) if path.is_file()}
 
 
 def error_number(error: BaseException) -> int | None:

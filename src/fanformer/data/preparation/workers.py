@@ -31,16 +31,14 @@ class Encoded:
     """The streams of one batch.
 
     Attributes:
-        train: bytes of the training stream.
-        held_out: bytes of the held-out stream.
+        streams: bytes of the training and of the held-out stream.
         num_tokens: of each document, start and end tokens included.
         num_bytes: UTF-8 bytes of each document's text.
         process: number of the process that encoded it.
         peak_bytes: most memory which that process has had.
     """
 
-    train: bytes
-    held_out: bytes
+    streams: tuple[bytes, bytes]
     num_tokens: list[int]
     num_bytes: list[int]
     process: int
@@ -65,6 +63,11 @@ class BatchEncoder:
     vocab_size: int
     dtype: str
 
+    @property
+    def closing(self) -> bytes:
+        """What ends a stream: the end token, where it is not there already."""
+        return np.array([self.end_id] if self.start_id == self.end_id else [], dtype=self.dtype).tobytes()
+
     def encode(self, documents: list[tuple[bool, str, str]]) -> Encoded:
         """Return the streams of documents, each given as (held out, name, text).
 
@@ -82,15 +85,14 @@ class BatchEncoder:
                 "use another --tokenizer"
             ) from error
         self._check([name for _, name, _ in documents], ids)
-        streams = []
-        for wanted in (False, True):
+
+        def stream(wanted: bool) -> bytes:
             chosen = [tokens for (held_out, _, _), tokens in zip(documents, ids, strict=True) if held_out == wanted]
-            stream = lay_out(chosen, self.start_id, self.end_id, np.dtype(self.dtype), close=False)
-            streams.append(stream.tobytes())
+            return lay_out(chosen, self.start_id, self.end_id, np.dtype(self.dtype), close=False).tobytes()
+
         separators = 1 if self.start_id == self.end_id else 2
         return Encoded(
-            train=streams[0],
-            held_out=streams[1],
+            streams=(stream(False), stream(True)),
             num_tokens=[len(tokens) + separators for tokens in ids],
             num_bytes=[len(text.encode()) for _, _, text in documents],
             process=os.getpid(),

@@ -115,10 +115,6 @@ def open_prepared(folder: Path, *, verify: bool | None = None) -> PreparedData:
     folder = Path(folder).expanduser().absolute()
     metadata = _read_metadata(folder)
     data = PreparedData(folder, metadata)
-    try:
-        _check_kinds(metadata)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _foreign(folder / PREPARED_METADATA) from error
     _check_counts(folder / PREPARED_METADATA, metadata)
     shards = [shard for name in SPLITS for shard in metadata["splits"][name]["shards"]]
     for shard in shards:
@@ -212,10 +208,6 @@ def _check_content(data: PreparedData) -> None:
         )
 
 
-def _foreign(path: Path) -> DataError:
-    return DataError(f"{path} was not written by `fanformer data prepare`: name another folder")
-
-
 def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / PREPARED_METADATA
     if not path.is_file():
@@ -223,8 +215,10 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     try:
         metadata = read_json(path)
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(path) from error
+        if version == FORMAT_VERSION:
+            _check_kinds(metadata)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} was not written by `fanformer data prepare`: name another folder") from error
     except OSError as error:
         raise unreadable(path, error) from error
     if version != FORMAT_VERSION:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fanformer.data.sources.documents import PREPARED_METADATA
 from fanformer.errors import DataError, FANformerError
 from fanformer.files.durable import printable
+from fanformer.files.staging import delete
 
 _OWN_WORK = ("journal.json", "heldout.txt", "seen.sqlite")
 """What the names of files in `work` begin with."""
@@ -78,10 +79,6 @@ def delete_beginnings(partial: Path) -> None:
 def delete_partial(partial: Path) -> None:
     """Delete a partial folder; ended on the way, it is still known as one."""
     for path in partial.iterdir():
-        if path.name == "work":
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name != "work":
+            delete(path)
     shutil.rmtree(partial)

@@ -65,10 +65,6 @@ class Journal:
             )
         return entry
 
-    def exists(self) -> bool:
-        """Return whether there is an entry."""
-        return self.path.is_file()
-
     def is_due(self) -> bool:
         """Return whether INTERVAL_SECONDS have passed since the last entry or the beginning."""
         return time.monotonic() - self._last >= INTERVAL_SECONDS

@@ -383,7 +383,7 @@ class _Preparation:
             yield
         except BaseException as error:
             self._close()
-            kept = self._journal.exists()
+            kept = self._journal.path.is_file()
             written = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
             if not kept and not (begun and self._outputs is None):
                 with contextlib.suppress(OSError):

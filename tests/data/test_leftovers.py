@@ -130,7 +130,7 @@ def test_partial_folder_of_somebody_else_is_left_alone(tmp_path, go, names):
     for name in names:
         (tmp_path / "out.partial" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out.partial" / name).write_text("mine")
-    with pytest.raises(DataError, match=r"out.partial is in the way and holds what no preparation on one machine has "):
+    with pytest.raises(DataError, match=r"out.partial is in the way and holds what no preparation has left: "):
         go()
     assert all((tmp_path / "out.partial" / name).read_text() == "mine" for name in names)
 

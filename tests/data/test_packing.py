@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fanformer.data.packing import IGNORED_LABEL, PackedRows, evaluation_rows
+from fanformer.data.packing import IGNORED_LABEL, PackedRows
 from fanformer.data.preparation.prepare import TokenStream
 from fanformer.errors import ConfigError, DataError
 
@@ -72,7 +72,7 @@ def test_positions_restart_at_every_row_and_every_document(stream, length):
 @STREAMS
 @ROW_LENGTHS
 def test_evaluation_rows_predict_every_token_exactly_once(stream, length):
-    rows = evaluation_rows(stream, length)
+    rows = PackedRows(stream, length, keep_partial=True)
     labels = concatenated(rows, "labels")
     following = stream.tokens[1:].astype(np.int64)
     crossing = (following == stream.start_id) & (stream.start_id != stream.end_id)
@@ -89,7 +89,7 @@ def test_evaluation_rows_predict_every_token_exactly_once(stream, length):
 @STREAMS
 def test_fraction_used_counts_only_the_last_partial_row_as_lost(stream):
     rows = PackedRows(stream, 64)
-    every = evaluation_rows(stream, 64).num_labels
+    every = PackedRows(stream, 64, keep_partial=True).num_labels
     assert rows.fraction_used == rows.num_labels / every
     assert 1 - 64 / every < rows.fraction_used < 1
     assert PackedRows(stream, 1).fraction_used == 1.0
@@ -107,7 +107,7 @@ def test_rows_are_int64_and_do_not_share_memory_with_the_stream():
 
 
 def test_row_outside_is_refused():
-    for rows in (PackedRows(make_stream(0), 16), evaluation_rows(make_stream(0), 16)):
+    for rows in (PackedRows(make_stream(0), 16), PackedRows(make_stream(0), 16, keep_partial=True)):
         for index in (-1, len(rows)):
             with pytest.raises(IndexError, match=rf"row must be in \[0, {len(rows)}\), got {index}"):
                 rows[index]
@@ -120,10 +120,10 @@ def test_data_shorter_than_one_row_is_refused():
         DataError, match=r"data holds 12 tokens, and one row needs 13: use a smaller `--sequence-length`"
     ):
         PackedRows(stream, 12)
-    assert len(evaluation_rows(stream, 1000)) == 1
+    assert len(PackedRows(stream, 1000, keep_partial=True)) == 1
     empty = TokenStream(np.array([0], dtype=np.uint16), 0, 0, 0, 0)
     with pytest.raises(DataError, match=r"data holds 1 tokens, and one row needs 2"):
-        evaluation_rows(empty, 8)
+        PackedRows(empty, 8, keep_partial=True)
     with pytest.raises(ConfigError, match=r"`sequence_length` must be at least 1, got 0"):
         PackedRows(stream, 0)
 
@@ -132,7 +132,7 @@ def test_packed_documents_are_kept_apart_by_the_model(tiny_model):
     """The labels and positions of a row give each document the loss it has alone."""
     model = tiny_model()
     stream = make_stream(0, [5, 9, 1, 30])
-    row = {key: value[None] for key, value in evaluation_rows(stream, 64)[0].items()}
+    row = {key: value[None] for key, value in PackedRows(stream, 64, keep_partial=True)[0].items()}
     with torch.no_grad():
         logits = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits
         packed = torch.nn.functional.cross_entropy(logits[0], row["labels"][0], reduction="sum", ignore_index=-100)

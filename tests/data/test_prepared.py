@@ -75,12 +75,12 @@ def test_stream_hash_is_that_of_the_joined_shards(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("length", [1, 63, 699, 700, 701, 1500])
 def test_rows_across_shard_borders_are_those_of_one_shard(tmp_path, tokenizer, length):
-    from fanformer.data.packing import PackedRows, evaluation_rows
+    from fanformer.data.packing import PackedRows
 
     one = prepare(Texts(MANY), tmp_path / "one", tokenizer=tokenizer, vocab_size=0).split("train")
     many = prepare(Texts(MANY), tmp_path / "many", tokenizer=tokenizer, vocab_size=0, shard_tokens=700).split("train")
-    for make in (PackedRows, evaluation_rows):
-        ours, theirs = make(many, length), make(one, length)
+    for keep_partial in (False, True):
+        ours, theirs = (PackedRows(stream, length, keep_partial=keep_partial) for stream in (many, one))
         assert len(ours) == len(theirs)
         assert ours.num_labels == theirs.num_labels
         for index in {0, len(ours) // 2, len(ours) - 1}:

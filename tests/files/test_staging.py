@@ -64,12 +64,14 @@ def test_folder_is_old_or_new_whenever_the_process_is_killed(saved_model, tmp_pa
     assert found.count("old") > 5
 
 
-@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed twice"])
-def test_folder_takes_the_place_of_another(tmp_path, monkeypatch, exchanges):
-    if not exchanges:
-        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
-    elif sys.platform != "linux":
+@pytest.mark.parametrize("place", ["linux", "a file system that cannot", "darwin", "win32"])
+def test_folder_takes_the_place_of_another(tmp_path, monkeypatch, place):
+    if place == "linux" != sys.platform:
         pytest.skip("only Linux exchanges two names")
+    if place == "a file system that cannot":
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    else:
+        monkeypatch.setattr(sys, "platform", place)
     for name in ("new", "place"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)

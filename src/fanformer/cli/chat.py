@@ -91,7 +91,8 @@ def read_line() -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return _mended(line.rstrip("\r\n")) if line else None
-    import readline  # noqa: F401  gives input() a history and editing keys
+    with contextlib.suppress(ImportError):  # Windows' terminals have both themselves
+        import readline  # noqa: F401  gives input() a history and editing keys
 
     warned = False
     while True:

@@ -86,10 +86,9 @@ class PreparedData:
         return TokenStream(tokens, start_id, end_id, entry["documents"], entry["bytes"])
 
 
-def hash_tokenizer_files(paths: list[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each saved file of a tokenizer that has a say in which ids a text becomes."""
-    content = (path for path in sorted(paths) if path.is_file() and path.name not in _NOT_CONTENT)
-    return {path.name: hash_file(path) for path in content}
+def of_ids(tokenizer_files: dict[str, str]) -> dict[str, str]:
+    """Return the hashes of those of a tokenizer's files that have a say in which ids a text becomes."""
+    return {name: digest for name, digest in tokenizer_files.items() if name not in _NOT_CONTENT}
 
 
 def fingerprint(metadata: dict[str, Any]) -> str:
@@ -116,10 +115,6 @@ def open_prepared(folder: Path, *, verify: bool | None = None) -> PreparedData:
     folder = Path(folder).expanduser().absolute()
     metadata = _read_metadata(folder)
     data = PreparedData(folder, metadata)
-    try:
-        _check_kinds(metadata)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _foreign(folder / PREPARED_METADATA) from error
     _check_counts(folder / PREPARED_METADATA, metadata)
     shards = [shard for name in SPLITS for shard in metadata["splits"][name]["shards"]]
     for shard in shards:
@@ -213,10 +208,6 @@ def _check_content(data: PreparedData) -> None:
         )
 
 
-def _foreign(path: Path) -> DataError:
-    return DataError(f"{path} was not written by `fanformer data prepare`: name another folder")
-
-
 def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / PREPARED_METADATA
     if not path.is_file():
@@ -224,8 +215,10 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     try:
         metadata = read_json(path)
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(path) from error
+        if version == FORMAT_VERSION:
+            _check_kinds(metadata)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} was not written by `fanformer data prepare`: name another folder") from error
     except OSError as error:
         raise unreadable(path, error) from error
     if version != FORMAT_VERSION:

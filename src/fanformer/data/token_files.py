@@ -9,6 +9,7 @@ import bisect
 import hashlib
 import itertools
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,13 +101,13 @@ class StreamWriter:
     """Writes a stream of one split as shards, and goes on where an earlier writer left off."""
 
     def __init__(
-        self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
+        self, folder: Path, names: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
     ) -> None:
         """Open the stream.
 
         Args:
             folder: where the shards are.
-            name: of the split; shards are called NAME-00000.bin and so on.
+            names: of the shards, as a format of their number.
             dtype: little-endian unsigned integers.
             shard_tokens: tokens of every shard but the last.
             state: what `state` returned, to go on from there; later writing is undone.
@@ -114,7 +115,7 @@ class StreamWriter:
         Raises:
             DataError: if the files do not hold what `state` says.
         """
-        self._folder, self._name, self._dtype = folder, name, dtype
+        self._folder, self._names, self._dtype = folder, names, dtype
         self._shard_bytes = shard_tokens * dtype.itemsize
         self._shards: list[dict[str, Any]] = []
         self._open_bytes, self.tokens = 0, 0
@@ -132,41 +133,37 @@ class StreamWriter:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        recorded = [*((entry["name"], entry["bytes"], entry["sha256"]) for entry in state["shards"])]
-        for name, size, expected in recorded:
-            path = self._folder / name
-            if self._read_again(path, size) != expected:
-                raise _changed(path)
+        for entry in state["shards"]:
+            self._read_again(self._folder / entry["name"], entry["bytes"], entry["sha256"])
             self._shard_digest = hashlib.sha256()
         self._shards = list(state["shards"])
         self._open_bytes = state["open_bytes"]
+        kept = {entry["name"] for entry in self._shards}
         if self._open_bytes:
             path = self._path()
-            if self._read_again(path, self._open_bytes) != state["open_sha256"]:
-                raise _changed(path)
+            self._read_again(path, self._open_bytes, state["open_sha256"])
             os.truncate(path, self._open_bytes)
-            self._file = path.open("r+b", buffering=0)
-            self._file.seek(self._open_bytes)
-        kept = {name for name, _, _ in recorded} | ({self._path().name} if self._open_bytes else set())
-        for path in self._folder.glob(f"{self._name}-*.bin"):
+            self._file = path.open("ab", buffering=0)
+            kept.add(path.name)
+        for path in self._folder.glob(re.sub("{.*}", "*", self._names)):
             if path.name not in kept:
                 path.unlink()
-        size = sum(size for _, size, _ in recorded) + self._open_bytes
+        size = sum(entry["bytes"] for entry in self._shards) + self._open_bytes
         self.tokens = size // self._dtype.itemsize
 
-    def _read_again(self, path: Path, size: int) -> str:
-        if not path.is_file() or path.stat().st_size < size:
-            raise _changed(path)
-        with path.open("rb") as file:
-            while size:
-                content = file.read(min(size, _READ_BYTES))
-                self._digest.update(content)
-                self._shard_digest.update(content)
-                size -= len(content)
-        return self._shard_digest.hexdigest()
+    def _read_again(self, path: Path, size: int, expected: str) -> None:
+        """Take the first bytes of a file into both hashes, or raise DataError where they are not those expected."""
+        if path.is_file():
+            with path.open("rb") as file:
+                while size and (content := file.read(min(size, _READ_BYTES))):
+                    self._digest.update(content)
+                    self._shard_digest.update(content)
+                    size -= len(content)
+        if size or self._shard_digest.hexdigest() != expected:
+            raise changed(path)
 
     def _path(self) -> Path:
-        return self._folder / f"{self._name}-{len(self._shards):05d}.bin"
+        return self._folder / self._names.format(len(self._shards))
 
     def write(self, content: bytes) -> bool:
         """Append whole tokens and return whether that completed a shard."""
@@ -219,5 +216,7 @@ class StreamWriter:
             self._file.close()
 
 
-def _changed(path: Path) -> DataError:
-    return DataError(f"{path} is not as it was left: delete {path.parent} and prepare the data again")
+def changed(path: Path) -> DataError:
+    """Return the error for a file, in a partial folder or its subfolder `work`, that is not as it was left."""
+    partial = path.parent.parent if path.parent.name == "work" else path.parent
+    return DataError(f"{path} is not as it was left: delete {partial} and prepare the data again")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fanformer.data.packing import IGNORED_LABEL, PackedRows, evaluation_rows
+from fanformer.data.packing import IGNORED_LABEL, PackedRows
 from fanformer.data.prepared import TokenStream
 from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
@@ -275,7 +275,7 @@ def _measure(
     between_batches: Callable[[], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return nats and tokens of every document, and which share of the text they are; arguments as held_out_loss."""
-    rows = evaluation_rows(stream, sequence_length)
+    rows = PackedRows(stream, sequence_length, keep_partial=True)
     wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
     indices = every_nth(len(rows), wanted)
     before = _documents_before_rows(stream, rows)

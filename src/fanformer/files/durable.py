@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ _READ_BYTES = 1 << 24  # large, so that a background thread that hashes seldom w
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():
+        return  # Windows has no such wait for folders
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -78,6 +81,11 @@ def hash_file(path: Path) -> str:
     for content in read_pieces(path):
         digest.update(content)
     return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of those of the files that are there, by their names."""
+    return {path.name: hash_file(path) for path in sorted(paths) if path.is_file()}
 
 
 def error_number(error: BaseException) -> int | None:

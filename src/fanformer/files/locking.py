@@ -1,15 +1,19 @@
-"""One process at a time in a folder, by a lock that the kernel takes back when the process dies."""
+"""One process at a time in a folder, by a lock that the system takes back when the process dies."""
 
 import datetime
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from fanformer.errors import DataError, FANformerError
+
+_PATIENCE_SECONDS = 0.1
+"""For a lock file that its last holder deletes between our opening and locking it."""
 
 
 @contextmanager
@@ -24,49 +28,38 @@ def hold(path: Path, what: str, error_type: type[FANformerError] = DataError) ->
     Raises:
         FANformerError: of `error_type`; the message names the holder's process, machine and time.
     """
-    descriptor = _acquire(path, what, error_type)
+    lock = FileLock(path, timeout=_PATIENCE_SECONDS, on_acquired=_write_holder)
     try:
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        except OSError:
-            pass  # a full disk: the lock itself needs no space
+        path.parent.stat()  # `acquire` would create a folder
+        lock.acquire()
+    except Timeout as error:
+        raise error_type(f"{what} is in use by {_holder(path)}: wait until it ends, or stop it") from error
+    except OSError as error:
+        raise error_type(f"{path} cannot be written: {error.strerror or error}") from error
+    try:
         yield
     finally:
-        # while it is held: who opens the file later makes a new one
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        with suppress(OSError):  # Windows has no deletion before the release, which does it there
+            path.unlink()
+        lock.release()
 
 
-def _acquire(path: Path, what: str, error_type: type[FANformerError]) -> int:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise error_type(f"{path} cannot be written: {error.strerror or error}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # its last holder may have deleted it between our opening and locking it
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except BlockingIOError as error:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise error_type(f"{what} is in use by {holder}: wait until it ends, or stop it") from error
-        except OSError as error:
-            os.close(descriptor)
-            raise error_type(f"{path} cannot be locked: {error.strerror or error}") from error
-        os.close(descriptor)
+def _write_holder(descriptor: int) -> None:
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    with suppress(OSError):  # a full disk: the lock itself needs no space
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(holder).encode())
 
 
-def _holder(descriptor: int) -> str:
+def _holder(path: Path) -> str:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        with path.open("rb", buffering=0) as file:
+            file.seek(1)  # Windows locks the first byte, which is always the same
+            holder = json.loads(b"{" + file.read(4096))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"

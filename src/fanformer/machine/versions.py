@@ -1,6 +1,5 @@
 """What a run ran on: the machine, the versions of what shapes its numbers, and its command; torch-free."""
 
-import math
 import os
 import platform
 import re
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fanformer import __version__
 
@@ -24,11 +25,10 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
     model, flags = _processor()
-    sizes = [os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGESIZE") if name in os.sysconf_names]
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "memory_bytes": math.prod(sizes) if len(sizes) == 2 else None,
+        "memory_bytes": psutil.virtual_memory().total,
         "bfloat16_units": [flag for flag in _BF16_FLAGS if flag in flags],
         "gpus": [torch.cuda.get_device_name(number) for number in gpus] if torch is not None else [],
         "os": " ".join(word for word in (platform.system(), platform.machine(), *platform.libc_ver()) if word),

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fanformer.data.preparation.places import require_utf8_name
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.files.locking import hold
+from fanformer.files.staging import delete
 from fanformer.training.artifacts import RUN_FILE
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
 from fanformer.training.corpus import DATA_FOLDER, HELD_OUT_FOLDER
@@ -135,9 +135,5 @@ def _content(folder: Path) -> list[Path]:
 def _empty(folder: Path, keep: Sequence[Path] = ()) -> None:
     """Delete everything but the lock and what is to be kept."""
     for path in _content(folder):
-        if path in keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path not in keep:
+            delete(path)

@@ -1,6 +1,6 @@
 """The proof that a run loses nothing: the same short training straight, killed and resumed, and on two processes.
 
-Every training is a process of its own and every kill a real SIGKILL. As a program, this file is one such training:
+Every training is a process of its own and every kill a real one. As a program, this file is one such training:
 `python -m fanformer.training.proof CONFIG.json`.
 """
 
@@ -29,6 +29,9 @@ DEFAULT_STEPS = 20
 LARGEST_DIFFERENCE = 1e-6
 """Relative difference of losses that another number of processes may make: sums in another order, in float32."""
 _DROPOUT = 0.1
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+_KILLED = _KILL if sys.platform == "win32" else -_KILL
+"""The exit status that a kill leaves."""
 _LONGEST_WAIT_SECONDS = 120.0
 _RESTARTS = 5  # the first meeting after a kill often fails, since some of the others are not gone yet
 
@@ -168,7 +171,7 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         _start([*launcher, "-m", __name__, str(settings), str(kill)], expected=0)
         return
     for kill in training.kills:
-        _start([__name__, str(settings), str(kill)], expected=-signal.SIGKILL)
+        _start([__name__, str(settings), str(kill)], expected=_KILLED)
     _start([__name__, str(settings), "0"], expected=0)
 
 
@@ -229,7 +232,7 @@ class _Killer:
         deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
         while not checkpoints(self._folder) and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.kill(int(_pid_file(self._folder, launched_processes() - 1).read_text()), signal.SIGKILL)
+        os.kill(int(_pid_file(self._folder, launched_processes() - 1).read_text()), _KILL)
         time.sleep(_LONGEST_WAIT_SECONDS)  # until this process is killed too, by the launcher
 
 

@@ -4,9 +4,10 @@ import lzma
 import zlib
 from pathlib import Path
 
+from fanformer.files.durable import read_pieces
+
 LARGEST_COMPRESSED = 8 * 10**6
 """Bytes of text above which gzip and xz are not measured: xz -9 would take longer than encoding everything else."""
-_READ_BYTES = 1 << 20
 
 
 def compressed_sizes(path: Path) -> dict[str, int | None]:
@@ -15,8 +16,7 @@ def compressed_sizes(path: Path) -> dict[str, int | None]:
         return {"gzip_bytes": None, "xz_bytes": None}
     gzip, xz = zlib.compressobj(9, zlib.DEFLATED, wbits=31), lzma.LZMACompressor(preset=9)
     gzip_bytes = xz_bytes = 0
-    with path.open("rb") as file:
-        while content := file.read(_READ_BYTES):
-            gzip_bytes += len(gzip.compress(content))
-            xz_bytes += len(xz.compress(content))
+    for content in read_pieces(path):
+        gzip_bytes += len(gzip.compress(content))
+        xz_bytes += len(xz.compress(content))
     return {"gzip_bytes": gzip_bytes + len(gzip.flush()), "xz_bytes": xz_bytes + len(xz.flush())}

@@ -6,14 +6,10 @@ import os
 import sqlite3
 from pathlib import Path
 
+from fanformer.data.token_files import changed
 from fanformer.errors import DataError
 
 _CACHE_KIBIBYTES = 1 << 16
-
-
-def text_digest(text: str) -> bytes:
-    """Return the 16 bytes that stand for a text: two texts share them with a chance of 2**-128."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 class SeenTexts:
@@ -51,7 +47,8 @@ class SeenTexts:
             text: the text.
             number: of its document, larger than those before.
         """
-        digest = text_digest(text)
+        # two texts share one with a chance of 2**-128
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if self._execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, number)).rowcount != 1:
             return False
         self.checksum ^= int.from_bytes(digest)
@@ -88,8 +85,7 @@ class SeenTexts:
 
 
 def _damaged(path: Path | None) -> DataError:
-    remedy = f"delete {path.parent.parent} and prepare the data again" if path else "start anew"
-    return DataError(f"{path or 'the set of texts seen'} is not as it was left: {remedy}")
+    return changed(path) if path else DataError("the set of texts seen is not as it was left: start anew")
 
 
 def _failure(path: Path | None, error: sqlite3.DatabaseError) -> Exception:

@@ -23,16 +23,15 @@ class OtherArgumentsError(DataError):
 class Journal:
     """The last entry, in a file that is replaced as a whole, and the arguments that it belongs to."""
 
-    def __init__(self, path: Path, arguments: Mapping[str, Any], remedy: str | None = None) -> None:
+    def __init__(self, path: Path, arguments: Mapping[str, Any]) -> None:
         """Name the file; nothing is written yet.
 
         Args:
-            path: the file.
+            path: the file, in the subfolder `work` of a partial folder.
             arguments: everything that the result depends on, as JSON values.
-            remedy: what to do where the file is of no use; None is for `work/journal.json` of a folder.
         """
         self.path = path
-        self._remedy = remedy or f"delete {path.parent.parent} and start anew"
+        self._remedy = f"delete {path.parent.parent} and start anew"
         self._arguments = json.loads(json.dumps(arguments))
         self._last = time.monotonic()
 
@@ -65,10 +64,6 @@ class Journal:
                 "or delete it to start anew"
             )
         return entry
-
-    def exists(self) -> bool:
-        """Return whether there is an entry."""
-        return self.path.is_file()
 
     def is_due(self) -> bool:
         """Return whether INTERVAL_SECONDS have passed since the last entry or the beginning."""

@@ -1,7 +1,5 @@
 """What a preparation has written so far: both streams, counts, attribution, and the text to compress."""
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from fanformer.data.preparation import compression
+from fanformer.data.preparation.workers import Encoded
 from fanformer.data.prepared import SPLITS
 from fanformer.data.sources.documents import Document
 from fanformer.data.token_files import StreamWriter
-from fanformer.errors import ConfigError, DataError
-from fanformer.files.durable import read_pieces
+from fanformer.errors import ConfigError
 
 MOST_SOURCES = 10_000
 """Most rows of the attribution: every one is in memory and in the journal."""
+_ONE_SHARD = 1 << 62
 
 
 class Attribution:
@@ -52,14 +51,6 @@ class Attribution:
         row["bytes"] += num_bytes
         row["tokens"] += num_tokens
 
-    def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add what another attribution counted."""
-        for row in rows:
-            key = (row["source"], row["licence"])
-            own = self._rows.setdefault(key, dict.fromkeys(row, 0) | {"source": key[0], "licence": key[1]})
-            for name in ("documents", "bytes", "tokens"):
-                own[name] += row[name]
-
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for every source and licence, most bytes first."""
         return sorted(self._rows.values(), key=lambda row: (-row["bytes"], row["source"], row["licence"] or ""))
@@ -90,114 +81,54 @@ class Outputs:
         Raises:
             DataError: if the files do not hold what `state` says.
         """
-        state = state or {"streams": {}, "counts": {}, "text_bytes": 0}
+        state = state or {"streams": {}, "counts": {}, "text_bytes": 0, "text_sha256": ""}
         self.attribution = attribution
         self._streams = {
-            name: StreamWriter(folder, name, dtype, shard_tokens, state["streams"].get(name)) for name in SPLITS
+            name: StreamWriter(folder, f"{name}-{{:05d}}.bin", dtype, shard_tokens, state["streams"].get(name))
+            for name in SPLITS
         }
         empty = {"documents": 0, "bytes": 0, "replaced_bytes": 0}
         self.counts = {name: dict(state["counts"].get(name, empty)) for name in SPLITS}
+        kept = state["text_bytes"] if state["text_bytes"] <= compression.LARGEST_COMPRESSED else 0
+        text = {"shards": [], "open_bytes": kept, "open_sha256": state["text_sha256"]}
         self._text_path = work / "heldout.txt"
-        self._text_bytes = state["text_bytes"]
-        self._text_digest = hashlib.sha256()
-        if 0 < self._text_bytes <= compression.LARGEST_COMPRESSED:
-            self._restore_text(state["text_sha256"])
-        self._text = self._text_path.open("ab", buffering=0)
-        self._text.truncate(min(self._text_bytes, compression.LARGEST_COMPRESSED))
-
-    def _restore_text(self, expected: str) -> None:
-        """Read again the held-out text that was kept, which the first `_text_bytes` of its file hold."""
-        if self._text_path.is_file():
-            with self._text_path.open("rb") as file:
-                self._text_digest.update(file.read(self._text_bytes))
-        if self._text_digest.hexdigest() != expected:
-            raise DataError(
-                f"{self._text_path} is not as it was left: delete {self._text_path.parent.parent} and prepare the data "
-                "again"
-            )
+        self._text = StreamWriter(work, self._text_path.name, np.dtype("u1"), _ONE_SHARD, text)
 
     @property
     def tokens(self) -> int:
         """Tokens written to both streams."""
         return sum(stream.tokens for stream in self._streams.values())
 
-    def add(
-        self,
-        documents: list[tuple[bool, Document]],
-        streams: tuple[bytes, bytes],
-        num_bytes: list[int],
-        num_tokens: list[int],
-    ) -> bool:
+    def add(self, documents: list[tuple[bool, Document]], encoded: Encoded) -> bool:
         """Append the documents of a batch and return whether that completed a shard.
 
         Args:
             documents: each with whether it is held out.
-            streams: the tokens of both splits, laid out.
-            num_bytes: of each document's text.
-            num_tokens: of each document.
+            encoded: what they became.
         """
-        completed = [self._streams[name].write(content) for name, content in zip(SPLITS, streams, strict=True)]
-        for (held_out, document), size, length in zip(documents, num_bytes, num_tokens, strict=True):
+        completed = [self._streams[name].write(content) for name, content in zip(SPLITS, encoded.streams, strict=True)]
+        for (held_out, document), size, length in zip(documents, encoded.num_bytes, encoded.num_tokens, strict=True):
             counts = self.counts[SPLITS[held_out]]
             counts["documents"] += 1
             counts["bytes"] += size
             counts["replaced_bytes"] += document.replaced_bytes
             self.attribution.add(document, size, length)
-            if held_out:
-                self._keep_text(document.text.encode())
+            if held_out and counts["bytes"] <= compression.LARGEST_COMPRESSED:
+                self._text.write(document.text.encode())
         return any(completed)
-
-    def _keep_text(self, content: bytes) -> None:
-        self._text_bytes += len(content)
-        if self._text_bytes <= compression.LARGEST_COMPRESSED:
-            self._text_digest.update(content)
-            view = memoryview(content)
-            while view:
-                view = view[self._text.write(view) :]
-
-    def append(self, folder: Path, state: dict[str, Any]) -> None:
-        """Append what other outputs hold, all of it in one shard.
-
-        Args:
-            folder: their folder, which is their folder for other files too.
-            state: their state.
-
-        Raises:
-            DataError: if the files do not hold what `state` says.
-        """
-        for name, stream in self._streams.items():
-            digest = hashlib.sha256()
-            for path in sorted(folder.glob(f"{name}-*.bin")):
-                for content in read_pieces(path):
-                    digest.update(content)
-                    stream.write(content)
-            if digest.hexdigest() != state["streams"][name]["open_sha256"]:
-                raise _changed(folder, f"{name}-00000.bin")
-            for count, value in state["counts"][name].items():
-                self.counts[name][count] += value
-        self.attribution.add_rows(state["attribution"])
-        if state["text_bytes"] <= compression.LARGEST_COMPRESSED:
-            path = folder / self._text_path.name
-            content = path.read_bytes() if path.is_file() else b""
-            if hashlib.sha256(content).hexdigest() != state["text_sha256"]:
-                raise _changed(folder, path.name)
-            self._keep_text(content)
-        else:
-            self._text_bytes += state["text_bytes"]
 
     def sync(self) -> None:
         """Have the disk hold everything that was written."""
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), self._text):
             stream.sync()
-        os.fsync(self._text.fileno())
 
     def state(self) -> dict[str, Any]:
         """Return what was written and counted, as JSON values."""
         return {
             "streams": {name: stream.state() for name, stream in self._streams.items()},
             "counts": self.counts,
-            "text_bytes": self._text_bytes,
-            "text_sha256": self._text_digest.hexdigest(),
+            "text_bytes": self.counts["heldout"]["bytes"],
+            "text_sha256": self._text.state()["open_sha256"],
             "attribution": self.attribution.rows(),
         }
 
@@ -212,18 +143,13 @@ class Outputs:
             if self.counts[name]["documents"]:
                 stream.write(closing)
             entries[name] = self.counts[name] | stream.finish()
-        self._text.close()
-        if self._text_bytes > compression.LARGEST_COMPRESSED:
-            self._text_path.unlink()
+        self._text.finish()
+        if entries["heldout"]["bytes"] > compression.LARGEST_COMPRESSED:
+            self._text_path.unlink(missing_ok=True)
         entries["heldout"] |= compression.compressed_sizes(self._text_path)
         return entries
 
     def close(self) -> None:
         """Close all files as they are."""
-        self._text.close()
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), self._text):
             stream.close()
-
-
-def _changed(folder: Path, name: str) -> DataError:
-    return DataError(f"{folder / name} is not as it was left: delete {folder} and run the stage that encodes again")

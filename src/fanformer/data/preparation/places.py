@@ -7,6 +7,7 @@ from pathlib import Path
 from fanformer.data.sources.documents import PREPARED_METADATA
 from fanformer.errors import DataError, FANformerError
 from fanformer.files.durable import printable
+from fanformer.files.staging import delete
 
 _OWN_WORK = ("journal.json", "heldout.txt", "seen.sqlite")
 """What the names of files in `work` begin with."""
@@ -63,15 +64,14 @@ def delete_beginnings(partial: Path) -> None:
     """Delete what a process left that ended before its first journal.
 
     Raises:
-        DataError: if the folder is not of such a process, but somebody's own, or of a pipeline of several machines.
+        DataError: if the folder is not of such a process, but somebody's own.
         OSError: if it cannot be deleted.
     """
     work = partial / "work"
     names = os.listdir(work) if work.is_dir() else []
     if not all(name.startswith(_OWN_WORK) for name in names) or (not work.is_dir() and os.listdir(partial)):
         raise DataError(
-            f"{partial} is in the way and holds what no preparation on one machine has left: choose another "
-            "--output-dir, or delete it"
+            f"{partial} is in the way and holds what no preparation has left: choose another --output-dir, or delete it"
         )
     delete_partial(partial)
 
@@ -79,10 +79,6 @@ def delete_beginnings(partial: Path) -> None:
 def delete_partial(partial: Path) -> None:
     """Delete a partial folder; ended on the way, it is still known as one."""
     for path in partial.iterdir():
-        if path.name == "work":
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name != "work":
+            delete(path)
     shutil.rmtree(partial)

@@ -46,13 +46,13 @@ from fanformer.data.prepared import (
     SplitName,
     TokenStream,
     fingerprint,
-    hash_tokenizer_files,
+    of_ids,
     open_prepared,
 )
 from fanformer.data.sources.documents import PREPARED_METADATA, DocumentSource
 from fanformer.data.tokenizer import end_token_id, load_tokenizer, start_token_id, train_tokenizer
 from fanformer.errors import ConfigError, DataError, FANformerError
-from fanformer.files.durable import error_number, hash_file, is_disk_full, read_json, replace_json, sync
+from fanformer.files.durable import error_number, hash_files, is_disk_full, read_json, replace_json, sync
 from fanformer.files.locking import hold
 
 if TYPE_CHECKING:
@@ -85,17 +85,6 @@ class Throughput:
     tokenizer_seconds: float
     peak_bytes: int
     resumed_bytes: int
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to prepare; `prepare` says what each means."""
-
-    vocab_size: int
-    held_out_fraction: float
-    shard_tokens: int
-    licence: str | None
-    workers: int
 
 
 def prepare(
@@ -145,7 +134,6 @@ def prepare(
             raise ConfigError(f"`{name}` must be at least 1, got {value}")
     output_dir = output_place(output_dir)
     selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
-    options = Options(vocab_size, held_out_fraction, shard_tokens, licence, workers)
     partial = partial_place(output_dir)
     refuse_existing(output_dir)
     try:
@@ -154,7 +142,17 @@ def prepare(
         raise DataError(f"{partial} cannot be written: {error.strerror or error}") from error
     with hold(lock_place(output_dir), str(output_dir)):
         refuse_existing(output_dir)  # another process may have completed it meanwhile
-        preparation = _Preparation(selection, partial, tokenizer, options, progress)
+        preparation = _Preparation(
+            selection,
+            partial,
+            tokenizer,
+            vocab_size=vocab_size,
+            held_out_fraction=held_out_fraction,
+            shard_tokens=shard_tokens,
+            licence=licence,
+            workers=workers,
+            progress=progress,
+        )
         with preparation.kept_or_deleted():
             preparation.run()
             if output_dir.exists():
@@ -170,7 +168,7 @@ def prepare(
 def saved_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the SHA-256 of the files that a tokenizer is saved as."""
     with _saved_aside(tokenizer) as files:
-        return hash_tokenizer_files(files)
+        return of_ids(hash_files(files))
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -179,7 +177,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     How it was found (on the hub, in the cache, in a folder) makes no difference.
     """
     with _saved_aside(tokenizer) as files:
-        hashes = _hashes(files)
+        hashes = hash_files(files)
         for settings in (path for path in files if path.name == TOKENIZER_SETTINGS):
             content = read_json(settings)
             found = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
@@ -203,17 +201,7 @@ def _saved_aside(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Path]]:
         yield files
 
 
-def _hashes(files: Sequence[Path]) -> dict[str, str]:
-    return {path.name: hash_file(path) for path in files if path.is_file()}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what has a say in the tokens."""
-    own = {"python": platform.python_version(), "fanformer": __version__}  # which may lie on the path, not installed
-    return own | {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")}
-
-
-def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> BatchEncoder:
+def _batch_encoder(tokenizer: PreTrainedTokenizerBase) -> BatchEncoder:
     """Return what encodes and lays out documents with this tokenizer, in the smallest integers that hold its ids.
 
     Raises:
@@ -222,32 +210,6 @@ def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> BatchEncoder:
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
     ids = start_token_id(tokenizer), end_token_id(tokenizer)
     return BatchEncoder(document_encoder(tokenizer), *ids, vocab_size=len(tokenizer), dtype=dtype)
-
-
-def closing(encoder: BatchEncoder) -> bytes:
-    """Return what ends a stream: the end token, where it is not there already."""
-    end = np.array([encoder.end_id] if encoder.start_id == encoder.end_id else [], dtype=encoder.dtype)
-    return end.tobytes()
-
-
-def description(
-    selection: Selection, split_kind: str, held_out_fraction: float, tokenizer_origin: str, encoder: BatchEncoder
-) -> dict[str, Any]:
-    """Return the part of data.json that says how the data were made."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "source": selection.description,
-        "max_bytes": selection.max_bytes,
-        "filters": list(selection.filters),
-        "deduplicate": selection.deduplicate,
-        "split": split_kind,
-        "held_out_fraction": held_out_fraction,
-        "tokenizer": tokenizer_origin,
-        "dtype": encoder.dtype,
-        "vocab_size": encoder.vocab_size,
-        "start_token_id": encoder.start_id,
-        "end_token_id": encoder.end_id,
-    }
 
 
 def write_description(folder: Path, metadata: dict[str, Any], attribution: Attribution) -> None:
@@ -260,34 +222,41 @@ def write_description(folder: Path, metadata: dict[str, Any], attribution: Attri
         if not entry["documents"] and metadata["split"] != "none":
             raise DataError(f"none of the documents fell into the split {name}: use another `held_out_fraction`")
     replace_json(folder / ATTRIBUTION, attribution.rows())
-    metadata |= {"fingerprint": fingerprint(metadata), "created_with": versions()}
-    replace_json(folder / PREPARED_METADATA, metadata)
+    replace_json(folder / PREPARED_METADATA, metadata | {"fingerprint": fingerprint(metadata)})
 
 
+@dataclass
 class _Preparation:
     """One call of `prepare`, in its partial folder."""
 
-    def __init__(
-        self,
-        selection: Selection,
-        partial: Path,
-        tokenizer: PreTrainedTokenizerBase | None,
-        options: Options,
-        progress: Callable[[int, int | None], None] | None,
-    ) -> None:
-        self._selection, self._partial, self._options = selection, partial, options
-        self._tokenizer, self._progress = tokenizer, progress
-        self._work = partial / "work"
-        arguments = {
-            "source": selection.description,
-            "max_bytes": selection.max_bytes,
-            "filters": list(selection.filters),
-            "deduplicate": selection.deduplicate,
-            "held_out_fraction": options.held_out_fraction,
-            "shard_tokens": options.shard_tokens,
-            "licence": options.licence,
-            "tokenizer": identity(tokenizer) if tokenizer is not None else options.vocab_size,
-            "versions": versions(),
+    selection: Selection
+    partial: Path
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    held_out_fraction: float
+    shard_tokens: int
+    licence: str | None
+    workers: int
+    progress: Callable[[int, int | None], None] | None
+
+    def __post_init__(self) -> None:
+        self._work = self.partial / "work"
+        # fanformer may lie on the path, not installed
+        self._versions = {"python": platform.python_version(), "fanformer": __version__} | {
+            name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")
+        }
+        self._asked = {
+            "source": self.selection.description,
+            "max_bytes": self.selection.max_bytes,
+            "filters": list(self.selection.filters),
+            "deduplicate": self.selection.deduplicate,
+            "held_out_fraction": self.held_out_fraction,
+        }
+        arguments = self._asked | {
+            "shard_tokens": self.shard_tokens,
+            "licence": self.licence,
+            "tokenizer": identity(self.tokenizer) if self.tokenizer is not None else self.vocab_size,
+            "versions": self._versions,
         }
         self._journal = Journal(self._work / "journal.json", arguments)
         self._outputs: Outputs | None = None
@@ -300,25 +269,33 @@ class _Preparation:
         """Write everything that the folder needs."""
         entry = self._journal.load()
         try:
-            if entry is None and self._partial.exists():  # of a process that ended in its first seconds
-                delete_beginnings(self._partial)
+            if entry is None and self.partial.exists():  # of a process that ended in its first seconds
+                delete_beginnings(self.partial)
             self._work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self._partial} cannot be written: {error.strerror or error}") from error
-        split = Split(**entry["split"]) if entry else choose_split(self._selection, self._options.held_out_fraction)
+            raise DataError(f"{self.partial} cannot be written: {error.strerror or error}") from error
+        split = Split(**entry["split"]) if entry else choose_split(self.selection, self.held_out_fraction)
         tokenizer, origin, saved = self._open_tokenizer(entry, split)
-        encoder = batch_encoder(tokenizer)
-        fixed = {"split": asdict(split), "tokenizer_files": saved, "origin": origin}
-        self._write(entry, split, encoder, fixed)
-        assert self._outputs is not None, "_write opens the outputs"
-        fraction = self._options.held_out_fraction
-        metadata = description(self._selection, split.kind, fraction, origin, encoder) | {
-            "tokenizer_files": hash_tokenizer_files([self._partial / name for name in saved]),
-            "asked_vocab_size": self._options.vocab_size if self._tokenizer is None else None,
+        encoder = _batch_encoder(tokenizer)
+        outputs = self._write(
+            entry, split, encoder, {"split": asdict(split), "tokenizer_files": saved, "origin": origin}
+        )
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            **self._asked,
+            "split": split.kind,
+            "tokenizer": origin,
+            "dtype": encoder.dtype,
+            "vocab_size": encoder.vocab_size,
+            "start_token_id": encoder.start_id,
+            "end_token_id": encoder.end_id,
+            "tokenizer_files": of_ids(saved),
+            "asked_vocab_size": self.vocab_size if self.tokenizer is None else None,
             "dropped": self._position.dropped,
-            "splits": self._outputs.finish(closing(encoder)),
+            "splits": outputs.finish(encoder.closing),
+            "created_with": self._versions,
         }
-        write_description(self._partial, metadata, self._outputs.attribution)
+        write_description(self.partial, metadata, outputs.attribution)
 
     def _open_tokenizer(
         self, entry: dict[str, Any] | None, split: Split
@@ -326,65 +303,62 @@ class _Preparation:
         """Return the tokenizer, where it comes from, and the hashes of all its files, which are then in the folder."""
         if entry is not None:
             saved = entry["tokenizer_files"]
-            if _hashes([self._partial / name for name in saved]) != saved:
-                raise DataError(f"{self._partial} lacks the tokenizer it was begun with: delete it to start anew")
-            return load_tokenizer(str(self._partial)), entry["origin"], saved
-        tokenizer, origin = self._tokenizer, ""
+            if hash_files([self.partial / name for name in saved]) != saved:
+                raise DataError(f"{self.partial} lacks the tokenizer it was begun with: delete it to start anew")
+            return load_tokenizer(str(self.partial)), entry["origin"], saved
+        tokenizer, origin = self.tokenizer, ""
         if tokenizer is None:
             started = time.monotonic()
-            tokenizer = train_tokenizer(self._tokenizer_texts(split), self._options.vocab_size)
+            tokenizer = train_tokenizer(self._tokenizer_texts(split), self.vocab_size)
             self._tokenizer_seconds, origin = time.monotonic() - started, "trained on the training split"
-        saved = _hashes([Path(path) for path in tokenizer.save_pretrained(self._partial)])
+        saved = hash_files([Path(path) for path in tokenizer.save_pretrained(self.partial)])
         return tokenizer, origin or tokenizer.name_or_path, saved
 
     def _tokenizer_texts(self, split: Split) -> Iterator[str]:
         seen_bytes = 0
-        for held_out, document in split.assign(self._selection):
+        for held_out, document in split.assign(self.selection):
             if not held_out:
                 yield document.text
                 seen_bytes += len(document.text.encode())
                 if seen_bytes >= TOKENIZER_TRAINING_BYTES:
                     return
 
-    def _write(self, entry: dict[str, Any] | None, split: Split, encoder: BatchEncoder, fixed: dict[str, Any]) -> None:
+    def _write(
+        self, entry: dict[str, Any] | None, split: Split, encoder: BatchEncoder, fixed: dict[str, Any]
+    ) -> Outputs:
         """Encode and write all documents that are left."""
         self._position = Position(**entry["position"]) if entry else Position()
-        rows = entry["outputs"]["attribution"] if entry else ()
-        attribution = Attribution(self._selection.source.spec, self._options.licence, rows)
-        self._outputs = outputs = Outputs(
-            self._partial,
-            self._work,
-            np.dtype(encoder.dtype),
-            self._options.shard_tokens,
-            attribution,
-            entry["outputs"] if entry else None,
-        )
+        state = entry["outputs"] if entry else None
+        attribution = Attribution(self.selection.source.spec, self.licence, state["attribution"] if state else ())
+        dtype = np.dtype(encoder.dtype)
+        outputs = Outputs(self.partial, self._work, dtype, self.shard_tokens, attribution, state)
+        self._outputs = outputs
         self._resumed = self._done = (self._position.source_bytes, outputs.tokens)
-        if self._selection.deduplicate:
+        if self.selection.deduplicate:
             self._seen = SeenTexts(self._work / "seen.sqlite")
             self._seen.go_back(self._position.number, self._position.seen_checksum)
         if self._tokenizer_seconds and self._journal.is_due():  # nothing else that is done by now is worth keeping
             self._save(self._position, fixed)
         started = time.monotonic()
-        batches = self._selection.batches(split, self._position, self._seen)
+        batches = self.selection.batches(split, self._position, self._seen)
         # closed at once on an error, so that its processes end before files are deleted
-        with contextlib.closing(encode_in_order(batches, encoder, self._options.workers)) as all_encoded:
+        with contextlib.closing(encode_in_order(batches, encoder, self.workers)) as all_encoded:
             for batch, encoded in all_encoded:
-                streams = encoded.train, encoded.held_out
-                completed = outputs.add(batch.documents, streams, encoded.num_bytes, encoded.num_tokens)
+                completed = outputs.add(batch.documents, encoded)
                 self._peaks[encoded.process] = encoded.peak_bytes
                 self._done = (batch.position.source_bytes, outputs.tokens)
-                if self._progress:
-                    self._progress(batch.position.source_bytes, self._selection.total_bytes)
+                if self.progress:
+                    self.progress(batch.position.source_bytes, self.selection.total_bytes)
                 if completed or self._journal.is_due():
                     self._save(batch.position, fixed)
         self._encoding_seconds = time.monotonic() - started
+        return outputs
 
     def _save(self, position: Position, fixed: dict[str, Any]) -> None:
         """Note that everything up to a position is done, once the disk holds it."""
         assert self._outputs is not None, "_write opens the outputs"
         self._outputs.sync()
-        sync(self._partial)
+        sync(self.partial)
         if self._seen is not None:
             self._seen.commit()
         self._journal.save(fixed | {"position": asdict(position), "outputs": self._outputs.state()})
@@ -404,24 +378,24 @@ class _Preparation:
     @contextlib.contextmanager
     def kept_or_deleted(self) -> Iterator[None]:
         """Close the files after the block; if it fails, keep the partial folder where there is work to go on from."""
-        begun = self._partial.exists()
+        begun = self.partial.exists()
         try:
             yield
         except BaseException as error:
             self._close()
-            kept = self._journal.exists()
-            written = sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
+            kept = self._journal.path.is_file()
+            written = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
             if not kept and not (begun and self._outputs is None):
                 with contextlib.suppress(OSError):
-                    delete_partial(self._partial)
+                    delete_partial(self.partial)
             if is_disk_full(error):
                 raise self._disk_full(written, kept) from error
             number = None if isinstance(error, FANformerError) else error_number(error)
             if number is not None and getattr(error, "filename", None) is None:
                 remedy = "the same command goes on from what is kept there" if kept else "choose another --output-dir"
-                raise DataError(f"{self._partial} cannot be written ({os.strerror(number)}): {remedy}") from error
+                raise DataError(f"{self.partial} cannot be written ({os.strerror(number)}): {remedy}") from error
             if kept and isinstance(error, FANformerError) and self._outputs is not None:
-                place = f"what was done is kept in {self._partial}, and the same command goes on from there"
+                place = f"what was done is kept in {self.partial}, and the same command goes on from there"
                 raise type(error)(f"{error} ({place})") from error
             raise
         self._close()
@@ -434,15 +408,15 @@ class _Preparation:
             self._seen.close()
 
     def _disk_full(self, written: int, kept: bool) -> DataError:
-        free = shutil.disk_usage(self._partial.parent).free
-        total = self._selection.total_bytes
+        free = shutil.disk_usage(self.partial.parent).free
+        total = self.selection.total_bytes
         of_total = f" of {total:,}" if total else ""
         remedy = (
-            f"make room, and the same command goes on from what is kept in {self._partial}"
+            f"make room, and the same command goes on from what is kept in {self.partial}"
             if kept
             else "make room or choose another --output-dir"
         )
         return DataError(
-            f"{self._partial.parent} is full: {written:,} bytes were written for {self._done[0]:,}{of_total} bytes of "
+            f"{self.partial.parent} is full: {written:,} bytes were written for {self._done[0]:,}{of_total} bytes of "
             f"text and {free:,} are free: {remedy}"
         )

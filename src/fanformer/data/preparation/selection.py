@@ -1,6 +1,7 @@
 """Which documents of a source are used, in order: up to a limit, filtered, without repetitions, assigned to a split."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,11 +35,6 @@ class Position:
     """`SeenTexts.checksum` after them."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Documents that were left out, by filter, and as DUPLICATE."""
-
-
-def count_dropped(dropped: dict[str, int], reason: str) -> None:
-    """Count one more document that was dropped for a reason."""
-    dropped[reason] = dropped.get(reason, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -107,36 +103,28 @@ class Selection:
                 position.documents_of_part += 1
                 position.number += 1
                 position.source_bytes += len(document.text.encode())
-                chosen = self.filtered(document, position.dropped)
-                if chosen is not None and seen is not None:
-                    if not seen.add(chosen.text, position.number):
-                        count_dropped(position.dropped, DUPLICATE)
-                        chosen = None
+                if not document.text:
+                    continue
+                chosen, reason = self._filtered(document)
+                if reason is None and seen is not None:
+                    reason = None if seen.add(chosen.text, position.number) else DUPLICATE
                     position.seen_checksum = seen.checksum
-                if chosen is not None:
+                if reason is None:
                     position.kept += 1
                     yield chosen
+                else:
+                    position.dropped[reason] = position.dropped.get(reason, 0) + 1
         if not position.kept:
             raise DataError(self._nothing(position))
         self.total_bytes = position.source_bytes
 
-    def filtered(self, document: Document, dropped: dict[str, int]) -> Document | None:
-        """Return a document as the filters leave it, None for an empty one or one that they drop.
-
-        Args:
-            document: of the source.
-            dropped: counts by filter, to which this document is added if it is dropped.
-        """
-        if not document.text:
-            return None
-        text, reason = first_to_drop(document.text, self.filters) if self.filters else (document.text, None)
-        if reason is not None:
-            count_dropped(dropped, reason)
-            return None
+    def _filtered(self, document: Document) -> tuple[Document, str | None]:
+        """Return a document as the filters leave it, and the name of the filter that drops it, None if none does."""
+        text, reason = first_to_drop(document.text, self.filters)
         if text is document.text:
-            return document
+            return document, reason
         replaced = min(document.replaced_bytes, text.count("\ufffd"))
-        return Document(text, document.name, replaced, document.source, document.licence)
+        return dataclasses.replace(document, text=text, replaced_bytes=replaced), reason
 
     def _nothing(self, position: Position) -> str:
         if position.dropped:

@@ -1,7 +1,6 @@
 """Encode batches of documents on several cores; what comes out does not depend on how many."""
 
 import os
-import resource
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process, resource_tracker
 
 import numpy as np
+import psutil
 
 from fanformer.data.preparation.encoding import DocumentEncoder
 from fanformer.data.preparation.selection import Batch
@@ -31,16 +31,14 @@ class Encoded:
     """The streams of one batch.
 
     Attributes:
-        train: bytes of the training stream.
-        held_out: bytes of the held-out stream.
+        streams: bytes of the training and of the held-out stream.
         num_tokens: of each document, start and end tokens included.
         num_bytes: UTF-8 bytes of each document's text.
         process: number of the process that encoded it.
         peak_bytes: most memory which that process has had.
     """
 
-    train: bytes
-    held_out: bytes
+    streams: tuple[bytes, bytes]
     num_tokens: list[int]
     num_bytes: list[int]
     process: int
@@ -65,6 +63,11 @@ class BatchEncoder:
     vocab_size: int
     dtype: str
 
+    @property
+    def closing(self) -> bytes:
+        """What ends a stream: the end token, where it is not there already."""
+        return np.array([self.end_id] if self.start_id == self.end_id else [], dtype=self.dtype).tobytes()
+
     def encode(self, documents: list[tuple[bool, str, str]]) -> Encoded:
         """Return the streams of documents, each given as (held out, name, text).
 
@@ -82,15 +85,14 @@ class BatchEncoder:
                 "use another --tokenizer"
             ) from error
         self._check([name for _, name, _ in documents], ids)
-        streams = []
-        for wanted in (False, True):
+
+        def stream(wanted: bool) -> bytes:
             chosen = [tokens for (held_out, _, _), tokens in zip(documents, ids, strict=True) if held_out == wanted]
-            stream = lay_out(chosen, self.start_id, self.end_id, np.dtype(self.dtype), close=False)
-            streams.append(stream.tobytes())
+            return lay_out(chosen, self.start_id, self.end_id, np.dtype(self.dtype), close=False).tobytes()
+
         separators = 1 if self.start_id == self.end_id else 2
         return Encoded(
-            train=streams[0],
-            held_out=streams[1],
+            streams=(stream(False), stream(True)),
             num_tokens=[len(tokens) + separators for tokens in ids],
             num_bytes=[len(text.encode()) for _, _, text in documents],
             process=os.getpid(),
@@ -117,6 +119,10 @@ class BatchEncoder:
 
 def peak_bytes() -> int:
     """Return the most memory that this process has had, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -180,6 +186,9 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
     It goes to all processes of a terminal, and one that had not come as far as `_start_worker` wrote a traceback.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     resource_tracker.ensure_running()  # where it is not, multiprocessing starts it, and lets Ctrl-C through after that
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

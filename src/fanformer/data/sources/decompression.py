@@ -63,7 +63,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     Raises:
         DataError: if it cannot be read, is damaged, or needs more memory than the limits above.
     """
-    decoders = {".gz": _gzip_chunks, ".xz": _xz_chunks, ".zst": _zstandard_chunks}
+    decoders = {".xz": _xz_chunks, ".zst": _zstandard_chunks}
     try:
         yield from decoders.get(path.suffix, _plain_chunks)(path)
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
@@ -92,13 +92,7 @@ def open_seekable(path: Path) -> BinaryIO:
 
 
 def _plain_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _gzip_chunks(path: Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 

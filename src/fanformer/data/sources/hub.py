@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from fanformer.data.sources.documents import Document, DocumentSource
@@ -136,8 +136,8 @@ class HubSource(DocumentSource):
             raise DataError(f"data `{spec}` must be hf:NAME or hf:NAME:CONFIG, got no NAME")
         require_hub(f"data `{spec}`", "go on offline with --data FILE (or --data stdlib)")
         import_extra("datasets", f"data `{spec}`")
-        self._revision, self._licence = self._persist(self._information)
-        self._builder = self._persist(lambda: self._open(config or None))
+        self._revision, self._licence = self._opened(self._information)
+        self._builder = self._opened(lambda: self._open(config or None))
         files = self._builder.config.data_files
         if not files.get("train"):
             splits = ", ".join(name for name in files if files[name]) or "none"
@@ -195,31 +195,43 @@ class HubSource(DocumentSource):
                 f"data `{self.spec}` cannot be opened ({_first_line(error)}): name a dataset of parquet or jsonl files"
             ) from error
 
-    def _persist(self, action: Callable[[], _Result]) -> _Result:
+    def _opened(self, action: Callable[[], _Result]) -> _Result:
         """Return what `action` returns, trying again while the hub fails."""
+        return next(self._persist(lambda row: [action()], lambda row: "while it was opened"))
+
+    def _persist(
+        self, rows: Callable[[int], Iterable[_Result]], where: Callable[[int], str], row: int = 0
+    ) -> Iterator[_Result]:
+        """Yield rows; where the hub fails, wait and go on after the last one that came.
+
+        Args:
+            rows: gives the rows after the first few.
+            where: says after how many it broke, for messages.
+            row: how many to leave out.
+
+        Raises:
+            DataError: where trying again cannot help, or was done for long enough.
+        """
         outage = _Outage()
         while True:
             try:
-                return action()
+                for found in rows(row):
+                    row += 1
+                    outage.end()
+                    yield found
+                return
+            except FANformerError:
+                raise
             # anything may come out of three packages and their dependencies
             except Exception as error:
-                self._wait_or_raise(error, outage, "while it was opened")
-
-    def _wait_or_raise(self, error: Exception, outage: _Outage, where: str) -> None:
-        """Wait before another try where that may help.
-
-        Raises:
-            DataError: where it cannot help, or was tried for long enough.
-        """
-        if isinstance(error, FANformerError):
-            raise error
-        reason = f"data `{self.spec}`, {where}: {_first_line(error)}"
-        if not is_temporary(error):
-            raise DataError(f"{reason}: check the dataset on the hub, or name another") from error
-        if not outage.wait(reason):
-            raise DataError(
-                f"{reason} ({outage.failures} failures in a row): once the hub answers, the same command goes on there"
-            ) from error
+                reason = f"data `{self.spec}`, {where(row)}: {_first_line(error)}"
+                if not is_temporary(error):
+                    raise DataError(f"{reason}: check the dataset on the hub, or name another") from error
+                if not outage.wait(reason):
+                    raise DataError(
+                        f"{reason} ({outage.failures} failures in a row): once the hub answers, the same command goes "
+                        "on there"
+                    ) from error
 
     def read_part(self, number: int, skip: int = 0) -> Iterator[Document]:
         """Yield the rows of one file.
@@ -229,20 +241,10 @@ class HubSource(DocumentSource):
         Raises:
             DataError: if a row holds no text, the file is damaged, or the hub fails for long.
         """
-        outage = _Outage()
-        row, part = skip, self.parts[number]
-        while True:
-            try:
-                for record in self._rows(number, skip=row):
-                    row += 1
-                    outage.end()
-                    text, replaced_bytes = replace_undecodable(record.text)
-                    name = f"{self._name}/{part}{record.suffix}"
-                    yield Document(text, name, replaced_bytes, record.source, record.licence)
-                return
-            # anything may come out of three packages and their dependencies
-            except Exception as error:
-                self._wait_or_raise(error, outage, f"{part} after row {row}")
+        part = self.parts[number]
+        for record in self._persist(lambda row: self._rows(number, row), lambda row: f"{part} after row {row}", skip):
+            text, replaced_bytes = replace_undecodable(record.text)
+            yield Document(text, f"{self._name}/{part}{record.suffix}", replaced_bytes, record.source, record.licence)
 
     def _rows(self, number: int, skip: int) -> Iterator[Record]:
         """Yield the rows of a part after the first `skip`."""

@@ -153,9 +153,9 @@ def _decode(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
         if "\0" in text:
             offset = start + len(text[: text.index("\0")].encode(codec, errors))
             raise DataError(f"{path}: expected text, got a binary file (a NUL at byte {offset})")
-        cleaned, bad_here = replace_undecodable(text)
+        _, bad_here = replace_undecodable(text)
         if bad_here and not num_bad:
-            first_bad = start + len(text[: _first_difference(text, cleaned)].encode(codec, errors))
+            first_bad = start + len(_SURROGATES.split(text, 1)[0].encode(codec, errors))
         num_bad += bad_here
         if num_bad > max(1, consumed // 100):
             raise DataError(
@@ -164,10 +164,6 @@ def _decode(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
             )
         yield text
         chunk = following
-
-
-def _first_difference(text: str, cleaned: str) -> int:
-    return next(index for index, (a, b) in enumerate(zip(text, cleaned, strict=True)) if a != b)
 
 
 def _cut_texts(texts: Iterable[str]) -> Iterator[Record]:
@@ -240,7 +236,9 @@ def _value(record: dict[str, Any], field: str | None, where: str) -> Any:
         return None
     if field not in record:
         raise DataError(f"{where}: no field `{field}`; it has {_names(record)}: name the one that holds text")
-    return _require_text(record[field], where, field)
+    if not isinstance(record[field], str):
+        raise DataError(f"{where}: field `{field}` must be a string, got {type(record[field]).__name__}")
+    return record[field]
 
 
 def _lines(texts: Iterable[str], where: str) -> Iterator[str]:
@@ -265,13 +263,6 @@ def _lines(texts: Iterable[str], where: str) -> Iterator[str]:
             yield from others[:-1]
             number, length, begun = number + len(others), len(others[-1]), others[-1:]
     yield "".join(begun)
-
-
-def _require_text(value: Any, where: str, text_field: str) -> str:
-    """Return a field's value, or raise DataError where it is no string."""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field `{text_field}` must be a string, got {type(value).__name__}")
-    return value
 
 
 def _names(fields: Iterable[str]) -> str:

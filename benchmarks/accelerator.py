@@ -357,7 +357,7 @@ def main() -> int:
         folder = arguments.output or (Path(scratch) if arguments.dry_run else RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        path = folder / f"accelerator-{date:%Y-%m-%d}-{slug}.json"
+        path = folder / f"accelerator-{date:%Y-%m-%d}-{slug}"
         about = {"date": date.isoformat(timespec="seconds"), "device": device, "asked": arguments.parts}
         write_results(path, {**about, "parts": {}, "dry_run": arguments.dry_run, "reference": REFERENCE})
         run(arguments.parts, path, deadline, arguments.dry_run, arguments.queue.absolute(), arguments.jobs)

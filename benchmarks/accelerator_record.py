@@ -14,12 +14,12 @@ INFERENCE = ("inference_eager", "inference_compiled")
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write everything known so far, in one step: a reader finds the old entry or the new one, never half of one."""
+    """Write everything known so far as the entry `path.name` of the ledger in its folder."""
     parts = results["parts"]
     json.dumps(parts, allow_nan=False)
     gpus = [] if results["dry_run"] else [results["device"]]
     entry = Entry(
-        name=path.stem,
+        name=path.name,
         what=f"FANformer 92m beside Llama in SmolLM2-135M's shape on {results['device']}",
         kind="benchmark",
         command=COMMAND + " --dry-run" * results["dry_run"],
@@ -37,7 +37,9 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Return what `write_results` was given."""
-    return read_entry(path).details
+    entry = read_entry(path.parent, path.name)
+    assert entry is not None, "write_results came first"
+    return entry.details
 
 
 def figures(parts: Mapping[str, Any]) -> dict[str, Figure]:

@@ -18,7 +18,7 @@ from claims import NOT_MEASURED, Row, judge, load_claims, problems, scale_of
 from performance import performance_page
 from tables import code, hardware_text, interval_text, number, seeds_text, table_row, threshold_text
 
-from fanformer.comparison.ledger import Entry, Kind, read_ledger
+from fanformer.comparison.ledger import MEASUREMENTS_FILE, TRAININGS_FILE, Entry, Kind, read_ledger
 from fanformer.errors import DataError, FANformerError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -67,7 +67,8 @@ def build(repository: Path, output: Path) -> None:
         FANformerError: if the ledger or the claims are malformed, or a row lacks what it must have.
     """
     entries = read_ledger(repository / LEDGER)
-    paths = {path.stem: path.relative_to(repository) for path in (repository / LEDGER).rglob("*.json")}
+    files = {True: TRAININGS_FILE, False: MEASUREMENTS_FILE}
+    paths = {entry.name: LEDGER / files[entry.kind == "training"] for entry in entries}
     rows, speeds = (judge(load_claims(repository / file), entries) for file in (CLAIMS, SPEEDS))
     lacking = problems([*rows, *speeds], entries)
     if lacking:

@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps per measurement (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements with and without, each (default 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default torch's)")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/malloc-DATE.json")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
     if not in_a_process(keep_freed_memory):
         sys.exit("the C library is not glibc, which this setting belongs to: there is nothing to measure here")

@@ -42,7 +42,7 @@ def to_result(ours: Footprint, theirs: Footprint) -> dict[str, Figure]:
 def main() -> None:
     """Count, print, and write where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/parameters-DATE.json")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
     shape = load_preset("92m").model
     result = to_result(footprint(FANformerConfig(**shape)), footprint(LlamaConfig(**SMOLLM2_135M)))

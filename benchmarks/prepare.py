@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="file or glob of jsonl with the field `text`")
     parser.add_argument("--megabytes", type=int, default=48, help="text that both tokenize (default 48)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/prepare-DATE.json")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
     if not glob.glob(arguments.data):
         sys.exit(f"--data {arguments.data}: no file matches")

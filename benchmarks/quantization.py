@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="most tokens of the text (default 20000)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--calibration", metavar="SPEC", help="text for the 4-bit types' weights, and for the folders")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/quantization-loss-*.json")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found, parameters = measure(arguments, Path(folder))

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
+from fanformer.comparison.ledger import EXACT, Entry, Figure, read_entry, write_entry
 from fanformer.machine.threads import spin_briefly
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.configuration import resolve
@@ -76,10 +76,10 @@ def findings(preset: str, steps: int, name: str, folder: Path) -> dict[str, Any]
 
 def before(entry_name: str, preset: str, steps: int) -> dict[str, Any]:
     """Return what the ledger's entry of this processor holds of the same proof, by setting."""
-    path = RESULTS / f"{entry_name}.json"
-    entry = json.loads(path.read_text()) if path.is_file() else {"configuration": {}}
-    same = entry["configuration"].get("preset") == preset and entry["configuration"].get("steps") == steps
-    return dict(entry["details"]["by_setting"]) if same else {}
+    entry = read_entry(RESULTS, entry_name)
+    if entry is None or (entry.configuration["preset"], entry.configuration["steps"]) != (preset, steps):
+        return {}
+    return dict(entry.details["by_setting"])
 
 
 def main() -> int:

@@ -152,8 +152,8 @@ def arguments_of(text: str, **defaults: Any) -> argparse.Namespace:
             help=f"default {' '.join(map(str, default)) if several else default}",
         )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default torch's")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/NAME-DATE.json")
-    parser.add_argument("--part", help="what is measured of it: the file is then NAME-PART-DATE.json")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
+    parser.add_argument("--part", help="what is measured of it: the entry is then NAME-PART-DATE")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()

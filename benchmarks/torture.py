@@ -186,7 +186,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=120)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/torture-DATE.json")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

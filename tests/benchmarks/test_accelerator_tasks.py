@@ -57,7 +57,7 @@ def test_scores_of_another_machine_give_the_figures_of_eval(accelerator_tasks, t
     ledger = ("--name", "tasks-tiny", "--what", "one beside two", "--scale", "tiny")
     paths = (tmp_path / "one.json", tmp_path / "two.json", tmp_path / "ledger")
     assert run("compare", tmp_path / "tokenizer", *paths, *where, *ledger) == 0
-    result = read_entry(tmp_path / "ledger" / "tasks-tiny.json").result
+    result = read_entry(tmp_path / "ledger", "tasks-tiny").result
     one, two = (expected[name]["piqa"] for name in ("one", "two"))
     difference = result["piqa_answer_bits_per_byte_difference"]
     assert difference.value == pytest.approx(one["answer_bits_per_byte"] - two["answer_bits_per_byte"], rel=1e-4)

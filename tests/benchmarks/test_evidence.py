@@ -177,9 +177,8 @@ def test_corrupted_ledger_makes_no_page(evidence, copy):
     path = write_entry(copy / evidence.LEDGER, entry(seeds=[]))
     with pytest.raises(DataError, match=r"the evidence page cannot be made: entry compare-1 lacks its seeds"):
         evidence.build(copy, copy / "out")
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in content.items() if key != "hardware"}))
-    with pytest.raises(DataError, match=r"compare-1\.json: `hardware` is missing"):
+    path.write_text(path.read_text().replace('"hardware":', '"hardwares":', 1))
+    with pytest.raises(DataError, match=r"measurements\.jsonl, line 1: `hardware` is missing"):
         evidence.build(copy, copy / "out")
     assert not (copy / "out").exists()
 
@@ -190,12 +189,12 @@ def test_trainings_share_a_table_and_what_is_part_of_a_comparison_is_drawn_once(
     fields = {"kind": "training", "seeds": [1], "curve": curve, "what": "llama at learning rate 0.01, 2 tokens"}
     trained = entry("sweep-llama", **fields, result={"bits_per_byte": figure}, details={"part_of": "sweep"})
     diverged = entry("sweep-other", kind="training", seeds=[1], result={"diverged": Figure(1, "trainings")})
-    ledger = copy / "benchmarks" / "results" / "sweep"
+    ledger = copy / "benchmarks" / "results"
     write_entry(ledger, trained)
     write_entry(ledger, diverged)
     evidence.build(copy, copy)
     page = (copy / "docs" / "evidence.md").read_text()
-    link = "[llama at learning rate 0.01, 2 tokens](../benchmarks/results/sweep/sweep-llama.json)"
+    link = "[llama at learning rate 0.01, 2 tokens](../benchmarks/results/trainings.jsonl)"
     assert f"| {link} | - | 2 (bits per byte) | - | 1 | generated | a processor, 2 cores |" in page
     assert "| diverged |" in page
     assert "### sweep-llama" not in page

@@ -23,11 +23,8 @@ from fanformer.comparison.summary import (
 )
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
-from fanformer.errors import DataError
 from fanformer.machine.versions import hardware, versions
 
-TRAININGS_FOLDER = "trainings"
-"""Of a ledger's folder, for the entries of single trainings."""
 _COUNTED = {
     "parameters": "parameters",
     "parameters_without_embeddings": "parameters",
@@ -90,7 +87,7 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
             **({"rule": _pack(result.details["rule"])} if "rule" in result.details else {}),
         },
     )
-    _write(folder / TRAININGS_FOLDER, content)
+    _write(folder, content)
 
 
 def read_training(folder: Path, trial: Trial) -> Result | None:
@@ -98,10 +95,9 @@ def read_training(folder: Path, trial: Trial) -> Result | None:
 
     Nor does it know a rule's training where an older entry lacks the answers, which a picture needs.
     """
-    path = folder / TRAININGS_FOLDER / f"{trial.name}.json"
-    if not path.is_file():
+    entry = read_entry(folder, trial.name)
+    if entry is None:
         return None
-    entry = read_entry(path)
     figures = {name: figure.value for name, figure in entry.result.items() if name != "diverged"}
     details: dict[str, Any] = {"versions": entry.versions}
     if trial.rule is not None and figures:
@@ -293,15 +289,10 @@ def _entry(command: str, **fields: Any) -> Entry:
 
 def _write(folder: Path, entry: Entry) -> None:
     """Write an entry, unless the same numbers are there: they keep the day and the machine of their measurement."""
-    path = folder / f"{entry.name}.json"
-    if path.is_file():
-        try:
-            before = read_entry(path)
-        except DataError:
-            before = None  # cut off or of an older form: written anew
-        fields = ("result", "curve", "seeds", "configuration", "data", "details")
-        if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
-            return
+    before = read_entry(folder, entry.name) if folder.is_dir() else None
+    fields = ("result", "curve", "seeds", "configuration", "data", "details")
+    if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
+        return
     write_entry(folder, entry)
 
 

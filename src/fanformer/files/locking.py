@@ -13,18 +13,19 @@ from fanformer.errors import DataError, FANformerError
 
 
 @contextmanager
-def hold(path: Path, what: str, error_type: type[FANformerError] = DataError) -> Iterator[None]:
+def hold(path: Path, what: str, error_type: type[FANformerError] = DataError, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block; the file says who does, and is gone afterwards.
 
     Args:
         path: the lock file, in a folder that exists.
         what: what is locked, for the message.
         error_type: what is raised where another process holds it, or the file cannot be written.
+        wait: whether to wait for another process that holds it.
 
     Raises:
         FANformerError: of `error_type`; the message names the holder's process, machine and time.
     """
-    descriptor = _acquire(path, what, error_type)
+    descriptor = _acquire(path, what, error_type, wait)
     try:
         holder = {
             "pid": os.getpid(),
@@ -43,14 +44,14 @@ def hold(path: Path, what: str, error_type: type[FANformerError] = DataError) ->
         os.close(descriptor)
 
 
-def _acquire(path: Path, what: str, error_type: type[FANformerError]) -> int:
+def _acquire(path: Path, what: str, error_type: type[FANformerError], wait: bool) -> int:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise error_type(f"{path} cannot be written: {error.strerror or error}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # its last holder may have deleted it between our opening and locking it
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor

@@ -18,7 +18,8 @@ ABOUT = {"date": "2026-11-25T00:00:00+00:00", "device": "a card", "dry_run": Tru
 
 @pytest.fixture
 def accelerator(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    for folder in ("speed", "accelerator"):
+        monkeypatch.syspath_prepend(str(repository / "benchmarks" / folder))
     import accelerator
 
     return accelerator
@@ -26,7 +27,7 @@ def accelerator(repository, monkeypatch):
 
 def command(repository, *options, **environment):
     return subprocess.run(
-        [sys.executable, repository / "benchmarks" / "accelerator.py", *options],
+        [sys.executable, repository / "benchmarks" / "accelerator" / "accelerator.py", *options],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -168,7 +169,7 @@ def test_closing_line_of_pytest_is_read(accelerator):
 
 
 def test_operations_are_counted_as_the_formula_says(accelerator):
-    from accelerator_speed import FULL, forward_flops_per_token
+    from measures import FULL, forward_flops_per_token
 
     with torch.device("meta"):
         ours = FANformerForCausalLM(FANformerConfig(**FULL.ours))

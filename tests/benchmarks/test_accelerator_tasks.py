@@ -15,11 +15,11 @@ TASKS = "arc_easy,arc_challenge,piqa"
 @pytest.fixture
 def accelerator_tasks(repository, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs the extra `eval` (lm-evaluation-harness)")
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    import accelerator_tasks
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "accelerator"))
+    import tasks as accelerator_tasks
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator_tasks.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator/tasks.py", *map(str, words)])
         return accelerator_tasks.main()
 
     accelerator_tasks.run = run

@@ -14,7 +14,7 @@ from fanformer.errors import ConfigError, DataError
 
 @pytest.fixture
 def claims(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "evidence"))
     import claims
 
     return claims
@@ -65,7 +65,7 @@ def test_page_comes_out_the_same_to_the_byte_in_another_process(repository, copy
     curve = [{"tokens": tokens, "bits_per_byte": 3 / tokens, "arm": "a"} for tokens in (1, 2)]
     pictured = entry(name="pictured", curve=curve, details={"comparison": "pictured"})
     write_entry(copy / "benchmarks" / "results", pictured)
-    code = "import sys; sys.path[:0] = ['benchmarks']; import pathlib, evidence;" + (
+    code = "import sys; sys.path[:0] = ['benchmarks/evidence']; import pathlib, evidence;" + (
         "evidence.build(*map(pathlib.Path, sys.argv[1:]))"
     )
     for name in ("one", "two"):

@@ -9,7 +9,8 @@ from fanformer.comparison.ledger import EXACT, Entry, Figure
 
 @pytest.fixture
 def performance(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    for folder in ("speed", "evidence"):
+        monkeypatch.syspath_prepend(str(repository / "benchmarks" / folder))
     import performance
 
     return performance
@@ -20,7 +21,7 @@ def entry(name, date, result):
         name=name,
         what="speeds",
         kind="benchmark",
-        command="python benchmarks/speed.py",
+        command="python benchmarks/speed/speed.py",
         date=date,
         seeds=[0],
         configuration={"scale": "92m"},
@@ -78,8 +79,8 @@ def test_settings_and_profiles_have_tables(performance):
 
 
 def test_operators_have_their_kind(performance):
+    from profiles import KINDS
     from speed import kind_of
-    from speed_profile import KINDS
 
     assert kind_of("aten::mm", KINDS) == "products"
     assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu_backward", KINDS) == "attention"

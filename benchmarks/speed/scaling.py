@@ -1,6 +1,6 @@
 """How the cost of a forward pass grows with context, batch and layers: exponents, and what attention's share is.
 
-    python benchmarks/speed_scaling.py [--contexts 256 512 1024 2048 4096 8192] [--rounds 3] [--write]
+    python benchmarks/speed/scaling.py [--contexts 256 512 1024 2048 4096 8192] [--rounds 3] [--write]
 
 The default model on random tokens, float32, inference, sizes in turns. The exponent is the slope of log time over
 log size, by least squares; for contexts it is given for the whole model and for all but attention, whose time is that

@@ -1,6 +1,6 @@
 """Measure what keeping freed memory is worth to a training step of the nano preset on the CPU.
 
-    python benchmarks/malloc.py [--steps 8] [--rounds 3] [--threads N] [--write]
+    python benchmarks/speed/malloc.py [--steps 8] [--rounds 3] [--threads N] [--write]
 
 Every measurement is a process of its own, with the setting and without it in turns: first on the machine as it is,
 then with one busy process on each core. Figures are ratios of steps that ran one after the other; the load is told.
@@ -29,7 +29,7 @@ from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, resolve
 from fanformer.training.environment import keep_freed_memory, product_rate
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WARM_UP_STEPS = 2
 CONDITIONS = {"as it is": 0, "busy": os.cpu_count() or 1}
 """Busy processes beside the measured one."""

@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint: written in the background, and before the next step begins.
 
-    python benchmarks/checkpoint_stall.py [--preset 92m] [--rounds 2] [--write]
+    python benchmarks/speed/checkpoint_stall.py [--preset 92m] [--rounds 2] [--write]
 
 Both ways train the same model in turns, each in a process of its own, on all cores and on all but one. The stall is
 how much longer the time from one step to the next is where a checkpoint is taken between them, and the slowing how much
@@ -27,7 +27,7 @@ from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.configuration import resolve
 from fanformer.training.run import Silence, build_fanformer, train
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 SAVE_STEPS, SAVES = 16, 3  # far enough apart for one to be written before the next begins
 WORDS = ("the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and")
 

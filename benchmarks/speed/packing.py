@@ -1,6 +1,6 @@
 """How many times as fast training is on packed rows as on padded ones, at the lengths of real documents.
 
-    python benchmarks/speed_packing.py --data '../shared/data/text-large/train-*.jsonl.xz' [--rounds 3] [--write]
+    python benchmarks/speed/packing.py --data '../shared/data/text-large/train-*.jsonl.xz' [--rounds 3] [--write]
 
 The same documents, cut to a row's length: one document a row, padded to the longest of its batch as a collator does it,
 and packed without padding, documents apart from each other. The rate counts real tokens. Preset nano, float32, eager,

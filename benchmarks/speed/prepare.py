@@ -1,6 +1,6 @@
 """Measure `fanformer data prepare` against tokenization by `datasets.map`, its memory, and a restart after a kill.
 
-    python benchmarks/prepare.py --data 'FOLDER/train-*.jsonl.xz' [--megabytes 48] [--rounds 3] [--write]
+    python benchmarks/speed/prepare.py --data 'FOLDER/train-*.jsonl.xz' [--megabytes 48] [--rounds 3] [--write]
 
 Both read the same jsonl file and use the same tokenizer, in turns, each in a process of its own, with one process and
 with one per core. The time of `datasets.map` is that of the call alone, with its table of the text made before; ours
@@ -32,7 +32,7 @@ import psutil
 from fanformer.comparison.ledger import EXACT, Entry, Figure, range_of, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 VOCABULARY = 16_384
 SAMPLES_PER_SECOND = 20
 FLATNESS = (0.25, 0.5, 1.0)

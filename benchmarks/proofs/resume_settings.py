@@ -1,6 +1,6 @@
 """The proof of `--prove-resume` under other kernels and numbers of threads: one machine stands for several.
 
-    python benchmarks/resume_settings.py [--preset nano] [--steps 8] [--only NAME ...] [--write]
+    python benchmarks/proofs/resume_settings.py [--preset nano] [--steps 8] [--only NAME ...] [--write]
 
 Which order a sum has depends on the processor, on what the libraries take it for, and on how many threads share it. A
 run that was killed must equal one that was not under all of these.
@@ -23,7 +23,7 @@ from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.configuration import resolve
 from fanformer.training.proof import prove
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 SETTINGS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "as it is": ({}, {}),
     "one thread": ({"OMP_NUM_THREADS": "1"}, {}),

@@ -1,6 +1,6 @@
 """What GGUF files and quantized folders of one model lose, and how large they are.
 
-    python benchmarks/quantization.py MODEL --text FILE [--types q8_0,q4_k] [--folders gptq4,gptq8,awq4]
+    python benchmarks/quality/quantization.py MODEL --text FILE [--types q8_0,q4_k] [--folders gptq4,gptq8,awq4]
         [--tokens 20000] [--threads N] [--calibration SPEC] [--write]
 
 Bits per byte: the folder on torch, the dequantized file on torch, and the file on the engine, on the same rows of
@@ -27,7 +27,7 @@ import numpy as np
 from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def rows_of(tokenizer: Any, texts: Sequence[str], length: int, most_tokens: int) -> tuple[list[list[int]], int]:

@@ -1,6 +1,6 @@
 """Kill one training again and again with SIGKILL, at random moments and in the middle of saves; nothing may be lost.
 
-    python benchmarks/torture.py [--kills 120] [--steps 600] [--write]
+    python benchmarks/proofs/torture.py [--kills 120] [--steps 600] [--write]
 
 The training that was killed must end with the weights, the optimizer's state, the losses and the rows of one that was
 not, bit for bit, and after every kill each checkpoint on the disk must be whole. Every life of the training is a
@@ -31,7 +31,7 @@ from fanformer.training.configuration import RunConfig, resolve
 from fanformer.training.records import read_records
 from fanformer.training.run import Silence, train
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WORDS = ("the", "cat", "dog", "river", "runs", "sees", "under", "over", "blue", "old", "tree", "and")
 MODEL = {
     "vocab_size": 320,

@@ -17,7 +17,7 @@ Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
 with the lowest and the highest; above 1 ours is faster. *Of the limit* is, for training, operations over those of a
 large product in the same time, and for decoding the bytes that must be read over the measured bandwidth.
 
-`make bench` runs what a CPU can measure, `python benchmarks/accelerator.py` what needs a GPU.
+`make bench` runs what a CPU can measure, `python benchmarks/accelerator/accelerator.py` what needs a GPU.
 
 What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
 `fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
@@ -27,7 +27,7 @@ SECTIONS = {
         "What each setting of training on a CPU is worth",
         "A step in float32 with one thing changed over one with everything on: above 1 the setting pays, below 1 the "
         "change does. bfloat16 products are fast where the processor has them, which `--precision auto` measures; what "
-        "keeping freed memory is worth is measured by `benchmarks/malloc.py`.",
+        "keeping freed memory is worth is measured by `benchmarks/speed/malloc.py`.",
     ),
     "speed-profile-*": (
         "What takes the time on a CPU",

@@ -1,10 +1,10 @@
 """The default model beside 92m-tuned on the CPU: training, decoding on torch, and decoding GGUF files.
 
-    python benchmarks/speed_blocks.py [--batch 2] [--length 512] [--context 128] [--types q8_0 q4_k] [--rounds 7]
+    python benchmarks/speed/blocks.py [--batch 2] [--length 512] [--context 128] [--types q8_0 q4_k] [--rounds 7]
         [--write]
 
 Both have as many parameters, so the ratios say what the form of a block costs. Everything in turns: training steps as
-`speed_training.py` takes them, tokens as `speed_decode.py` decodes them, files as `quantization_speed.py` does, with a
+`training.py` takes them, tokens as `decode.py` decodes them, files as `quantized.py` does, with a
 process for each; those need the extra `gguf` and are left out without it.
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from quantization_speed import DECODE, in_a_process, write_folder
+from decode import continue_by, measure
+from quantized import DECODE, in_a_process, write_folder
 from speed import OURS, TUNED, Trainee, arguments_of, build, finish, in_turns, random_ids, release, times_faster
-from speed_decode import continue_by, measure
 
 from fanformer.comparison.ledger import Figure
 

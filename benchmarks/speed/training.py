@@ -1,6 +1,6 @@
 """Training tokens a second on the CPU: ours beside Llama in SmolLM2-135M's shape and a Llama of as many parameters.
 
-    python benchmarks/speed_training.py [--batch 2] [--length 512] [--rounds 5] [--write]
+    python benchmarks/speed/training.py [--batch 2] [--length 512] [--rounds 5] [--write]
 
 The same loss code, fused AdamW, attention and compiled blocks for all, float32, steps in turns. Beside the ratios it
 says how much of the machine each step reaches: its operations over those of a large matrix product in the same time.

@@ -29,7 +29,7 @@ from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import load_preset
 from fanformer.training.environment import keep_freed_memory
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 OURS, TUNED, THEIRS, EQUAL = "fanformer", "fanformer-tuned", "smollm2-135m", "llama-92m"
 """The default model, 92m-tuned, Llama in SmolLM2-135M's shape, and a Llama with as many parameters as ours."""
 

@@ -1,6 +1,6 @@
 """How long a command takes to begin on a CPU: the help text, and a nano model's first token.
 
-    python benchmarks/speed_start.py [--rounds 7] [--write]
+    python benchmarks/speed/start.py [--rounds 7] [--write]
 
 Each is a process of its own, from its start to its end. What importing torch and transformers alone takes stands beside
 it: no command that runs a model can be faster.

@@ -1,6 +1,6 @@
 """What each setting of training on a CPU is worth, one at a time: a step without it over a step with everything.
 
-    python benchmarks/speed_settings.py [--batch 2] [--length 512] [--rounds 5] [--write]
+    python benchmarks/speed/settings.py [--batch 2] [--length 512] [--rounds 5] [--write]
 
 The default model on packed rows, float32, blocks and loss compiled, attention in blocks, all threads; AdamW. Every
 other way changes one thing, and steps take turns. What keeping freed memory is worth needs processes of its own:

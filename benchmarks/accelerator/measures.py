@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerator import REPOSITORY, Context, one_line
+from context import REPOSITORY, Context, one_line
 from roofline import roofline_seconds
 from speed import kind_of
 from torch import Tensor

@@ -1,6 +1,6 @@
 """How fast GGUF files decode on the engine, and in how much memory, beside torch and llama.cpp.
 
-    python benchmarks/quantization_speed.py [--types q8_0 q4_k q4_0] [--rounds 5] [--threads N]
+    python benchmarks/speed/quantized.py [--types q8_0 q4_k q4_0] [--rounds 5] [--threads N]
         [--llama-cpp PYTHON] [--write]
 
 The default model with random weights, whose values no speed depends on, and a tokenizer of 49,152 tokens trained on the
@@ -98,7 +98,7 @@ def decode_folder(path: str, threads: int) -> dict[str, Any]:
 def decode(way: str, path: str, threads: int) -> dict[str, Any]:
     """Time what `path` holds, in this process."""
     if way != DECODE:
-        from quantization_llama import decode_llama
+        from quantized_llama import decode_llama
 
         return decode_llama(path, threads, time_decoding)
     return decode_file(path, threads) if path.endswith(".gguf") else decode_folder(path, threads)
@@ -130,7 +130,7 @@ def write_folder(name: str, folder: Path) -> None:
 
 def write_models(folder: Path, types: list[str], llama: bool) -> dict[str, dict[str, int]]:
     """Write the folder `model`, its files, and llama.cpp's beside them; return the bytes of each and of a token."""
-    from quantization_llama import write_llama
+    from quantized_llama import write_llama
     from speed import OURS
 
     from fanformer.gguf.export import Settings, export_gguf

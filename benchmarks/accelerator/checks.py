@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerator import Context, one_line
-from accelerator_speed import release
+from context import Context, one_line
+from measures import release
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence

@@ -1,6 +1,6 @@
 """Count the parameters of preset 92m and of SmolLM2-135M, from which its size is claimed to differ.
 
-    python benchmarks/parameters.py [--write]
+    python benchmarks/proofs/parameters.py [--write]
 
 Both are counted on the meta device by the code behind `fanformer info`; the shape of SmolLM2-135M is that of its
 published config.json.
@@ -20,7 +20,7 @@ from fanformer.model import FANformerConfig
 from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def to_result(ours: Footprint, theirs: Footprint) -> dict[str, Figure]:

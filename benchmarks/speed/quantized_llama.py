@@ -1,4 +1,4 @@
-"""The other side of benchmarks/quantization.py: llama.cpp on a Llama of SmolLM2-135M's shape, with random weights.
+"""The other side of benchmarks/speed/quantized.py: llama.cpp on a Llama of SmolLM2-135M's shape, with random weights.
 
 Speed does not depend on what the weights are; a random model of the shape needs no download.
 """

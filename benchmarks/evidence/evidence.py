@@ -1,6 +1,6 @@
 """Make docs/evidence.md with its pictures, and docs/performance.md, from the ledger, claims.yaml and performance.yaml.
 
-    python benchmarks/evidence.py [--check]
+    python benchmarks/evidence/evidence.py [--check]
 
 The same files give the same bytes, on any day and any machine with the pinned requirements. A row that lacks command,
 seeds, interval or hardware is an error, and so is a verdict without an interval.
@@ -21,7 +21,7 @@ from tables import code, hardware_text, interval_text, number, seeds_text, table
 from fanformer.comparison.ledger import MEASUREMENTS_FILE, TRAININGS_FILE, Entry, Kind, read_ledger
 from fanformer.errors import DataError, FANformerError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LEDGER, CLAIMS = Path("benchmarks/results"), Path("benchmarks/claims.yaml")
 PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
 SPEEDS, SPEED_PAGE = Path("benchmarks/performance.yaml"), Path("docs/performance.md")

@@ -8,7 +8,7 @@ from typing import Any
 from fanformer.comparison.ledger import EXACT, Entry, Figure, read_entry, write_entry
 from fanformer.machine.versions import hardware, versions
 
-COMMAND = "python benchmarks/accelerator.py"
+COMMAND = "python benchmarks/accelerator/accelerator.py"
 TRAINING = ("training_regional", "training_whole")
 INFERENCE = ("inference_eager", "inference_compiled")
 

@@ -1,6 +1,6 @@
 """Drive train, `data prepare` and quantize through random sequences of kills and mishaps, and say what was violated.
 
-    python benchmarks/lifecycle.py [--seconds 1800] [--only train prepare quantize] [--write]
+    python benchmarks/proofs/lifecycle.py [--seconds 1800] [--only train prepare quantize] [--write]
 
 The state machines are tests (tests/training/test_train_lifecycle.py and the like), whose short form runs with all
 others; this runs their long form and keeps the result. Training gets half of the time.
@@ -19,7 +19,7 @@ from typing import Any
 from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINES = {
     "train": ("tests/training/test_train_lifecycle.py", 0.5),

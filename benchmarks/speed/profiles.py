@@ -1,9 +1,9 @@
 """What takes the time on a CPU: a training step and a decoded token, by what the operators do, ours beside Llama's.
 
-    python benchmarks/speed_profile.py [--batch 2] [--length 512] [--context 128] [--write]
+    python benchmarks/speed/profiles.py [--batch 2] [--length 512] [--context 128] [--write]
 
-Shares of torch's profile, the time of an operator itself. Training as in speed_training.py, decoding as in
-speed_decode.py, compiled. What the compiler fused is one kind: norms, activations, Fourier features, rotation, gates,
+Shares of torch's profile, the time of an operator itself. Training as in training.py, decoding as in
+decode.py, compiled. What the compiler fused is one kind: norms, activations, Fourier features, rotation, gates,
 and in decoding the products of a single row.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from decode import continue_by
 from speed import EQUAL, OURS, THEIRS, Trainee, arguments_of, build, finish, kind_of, random_ids, release
-from speed_decode import continue_by
 
 from fanformer.comparison.ledger import Figure
 

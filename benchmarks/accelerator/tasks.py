@@ -1,9 +1,9 @@
 """Measure benchmark tasks of a model on a machine that has neither lm-evaluation-harness nor the tasks' files.
 
-    python benchmarks/accelerator_tasks.py requests TOKENIZER OUT --tasks A,B --data-dir DIR   where the files are
-    python benchmarks/accelerator_tasks.py score MODEL REQUESTS SCORES [--device cuda]         where the accelerator is
-    python benchmarks/accelerator_tasks.py figures TOKENIZER SCORES OUT --tasks A,B --data-dir DIR   where the files are
-    python benchmarks/accelerator_tasks.py compare TOKENIZER SCORES BASELINE OUT --tasks A,B --data-dir DIR   likewise
+    python benchmarks/accelerator/tasks.py requests TOKENIZER OUT --tasks A,B --data-dir DIR   where the files are
+    python benchmarks/accelerator/tasks.py score MODEL REQUESTS SCORES [--device cuda]         where the accelerator is
+    python benchmarks/accelerator/tasks.py figures TOKENIZER SCORES OUT --tasks A,B --data-dir DIR   where the files are
+    python benchmarks/accelerator/tasks.py compare TOKENIZER SCORES BASELINE OUT --tasks A,B --data-dir DIR   likewise
 
 The first writes what the tasks ask for as token ids, the second what a model makes of it, and the third the figures
 that `fanformer eval --tasks` would have given; the fourth makes an entry of the ledger of the differences between two
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 try:
     import fanformer.model  # noqa: F401
 except ModuleNotFoundError:

@@ -1,6 +1,6 @@
 """Decoding tokens a second on the CPU by context and by batch, ours beside Llama in SmolLM2-135M's shape.
 
-    python benchmarks/speed_decode.py [--contexts 128 1024 4096 8192] [--batches 1 8 64] [--rounds 5] [--write]
+    python benchmarks/speed/decode.py [--contexts 128 1024 4096 8192] [--batches 1 8 64] [--rounds 5] [--write]
 
 Greedy `generate` of transformers on both, float32: eager with its growing cache, as a user of transformers has it, and
 as `fanformer generate --compile` does it, the step compiled on a cache of fixed size, their model's as well as ours. A

@@ -1,6 +1,7 @@
 """Check FANformer on an accelerator and measure it beside Llama in SmolLM2-135M's shape: one command, no network.
 
-    python benchmarks/accelerator.py [--minutes 9] [--output DIR] [--parts A,B] [--queue FILE] [--jobs N] [--dry-run]
+    python benchmarks/accelerator/accelerator.py [--minutes 9] [--output DIR] [--parts A,B] [--queue FILE] [--jobs N]
+        [--dry-run]
 
 Needs torch, transformers, accelerate, tokenizers and numpy (and pytest, if tests/ is to be run); the package itself
 need not be installed. Every part runs in a process of its own, and the results, an entry of the ledger, are complete
@@ -24,12 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-try:
-    import fanformer.model  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.insert(0, str(REPOSITORY / "src"))
-from accelerator_record import read_results, write_results  # noqa: E402  # needs the path above
+from context import REPOSITORY, Context, one_line  # first: it finds the package where that is not installed
+from record import read_results, write_results
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 QUEUES = REPOSITORY / "benchmarks" / "queues"
@@ -69,37 +66,6 @@ REFERENCE = {
     "peak_memory_aim_gib": 22,
 }
 """What the project set out with, to stand beside what is measured."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a part is told."""
-
-    device: str
-    dry_run: bool
-    deadline: float
-    """`time.time()` at which the budget ends."""
-    earlier: Mapping[str, Any]
-    """Results of the parts before."""
-    save: Callable[[Mapping[str, Any]], None]
-    """Keeps what a part knows so far, should it not live to its end."""
-    queue: Path
-    """The trainings of the last part ..."""
-    jobs: int
-    """... and how many of them run side by side."""
-    output: Path
-    """The folder of the results."""
-
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the budget ends."""
-        return self.deadline - time.time()
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's kind and the first line of its text."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def run_parts(
@@ -193,18 +159,18 @@ def train_queue(context: Context, output_dir: Path) -> dict[str, Any]:
 
 def worker(arguments: argparse.Namespace) -> int:
     """Run the parts named by `--parts` in this process, adding to the results file."""
-    import accelerator_checks
-    import accelerator_speed
+    import checks
+    import measures
 
     functions = {
-        "machine": accelerator_speed.machine,
-        "ceilings": accelerator_speed.ceilings,
-        "checks": accelerator_checks.checks,
-        "training_regional": lambda context: accelerator_speed.training(context, whole=False),
-        "training_whole": lambda context: accelerator_speed.training(context, whole=True),
-        "packing": accelerator_speed.packing,
-        "inference_eager": lambda context: accelerator_speed.inference(context, compiled=False),
-        "inference_compiled": lambda context: accelerator_speed.inference(context, compiled=True),
+        "machine": measures.machine,
+        "ceilings": measures.ceilings,
+        "checks": checks.checks,
+        "training_regional": lambda context: measures.training(context, whole=False),
+        "training_whole": lambda context: measures.training(context, whole=True),
+        "packing": measures.packing,
+        "inference_eager": lambda context: measures.inference(context, compiled=False),
+        "inference_compiled": lambda context: measures.inference(context, compiled=True),
         "tests": tests,
         "queue": queue,
     }

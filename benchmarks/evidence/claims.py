@@ -53,6 +53,7 @@ class Claim:
         against: what it is compared with, where the claim does not say so.
         limit: figure of the same entry that says how near it is to what the machine can do.
         note: what a reader should know, such as that the part is not built yet.
+        group: what a reader asks that it belongs to, one of those that evidence.py shows.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Claim:
     against: str | None = None
     limit: str | None = None
     note: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)

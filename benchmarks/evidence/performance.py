@@ -1,11 +1,10 @@
 """The page docs/performance.md: how fast, against whom, and how far from the machine's limit; from the ledger alone."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from claims import FAILS, HOLDS, NOT_MEASURED, Row
-from tables import code, hardware_text, interval_text, number, table_row, threshold_text
+from tables import code, how_table, interval_text, measured_text, number, table, table_row, threshold_text
 
 from fanformer.comparison.ledger import Entry
 
@@ -17,10 +16,12 @@ Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
 with the lowest and the highest; above 1 ours is faster. *Of the limit* is, for training, operations over those of a
 large product in the same time, and for decoding the bytes that must be read over the measured bandwidth.
 
-`make bench` runs what a CPU can measure, `python benchmarks/accelerator/accelerator.py` what needs a GPU.
-
 What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
 `fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
+"""
+HOW = """## How it was measured
+
+`make bench` runs what a CPU can measure, `python benchmarks/accelerator/accelerator.py` what needs a GPU.
 """
 SECTIONS = {
     "speed-settings-*": (
@@ -37,41 +38,29 @@ SECTIONS = {
 }
 
 
-def performance_page(rows: Sequence[Row], entries: Sequence[Entry], paths: Mapping[str, Path]) -> str:
+def performance_page(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
     """Return the page: a line for each question with its newest answer, then settings and profiles."""
-    names = ("question", "against", "aim", "answer", "measured", "interval", "of the limit", "hardware", "command")
-    lines = [HEAD, "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    answered: set[str] = set()
-    for row in rows:
-        if row.claim.id in answered:
-            continue
-        answered.add(row.claim.id)
-        lines.append(table_row(_cells(row, paths)))
+    newest = list({row.claim.id: row for row in reversed(rows)}.values())[::-1]
+    header = ["question", "against", "aim", "answer", "measured", "of the limit"]
+    lines = [HEAD, table(header, [_cells(row) for row in newest])]
+    used = [row.entry for row in newest if row.entry is not None]
     for pattern, (title, words) in SECTIONS.items():
         found = [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
         if found:
-            newest = max(found, key=lambda entry: (entry.date, entry.name))
-            source = f"{code(newest.command)}, {hardware_text(newest)}, [raw](../{paths[newest.name].as_posix()})"
-            table = profile_table(newest) if pattern.startswith("speed-profile") else settings_table(newest)
-            lines += ["", f"## {title}\n", f"{words}\n\n{source}\n", *table]
-    return "\n".join(lines) + "\n"
+            used.append(max(found, key=lambda entry: (entry.date, entry.name)))
+            made = profile_table if pattern.startswith("speed-profile") else settings_table
+            lines += [f"## {title}\n", f"{words} Entry {code(used[-1].name)}.\n", *made(used[-1]), ""]
+    return "\n".join([*lines, HOW, how_table(used)])
 
 
-def _cells(row: Row, paths: Mapping[str, Path]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     claim, entry, figure = row.claim, row.entry, row.figure
     begin = [claim.claim, claim.against or "-", threshold_text(claim)]
     if entry is None or figure is None:
-        return [*begin, NOT_MEASURED, "-", "-", "-", "-", code(claim.command)]
+        return [*begin, NOT_MEASURED, f"by {code(claim.command)}", "-"]
     share = entry.result.get(claim.limit) if claim.limit is not None else None
-    return [
-        *begin,
-        f"**{WORDS.get(row.verdict, row.verdict)}**",
-        f"[{number(figure.value)}](../{paths[entry.name].as_posix()})",
-        interval_text(figure),
-        "-" if share is None else f"{share.value:.0%}",
-        hardware_text(entry),
-        code(entry.command),
-    ]
+    answer = f"**{WORDS.get(row.verdict, row.verdict)}**"
+    return [*begin, answer, measured_text(figure), "-" if share is None else f"{share.value:.0%}"]
 
 
 def settings_table(entry: Entry) -> list[str]:

@@ -8,6 +8,9 @@ from fanformer.comparison.ledger import EXACT, Entry, Figure
 
 SIGNS = {"at_least": "at least", "at_most": "at most", "more_than": "more than", "less_than": "less than"}
 
+BREAK = "<br>"
+"""Between the lines of a cell."""
+
 
 def table_row(cells: Sequence[str]) -> str:
     """Return cells as a line of a Markdown table; none may be empty."""
@@ -27,11 +30,22 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join([table_row(header), "|" + "---|" * len(header), *map(table_row, rows)]) + "\n"
+
+
 def interval_text(figure: Figure) -> str:
     """Return a figure's interval and what it is."""
     if figure.low is None or figure.high is None:
-        return EXACT if figure.interval == EXACT else "none: one measurement"
-    return f"{number(figure.low)} to {number(figure.high)} ({figure.interval})"
+        return EXACT if figure.interval == EXACT else "one measurement"
+    return f"{number(figure.low)} to {number(figure.high)}, {figure.interval}"
+
+
+def measured_text(figure: Figure) -> str:
+    """Return a figure with its unit and its interval."""
+    unit = f"{figure.unit}; " if figure.unit not in ("times", "counted", "parameters", "ratio") else ""
+    return f"{number(figure.value)} ({unit}{interval_text(figure)})"
 
 
 def threshold_text(claim: Claim) -> str:
@@ -53,3 +67,13 @@ def hardware_text(entry: Entry) -> str:
     memory = hardware.get("memory_bytes")
     words = [*gpus, processor, f"{hardware['cores']} cores"]
     return ", ".join([*words, f"{memory / 2**30:.0f} GiB"] if isinstance(memory, int) else words)
+
+
+def how_table(entries: Sequence[Entry]) -> str:
+    """Return what it takes to measure again: a row for each day and machine, in which every entry has a line."""
+    made: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for entry in sorted(entries, key=lambda one: (one.date, one.name)):
+        lines = made.setdefault((entry.date, hardware_text(entry)), {})
+        lines[entry.name] = [code(entry.name), seeds_text(entry), code(entry.command)]
+    rows = [[*key, *map(BREAK.join, zip(*lines.values(), strict=True))] for key, lines in sorted(made.items())]
+    return table(["date", "hardware", "entry", "seeds", "command"], rows)

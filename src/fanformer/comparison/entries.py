@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -275,7 +276,7 @@ def _rule_entry(origin: Provenance, comparison: Comparison, arm: Arm) -> Entry:
         result=arm.figures,
         details={
             "part_of": origin.name,
-            **({"rates_on": dict(comparison.rates_on), "tried": sorted(arm.swept)} if comparison.rates_on else {}),
+            **({"rates_on": dict(comparison.rates_on), "tried": _tried(arm)} if comparison.rates_on else {}),
             "at_edge": arm.at_edge,
             "troubles": arm.troubles,
         },
@@ -307,9 +308,12 @@ def _configuration(trial: Trial, parameters: float | None) -> dict[str, Any]:
 
 
 def _rates(shown: Sequence[Arm]) -> dict[str, Any]:
-    return {
-        "learning_rates": {arm.architecture: {"best": arm.learning_rate, "tried": sorted(arm.swept)} for arm in shown}
-    }
+    return {"learning_rates": {arm.architecture: {"best": arm.learning_rate, "tried": _tried(arm)} for arm in shown}}
+
+
+def _tried(arm: Arm) -> list[float]:
+    """Return the learning rates at which a training of the sweep finished."""
+    return [rate for rate, value in arm.swept.items() if math.isfinite(value)]
 
 
 def _trained_on(trial: Trial, variant: int) -> str:

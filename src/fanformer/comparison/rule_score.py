@@ -1,6 +1,5 @@
 """How well a model knows a rule: greedy answers, and the paper's sampled decoding as its exact expectation."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,17 +67,6 @@ class RuleScore:
         if self.by_period is not None:
             figures["by_period"] = {str(period): asdict(accuracy) for period, accuracy in self.by_period.items()}
         return figures
-
-    @classmethod
-    def from_dict(cls, figures: Mapping[str, Any]) -> "RuleScore":
-        """Return the score that `to_dict` wrote."""
-        grid, periods = figures.get("grid"), figures.get("by_period")
-        return cls(
-            train=Accuracy(**figures["train"]),
-            test=Accuracy(**figures["test"]),
-            grid=None if grid is None else Grid(**{**grid, "hole": tuple(grid["hole"])}),
-            by_period=None if periods is None else {int(key): Accuracy(**value) for key, value in periods.items()},
-        )
 
 
 MAX_TRAIN_ROWS = 1200  # rows of `periodic` that stand for all its training rows; 16 answers each

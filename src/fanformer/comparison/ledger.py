@@ -296,9 +296,9 @@ def _check_keys(content: Any, prefix: str, needed: list[str], known: list[str] |
     for name in needed:
         if name not in content:
             raise DataError(f"{where}: `{prefix}{name}` is missing: expected {', '.join(needed)}.")
-    for name in content if known is not None else ():
-        if name not in (known or ()):
-            raise DataError(f"{where}: `{prefix}{name}` is not a field: {did_you_mean(name, known or ())}")
+    for name in content:
+        if known is not None and name not in known:
+            raise DataError(f"{where}: `{prefix}{name}` is not a field: {did_you_mean(name, known)}")
 
 
 def _check_date(text: str, where: str) -> None:
@@ -327,20 +327,20 @@ def _figure(content: Any, field: str, where: str) -> Figure:
     """Return one figure of a result, checked: an interval has both ends or is exact, and holds the value."""
     _check_keys(content, f"{field}.", ["value", "unit"], [item.name for item in dataclasses.fields(Figure)], where)
     figure = Figure(**content)
-    numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
-    for name, number in numbers.items():
+    value, low, high, interval = figure.value, figure.low, figure.high, figure.interval
+    for name, number in (("value", value), ("low", low), ("high", high)):
         if type(number) not in (int, float) and not (number is None and name != "value"):
             raise _wrong(where, f"{field}.{name}", "a number", number)
-    if not isinstance(figure.unit, str) or not figure.unit:
-        raise _wrong(where, f"{field}.unit", "a text that is not empty", figure.unit)
-    if figure.interval is not None and (not isinstance(figure.interval, str) or not figure.interval):
-        raise _wrong(where, f"{field}.interval", "a text that is not empty, or null", figure.interval)
-    if figure.low is None or figure.high is None:
-        if figure.low is not None or figure.high is not None or figure.interval not in (None, EXACT):
+    for name, words in (("unit", figure.unit), ("interval", interval)):
+        if not (isinstance(words, str) and words) and not (words is None and name == "interval"):
+            expected = "a text that is not empty" + ", or null" * (name == "interval")
+            raise _wrong(where, f"{field}.{name}", expected, words)
+    if low is None or high is None:
+        if (low, high) != (None, None) or interval not in (None, EXACT):
             expected = f"both ends with what they are, or neither with null or {EXACT!r}"
-            raise _wrong(where, f"{field}.interval", expected, [figure.low, figure.high, figure.interval])
-    elif figure.interval in (None, EXACT):
-        raise _wrong(where, f"{field}.interval", "what its ends are, such as 'range of 3 repetitions'", figure.interval)
-    elif not figure.low <= figure.value <= figure.high:
-        raise _wrong(where, f"{field}.value", f"between its ends {figure.low} and {figure.high}", figure.value)
+            raise _wrong(where, f"{field}.interval", expected, [low, high, interval])
+    elif interval in (None, EXACT):
+        raise _wrong(where, f"{field}.interval", "what its ends are, such as 'range of 3 repetitions'", interval)
+    elif not low <= value <= high:
+        raise _wrong(where, f"{field}.value", f"between its ends {low} and {high}", value)
     return figure

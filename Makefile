@@ -25,7 +25,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 
 # Train the nano preset on Python's standard library in five minutes, unless it is trained already; then let it write.
 demo: setup
-	$(BIN)/python benchmarks/demo.py --output-dir runs/demo
+	$(BIN)/python examples/demo.py --output-dir runs/demo
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ci and not gpu"
@@ -44,32 +44,32 @@ check: setup-dev
 
 # Half an hour of random sequences of kills and mishaps over train, data prepare and quantize.
 check-lifecycle: setup-dev
-	$(BIN)/python benchmarks/lifecycle.py --write
+	$(BIN)/python benchmarks/proofs/lifecycle.py --write
 
 # The proof of resuming bit for bit under other kernels and numbers of threads.
 check-resume: setup-dev
-	$(BIN)/python benchmarks/resume_settings.py --write
+	$(BIN)/python benchmarks/proofs/resume_settings.py --write
 
 bench: setup-dev
-	$(BIN)/python benchmarks/malloc.py --write
+	$(BIN)/python benchmarks/speed/malloc.py --write
 	$(BIN)/fanformer compare --queue benchmarks/queues/nano.yaml
-	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/prepare.py --write \
+	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/speed/prepare.py --write \
 		--data '../shared/data/text-large/train-*.jsonl.xz'
-	$(BIN)/python benchmarks/torture.py --write
-	$(BIN)/python benchmarks/checkpoint_stall.py --write
-	$(BIN)/python benchmarks/parameters.py --write
-	$(BIN)/python benchmarks/speed_training.py --write
-	$(BIN)/python benchmarks/speed_decode.py --write
-	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/speed_packing.py --write \
+	$(BIN)/python benchmarks/proofs/torture.py --write
+	$(BIN)/python benchmarks/speed/checkpoint_stall.py --write
+	$(BIN)/python benchmarks/proofs/parameters.py --write
+	$(BIN)/python benchmarks/speed/training.py --write
+	$(BIN)/python benchmarks/speed/decode.py --write
+	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/speed/packing.py --write \
 		--data '../shared/data/text-large/train-*.jsonl.xz'
-	$(BIN)/python benchmarks/speed_scaling.py --write
-	$(BIN)/python benchmarks/speed_settings.py --write
-	$(BIN)/python benchmarks/speed_profile.py --write
-	$(BIN)/python benchmarks/speed_start.py --write
+	$(BIN)/python benchmarks/speed/scaling.py --write
+	$(BIN)/python benchmarks/speed/settings.py --write
+	$(BIN)/python benchmarks/speed/profiles.py --write
+	$(BIN)/python benchmarks/speed/start.py --write
 
 # docs/evidence.md with its pictures, and docs/performance.md, from the ledger and what claims and performance.yaml ask.
 evidence: setup-dev
-	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python benchmarks/evidence/evidence.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

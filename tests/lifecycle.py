@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 SECONDS_VARIABLE = "FANFORMER_LIFECYCLE_SECONDS"
 COUNT_VARIABLE = "FANFORMER_LIFECYCLE_COUNT"
-"""Names a file that gets the number of sequences of a long form, as `benchmarks/lifecycle.py` wants it."""
+"""Names a file that gets the number of sequences of a long form, as `benchmarks/proofs/lifecycle.py` wants it."""
 
 
 def run_lifecycle(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> None:

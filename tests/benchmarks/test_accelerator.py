@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fanformer.comparison.ledger import read_entry, read_ledger
+from fanformer.comparison.ledger import read_ledger
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 
 ABOUT = {"date": "2026-11-25T00:00:00+00:00", "device": "a card", "dry_run": True, "asked": ["checks"]}
@@ -18,7 +18,8 @@ ABOUT = {"date": "2026-11-25T00:00:00+00:00", "device": "a card", "dry_run": Tru
 
 @pytest.fixture
 def accelerator(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    for folder in ("speed", "accelerator"):
+        monkeypatch.syspath_prepend(str(repository / "benchmarks" / folder))
     import accelerator
 
     return accelerator
@@ -26,7 +27,7 @@ def accelerator(repository, monkeypatch):
 
 def command(repository, *options, **environment):
     return subprocess.run(
-        [sys.executable, repository / "benchmarks" / "accelerator.py", *options],
+        [sys.executable, repository / "benchmarks" / "accelerator" / "accelerator.py", *options],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -47,9 +48,8 @@ def numbers(figures):
 def test_dry_run_fills_every_part_with_finite_figures_and_no_error(accelerator, repository, tmp_path):
     finished = command(repository, "--dry-run", "--output", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
-    (path,) = tmp_path.glob("accelerator-*.json")
-    assert path.name.endswith("-dry-run.json")
-    entry = read_entry(path)
+    (entry,) = (entry for entry in read_ledger(tmp_path) if entry.name.startswith("accelerator-"))
+    assert entry.name.endswith("-dry-run")
     results = entry.details
     parts = results["parts"]
     assert list(parts) == list(accelerator.PARTS)
@@ -108,7 +108,7 @@ def test_without_a_device_one_line_says_what_to_do(repository, tmp_path):
 
 
 def test_part_that_fails_leaves_its_reason_and_the_others(accelerator, tmp_path):
-    path = tmp_path / "results.json"
+    path = tmp_path / "results"
     accelerator.write_results(path, {**ABOUT, "parts": {}})
 
     def half(context):
@@ -132,7 +132,7 @@ def test_part_that_fails_leaves_its_reason_and_the_others(accelerator, tmp_path)
 
 
 def test_hung_worker_is_stopped_and_keeps_what_was_saved(accelerator, tmp_path, monkeypatch):
-    path, pid = tmp_path / "results.json", tmp_path / "pid"
+    path, pid = tmp_path / "results", tmp_path / "pid"
     accelerator.write_results(path, {**ABOUT, "parts": {"checks": {"done": 1, "error": accelerator.UNFINISHED}}})
     hung = tmp_path / "hung.py"
     hung.write_text(
@@ -148,7 +148,7 @@ def test_hung_worker_is_stopped_and_keeps_what_was_saved(accelerator, tmp_path, 
 
 
 def test_part_without_time_is_skipped_with_the_reason(accelerator, tmp_path):
-    path = tmp_path / "results.json"
+    path = tmp_path / "results"
     accelerator.write_results(path, {**ABOUT, "parts": {}})
     accelerator.run(["checks"], path, time.time() + 3, dry_run=False, queue=tmp_path)
     assert accelerator.read_results(path)["parts"]["checks"]["skipped"] == "takes about 90 s, 3 s left"
@@ -169,7 +169,7 @@ def test_closing_line_of_pytest_is_read(accelerator):
 
 
 def test_operations_are_counted_as_the_formula_says(accelerator):
-    from accelerator_speed import FULL, forward_flops_per_token
+    from measures import FULL, forward_flops_per_token
 
     with torch.device("meta"):
         ours = FANformerForCausalLM(FANformerConfig(**FULL.ours))

@@ -15,11 +15,11 @@ TASKS = "arc_easy,arc_challenge,piqa"
 @pytest.fixture
 def accelerator_tasks(repository, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs the extra `eval` (lm-evaluation-harness)")
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    import accelerator_tasks
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "accelerator"))
+    import tasks as accelerator_tasks
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator_tasks.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator/tasks.py", *map(str, words)])
         return accelerator_tasks.main()
 
     accelerator_tasks.run = run
@@ -57,7 +57,7 @@ def test_scores_of_another_machine_give_the_figures_of_eval(accelerator_tasks, t
     ledger = ("--name", "tasks-tiny", "--what", "one beside two", "--scale", "tiny")
     paths = (tmp_path / "one.json", tmp_path / "two.json", tmp_path / "ledger")
     assert run("compare", tmp_path / "tokenizer", *paths, *where, *ledger) == 0
-    result = read_entry(tmp_path / "ledger" / "tasks-tiny.json").result
+    result = read_entry(tmp_path / "ledger", "tasks-tiny").result
     one, two = (expected[name]["piqa"] for name in ("one", "two"))
     difference = result["piqa_answer_bits_per_byte_difference"]
     assert difference.value == pytest.approx(one["answer_bits_per_byte"] - two["answer_bits_per_byte"], rel=1e-4)

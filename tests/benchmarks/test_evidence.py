@@ -14,7 +14,7 @@ from fanformer.errors import ConfigError, DataError
 
 @pytest.fixture
 def claims(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "evidence"))
     import claims
 
     return claims
@@ -62,17 +62,14 @@ def test_committed_page_is_what_the_ledger_gives(evidence, repository):
 
 
 def test_page_comes_out_the_same_to_the_byte_in_another_process(repository, copy):
-    curve = [{"tokens": tokens, "bits_per_byte": 3 / tokens, "arm": "a"} for tokens in (1, 2)]
-    pictured = entry(name="pictured", curve=curve, details={"comparison": "pictured"})
-    write_entry(copy / "benchmarks" / "results", pictured)
-    code = "import sys; sys.path[:0] = ['benchmarks']; import pathlib, evidence;" + (
+    code = "import sys; sys.path[:0] = ['benchmarks/evidence']; import pathlib, evidence;" + (
         "evidence.build(*map(pathlib.Path, sys.argv[1:]))"
     )
     for name in ("one", "two"):
         command = [sys.executable, "-c", code, str(copy), str(copy / name)]
         subprocess.run(command, check=True, cwd=repository)
     files = sorted(path.relative_to(copy / "one") for path in (copy / "one").rglob("*") if path.is_file())
-    assert len(files) >= 2
+    assert [path.suffix for path in files].count(".svg") >= 1
     for name in files:
         assert (copy / "one" / name).read_bytes() == (copy / "two" / name).read_bytes() != b""
 
@@ -81,14 +78,38 @@ def test_every_row_of_the_page_has_command_seeds_interval_and_hardware(claims, e
     entries = read_ledger(repository / evidence.LEDGER)
     rows = claims.judge(claims.load_claims(repository / evidence.CLAIMS), entries)
     assert claims.problems(rows, entries) == []
-    lines = evidence.claims_table(rows, {entry.name: evidence.LEDGER for entry in entries}).splitlines()
-    assert len(lines) == len(rows) + 2
+    lines = evidence.claims_table(rows).splitlines()
+    assert len(lines) == len({row.claim.id for row in rows}) + 2
+    table = evidence.how_table([row.entry for row in rows if row.entry is not None]).splitlines()
+    how = [[cell.strip().split("<br>") for cell in line.strip("|").split(" | ")] for line in table[2:]]
+    assert all(date and hardware for (date,), (hardware,), *_ in how)
+    made = {line[0]: line[1:] for _, _, *cells in how for line in zip(*cells, strict=True)}
+    shown = 0
     for line in lines[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        assert len(cells) == 9
-        assert all(cells)
-        if cells[2] != claims.NOT_MEASURED:
-            assert "-" not in cells
+        _, threshold, verdicts, measured, names = (cell.strip() for cell in line.strip("|").split(" | "))
+        assert threshold
+        for verdict, figure, name in zip(*(cell.split("<br>") for cell in (verdicts, measured, names)), strict=True):
+            shown += 1
+            if verdict != claims.NOT_MEASURED:
+                assert "(" in figure
+                assert all(made[name])
+    assert shown == len(rows)
+
+
+def test_pages_are_short_enough_to_read(repository):
+    for name, most in (("evidence.md", 150), ("performance.md", 100)):
+        page = (repository / "docs" / name).read_text()
+        assert len(page.splitlines()) <= most
+        for paragraph in page.split("\n\n"):
+            assert paragraph.startswith("|") or len(paragraph.split()) <= 80
+    assert len(list((repository / "docs" / "evidence").iterdir())) <= 6  # a picture for each question at most
+
+
+def test_claim_of_an_unknown_group_is_named(evidence, copy):
+    path = copy / evidence.CLAIMS
+    path.write_text(path.read_text().replace("group: size", "group: sise", 1))
+    with pytest.raises(ConfigError, match=r"`group` of claim size must be one of size, quality, .*, got 'sise'"):
+        evidence.build(copy, copy / "out")
 
 
 @pytest.mark.parametrize(
@@ -177,29 +198,10 @@ def test_corrupted_ledger_makes_no_page(evidence, copy):
     path = write_entry(copy / evidence.LEDGER, entry(seeds=[]))
     with pytest.raises(DataError, match=r"the evidence page cannot be made: entry compare-1 lacks its seeds"):
         evidence.build(copy, copy / "out")
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in content.items() if key != "hardware"}))
-    with pytest.raises(DataError, match=r"compare-1\.json: `hardware` is missing"):
+    path.write_text(path.read_text().replace('"hardware":', '"hardwares":', 1))
+    with pytest.raises(DataError, match=r"measurements\.jsonl, line 1: `hardware` is missing"):
         evidence.build(copy, copy / "out")
     assert not (copy / "out").exists()
-
-
-def test_trainings_share_a_table_and_what_is_part_of_a_comparison_is_drawn_once(evidence, copy):
-    curve = [{"tokens": 1, "bits_per_byte": 3.0}, {"tokens": 2, "bits_per_byte": 2.0}]
-    figure = Figure(2.0, "bits per byte")
-    fields = {"kind": "training", "seeds": [1], "curve": curve, "what": "llama at learning rate 0.01, 2 tokens"}
-    trained = entry("sweep-llama", **fields, result={"bits_per_byte": figure}, details={"part_of": "sweep"})
-    diverged = entry("sweep-other", kind="training", seeds=[1], result={"diverged": Figure(1, "trainings")})
-    ledger = copy / "benchmarks" / "results" / "sweep"
-    write_entry(ledger, trained)
-    write_entry(ledger, diverged)
-    evidence.build(copy, copy)
-    page = (copy / "docs" / "evidence.md").read_text()
-    link = "[llama at learning rate 0.01, 2 tokens](../benchmarks/results/sweep/sweep-llama.json)"
-    assert f"| {link} | - | 2 (bits per byte) | - | 1 | generated | a processor, 2 cores |" in page
-    assert "| diverged |" in page
-    assert "### sweep-llama" not in page
-    assert not list((copy / "docs" / "evidence").glob("sweep*"))
 
 
 def test_an_ablation_is_a_table_of_differences_the_best_first(evidence):
@@ -211,20 +213,19 @@ def test_an_ablation_is_a_table_of_differences_the_best_first(evidence):
     }
     arms, sizes = {"a": "fanformer@1m", "b": "fanformer@1m:x=1"}, {"a": 1_000_000, "b": 1_000_100}
     details = {"default": "a", "arms": arms, "parameters_without_embeddings": sizes, "troubles": ["c: diverged"]}
-    lines = evidence.ablation_table(entry(kind="ablation", result=result, details=details))
-    assert lines[2:] == [
-        "| `fanformer@1m:x=1` | 1,000,100 | 1.7500 | -0.2500 [-0.5000, +0.0000] |",
-        "| `fanformer@1m` | 1,000,000 | 2.0000 | the default |",
-        "",
-        "- without result: c: diverged",
+    (row,) = evidence.ablations_table([entry(kind="ablation", result=result, details=details)]).splitlines()[2:]
+    assert [cell.strip().split("<br>") for cell in row.strip("|").split(" | ")] == [
+        ["`compare-1`"],
+        ["`fanformer@1m:x=1`", "`fanformer@1m`", "without result: c: diverged"],
+        ["1,000,100", "1,000,000", "-"],
+        ["1.7500", "2.0000", "-"],
+        ["-0.2500 [-0.5000, +0.0000]", "the default", "-"],
     ]
 
 
-def test_entries_of_one_comparison_share_a_picture(evidence, tmp_path):
-    arms = {name: {"comparison": "both", "arm": name} for name in ("a", "b")}
-    curve = [{"tokens": 1, "loss": 2.0}, {"tokens": 2, "loss": 1.0}]
-    entries = [entry(name=f"t-{name}", curve=curve, details=details) for name, details in arms.items()]
-    assert evidence.draw_curves(entries, tmp_path) == ["both"]
+def test_arms_of_a_comparison_share_a_picture(evidence, tmp_path):
+    curve = [{"tokens": tokens, "loss": 2.0 / tokens, "arm": arm} for arm in ("a", "b") for tokens in (1, 2)]
+    evidence.draw_curves(entry(name="both", curve=curve), tmp_path / "both.svg")
     text = (tmp_path / "both.svg").read_text()
     assert ">a</text>" in text
     assert ">b</text>" in text

@@ -16,9 +16,10 @@ def has(module_name, name):
 
 
 def test_every_name_that_benchmarks_and_hybridfun_import_exists(repository):
+    files = [*repository.glob("benchmarks/**/*.py"), *repository.glob("examples/*.py"), repository / "HybridFun.py"]
     imported = [
         (path.name, node.module, name.name)
-        for path in [*(repository / "benchmarks").glob("*.py"), repository / "HybridFun.py"]
+        for path in files
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fanformer")
         for name in node.names

@@ -1,7 +1,5 @@
 """The page of speeds answers each question by its newest entry, and says what was not measured."""
 
-from pathlib import Path
-
 import pytest
 
 from fanformer.comparison.ledger import EXACT, Entry, Figure
@@ -9,7 +7,8 @@ from fanformer.comparison.ledger import EXACT, Entry, Figure
 
 @pytest.fixture
 def performance(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    for folder in ("speed", "evidence"):
+        monkeypatch.syspath_prepend(str(repository / "benchmarks" / folder))
     import performance
 
     return performance
@@ -20,7 +19,7 @@ def entry(name, date, result):
         name=name,
         what="speeds",
         kind="benchmark",
-        command="python benchmarks/speed.py",
+        command="python benchmarks/speed/speed.py",
         date=date,
         seeds=[0],
         configuration={"scale": "92m"},
@@ -36,7 +35,7 @@ def page_of(performance, entries, **fields):
 
     asked = {"id": "q", "claim": "Steps", "command": "run it", "entry": "speed-*", "figure": "times", "at_least": 2.0}
     rows = claims.judge([claims.Claim(**{**asked, **fields})], entries)
-    return performance.performance_page(rows, entries, {one.name: Path("results") / one.name for one in entries})
+    return performance.performance_page(rows, entries)
 
 
 def times(value):
@@ -47,14 +46,16 @@ def test_the_newest_entry_answers(performance):
     entries = [entry("speed-1", "2026-11-25", times(1.5)), entry("speed-2", "2026-11-26", times(2.5))]
     page = page_of(performance, entries, against="Llama", limit="share")
     (line,) = [line for line in page.splitlines() if line.startswith("| Steps")]
-    for words in ("| Llama |", "at least 2", "**reached**", "[2.5](../results/speed-2)", "2.4 to 2.6", "| 42% |"):
+    for words in ("| Llama |", "at least 2", "**reached**", "| 2.5 (2.4 to 2.6, range) |", "| 42% |"):
         assert words in line
+    assert "| 2026-11-26 | a processor, 2 cores | `speed-2` | 0 | `python benchmarks/speed/speed.py` |" in page
+    assert "`speed-1`" not in page
     assert "**not reached**" in page_of(performance, entries[:1])
 
 
 def test_what_nobody_measured_says_so(performance):
     page = page_of(performance, [])
-    assert "| Steps | - | at least 2 | not measured | - | - | - | - | `run it` |" in page
+    assert "| Steps | - | at least 2 | not measured | by `run it` | - |" in page
 
 
 def test_settings_and_profiles_have_tables(performance):
@@ -69,8 +70,8 @@ def test_settings_and_profiles_have_tables(performance):
         profile |= {f"share_of_{kind}_{phase}": Figure(share, "", interval=EXACT) for kind, share in shares.items()}
     page = page_of(performance, [settings, entry("speed-profile-1", "2026-11-26", profile)], entry="nothing")
     lines = page.splitlines()
-    assert lines.index("| one thread | 1.8 | 1.7 to 1.9 (range) |") + 1 == lines.index(
-        "| eager | 1.2 | 1.1 to 1.3 (range) |"
+    assert lines.index("| one thread | 1.8 | 1.7 to 1.9, range |") + 1 == lines.index(
+        "| eager | 1.2 | 1.1 to 1.3, range |"
     )
     assert "| | step ours | token ours |" in lines
     assert "| whole, ms | 3,600 | 12 |" in lines
@@ -78,8 +79,8 @@ def test_settings_and_profiles_have_tables(performance):
 
 
 def test_operators_have_their_kind(performance):
+    from profiles import KINDS
     from speed import kind_of
-    from speed_profile import KINDS
 
     assert kind_of("aten::mm", KINDS) == "products"
     assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu_backward", KINDS) == "attention"

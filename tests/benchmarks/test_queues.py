@@ -1,6 +1,18 @@
-"""Every queue file that is kept here can be run."""
+"""Every queue file that is kept here can be run, and what the ledger holds of it is not trained again."""
 
+import itertools
+
+import pytest
+
+from fanformer.comparison.architectures import architecture
+from fanformer.comparison.compare import RATES
+from fanformer.comparison.entries import read_training
+from fanformer.comparison.ledger import read_ledger
 from fanformer.comparison.queue import read_queue
+from fanformer.comparison.trial import Trial
+
+MACHINE = ("device", "precision", "compile", "threads")
+"""What a comparison decides about the machine, as a part of what its trainings are."""
 
 
 def test_every_queue_is_read_without_an_error_and_no_two_comparisons_have_one_name(repository):
@@ -9,3 +21,53 @@ def test_every_queue_is_read_without_an_error_and_no_two_comparisons_have_one_na
     assert {entry.name: entry.error for entry in entries if entry.error is not None} == {}
     names = [entry.name for entry in entries]
     assert len(set(names)) == len(names) > 5
+
+
+@pytest.fixture(scope="module")
+def known(repository):
+    """The trainings of the ledger."""
+    return [entry for entry in read_ledger(repository / "benchmarks" / "results") if entry.kind == "training"]
+
+
+def trials_of(comparison, machines, fingerprints):
+    """Return every training that a comparison may ask for, on any of the machines and data of the ledger."""
+    own_task = [(spec, RATES) for spec in comparison.architectures if comparison.rates_on]
+    for (spec, variant), rate, seed in itertools.product(
+        comparison.cells + own_task, comparison.learning_rates, comparison.seeds
+    ):
+        block = architecture(spec).block
+        if comparison.rule is not None:
+            task = comparison.rule_task(variant).to_dict()
+            yield Trial(spec, rate, seed, comparison.run, rule={"task": task.pop("name"), **task}, block=block)
+            continue
+        settings = comparison.shared_settings(variant)
+        for machine, fingerprint in itertools.product(machines, fingerprints):
+            yield Trial(spec, rate, seed, {**settings, **dict(machine)}, "data", fingerprint, block=block)
+
+
+@pytest.mark.parametrize(
+    ("queue", "least"),
+    [
+        ("ablation", 26),
+        ("accelerator", 2),
+        ("ladder", 45),
+        ("ladder-accelerator", 6),
+        ("linear-regression", 48),
+        ("modular-addition", 68),
+        ("periodic", 21),
+    ],
+)
+def test_trainings_of_the_ledger_are_still_those_that_the_queues_ask_for(repository, known, queue, least):
+    """A change of what a training's name is made of would train them all again."""
+    folder, names = repository / "benchmarks", {entry.name for entry in known}
+    of_language = [entry for entry in known if entry.data is not None]
+    machines = {tuple((name, entry.configuration[name]) for name in MACHINE) for entry in of_language}
+    fingerprints = {entry.data["fingerprint"] for entry in of_language}
+    found = {
+        trial.name: trial
+        for entry in read_queue(folder / "queues" / f"{queue}.yaml").entries
+        for trial in trials_of(entry.comparison, machines, fingerprints)
+        if trial.name in names
+    }
+    assert len(found) >= least
+    assert read_training(folder / "results", next(iter(found.values()))) is not None

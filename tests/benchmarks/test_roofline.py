@@ -19,7 +19,7 @@ SHAPE = {
 
 @pytest.fixture
 def roofline(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "accelerator"))
     import roofline
 
     return roofline

@@ -11,7 +11,14 @@ def test_a_training_killed_again_and_again_ends_as_one_that_was_not(repository, 
     import subprocess
     import sys
 
-    command = [sys.executable, str(repository / "benchmarks" / "torture.py"), "--kills", "12", "--steps", "60"]
+    command = [
+        sys.executable,
+        str(repository / "benchmarks/proofs/torture.py"),
+        "--kills",
+        "12",
+        "--steps",
+        "60",
+    ]
     command += ["--seed", str(random.SystemRandom().randrange(10**6))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

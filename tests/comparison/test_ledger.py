@@ -43,29 +43,72 @@ def entry(**fields):
 
 def test_entry_comes_back_as_it_was_written(tmp_path):
     written = entry(result={"parameters": Figure(92203744, "parameters", interval=EXACT), "loss": Figure(2.5, "nats")})
-    path = write_entry(tmp_path / "new" / "folder", written)
-    assert path == tmp_path / "new" / "folder" / "run-1.json"
-    assert read_entry(path) == written
-    assert isinstance(read_entry(path).result["parameters"].value, int)
-    assert [file.name for file in path.parent.iterdir()] == ["run-1.json"]  # nothing is left of the file put aside
+    folder = tmp_path / "new" / "folder"
+    assert write_entry(folder, written) == folder / "trainings.jsonl"
+    assert read_entry(folder, "run-1") == written
+    assert isinstance(read_entry(folder, "run-1").result["parameters"].value, int)
+    assert read_entry(folder, "run-2") is None
+    # nothing is left of the file put aside, nor of the lock
+    assert [file.name for file in folder.iterdir()] == ["trainings.jsonl"]
 
 
-def test_ledger_is_read_from_all_folders_in_the_order_of_names(tmp_path):
-    for folder, name in (("b", "z"), ("", "m"), ("a/deep", "a")):
-        write_entry(tmp_path / folder, entry(name=name))
-    assert [read.name for read in read_ledger(tmp_path)] == ["a", "m", "z"]
+def test_ledger_is_two_files_with_a_line_for_each_entry_in_the_order_of_names(tmp_path):
+    for name, kind in (("z", "training"), ("m", "rule"), ("a", "training"), ("b", "benchmark"), ("z", "training")):
+        write_entry(tmp_path, entry(name=name, kind=kind, what=f"{kind} {name}"))
+    assert [read.name for read in read_ledger(tmp_path)] == ["a", "b", "m", "z"]
+    for file, expected in (("trainings.jsonl", ["a", "z"]), ("measurements.jsonl", ["b", "m"])):
+        assert [json.loads(line)["name"] for line in (tmp_path / file).read_text().splitlines()] == expected
+    before = (tmp_path / "trainings.jsonl").read_text().splitlines()
+    write_entry(tmp_path, entry(name="a", what="another"))
+    after = (tmp_path / "trainings.jsonl").read_text().splitlines()
+    assert after[0] != before[0]
+    assert after[1] == before[1]
 
 
-def test_two_files_of_one_name_are_both_named(tmp_path):
-    for folder in ("a", "b"):
-        write_entry(tmp_path / folder, entry())
-    with pytest.raises(DataError, match=r"b/run-1\.json and .*a/run-1\.json have the same name: rename one"):
+def test_processes_that_write_at_once_lose_no_entry(tmp_path):
+    code = (
+        "import dataclasses, sys; from pathlib import Path; from tests.comparison.test_ledger import *\n"
+        + "for number in range(10): write_entry(Path(sys.argv[1]), entry(name=f'{sys.argv[2]}-{number}'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    writing = [subprocess.Popen([*command, name]) for name in ("a", "b", "c", "d")]
+    assert [process.wait() for process in writing] == [0] * 4
+    assert [read.name for read in read_ledger(tmp_path)] == [f"{name}-{n}" for name in "abcd" for n in range(10)]
+
+
+def test_two_entries_of_one_name_are_both_named(tmp_path):
+    path = write_entry(tmp_path, entry())
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(DataError, match=r"trainings\.jsonl, line 1 and line 2 have the same name 'run-1': delete one"):
+        read_ledger(tmp_path)
+    path.rename(tmp_path / "measurements.jsonl")
+    write_entry(tmp_path / "other", entry()).rename(path)
+    (tmp_path / "measurements.jsonl").write_text(path.read_text())
+    with pytest.raises(DataError, match=r"trainings.jsonl, line 1 and .*measurements.jsonl, line 1 have the same name"):
         read_ledger(tmp_path)
 
 
-def test_missing_ledger_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no ledger at .*/nowhere: expected a folder of \.json files"):
+def test_missing_ledger_and_one_of_single_files_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"no ledger at .*/nowhere: expected a folder with trainings\.jsonl or meas"):
         read_ledger(tmp_path / "nowhere")
+    (tmp_path / "trainings").mkdir()
+    (tmp_path / "trainings" / "run-1.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"older versions wrote them: .*`python benchmarks/import_results\.py .*, and d"
+    ):
+        read_entry(tmp_path, "run-1")
+
+
+def test_entries_of_single_files_are_taken_over_in_place_of_those_of_their_names(tmp_path, repository):
+    for folder, name in (("", "b"), ("trainings", "a")):
+        (tmp_path / "old" / folder).mkdir(exist_ok=True, parents=True)
+        kind = "training" if folder else "rule"
+        content = json.dumps(dataclasses.asdict(entry(name=name, kind=kind)))
+        (tmp_path / "old" / folder / f"{name}.json").write_text(content)
+    write_entry(tmp_path / "new", entry(name="a", what="older"), entry(name="c"))
+    command = [sys.executable, repository / "benchmarks" / "import_results.py", tmp_path / "old", tmp_path / "new"]
+    assert "1 entries taken over into" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [(read.name, read.what) for read in read_ledger(tmp_path / "new")] == [(n, "a run") for n in "abc"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +120,6 @@ def test_missing_ledger_is_named(tmp_path):
         ),
         ({"command": " "}, "`command` must be a text that is not empty, got ' '"),
         ({"name": "a b"}, "`name` must be letters, digits, dots, dashes and underscores, got 'a b'"),
-        ({"name": "other"}, "`name` must be the file's name without .json, 'run-1', got 'other'"),
         ({"date": "20261125"}, "`date` must be a day as YYYY-MM-DD, got '20261125'"),
         ({"seeds": 1}, "`seeds` must be a list of whole numbers, got 1"),
         ({"seeds": [True]}, "`seeds` must be a list of whole numbers, got [True]"),
@@ -107,25 +149,26 @@ def test_missing_ledger_is_named(tmp_path):
         ),
     ],
 )
-def test_malformed_file_is_named_with_its_field(tmp_path, changes, message):
-    path = tmp_path / "run-1.json"
+def test_malformed_line_is_named_with_its_field(tmp_path, changes, message):
+    path = tmp_path / "trainings.jsonl"
     path.write_text(json.dumps({**dataclasses.asdict(entry()), **changes}))
     with pytest.raises(DataError) as caught:
-        read_entry(path)
-    assert str(caught.value).startswith(f"{path}: {message}")
+        read_ledger(tmp_path)
+    assert str(caught.value).startswith(f"{path}, line 1: {message}")
 
 
 def test_missing_field_and_broken_json_are_named(tmp_path):
-    path = tmp_path / "run-1.json"
+    path = tmp_path / "measurements.jsonl"
     path.write_text(json.dumps({key: value for key, value in dataclasses.asdict(entry()).items() if key != "seeds"}))
-    with pytest.raises(DataError, match=r"run-1\.json: `seeds` is missing: expected name, what, kind"):
-        read_entry(path)
+    with pytest.raises(DataError, match=r"measurements\.jsonl, line 1: `seeds` is missing: expected name, what, kind"):
+        read_ledger(tmp_path)
     path.write_text("{")
-    with pytest.raises(DataError, match=r"cannot read .*/run-1\.json \(JSONDecodeError: .*expected an entry"):
-        read_entry(path)
-    path.write_text("[]")
-    with pytest.raises(DataError, match=r"run-1\.json: `the file` must be an object with name, what"):
-        read_entry(path)
+    with pytest.raises(DataError, match=r"cannot read .*/measurements\.jsonl, line 1 \(JSONDecodeError: .*an entry"):
+        read_ledger(tmp_path)
+    for text in ("[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"measurements\.jsonl, line 1: `(the line|name)` (must|is) .*name, what"):
+            read_ledger(tmp_path)
 
 
 def test_nothing_is_written_that_could_not_be_read(tmp_path):

@@ -76,7 +76,8 @@ def test_bad_entries_cost_a_line_each_and_stop_no_other(done):
 
 def test_what_the_ledger_knows_is_not_trained_again(done, corpus, tmp_path):
     folder, _, _ = done
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("ledger/**/*.json")}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("ledger/*")}
+    assert len(before) == 2
     content = {**small(corpus, tmp_path), "record_dir": str(folder / "ledger")}
     assert main([str(write(tmp_path / "queue.yaml", content))]) == 2
     assert not list((tmp_path / "out").glob("trials/*"))
@@ -85,7 +86,7 @@ def test_what_the_ledger_knows_is_not_trained_again(done, corpus, tmp_path):
     rules = [json.loads((place / "out/rule" / RECORD_FILE).read_text()) for place in (folder, tmp_path)]
     learned, again = ([one["result"]["details"]["rule"] for one in rule["trainings"]] for rule in rules)
     assert again == learned  # the answers to every question too
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("ledger/**/*.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("ledger/*")} == before
 
 
 def test_architectures_see_the_same_rows_and_a_baseline_does_not_call_itself_a_fanformer(done):

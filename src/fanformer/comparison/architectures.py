@@ -37,15 +37,6 @@ from fanformer.model.configuration_fanformer import RANKS
 from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
-BLOCK = 6
-"""Number of FANformer's default block: raised with every change of its defaults or of its initialisation.
-
-Trainings of another number are not taken for those of this one; docs/experiments.md says what each number was.
-"""
-TUNED_BLOCK = 3
-"""The same for the tuned block, which was the default at that number."""
-BASELINES = 2
-"""The same for what the other families build."""
 _FULL_RANK = dict.fromkeys(RANKS)
 _PLAIN = {
     "fan_placement": "none",
@@ -101,6 +92,8 @@ class Family:
         ranks: fields that hold a rank, with its share of hidden_size in scaled shapes.
         ranks_fit: whether it is the ranks that make up a size, intermediate_size being `ffn_ratio` times the width, or
             intermediate_size, the ranks being their shares of the width.
+        block: number of what is built; raised with every change of its defaults or of its initialisation. Trainings of
+            another number are not taken for those of this one; docs/experiments.md says what each number was.
     """
 
     summary: str
@@ -112,6 +105,7 @@ class Family:
     width_of: str | None = None
     ranks: Mapping[str, float] = field(default_factory=dict)
     ranks_fit: bool = False
+    block: int = 2
 
     def ranks_at(self, fields: Mapping[str, Any]) -> dict[str, int]:
         """Return the ranks at a width, without those that are given."""
@@ -136,6 +130,7 @@ FAMILIES: dict[str, Family] = {
         "llama",
         {name: getattr(_DEFAULT, name) / _DEFAULT.hidden_size for name in RANKS},
         ranks_fit=True,
+        block=6,
     ),
     "fanformer-tuned": Family(
         "the block of 92m-tuned: FAN between the factors of gate and up, O and down full rank",
@@ -146,6 +141,7 @@ FAMILIES: dict[str, Family] = {
         2,
         "llama",
         {"qkv_rank": 0.75, "gate_up_rank": 0.75},
+        block=3,  # the default's when it was the default
     ),
     "fanformer-paper": Family(
         "arXiv:2502.21309: one full-rank FANLayer' before Q, K, V; pre-norm",
@@ -226,12 +222,11 @@ class Architecture:
 
     @property
     def block(self) -> int:
-        """BLOCK, TUNED_BLOCK or BASELINES; 1 where a file or another library chooses fields or initialisation."""
+        """The number of what its family builds; 1 where a file or another library chooses fields or initialisation."""
         if self.family == "file" or self.initialisation == "library":
             return 1
-        if self.family in ("fanformer-tuned", "92m-tuned"):
-            return TUNED_BLOCK
-        return BLOCK if self.family in ("fanformer", *preset_names()) else BASELINES
+        name = "fanformer-tuned" if self.family == "92m-tuned" else self.family
+        return FAMILIES.get(name, FAMILIES["fanformer"]).block  # the other presets are of the default block
 
 
 def initialise_scaled(model: PreTrainedModel) -> None:

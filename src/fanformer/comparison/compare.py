@@ -40,6 +40,13 @@ RATES = -1
 """Stands for a variant in trainings that do nothing but choose a learning rate."""
 OF_LANGUAGE = ("data", "tokens", "candidate_tokens", "preset", "evaluations", "eval_tokens")
 """Fields of a comparison that mean nothing for a rule."""
+_LISTS: Mapping[str, Callable[[Any], Any]] = {
+    "architectures": str,
+    **dict.fromkeys(("tokens", "candidate_tokens"), lambda value: parse_count(str(value))),
+    "learning_rates": float,
+    **dict.fromkeys(("seeds", "hole_sides"), int),
+}
+"""Fields of a comparison that are lists, or in a file single values, each with what reads one of them."""
 _OWN_FIELDS = ("output_dir", "resume", "overwrite", "learning_rate", "seed", "data", "tokens", "max_steps", "epochs")
 """Fields of RunConfig that a comparison sets itself."""
 
@@ -203,33 +210,24 @@ class Comparison:
                 raise ConfigError(f"`{key}` does not apply to the rule {fields['rule']}: leave it out.")
         if "architectures" not in fields:
             raise ConfigError("`architectures` is missing: name at least one, such as [nano, llama@nano].")
-        readers: dict[str, Callable[[Any], Any]] = {
-            "architectures": _list_of(str),
-            "tokens": _list_of(lambda value: parse_count(str(value))),
-            "candidate_tokens": _list_of(lambda value: parse_count(str(value))),
-            "learning_rates": _list_of(float),
-            "seeds": lambda value: tuple(range(value)) if isinstance(value, int) else _list_of(int)(value),
-            "hole_sides": _list_of(int),
-            "rates_on": lambda value: dict(value or {}),
-            "run": lambda value: dict(value or {}),
-        }
-        made = {}
+        made = dict(fields)
         for key, value in fields.items():
             try:
-                made[key] = readers[key](value) if key in readers else value
+                if key == "seeds" and isinstance(value, int):
+                    made[key] = tuple(range(value))
+                elif key in _LISTS:
+                    made[key] = tuple(map(_LISTS[key], value if isinstance(value, list | tuple) else [value]))
+                elif key in ("rates_on", "run"):
+                    made[key] = dict(value or {})
             except (TypeError, ValueError) as error:
                 reason = str(error).rstrip(".")
                 raise ConfigError(f"`{key}` of a comparison cannot be {value!r}: {reason}.") from error
-        for item in dataclasses.fields(cls):
-            if item.type in ("bool", bool) and not isinstance(made.get(item.name, False), bool):
-                raise ConfigError(f"`{item.name}` of a comparison must be true or false, got {made[item.name]!r}.")
-            if item.type in ("int", int) and not isinstance(made.get(item.name, 0), int):
-                raise ConfigError(f"`{item.name}` of a comparison must be a whole number, got {made[item.name]!r}.")
+        if not isinstance(made.get("ablation", False), bool):
+            raise ConfigError(f"`ablation` of a comparison must be true or false, got {made['ablation']!r}.")
+        for name in ("evaluations", "eval_tokens", "extend"):
+            if not isinstance(made.get(name, 0), int):
+                raise ConfigError(f"`{name}` of a comparison must be a whole number, got {made[name]!r}.")
         return cls(**made)
-
-
-def _list_of(kind: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-    return lambda value: tuple(map(kind, value if isinstance(value, list | tuple) else [value]))
 
 
 @dataclass(frozen=True)
@@ -333,27 +331,22 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
     return data
 
 
+@dataclass
 class _Sweep:
-    """The trainings of one comparison."""
+    """The trainings of one comparison; fields as `run_comparison` has them, `trials` for the folders of trainings."""
 
-    def __init__(
-        self,
-        comparison: Comparison,
-        folder: Path,
-        trials: Path,
-        data: PreparedData | None,
-        observer: SweepObserver,
-        on_outcome: OnOutcome | None,
-        deadline: float | None,
-        known: Callable[[Trial], Result | None],
-        jobs: int,
-    ):
-        self.comparison, self.folder, self.trials, self.jobs = comparison, folder, trials, jobs
-        self.data, self.observer = data, observer
-        self.on_outcome, self.deadline, self.known = on_outcome, deadline, known
-        self.machine = self._decide() if comparison.rule is None else {}
-        self.outcomes: dict[str, Outcome] = {}
-        self.planned = 0
+    comparison: Comparison
+    folder: Path
+    trials: Path
+    data: PreparedData | None
+    observer: SweepObserver
+    on_outcome: OnOutcome | None
+    deadline: float | None
+    known: Callable[[Trial], Result | None]
+    jobs: int
+    machine: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    planned: int = 0
 
     def _decide(self) -> dict[str, Any]:
         """Decide about the machine once for all trainings, so that they differ in nothing but what is compared."""
@@ -376,6 +369,8 @@ class _Sweep:
     def run(self) -> list[Outcome]:
         """Sweep the learning rates, then repeat the best ones."""
         comparison = self.comparison
+        if comparison.rule is None:
+            self.machine = self._decide()
         cells = comparison.cells
         rates = sorted(comparison.learning_rates)
         first, *others = comparison.seeds

@@ -2,9 +2,10 @@
 
 import base64
 import json
+import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import Comparison, Outcome
-from fanformer.comparison.ledger import EXACT, Entry, Figure, interval_over_seeds, read_entry, write_entry
+from fanformer.comparison.ledger import EXACT, Entry, Figure, Kind, interval_over_seeds, read_entry, write_entry
 from fanformer.comparison.summary import (
     UNITS,
     Arm,
@@ -23,11 +24,8 @@ from fanformer.comparison.summary import (
 )
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
-from fanformer.errors import DataError
 from fanformer.machine.versions import hardware, versions
 
-TRAININGS_FOLDER = "trainings"
-"""Of a ledger's folder, for the entries of single trainings."""
 _COUNTED = {
     "parameters": "parameters",
     "parameters_without_embeddings": "parameters",
@@ -90,7 +88,7 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
             **({"rule": _pack(result.details["rule"])} if "rule" in result.details else {}),
         },
     )
-    _write(folder / TRAININGS_FOLDER, content)
+    _write(folder, content)
 
 
 def read_training(folder: Path, trial: Trial) -> Result | None:
@@ -98,10 +96,9 @@ def read_training(folder: Path, trial: Trial) -> Result | None:
 
     Nor does it know a rule's training where an older entry lacks the answers, which a picture needs.
     """
-    path = folder / TRAININGS_FOLDER / f"{trial.name}.json"
-    if not path.is_file():
+    entry = read_entry(folder, trial.name)
+    if entry is None:
         return None
-    entry = read_entry(path)
     figures = {name: figure.value for name, figure in entry.result.items() if name != "diverged"}
     details: dict[str, Any] = {"versions": entry.versions}
     if trial.rule is not None and figures:
@@ -132,158 +129,134 @@ def write_comparison(
 
     Entries whose numbers the ledger holds already stay as they are.
     """
-    found = arms(comparison, outcomes)
-    if comparison.rule is not None:
-        for arm in found:
-            if arm.outcomes:
-                _write(folder, _rule_entry(origin, comparison, arm))
-        return
     read = None if data is None else {"source": comparison.data, "fingerprint": data.fingerprint}
-    if comparison.ablation:
-        for variant in comparison.variants:
-            default, *changed = [arm for arm in found if arm.variant == variant]
-            if default.outcomes:
-                _write(folder, _ablation_entry(origin, comparison, default, changed, read))
-        return
-    together = pairs(comparison, found)
-    for arm in found:
-        against = [pair for pair in together if (pair.candidate, pair.variant) == (arm.architecture, arm.variant)]
-        if against:
-            _write(folder, _candidate_entry(origin, comparison, arm, against, found, read))
-    for entry in _ladder_entries(origin, comparison, found, read):
+    for entry in _Together(origin, comparison, arms(comparison, outcomes), read).entries():
         _write(folder, entry)
 
 
-def _candidate_entry(
-    origin: Provenance,
-    comparison: Comparison,
-    arm: Arm,
-    against: Sequence[Pair],
-    found: Sequence[Arm],
-    data: dict[str, Any] | None,
-) -> Entry:
-    """Return the entry of a candidate beside all its baselines; the claims' figures are those against the best one."""
-    baselines = {one.architecture: one for one in found if one.variant == arm.variant}
-    best = min(against, key=lambda pair: baselines[pair.baseline].figures["bits_per_byte"].value)
-    # the speed of trainings says nothing here: they may have shared the machine; benchmarks/ measures it in turns
-    figures = {name: figure for name, figure in best.figures.items() if name != "train_tokens_per_second_ratio"}
-    shown = [arm, *(baselines[pair.baseline] for pair in against)]
-    seeds = [outcome.trial.seed for outcome in arm.outcomes]
-    for one in shown:
-        slug = _slug(one.architecture)
-        # an arm that lost a seed has its own entries only: its figure would be over other seeds than the entry's
-        if [outcome.trial.seed for outcome in one.outcomes] == seeds:
-            figures[f"bits_per_byte_of_{slug}"] = one.figures["bits_per_byte"]
-    for pair in against:
-        if pair is not best:
-            name = "bits_per_byte_difference"
-            figures[f"{name}_to_{_slug(pair.baseline)}"] = pair.figures[name]
-    several = len(comparison.variants) > 1 or sum(_is_candidate(comparison, one) for one in found) > 1
-    suffix = f"-{_slug(arm.architecture)}-{arm.variant}" if several else ""
-    return _entry(
-        origin.command,
-        name=f"{origin.name}{suffix}",
-        what=f"{arm.architecture} beside {', '.join(one.architecture for one in shown[1:])} at {arm.variant:,} tokens",
-        kind="comparison",
-        seeds=seeds,
-        configuration=_configuration(arm.outcomes[0].trial, _parameters(arm)) | _rates(shown),
-        data=data,
-        result=figures,
-        curve=[{**point, "arm": one.architecture} for one in shown for point in _curve(one)],
-        details={
-            "comparison": f"{origin.name}{suffix}",
-            "candidate": arm.architecture,
-            "better_baseline": best.baseline,
-            "best_learning_rate_at_the_edge_of_the_sweep": [one.architecture for one in shown if one.at_edge],
-            "troubles": [line for one in shown for line in one.troubles],
-        },
-    )
+@dataclass(frozen=True)
+class _Together:
+    """What the trainings of a comparison say together, as entries."""
 
+    origin: Provenance
+    comparison: Comparison
+    arms: Sequence[Arm]
+    data: dict[str, Any] | None
 
-def _ablation_entry(
-    origin: Provenance, comparison: Comparison, default: Arm, changed: Sequence[Arm], data: dict[str, Any] | None
-) -> Entry:
-    """Return the entry of a default beside what changes it; arms that lack a seed of the default's are left out."""
-    seeds = [outcome.trial.seed for outcome in default.outcomes]
-    shown = {
-        _slug(arm.architecture): arm
-        for arm in [default, *changed]
-        if [outcome.trial.seed for outcome in arm.outcomes] == seeds
-    }
-    base = [one.result.figures["bits_per_byte"] for one in default.outcomes if one.result is not None]
-    figures = {}
-    for slug, arm in shown.items():
-        figures[f"bits_per_byte_of_{slug}"] = arm.figures["bits_per_byte"]
-        if arm is not default:
-            own = [one.result.figures["bits_per_byte"] for one in arm.outcomes if one.result is not None]
-            differences = [mine - its for mine, its in zip(own, base, strict=True)]
-            figures[f"difference_of_{slug}"] = interval_over_seeds(differences, "bits per byte")
-    suffix = f"-{default.variant}" if len(comparison.variants) > 1 else ""
-    return _entry(
-        origin.command,
-        name=f"{origin.name}{suffix}",
-        what=f"{default.architecture} with one thing changed, at {default.variant:,} tokens",
-        kind="ablation",
-        seeds=seeds,
-        configuration=_configuration(default.outcomes[0].trial, _parameters(default)) | _rates(list(shown.values())),
-        data=data,
-        result=figures,
-        details={
-            "default": _slug(default.architecture),
-            "arms": {slug: arm.architecture for slug, arm in shown.items()},
-            "parameters_without_embeddings": {slug: _parameters(arm, True) for slug, arm in shown.items()},
-            "block": default.outcomes[0].trial.block,
-            "troubles": [line for arm in [default, *changed] for line in arm.troubles],
-        },
-    )
+    def entries(self) -> Iterator[Entry]:
+        """Yield them."""
+        if self.comparison.rule is not None:
+            yield from (self._rule(arm) for arm in self.arms if arm.outcomes)
+        elif self.comparison.ablation:
+            for variant in self.comparison.variants:
+                default, *changed = [arm for arm in self.arms if arm.variant == variant]
+                if default.outcomes:
+                    yield self._ablation(default, changed)
+        else:
+            together = pairs(self.comparison, self.arms)
+            for arm in self.arms:
+                against = [one for one in together if (one.candidate, one.variant) == (arm.architecture, arm.variant)]
+                if against:
+                    yield self._candidate(arm, against)
+            yield from self._ladder()
 
+    def _entry(self, suffix: str, what: str, kind: Kind, arm: Arm, result: dict[str, Figure], **others: Any) -> Entry:
+        """Return an entry of what was trained as `arm`, over its seeds; others replace fields."""
+        trial, name = arm.outcomes[0].trial, f"{self.origin.name}{suffix}"
+        configuration = _configuration(trial, _parameters(arm)) | others.pop("rates", {})
+        fields = {"seeds": _seeds(arm), "configuration": configuration, "data": self.data, "result": result, **others}
+        return _entry(self.origin.command, name=name, what=what, kind=kind, **fields)
 
-def _ladder_entries(
-    origin: Provenance, comparison: Comparison, found: Sequence[Arm], data: dict[str, Any] | None
-) -> list[Entry]:
-    """Return, for every baseline whose loss lies between the candidate's, the parameters to equal loss."""
-    total = parameters_ratio(found, comparison, "parameters")
-    inner = parameters_ratio(found, comparison, "parameters_without_embeddings")
-    longest = {arm.architecture: arm for arm in found if arm.variant == max(comparison.tokens)}
-    return [
-        _entry(
-            origin.command,
-            name=f"{origin.name}-parameters-{_slug(name)}",
-            what=f"parameters of {family_and_size(comparison.architectures[0])[0]} at the loss of {name}",
-            kind="comparison",
-            seeds=seeds,
-            configuration=_configuration(longest[name].outcomes[0].trial, _parameters(longest[name])),
-            data=data,
-            result={
-                **({"parameters_ratio": total[name][0]} if name in total else {}),
-                **({"parameters_ratio_without_embeddings": inner[name][0]} if name in inner else {}),
+    def _candidate(self, arm: Arm, against: Sequence[Pair]) -> Entry:
+        """Return a candidate beside all its baselines; the claims' figures are those against the best one."""
+        baselines = {one.architecture: one for one in self.arms if one.variant == arm.variant}
+        best = min(against, key=lambda pair: baselines[pair.baseline].figures["bits_per_byte"].value)
+        # the speed of trainings says nothing here: they may have shared the machine; benchmarks/ measures it in turns
+        figures = {name: figure for name, figure in best.figures.items() if name != "train_tokens_per_second_ratio"}
+        shown = [arm, *(baselines[pair.baseline] for pair in against)]
+        for one in shown:
+            # an arm that lost a seed has its own entries only: its figure would be over other seeds than the entry's
+            if _seeds(one) == _seeds(arm):
+                figures[f"bits_per_byte_of_{_slug(one.architecture)}"] = one.figures["bits_per_byte"]
+        name = "bits_per_byte_difference"
+        figures |= {f"{name}_to_{_slug(one.baseline)}": one.figures[name] for one in against if one is not best}
+        candidates = [one for one in self.arms if _family(one.architecture) == self.family]
+        several = len(self.comparison.variants) > 1 or len(candidates) > 1
+        suffix = f"-{_slug(arm.architecture)}-{arm.variant}" if several else ""
+        beside = ", ".join(one.architecture for one in shown[1:])
+        return self._entry(
+            suffix,
+            f"{arm.architecture} beside {beside} at {arm.variant:,} tokens",
+            "comparison",
+            arm,
+            figures,
+            rates=_rates(shown),
+            curve=[{**point, "arm": one.architecture} for one in shown for point in _curve(one)],
+            details={
+                "comparison": f"{self.origin.name}{suffix}",
+                "candidate": arm.architecture,
+                "better_baseline": best.baseline,
+                "best_learning_rate_at_the_edge_of_the_sweep": [one.architecture for one in shown if one.at_edge],
+                "troubles": [line for one in shown for line in one.troubles],
             },
-            details={"baseline": name},
         )
-        for name, (_, seeds) in {**total, **inner}.items()
-    ]
 
+    def _ablation(self, default: Arm, changed: Sequence[Arm]) -> Entry:
+        """Return a default beside what changes it; arms that lack a seed of the default's are left out."""
+        shown = {_slug(arm.architecture): arm for arm in [default, *changed] if _seeds(arm) == _seeds(default)}
+        losses = {
+            slug: [one.result.figures["bits_per_byte"] for one in arm.outcomes if one.result is not None]
+            for slug, arm in shown.items()
+        }
+        base = _slug(default.architecture)
+        figures = {}
+        for slug, arm in shown.items():
+            figures[f"bits_per_byte_of_{slug}"] = arm.figures["bits_per_byte"]
+            if slug != base:
+                differences = [mine - its for mine, its in zip(losses[slug], losses[base], strict=True)]
+                figures[f"difference_of_{slug}"] = interval_over_seeds(differences, "bits per byte")
+        return self._entry(
+            f"-{default.variant}" if len(self.comparison.variants) > 1 else "",
+            f"{default.architecture} with one thing changed, at {default.variant:,} tokens",
+            "ablation",
+            default,
+            figures,
+            rates=_rates(list(shown.values())),
+            details={
+                "default": base,
+                "arms": {slug: arm.architecture for slug, arm in shown.items()},
+                "parameters_without_embeddings": {slug: _parameters(arm, True) for slug, arm in shown.items()},
+                "block": default.outcomes[0].trial.block,
+                "troubles": [line for arm in [default, *changed] for line in arm.troubles],
+            },
+        )
 
-def _rule_entry(origin: Provenance, comparison: Comparison, arm: Arm) -> Entry:
-    task = comparison.rule_task(arm.variant)
-    hole = f"-hole{arm.variant}" if arm.variant else ""
-    name = "" if task.name in origin.name else f"-{task.name}"
-    return _entry(
-        origin.command,
-        name=f"{origin.name}{name}{hole}-{_slug(arm.architecture)}",
-        what=f"the rule {task.name} learned by {arm.architecture}",
-        kind="rule",
-        seeds=[outcome.trial.seed for outcome in arm.outcomes],
-        configuration=_configuration(arm.outcomes[0].trial, _parameters(arm)),
-        data=None,
-        result=arm.figures,
-        details={
-            "part_of": origin.name,
-            **({"rates_on": dict(comparison.rates_on), "tried": sorted(arm.swept)} if comparison.rates_on else {}),
-            "at_edge": arm.at_edge,
-            "troubles": arm.troubles,
-        },
-    )
+    def _ladder(self) -> Iterator[Entry]:
+        """Yield, for every baseline whose loss lies between the candidate's, the parameters to equal loss."""
+        found: dict[str, dict[str, Figure]] = {}
+        seeds = {}
+        for key in ("parameters", "parameters_without_embeddings"):
+            for name, (ratio, over) in parameters_ratio(self.arms, self.comparison, key).items():
+                found.setdefault(name, {})[key.replace("parameters", "parameters_ratio")] = ratio
+                seeds[name] = over
+        longest = {arm.architecture: arm for arm in self.arms if arm.variant == max(self.comparison.tokens)}
+        for name, result in found.items():
+            suffix, what = f"-parameters-{_slug(name)}", f"parameters of {self.family} at the loss of {name}"
+            details = {"baseline": name}
+            yield self._entry(suffix, what, "comparison", longest[name], result, seeds=seeds[name], details=details)
+
+    def _rule(self, arm: Arm) -> Entry:
+        task = self.comparison.rule_task(arm.variant).name
+        suffix = ("" if task in self.origin.name else f"-{task}") + (f"-hole{arm.variant}" if arm.variant else "")
+        rates = {"rates_on": dict(self.comparison.rates_on), "tried": _tried(arm)} if self.comparison.rates_on else {}
+        details = {"part_of": self.origin.name, **rates, "at_edge": arm.at_edge, "troubles": arm.troubles}
+        what = f"the rule {task} learned by {arm.architecture}"
+        return self._entry(f"{suffix}-{_slug(arm.architecture)}", what, "rule", arm, arm.figures, details=details)
+
+    @property
+    def family(self) -> str:
+        """What the candidates have in common."""
+        return _family(self.comparison.architectures[0])
 
 
 def _entry(command: str, **fields: Any) -> Entry:
@@ -293,15 +266,10 @@ def _entry(command: str, **fields: Any) -> Entry:
 
 def _write(folder: Path, entry: Entry) -> None:
     """Write an entry, unless the same numbers are there: they keep the day and the machine of their measurement."""
-    path = folder / f"{entry.name}.json"
-    if path.is_file():
-        try:
-            before = read_entry(path)
-        except DataError:
-            before = None  # cut off or of an older form: written anew
-        fields = ("result", "curve", "seeds", "configuration", "data", "details")
-        if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
-            return
+    before = read_entry(folder, entry.name) if folder.is_dir() else None
+    fields = ("result", "curve", "seeds", "configuration", "data", "details")
+    if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
+        return
     write_entry(folder, entry)
 
 
@@ -316,9 +284,12 @@ def _configuration(trial: Trial, parameters: float | None) -> dict[str, Any]:
 
 
 def _rates(shown: Sequence[Arm]) -> dict[str, Any]:
-    return {
-        "learning_rates": {arm.architecture: {"best": arm.learning_rate, "tried": sorted(arm.swept)} for arm in shown}
-    }
+    return {"learning_rates": {arm.architecture: {"best": arm.learning_rate, "tried": _tried(arm)} for arm in shown}}
+
+
+def _tried(arm: Arm) -> list[float]:
+    """Return the learning rates at which a training of the sweep finished."""
+    return [rate for rate, value in arm.swept.items() if math.isfinite(value)]
 
 
 def _trained_on(trial: Trial, variant: int) -> str:
@@ -340,8 +311,12 @@ def _curve(arm: Arm) -> list[dict[str, Any]]:
     return [] if result is None else result.curve
 
 
-def _is_candidate(comparison: Comparison, arm: Arm) -> bool:
-    return family_and_size(arm.architecture)[0] == family_and_size(comparison.architectures[0])[0]
+def _family(spec: str) -> str:
+    return family_and_size(spec)[0]
+
+
+def _seeds(arm: Arm) -> list[int]:
+    return [outcome.trial.seed for outcome in arm.outcomes]
 
 
 def _slug(spec: str) -> str:

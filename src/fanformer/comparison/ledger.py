@@ -1,6 +1,6 @@
-"""The ledger: one JSON file for every run that was measured, from which the evidence page is made.
+"""The ledger: two files with a JSON object a line for every run that was measured; the evidence page is made of them.
 
-A file says what was measured, by which command, with which seeds, configuration and data, on which hardware and with
+A line says what was measured, by which command, with which seeds, configuration and data, on which hardware and with
 which versions. Nothing here imports torch or transformers, so that pages and checks read the ledger at once.
 """
 
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fanformer.errors import ConfigError, DataError, did_you_mean
-from fanformer.files.durable import replace_json
+from fanformer.files.durable import replace_text
+from fanformer.files.locking import hold
 
+TRAININGS_FILE, MEASUREMENTS_FILE, LOCK_FILE = "trainings.jsonl", "measurements.jsonl", ".ledger.lock"
 Kind = Literal["comparison", "ablation", "rule", "training", "evaluation", "benchmark"]
 EXACT = "exact"
 """The interval of a figure without spread: one that was counted, or that every repetition gives alike."""
@@ -49,7 +51,7 @@ class Entry:
     """What one run measured, and how.
 
     Attributes:
-        name: of the file, without .json; the only one in the ledger.
+        name: the only one in the ledger.
         what: one sentence.
         kind: which table of the evidence page it belongs to.
         command: measures it again.
@@ -79,62 +81,92 @@ class Entry:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def write_entry(folder: Path, entry: Entry) -> Path:
-    """Write an entry as `folder`/NAME.json, in place of an earlier one of that name.
+def write_entry(folder: Path, *entries: Entry) -> Path:
+    """Write entries into a ledger, in place of earlier ones of their names; processes that write at once take turns.
+
+    Args:
+        folder: of the ledger; made if need be.
+        entries: of one kind of file: trainings, or other measurements.
 
     Returns:
-        The file's path.
+        The file that they are in.
 
     Raises:
-        DataError: if a field is empty, of the wrong type, or holds a number that is not finite.
+        DataError: if a field is empty, of the wrong type, or holds a number that is not finite, or if the file cannot
+            be read or written.
     """
-    path = folder / f"{entry.name}.json"
-    content = dataclasses.asdict(entry)
-    _parse(content, path)
+    (path,) = {folder / (TRAININGS_FILE if entry.kind == "training" else MEASUREMENTS_FILE) for entry in entries}
+    contents = {entry.name: dataclasses.asdict(entry) for entry in entries}
+    for name, content in contents.items():
+        parse_entry(content, f"{path.absolute()}, {name}")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_json(path, content)
+    with hold(folder / LOCK_FILE, f"the ledger {folder.absolute()}", wait=True):
+        known = {name: content for name, (_, content) in _read_file(path).items()} | contents
+        lines = [json.dumps(known[name], separators=(",", ":")) for name in sorted(known)]
+        replace_text(path, "\n".join(lines) + "\n")
     return path
 
 
-def read_entry(path: Path) -> Entry:
-    """Read one file of the ledger.
+def read_entry(folder: Path, name: str) -> Entry | None:
+    """Read one entry of a ledger, None where it has none of that name.
 
     Raises:
         DataError: if it cannot be read, or a field is missing, unknown, empty, of the wrong type or not finite.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot read {path.absolute()} ({type(error).__name__}: {error}): expected an entry of the ledger in JSON."
-        ) from error
-    entry = _parse(content, path)
-    if entry.name != path.stem:
-        raise _wrong(path, "name", f"the file's name without .json, {path.stem!r}", entry.name)
-    return entry
+    where, content = _read_files(folder).get(name, ("", None))
+    return parse_entry(content, where) if where else None
 
 
 def read_ledger(folder: Path) -> list[Entry]:
-    """Read every .json file below a folder.
+    """Read every entry of a ledger.
 
     Returns:
         The entries in the order of their names.
 
     Raises:
-        DataError: if the folder is missing, a file is malformed, or two have the same name.
+        DataError: if the folder is missing, a line is malformed, or two entries have the same name.
     """
     if not folder.is_dir():
-        raise DataError(f"no ledger at {folder.absolute()}: expected a folder of .json files, one for each run.")
-    paths: dict[str, Path] = {}
-    entries = []
-    for path in sorted(folder.rglob("*.json")):
-        if path.stem in paths:
-            raise DataError(
-                f"{path.absolute()} and {paths[path.stem].absolute()} have the same name: rename one, `name` too."
-            )
-        paths[path.stem] = path
-        entries.append(read_entry(path))
-    return sorted(entries, key=lambda entry: entry.name)
+        raise DataError(
+            f"no ledger at {folder.absolute()}: expected a folder with {TRAININGS_FILE} or {MEASUREMENTS_FILE}."
+        )
+    return [parse_entry(content, where) for _, (where, content) in sorted(_read_files(folder).items())]
+
+
+def _read_files(folder: Path) -> dict[str, tuple[str, Any]]:
+    """Return what the lines of a ledger hold by the entries' names, each with its place."""
+    if any((folder / "trainings").glob("*.json")):
+        raise DataError(
+            f"{folder.absolute()} holds a file for each entry, as older versions wrote them: take them over with "
+            f"`python benchmarks/import_results.py {folder} {folder}`, and delete its *.json and `trainings`."
+        )
+    trainings, others = (_read_file(folder / name) for name in (TRAININGS_FILE, MEASUREMENTS_FILE))
+    for name in trainings.keys() & others.keys():
+        raise DataError(f"{trainings[name][0]} and {others[name][0]} have the same name {name!r}: delete one.")
+    return trainings | others
+
+
+def _read_file(path: Path) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    if not path.is_file():
+        return found
+    where = str(path.absolute())
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            where = f"{path.absolute()}, line {number}"
+            content = json.loads(line)
+            if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+                parse_entry(content, where)  # says what is wrong with it
+            name = content["name"]
+            if name in found:
+                raise DataError(f"{found[name][0]} and line {number} have the same name {name!r}: delete one.")
+            found[name] = (where, content)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read {where} ({type(error).__name__}: {error}): expected an entry of the ledger in JSON."
+        ) from error
+    return found
 
 
 def interval_over_seeds(values: Sequence[float], unit: str, confidence: float = 0.95) -> Figure:
@@ -218,95 +250,97 @@ def _need_values(values: Sequence[float]) -> None:
         raise DataError("`values` must hold at least one measurement, got none.")
 
 
-def _wrong(path: Path, field: str, expected: str, got: Any) -> DataError:
+def _wrong(where: str, field: str, expected: str, got: Any) -> DataError:
     shown = repr(got)
-    return DataError(
-        f"{path.absolute()}: `{field}` must be {expected}, got {shown if len(shown) <= 60 else shown[:57] + '...'}."
-    )
+    return DataError(f"{where}: `{field}` must be {expected}, got {shown if len(shown) <= 60 else shown[:57] + '...'}.")
 
 
-def _parse(content: Any, path: Path) -> Entry:
-    """Return the entry that a JSON object holds, once every field has been checked."""
+def parse_entry(content: Any, where: str) -> Entry:
+    """Return the entry that a JSON object holds, once every field has been checked.
+
+    Raises:
+        DataError: if a field is missing, unknown, empty, of the wrong type or not finite; it begins with `where`.
+    """
     fields = {field.name: field for field in dataclasses.fields(Entry)}
-    _check_keys(content, "", list(fields), list(fields), path)
+    _check_keys(content, "", list(fields), list(fields), where)
     for name in ("name", "what", "kind", "command", "date"):
         if not isinstance(content[name], str) or not content[name].strip():
-            raise _wrong(path, name, "a text that is not empty", content[name])
+            raise _wrong(where, name, "a text that is not empty", content[name])
     if not _NAME.fullmatch(content["name"]):
-        raise _wrong(path, "name", "letters, digits, dots, dashes and underscores", content["name"])
+        raise _wrong(where, "name", "letters, digits, dots, dashes and underscores", content["name"])
     if content["kind"] not in get_args(Kind):
-        raise _wrong(path, "kind", f"one of {', '.join(get_args(Kind))}", content["kind"])
-    _check_date(content["date"], path)
+        raise _wrong(where, "kind", f"one of {', '.join(get_args(Kind))}", content["kind"])
+    _check_date(content["date"], where)
     seeds = content["seeds"]
     if not isinstance(seeds, list) or any(type(seed) is not int for seed in seeds):
-        raise _wrong(path, "seeds", "a list of whole numbers", seeds)
+        raise _wrong(where, "seeds", "a list of whole numbers", seeds)
     for name in ("configuration", "hardware", "versions", "result", "details"):
         if not isinstance(content[name], dict):
-            raise _wrong(path, name, "an object", content[name])
+            raise _wrong(where, name, "an object", content[name])
     for name in ("hardware", "versions", "result"):
         if not content[name]:
-            raise _wrong(path, name, "an object that is not empty", content[name])
+            raise _wrong(where, name, "an object that is not empty", content[name])
     if content["data"] is not None:
-        _check_keys(content["data"], "data.", ["source", "fingerprint"], None, path)
+        _check_keys(content["data"], "data.", ["source", "fingerprint"], None, where)
     curve = content["curve"]
     if not isinstance(curve, list) or any(not isinstance(point, dict) for point in curve):
-        raise _wrong(path, "curve", "a list of objects", curve)
-    _check_values(content, "", path)
-    result = {name: _figure(figure, f"result.{name}", path) for name, figure in content["result"].items()}
+        raise _wrong(where, "curve", "a list of objects", curve)
+    _check_values(content, "", where)
+    result = {name: _figure(figure, f"result.{name}", where) for name, figure in content["result"].items()}
     return Entry(**{**content, "result": result})
 
 
-def _check_keys(content: Any, prefix: str, needed: list[str], known: list[str] | None, path: Path) -> None:
+def _check_keys(content: Any, prefix: str, needed: list[str], known: list[str] | None, where: str) -> None:
     if not isinstance(content, dict):
-        raise _wrong(path, prefix.rstrip(".") or "the file", f"an object with {', '.join(needed)}", content)
+        raise _wrong(where, prefix.rstrip(".") or "the line", f"an object with {', '.join(needed)}", content)
     for name in needed:
         if name not in content:
-            raise DataError(f"{path.absolute()}: `{prefix}{name}` is missing: expected {', '.join(needed)}.")
-    for name in content if known is not None else ():
-        if name not in (known or ()):
-            raise DataError(f"{path.absolute()}: `{prefix}{name}` is not a field: {did_you_mean(name, known or ())}")
+            raise DataError(f"{where}: `{prefix}{name}` is missing: expected {', '.join(needed)}.")
+    for name in content:
+        if known is not None and name not in known:
+            raise DataError(f"{where}: `{prefix}{name}` is not a field: {did_you_mean(name, known)}")
 
 
-def _check_date(text: str, path: Path) -> None:
+def _check_date(text: str, where: str) -> None:
     try:
         date.fromisoformat(text if len(text) == len("YYYY-MM-DD") else "")
     except ValueError:
-        raise _wrong(path, "date", "a day as YYYY-MM-DD", text) from None
+        raise _wrong(where, "date", "a day as YYYY-MM-DD", text) from None
 
 
-def _check_values(value: Any, field: str, path: Path) -> None:
+def _check_values(value: Any, field: str, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise _wrong(path, field, "a finite number", value)
+        raise _wrong(where, field, "a finite number", value)
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise _wrong(path, field, "an object whose names are texts", value)
-            _check_values(item, f"{field}.{key}" if field else key, path)
+                raise _wrong(where, field, "an object whose names are texts", value)
+            _check_values(item, f"{field}.{key}" if field else key, where)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            _check_values(item, f"{field}.{number}", path)
+            _check_values(item, f"{field}.{number}", where)
     elif not (value is None or isinstance(value, str | int | float)):
-        raise _wrong(path, field, "a text, number, truth value, list, object or null", value)
+        raise _wrong(where, field, "a text, number, truth value, list, object or null", value)
 
 
-def _figure(content: Any, field: str, path: Path) -> Figure:
+def _figure(content: Any, field: str, where: str) -> Figure:
     """Return one figure of a result, checked: an interval has both ends or is exact, and holds the value."""
-    _check_keys(content, f"{field}.", ["value", "unit"], [item.name for item in dataclasses.fields(Figure)], path)
+    _check_keys(content, f"{field}.", ["value", "unit"], [item.name for item in dataclasses.fields(Figure)], where)
     figure = Figure(**content)
-    numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
-    for name, number in numbers.items():
+    value, low, high, interval = figure.value, figure.low, figure.high, figure.interval
+    for name, number in (("value", value), ("low", low), ("high", high)):
         if type(number) not in (int, float) and not (number is None and name != "value"):
-            raise _wrong(path, f"{field}.{name}", "a number", number)
-    if not isinstance(figure.unit, str) or not figure.unit:
-        raise _wrong(path, f"{field}.unit", "a text that is not empty", figure.unit)
-    if figure.interval is not None and (not isinstance(figure.interval, str) or not figure.interval):
-        raise _wrong(path, f"{field}.interval", "a text that is not empty, or null", figure.interval)
-    if figure.low is None or figure.high is None:
-        if figure.low is not None or figure.high is not None or figure.interval not in (None, EXACT):
+            raise _wrong(where, f"{field}.{name}", "a number", number)
+    for name, words in (("unit", figure.unit), ("interval", interval)):
+        if not (isinstance(words, str) and words) and not (words is None and name == "interval"):
+            expected = "a text that is not empty" + ", or null" * (name == "interval")
+            raise _wrong(where, f"{field}.{name}", expected, words)
+    if low is None or high is None:
+        if (low, high) != (None, None) or interval not in (None, EXACT):
             expected = f"both ends with what they are, or neither with null or {EXACT!r}"
-            raise _wrong(path, f"{field}.interval", expected, [figure.low, figure.high, figure.interval])
-    elif figure.interval in (None, EXACT):
-        raise _wrong(path, f"{field}.interval", "what its ends are, such as 'range of 3 repetitions'", figure.interval)
-    elif not figure.low <= figure.value <= figure.high:
-        raise _wrong(path, f"{field}.value", f"between its ends {figure.low} and {figure.high}", figure.value)
+            raise _wrong(where, f"{field}.interval", expected, [low, high, interval])
+    elif interval in (None, EXACT):
+        raise _wrong(where, f"{field}.interval", "what its ends are, such as 'range of 3 repetitions'", interval)
+    elif not low <= value <= high:
+        raise _wrong(where, f"{field}.value", f"between its ends {low} and {high}", value)
     return figure

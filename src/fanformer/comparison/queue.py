@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -41,13 +41,6 @@ _SECONDS_BETWEEN_PAGES = 60.0
 
 Publish = Callable[[Mapping[str, Any], Path], None]
 """Makes something for people from a comparison's record, in its folder."""
-
-
-class QueueObserver(SweepObserver, Protocol):
-    """Where a queue tells what it does."""
-
-    def entry(self, name: str, number: int, total: int) -> None:
-        """Tell that an entry begins, the `number`th of `total`."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +174,7 @@ def _read_entry(fields: Any, defaults: Mapping[str, Any], output_dir: Path, numb
 class _Status:
     """Passes on what a queue tells, and keeps it in a file for `fanformer compare --status`."""
 
-    def __init__(self, observer: QueueObserver, queue: Queue):
+    def __init__(self, observer: SweepObserver, queue: Queue):
         self.observer, self.path = observer, queue.output_dir / STATUS_FILE
         self.entries: dict[str, dict[str, Any]] = {
             entry.name: {"state": "waiting", "done": 0, "planned": None, "text": ""} for entry in queue.entries
@@ -252,7 +245,7 @@ class _Status:
 
 def run_queue(
     queue: Queue,
-    observer: QueueObserver,
+    observer: SweepObserver,
     command: str,
     deadline: float | None = None,
     publish: Publish | None = None,
@@ -289,7 +282,9 @@ def run_queue(
                 observer.note(f"{entry.name}: {entry.error}")
                 continue
             status.entry(entry.name, number, len(queue.entries))
-            outcomes.append(_Running(queue, entry, entry.comparison, command, status, publish).run(deadline, jobs))
+            origin = Provenance(entry.name, command)
+            running = _Running(queue, entry, entry.comparison, origin, status, publish)
+            outcomes.append(running.run(deadline, jobs))
     return outcomes
 
 
@@ -307,25 +302,20 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@dataclass
 class _Running:
     """An entry under way: its results go to disk as they come."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        entry: QueueEntry,
-        comparison: Comparison,
-        command: str,
-        status: _Status,
-        publish: Publish | None,
-    ):
-        self.queue, self.entry, self.comparison, self.status = queue, entry, comparison, status
-        self.publish = publish
-        self.origin = Provenance(entry.name, command)
-        self.outcomes: list[Outcome] = []
-        self.data: PreparedData | None = None
-        self._published = time.monotonic()
-        self.unpublished: str | None = None
+    queue: Queue
+    entry: QueueEntry
+    comparison: Comparison
+    origin: Provenance
+    status: _Status
+    publish: Publish | None
+    outcomes: list[Outcome] = field(default_factory=list)
+    data: PreparedData | None = None
+    published: float = field(default_factory=time.monotonic)
+    unpublished: str | None = None
 
     def run(self, deadline: float | None, jobs: int) -> EntryOutcome:
         """Train what is left of the entry, and return how it ended.
@@ -361,7 +351,7 @@ class _Running:
         self.data = data
         if self.queue.record_dir is not None:
             write_training(self.queue.record_dir, self.origin.command, outcome, data, self.comparison.data)
-        self._write(publish=time.monotonic() - self._published > _SECONDS_BETWEEN_PAGES)
+        self._write(publish=time.monotonic() - self.published > _SECONDS_BETWEEN_PAGES)
 
     def _finish(self) -> None:
         """Write what all trainings that ended say together."""
@@ -385,7 +375,7 @@ class _Running:
         record = {**about, **to_record(self.comparison, self.outcomes)}
         replace_json(self.entry.folder / RECORD_FILE, record)
         if publish and self.publish is not None:
-            self._published = time.monotonic()
+            self.published = time.monotonic()
             try:
                 self.publish(record, self.entry.folder)
                 self.unpublished = None

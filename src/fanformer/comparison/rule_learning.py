@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fanformer.comparison.rule_score import RuleScore, accuracy_on_test, score
-from fanformer.comparison.rules import IGNORED, RuleTask, create_task
+from fanformer.comparison.rules import IGNORED, RuleTask
 from fanformer.errors import ConfigError, DivergenceError, did_you_mean
 from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import keep_freed_memory
@@ -171,18 +171,6 @@ class RuleResult:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values that JSON can hold."""
         return {**dataclasses.asdict(self), "score": self.score.to_dict()}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "RuleResult":
-        """Return the result that `to_dict` wrote."""
-        curve = [RulePoint(**point) for point in content["curve"]]
-        return cls(**{**content, "curve": curve, "score": RuleScore.from_dict(content["score"])})
-
-    @property
-    def rule(self) -> RuleTask:
-        """The task itself."""
-        fields = dict(self.task)
-        return create_task(fields.pop("name"), **fields)
 
 
 @dataclass

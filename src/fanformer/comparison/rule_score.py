@@ -87,18 +87,6 @@ class RuleScore:
             figures["by_period"] = {str(period): asdict(accuracy) for period, accuracy in self.by_period.items()}
         return figures
 
-    @classmethod
-    def from_dict(cls, figures: Mapping[str, Any]) -> "RuleScore":
-        """Return the score that `to_dict` wrote."""
-        grid, periods, horizon = (figures.get(name) for name in ("grid", "by_period", "horizon"))
-        return cls(
-            train=Accuracy(**figures["train"]),
-            test=Accuracy(**figures["test"]),
-            grid=None if grid is None else Grid(**{**grid, "hole": tuple(grid["hole"])}),
-            by_period=None if periods is None else {int(key): Accuracy(**value) for key, value in periods.items()},
-            horizon=None if horizon is None else Horizon(**horizon),
-        )
-
 
 def judged_by(figures: Collection[str]) -> str:
     """Return which of a rule's figures says how well it was learned: a series's error, else the share of answers."""

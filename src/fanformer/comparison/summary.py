@@ -21,8 +21,8 @@ class Arm:
         variant: budget of tokens, or side of the hole.
         learning_rate: the best of the sweep.
         at_edge: whether that is the lowest or the highest that was tried, so that a better one may lie beyond.
-        swept: learning rate to loss, of the trainings that the rate was chosen by; infinite ones (diverged, failed) are
-            left out and named in `troubles`.
+        swept: what the trainings that the rate was chosen by came to, by learning rate from the lowest: bits per byte,
+            a rule's training loss, or right answers on a task of their own; infinite where one diverged or failed.
         figures: over the seeds, each with its interval.
         outcomes: the trainings at the best learning rate.
         troubles: what went wrong, a line each.
@@ -83,7 +83,7 @@ def arms(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Arm]:
 def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
     rate = best_rate(outcomes, spec, variant)
     shown = [one for one in outcomes if one.variant == variant]
-    sweep = {one.trial.learning_rate: one.loss for one in sweep_of(outcomes, spec, variant)}
+    sweep = {one.trial.learning_rate: _shown(one) for one in sweep_of(outcomes, spec, variant)}
     chosen = [one for one in shown if one.trial.learning_rate == rate and math.isfinite(one.loss)]
     figures = {}
     for name, unit in UNITS.items():
@@ -95,9 +95,15 @@ def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
         for one in outcomes
         if not math.isfinite(one.loss)
     ]
-    finite = {key: value for key, value in sorted(sweep.items()) if math.isfinite(value)}
     at_edge = len(sweep) > 1 and rate in (min(sweep), max(sweep))
-    return Arm(spec, variant, rate, at_edge, finite, figures, chosen, troubles)
+    return Arm(spec, variant, rate, at_edge, dict(sorted(sweep.items())), figures, chosen, troubles)
+
+
+def _shown(outcome: Outcome) -> float:
+    """Return the figure of a training of the sweep that a reader is shown."""
+    figures = outcome.result.figures if outcome.result is not None else {}
+    name = "hole_accuracy" if outcome.variant == RATES else "bits_per_byte" if "bits_per_byte" in figures else "loss"
+    return figures.get(name, math.inf)
 
 
 def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
@@ -256,7 +262,7 @@ def to_record(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, 
         "arms": [
             {
                 **{name: getattr(arm, name) for name in ("architecture", "variant", "learning_rate", "at_edge")},
-                "swept": [[rate, loss] for rate, loss in arm.swept.items()],
+                "swept": [[rate, value if math.isfinite(value) else None] for rate, value in arm.swept.items()],
                 "figures": {name: asdict(figure) for name, figure in arm.figures.items()},
                 "troubles": arm.troubles,
             }

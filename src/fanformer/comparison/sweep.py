@@ -27,7 +27,10 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class SweepObserver(Protocol):
-    """Where a sweep tells what it does."""
+    """Where a sweep, or a queue of them, tells what it does."""
+
+    def entry(self, name: str, number: int, total: int) -> None:
+        """Tell that an entry of a queue begins, the `number`th of `total`."""
 
     def note(self, text: str) -> None:
         """Tell one line."""

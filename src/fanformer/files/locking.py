@@ -17,18 +17,19 @@ _PATIENCE_SECONDS = 0.1
 
 
 @contextmanager
-def hold(path: Path, what: str, error_type: type[FANformerError] = DataError) -> Iterator[None]:
+def hold(path: Path, what: str, error_type: type[FANformerError] = DataError, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block; the file says who does, and is gone afterwards.
 
     Args:
         path: the lock file, in a folder that exists.
         what: what is locked, for the message.
         error_type: what is raised where another process holds it, or the file cannot be written.
+        wait: whether to wait for another process that holds it.
 
     Raises:
         FANformerError: of `error_type`; the message names the holder's process, machine and time.
     """
-    lock = FileLock(path, timeout=_PATIENCE_SECONDS, on_acquired=_write_holder)
+    lock = FileLock(path, timeout=-1 if wait else _PATIENCE_SECONDS, on_acquired=_write_holder)
     try:
         path.parent.stat()  # `acquire` would create a folder
         lock.acquire()

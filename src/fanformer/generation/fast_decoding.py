@@ -5,7 +5,7 @@ what its file says.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -55,10 +55,15 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(_GROUPED, sdpa_mask)
 
 
 @contextmanager
-def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
+def fast_decoding(model: PreTrainedModel, join: bool = True) -> Iterator[None]:
     """Let `model` decode the fast way within the `with` block; its classes and values are as before afterwards.
 
     Only plain linear layers and SDPA attention have a fast way; quantized layers and other attention keep theirs.
+
+    Args:
+        model: to decode with.
+        join: whether what reads one input is one product, for which weights are moved in memory (`joined_products`);
+            not in the middle of a training, whose sums must not depend on when it was resumed.
     """
     attention = model.config._attn_implementation
     linears = [module for module in model.modules() if type(module) is nn.Linear]
@@ -67,7 +72,7 @@ def fast_decoding(model: PreTrainedModel) -> Iterator[None]:
     for module in linears:
         module.__class__ = FewRowsLinear
     try:
-        with joined_products(model):
+        with joined_products(model) if join else nullcontext():
             yield
     finally:
         for module in linears:

@@ -124,7 +124,7 @@ def joined(readers: Sequence[nn.Module]) -> nn.Linear | None:
     plain = [reader for reader in readers if type(reader) in (nn.Linear, FewRowsLinear) and not _hooks(reader)]
     if len(plain) < len(readers) or len({(one.weight.dtype, one.weight.device, one.in_features) for one in plain}) > 1:
         return None
-    if plain[0].weight.is_meta:
+    if plain[0].weight.is_meta or any(type(one.weight.data) is not torch.Tensor for one in plain):  # spread by FSDP2
         return None
     with torch.inference_mode(False), torch.no_grad():  # what is trained later must not be an inference tensor
         weight = _side_by_side([reader.weight for reader in plain])

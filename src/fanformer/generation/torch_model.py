@@ -134,7 +134,13 @@ class StopWhenInterrupted(StoppingCriteria):
 class TorchModel(TextModel):
     """A causal language model of `transformers` that writes and scores text."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        compiled: bool = False,
+        join: bool = True,
+    ) -> None:
         """Take a model in evaluation mode and its tokenizer.
 
         Args:
@@ -142,8 +148,9 @@ class TorchModel(TextModel):
             tokenizer: the one that it was trained with.
             compiled: compile the step from token to token: some ten seconds, or a minute the first time, and faster
                 then. What is remembered of a conversation is not used then.
+            join: compute what reads one input as one product, for which the weights are moved in memory.
         """
-        self.model, self.tokenizer, self.compiled = model, tokenizer, compiled
+        self.model, self.tokenizer, self.compiled, self.join = model, tokenizer, compiled, join
         self.positions = getattr(model.config, "max_position_embeddings", None)
         self.end_ids = end_token_ids(model, tokenizer)
 
@@ -170,7 +177,7 @@ class TorchModel(TextModel):
         if remembered is not None and not self.compiled:
             cache = _cache_of(self.model, batch.rows[0], remembered)
         found = _continue_batch(
-            self.model, self.tokenizer, batch, settings, self.end_ids, streamer, interruption, cache
+            self.model, self.tokenizer, batch, settings, self.end_ids, streamer, interruption, cache, self.join
         )
         if remembered is not None and isinstance(cache, DynamicCache):
             remembered.keep(batch.rows[0], found[0], cache.get_seq_length(), cache)
@@ -216,6 +223,7 @@ def _continue_batch(
     streamer: TextStreamer | None,
     interruption: Interruption,
     cache: Cache | None,
+    join: bool,
 ) -> list[list[int]]:
     """Return for each row its new token ids, an end token included; with a fixed cache the step is compiled."""
     compiling: dict[str, Any] = {}
@@ -228,7 +236,7 @@ def _continue_batch(
     width = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
     present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    with fast_decoding(model):
+    with fast_decoding(model, join):
         output = model.generate(
             input_ids=input_ids,
             attention_mask=present,

@@ -77,7 +77,11 @@ def chart(
     beyond = any(value > top for line in lines for value in line.y) if top is not None else False
     beyond = beyond or any(not math.isfinite(value) for line in lines for value in line.y)
     rows = math.ceil(len([line for line in lines if line.label]) / _columns(lines))
-    with _axes(name, title, x_label, y_label, rows) as (axes, done):
+    with _figure(rows, name) as figure:
+        axes = figure.subplots()
+        axes.set(xlabel=x_label, ylabel=y_label, title=title)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
         if logarithmic:
             _set_logarithmic(axes)
         limit = top if top is not None else max(values, default=1.0)
@@ -93,7 +97,7 @@ def chart(
         places = [width * (index - (len(lines) - 1) / 2) for index in range(len(lines))]
         drawn = [_draw(axes, line, limit, markers, aside) for line, aside in zip(lines, places, strict=True)]
         _add_legend(axes, drawn, lines)
-        svg = done()
+        svg = _svg(figure, name)
     note = "Triangles at the upper edge: higher, or diverged." if markers else "What lies higher is cut off."
     caption = f"<figcaption>{note}</figcaption>" if beyond else ""
     return f'<figure role="img" aria-label="{text(title)}">{svg}{caption}</figure>'
@@ -176,8 +180,8 @@ def _add_legend(axes: "Axes", drawn: Sequence[Any], lines: Sequence[Line]) -> No
 
 
 @contextmanager
-def _axes(name: str, title: str, x_label: str, y_label: str, rows: int) -> Iterator[tuple["Axes", "_Done"]]:
-    """Give axes in the page's colours, with a legend of so many rows, and what turns them into SVG."""
+def _figure(rows: int, name: str) -> Iterator[Any]:
+    """Give a figure in the page's colours, with place for a legend of so many rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,30 +196,22 @@ def _axes(name: str, title: str, x_label: str, y_label: str, rows: int) -> Itera
         "axes.titlesize": 10,
     }
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(5.4, 3.3 + 0.18 * rows), layout="constrained")
-        axes.set(xlabel=x_label, ylabel=y_label, title=title)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = pyplot.figure(figsize=(5.4, 3.3 + 0.18 * rows), layout="constrained")
         try:
-            yield axes, _Done(figure, name)
+            yield figure
         finally:
             pyplot.close(figure)
 
 
-class _Done:
-    """Turns a figure into SVG that can stand in a page beside others."""
-
-    def __init__(self, figure: object, name: str):
-        self.figure, self.name = figure, name
-
-    def __call__(self) -> str:
-        stream = io.StringIO()
-        self.figure.savefig(  # type: ignore[attr-defined]  # matplotlib is imported at use
-            stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-        svg = stream.getvalue()
-        svg = svg[svg.index("<svg") :].replace(_NEUTRAL, "currentColor")
-        # names are shared by all pictures of a page
-        svg = re.sub(r'\bid="', f'id="{self.name}-', svg)
-        svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{self.name}-", svg)
-        return re.sub(r"\n\s*", "\n", re.sub(r"<metadata>.*?</metadata>|<defs>\s*</defs>", "", svg, flags=re.DOTALL))
+def _svg(figure: Any, name: str) -> str:
+    """Return a figure as SVG that can stand in a page beside others."""
+    stream = io.StringIO()
+    figure.savefig(
+        stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_NEUTRAL, "currentColor")
+    # names are shared by all pictures of a page
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return re.sub(r"\n\s*", "\n", re.sub(r"<metadata>.*?</metadata>|<defs>\s*</defs>", "", svg, flags=re.DOTALL))

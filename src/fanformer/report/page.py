@@ -5,7 +5,6 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 _STYLE = """
@@ -106,8 +105,7 @@ def bullets(lines: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>"
 
 
-def picture(path: Path, caption: str) -> str:
-    """Return a PNG file as a part of the page."""
-    content = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img src="data:image/png;base64,{content}" alt="{text(caption)}">'
+def picture(png: bytes, caption: str) -> str:
+    """Return a picture as a part of the page."""
+    image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{text(caption)}">'
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"

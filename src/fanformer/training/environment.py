@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks instead of giving them back to the kernel at every step.
 
     A training step frees and asks for the same large blocks again; page faults on fresh ones cost time
-    (benchmarks/malloc.py measures how much).
+    (benchmarks/speed/malloc.py measures how much).
 
     Returns:
         Whether the setting was accepted; False where the C library is not glibc.

@@ -339,7 +339,7 @@ class Run:
     def _sample(self) -> str:
         """Continue the sample prompt with the model as it is now."""
         prompt = self.config.sample_prompt or ""
-        writer = TorchModel(self.model, self.tokenizer)
+        writer = TorchModel(self.model, self.tokenizer, join=False)
         room = self.model.config.max_position_embeddings - len(writer.encode(prompt))
         settings = GenerationSettings(max_length=max(1, min(_SAMPLE_LENGTH, room)), seed=self.config.seed)
         self.model.eval()

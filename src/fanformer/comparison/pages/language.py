@@ -1,18 +1,10 @@
 """The parts of a comparison's page that are about language."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from fanformer.comparison.architectures import family_and_size
-from fanformer.comparison.pages.figures import (
-    NOT_FINISHED,
-    best_trainings,
-    figure_text,
-    interval_of,
-    swept,
-    trainings_table,
-    verdict,
-)
+from fanformer.comparison.pages.figures import NOT_FINISHED, Shown, figure_text, interval_of, swept, verdict
 from fanformer.comparison.summary import tokens_at
 from fanformer.report.charts import Line, chart, clip_above
 from fanformer.report.page import bullets, table, text
@@ -43,15 +35,10 @@ count.</li>
 class LanguageParts:
     """The parts of a page about language."""
 
-    def __init__(self, record: Mapping[str, Any]):
-        self.record, self.asked = record, record["comparison"]
-        self.longest = max(arm["variant"] for arm in record["arms"])
-        specs = self.asked["architectures"]
-        self.families = list(dict.fromkeys(family_and_size(spec)[0] for spec in specs))
-        self.styles = {
-            spec: [other for other in specs if family_and_size(other)[0] == family_and_size(spec)[0]].index(spec)
-            for spec in specs
-        }
+    def __init__(self, shown: Shown):
+        self.shown, self.record = shown, shown.record
+        self.longest = max(shown.variants)
+        self.pairs = [pair for pair in self.record["pairs"] if pair["variant"] == self.longest]
 
     def parts(self) -> list[str]:
         """Return them."""
@@ -62,45 +49,34 @@ class LanguageParts:
             self._arms(),
             *self._equal_loss(),
             "<h2>Every training</h2>",
-            trainings_table(self.record, "tokens", ("bits_per_byte", "tokens_per_second", "seconds")),
+            self.shown.trainings_table("tokens", ("bits_per_byte", "tokens_per_second", "seconds")),
             "<h2>How to read this</h2>",
             _READ,
         ]
 
     def _verdicts(self) -> list[str]:
-        pairs = [pair for pair in self.record["pairs"] if pair["variant"] == self.longest]
-        if not pairs:
+        if not self.pairs:
             return ["<p>No two architectures have a finished training at the same seed and budget yet.</p>"]
         header = ["candidate", "baseline", "bits per byte, less the baseline's", "verdict", "tokens to equal loss",
                   "parameters", "without embeddings", "operations per token", "training tokens/s"]  # fmt: skip
         rows = []
-        for pair in pairs:
-            figures = pair["figures"]
+        for pair in self.pairs:
+            figures, difference = pair["figures"], pair["figures"]["bits_per_byte_difference"]
+            told = [figure_text(difference, signed=True), verdict(difference, ("better", "worse"))]
             ratios = [figure_text(figures.get(name), 3) for name in _RATIOS]
-            difference = figures["bits_per_byte_difference"]
-            rows.append(
-                [
-                    pair["candidate"],
-                    pair["baseline"],
-                    figure_text(difference, signed=True),
-                    verdict(difference, ("better", "worse")),
-                    *ratios,
-                ]
-            )
-        used = [pair["figures"].get(name) for pair in pairs for name in ("bits_per_byte_difference", "tokens_ratio")]
+            rows.append([pair["candidate"], pair["baseline"], *told, *ratios])
+        names = ("bits_per_byte_difference", "tokens_ratio")
+        used = [pair["figures"].get(name) for pair in self.pairs for name in names]
         note = f"At {self.longest:,} tokens. Ratios are times the baseline's; {interval_of(used)}."
         return [
             "<h2>Candidate against baselines</h2>",
-            bullets(_in_words(pair) for pair in pairs),
+            bullets(_in_words(pair) for pair in self.pairs),
             table(header, rows),
             f'<p class="quiet">{text(note)}</p>',
         ]
 
-    def _best(self, arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return best_trainings(self.record, arm)
-
     def _charts(self) -> list[str]:
-        arms = [arm for arm in self.record["arms"] if arm["variant"] == self.longest and self._best(arm)]
+        arms = [arm for arm in self.shown.arms if arm["variant"] == self.longest and self.shown.best(arm)]
         if not arms:
             return []
         found = []
@@ -108,62 +84,62 @@ class LanguageParts:
             lines = [self._curve(arm, scale) for arm in arms]
             top = clip_above(value for line in lines for value in line.y)
             found.append(chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=top))
-        found += [*self._equal_loss_charts(arms), *self._sweeps(), *self._size_charts(arms)]
-        if len({arm["variant"] for arm in self.record["arms"]}) > 1:
-            lines = [line for spec in self.asked["architectures"] for line in self._budgets(spec)]
+        found += [*self._equal_loss_charts({arm["architecture"]: arm for arm in arms}), *self._sweeps()]
+        found += self._size_charts(arms)
+        if len(self.shown.variants) > 1:
+            lines = [line for name in self.shown.names.values() for line in self._budgets(name)]
             found.append(_points(lines, "Final loss over the budget", "tokens trained on", "budget"))
         return ["<h2>Charts</h2>", '<div class="charts">', *found, "</div>"]
 
     def _sweeps(self) -> list[str]:
         """Return, for each budget, the chart of the final loss over the learning rates."""
-        variants = dict.fromkeys(arm["variant"] for arm in self.record["arms"])
         found = []
-        for variant in variants:
-            lines = [self._sweep(arm) for arm in self.record["arms"] if arm["variant"] == variant]
-            if max(len(line.x) for line in lines) > 1:
-                budget = f", {variant:,} tokens" if len(variants) > 1 else ""
-                title = f"Final loss over learning rate{budget}"
-                found.append(_points(lines, title, "peak learning rate", f"sweep-{variant}"))
+        for variant in self.shown.variants:
+            arms = [arm for arm in self.shown.arms if arm["variant"] == variant]
+            lines = [self.shown.line(arm["architecture"], *swept(arm)) for arm in arms]
+            budget = f", {variant:,} tokens" if len(self.shown.variants) > 1 else ""
+            found += self.shown.sweep(lines, f"Final loss over learning rate{budget}", _UNIT, f"sweep-{variant}")
         return found
 
     def _size_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return the charts of the final loss over parameters where a family has several sizes."""
-        sizes = {
-            family: [arm for arm in arms if family_and_size(arm["architecture"])[0] == family]
-            for family in self.families
-        }
-        if all(len(several) < 2 for several in sizes.values()):
+        families = [
+            (name, number, [arm for arm in arms if self.shown.family[arm["architecture"]] == number])
+            for number, name in enumerate(self.shown.families)
+        ]
+        if all(len(several) < 2 for _, _, several in families):
             return []
         found = []
         for key in ("parameters_without_embeddings", "parameters"):
+            lines = []
+            for name, number, several in families:
+                points = sorted((self._counted(arm, key), arm["figures"]["bits_per_byte"]["value"]) for arm in several)
+                lines += [Line(name, number, 0, [x for x, _ in points], [y for _, y in points])] if points else []
             words = key.replace("_", " ")
-            lines = [self._sizes(family, several, key) for family, several in sizes.items() if several]
             found.append(_points(lines, f"Final loss over {words}", words, key))
         return found
 
-    def _equal_loss_charts(self, arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _counted(self, arm: Mapping[str, Any], key: str) -> float:
+        return self.shown.best(arm)[0]["result"]["figures"][key]
+
+    def _equal_loss_charts(self, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Return the charts of tokens and of parameters to equal loss, as far as there is something to draw."""
         found = []
-        by_spec = {arm["architecture"]: arm for arm in arms}
-        several = [
-            self._token_ratios(by_spec[pair["candidate"]], by_spec[pair["baseline"]])
-            for pair in self.record["pairs"]
-            if pair["variant"] == self.longest and {pair["candidate"], pair["baseline"]} <= set(by_spec)
-        ]
+        drawn = [pair for pair in self.pairs if {pair["candidate"], pair["baseline"]} <= set(arms)]
+        several = [self._token_ratios(arms[pair["candidate"]], arms[pair["baseline"]]) for pair in drawn]
         lines = [line for line in several if len(line.x) > 1]
         if lines:
             found.append(chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
                                "candidate's tokens over the baseline's", "equal-tokens", level=1.0))  # fmt: skip
-        ratios = self.record["parameters_to_equal_loss"]
         lines = [
             Line(
                 key.replace("_", " "),
                 index,
                 0,
-                [self._best(by_spec[name])[0]["result"]["figures"][key] for name in named],
-                [named[name]["value"] for name in named],
+                [self._counted(arms[name], key) for name in named],
+                [figure["value"] for figure in named.values()],
             )
-            for index, (key, named) in enumerate(ratios.items())
+            for index, (key, named) in enumerate(self.record["parameters_to_equal_loss"].items())
             if named
         ]
         if lines:
@@ -174,80 +150,53 @@ class LanguageParts:
 
     def _token_ratios(self, candidate: Mapping[str, Any], baseline: Mapping[str, Any]) -> Line:
         """Return, over a baseline's tokens, the share of them that the candidate needs to come as low."""
-        curves = []
-        for arm in (candidate, baseline):
-            line = self._curve(arm, "tokens")
-            curves.append([{"tokens": x, "val_loss": y} for x, y in zip(line.x, line.y, strict=True)])
-        mine, theirs = curves
+        mine, theirs = (
+            [{"tokens": x, "val_loss": y} for x, y in zip(line.x, line.y, strict=True)]
+            for line in (self._curve(candidate, "tokens"), self._curve(baseline, "tokens"))
+        )
         reached = [point for point in theirs if mine[-1]["val_loss"] <= point["val_loss"] <= mine[0]["val_loss"]]
-        return Line(
-            f"{candidate['architecture']} against {baseline['architecture']}",
-            self._family(baseline["architecture"]),
-            self.styles[baseline["architecture"]],
+        line = self.shown.line(
+            baseline["architecture"],
             [point["tokens"] for point in reached],
             [tokens_at(mine, point["val_loss"]) / point["tokens"] for point in reached],
         )
+        return replace(line, label=f"{candidate['architecture']} against {baseline['architecture']}")
 
     def _curve(self, arm: Mapping[str, Any], scale: str) -> Line:
         """Return an arm's held-out loss, the mean over its seeds with their range."""
-        trainings = self._best(arm)
-        curves = [training["result"]["curve"] for training in trainings]
+        results = [training["result"] for training in self.shown.best(arm)]
+        curves = [result["curve"] for result in results]
         shortest = min(len(curve) for curve in curves)
         factor = 1.0
         if scale == "operations":
-            factor = trainings[0]["result"]["figures"]["training_operations_per_token"]
+            factor = results[0]["figures"]["training_operations_per_token"]
         elif scale == "seconds":
-            rates = [training["result"]["figures"]["tokens_per_second"] for training in trainings]
-            factor = 1 / (sum(rates) / len(rates))
+            factor = len(results) / sum(result["figures"]["tokens_per_second"] for result in results)
         points = list(zip(*(curve[:shortest] for curve in curves), strict=True))
         values = [[point["val_bits_per_byte"] for point in several] for several in points]
-        several = len(curves) > 1
-        return Line(
-            arm["architecture"],
-            self._family(arm["architecture"]),
-            self.styles[arm["architecture"]],
-            [point[0]["tokens"] * factor for point in points],
-            [sum(seeds) / len(seeds) for seeds in values],
-            [min(seeds) for seeds in values] if several else None,
-            [max(seeds) for seeds in values] if several else None,
-        )
+        x, y = [point[0]["tokens"] * factor for point in points], [sum(seeds) / len(seeds) for seeds in values]
+        band = {"low": list(map(min, values)), "high": list(map(max, values))} if len(curves) > 1 else {}
+        return self.shown.line(arm["architecture"], x, y, **band)
 
-    def _family(self, spec: str) -> int:
-        return self.families.index(family_and_size(spec)[0])
-
-    def _sweep(self, arm: Mapping[str, Any]) -> Line:
-        spec = arm["architecture"]
-        return swept(self.record, arm, "bits_per_byte", Line(spec, self._family(spec), self.styles[spec], [], []))
-
-    def _sizes(self, family: str, arms: Sequence[Mapping[str, Any]], key: str) -> Line:
-        points = sorted(
-            (self._best(arm)[0]["result"]["figures"][key], arm["figures"]["bits_per_byte"]["value"]) for arm in arms
-        )
-        return Line(family, self.families.index(family), 0, [x for x, _ in points], [y for _, y in points])
-
-    def _budgets(self, spec: str) -> list[Line]:
-        arms = [arm for arm in self.record["arms"] if arm["architecture"] == spec and "bits_per_byte" in arm["figures"]]
+    def _budgets(self, name: str) -> list[Line]:
+        arms = [arm for arm in self.shown.arms if arm["architecture"] == name and "bits_per_byte" in arm["figures"]]
         values = [arm["figures"]["bits_per_byte"]["value"] for arm in arms]
-        return (
-            [Line(spec, self._family(spec), self.styles[spec], [arm["variant"] for arm in arms], values)]
-            if arms
-            else []
-        )
+        return [self.shown.line(name, [arm["variant"] for arm in arms], values)] if arms else []
 
     def _arms(self) -> str:
         header = ["architecture", "tokens", "parameters", "without embeddings", "learning rate", "seeds",
                   "nats per token", "bits per byte", "training tokens/s", "operations per token"]  # fmt: skip
         rows = []
-        for arm in self.record["arms"]:
-            best, figures = self._best(arm), arm["figures"]
+        for arm in self.shown.arms:
+            best, figures = self.shown.best(arm), arm["figures"]
+            begin = [arm["architecture"], f"{arm['variant']:,}"]
             if not best:
-                rows.append([arm["architecture"], f"{arm['variant']:,}", NOT_FINISHED, *[""] * 7])
+                rows.append([*begin, NOT_FINISHED, *[""] * 7])
                 continue
             first = best[0]["result"]["figures"]
             rows.append(
                 [
-                    arm["architecture"],
-                    f"{arm['variant']:,}",
+                    *begin,
                     f"{first['parameters']:,}",
                     f"{first['parameters_without_embeddings']:,}",
                     f"{arm['learning_rate']:g}",

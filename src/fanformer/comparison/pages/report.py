@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fanformer.comparison.pages.figures import of_variant, tried
+from fanformer.comparison.pages.figures import Shown
 from fanformer.comparison.pages.language import LanguageParts
 from fanformer.comparison.pages.rule import RuleParts
 from fanformer.comparison.pages.series import SeriesParts
@@ -23,16 +23,18 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
         path: of the page.
     """
     title = str(record.get("name", "comparison"))
-    rule = record["comparison"]["rule"]
+    shown, rule = Shown(record), record["comparison"]["rule"]
     of_rule = SeriesParts if rule == SeriesContinuation.name else RuleParts
-    parts = LanguageParts(record).parts() if rule is None else of_rule(record).parts()
+    content = LanguageParts(shown) if rule is None else of_rule(shown)
     body = [
         f"<h1>{text(title)}</h1>",
         f'<p class="quiet">{text(_summary(record))}</p>',
         *_unfinished(record),
         *_edge(record),
-        *parts,
-        *_troubles(record),
+        "<h2>Architectures</h2>",
+        table(["name here", "architecture"], [[name, spec] for spec, name in shown.names.items()]),
+        *content.parts(),
+        *_troubles(shown),
         *_configuration(record),
     ]
     replace_text(path, page(title, body, record, f"{title}.json"))
@@ -65,13 +67,13 @@ def _edge(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _troubles(record: Mapping[str, Any]) -> list[str]:
-    lines = [line for arm in record["arms"] for line in arm["troubles"]]
+def _troubles(shown: Shown) -> list[str]:
+    lines = [line for arm in shown.arms for line in arm["troubles"]]
     edges = [
-        f"{arm['architecture']}{of_variant(record, arm)}: its best learning rate, {arm['learning_rate']:g}, is the "
-        f"{'lowest' if arm['learning_rate'] == min(tried(record, arm)) else 'highest'} that was tried; a better one "
+        f"{arm['architecture']}{shown.of_variant(arm)}: its best learning rate, {arm['learning_rate']:g}, is the "
+        f"{'lowest' if arm['learning_rate'] == arm['swept'][0][0] else 'highest'} that was tried; a better one "
         "may lie beyond: give more of them, or --extend 2"
-        for arm in record["arms"]
+        for arm in shown.arms
         if arm["at_edge"]
     ]
     parts = []

@@ -1,0 +1,88 @@
+"""The page docs/performance.md: how fast, against whom, and how far from the machine's limit; from the ledger alone."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from claims import FAILS, HOLDS, NOT_MEASURED, Row
+from tables import code, how_table, interval_text, measured_text, number, table, table_row, threshold_text
+
+from fanformer.comparison.ledger import Entry
+
+WORDS = {HOLDS: "reached", FAILS: "not reached"}
+HEAD = """# Performance
+
+Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
+[benchmarks/performance.yaml](../benchmarks/performance.yaml). Ratios are of steps that took turns in one run, medians,
+with the lowest and the highest; above 1 ours is faster. *Of the limit* is, for training, operations over those of a
+large product in the same time, and for decoding the bytes that must be read over the measured bandwidth.
+
+What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
+`fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
+"""
+HOW = """## How it was measured
+
+`make bench` runs what a CPU can measure, `python benchmarks/accelerator/accelerator.py` what needs a GPU.
+"""
+SECTIONS = {
+    "speed-settings-*": (
+        "What each setting of training on a CPU is worth",
+        "A step in float32 with one thing changed over one with everything on: above 1 the setting pays, below 1 the "
+        "change does. bfloat16 products are fast where the processor has them, which `--precision auto` measures; what "
+        "keeping freed memory is worth is measured by `benchmarks/speed/malloc.py`.",
+    ),
+    "speed-profile-*": (
+        "What takes the time on a CPU",
+        "Shares of torch's profile. *Fused* is everything but large products: norms, activations, Fourier features, "
+        "rotation, gates, and in decoding the products of a single row too.",
+    ),
+}
+
+
+def performance_page(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
+    """Return the page: a line for each question with its newest answer, then settings and profiles."""
+    newest = list({row.claim.id: row for row in reversed(rows)}.values())[::-1]
+    header = ["question", "against", "aim", "answer", "measured", "of the limit"]
+    lines = [HEAD, table(header, [_cells(row) for row in newest])]
+    used = [row.entry for row in newest if row.entry is not None]
+    for pattern, (title, words) in SECTIONS.items():
+        found = [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
+        if found:
+            used.append(max(found, key=lambda entry: (entry.date, entry.name)))
+            made = profile_table if pattern.startswith("speed-profile") else settings_table
+            lines += [f"## {title}\n", f"{words} Entry {code(used[-1].name)}.\n", *made(used[-1]), ""]
+    return "\n".join([*lines, HOW, how_table(used)])
+
+
+def _cells(row: Row) -> list[str]:
+    claim, entry, figure = row.claim, row.entry, row.figure
+    begin = [claim.claim, claim.against or "-", threshold_text(claim)]
+    if entry is None or figure is None:
+        return [*begin, NOT_MEASURED, f"by {code(claim.command)}", "-"]
+    share = entry.result.get(claim.limit) if claim.limit is not None else None
+    answer = f"**{WORDS.get(row.verdict, row.verdict)}**"
+    return [*begin, answer, measured_text(figure), "-" if share is None else f"{share.value:.0%}"]
+
+
+def settings_table(entry: Entry) -> list[str]:
+    """Return a line for each setting of a speed-settings entry, what costs the most to lose first."""
+    prefix = "times_as_long_"
+    found = {name.removeprefix(prefix): figure for name, figure in entry.result.items() if name.startswith(prefix)}
+    lines = ["| changed | times as long | interval |", "|---|---:|---|"]
+    for name in sorted(found, key=lambda one: -found[one].value):
+        lines.append(table_row([name.replace("_", " "), number(found[name].value), interval_text(found[name])]))
+    return lines
+
+
+def profile_table(entry: Entry) -> list[str]:
+    """Return a column for each thing that a speed-profile entry took apart, a line for each kind of operator."""
+    prefix = "milliseconds_"
+    columns = [name.removeprefix(prefix) for name in entry.result if name.startswith(prefix)]
+    first, last = "share_of_", f"_{columns[0]}"
+    shares = [name for name in entry.result if name.startswith(first) and name.endswith(last)]
+    kinds = [name.removeprefix(first).removesuffix(last) for name in shares]
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines.append(table_row(["whole, ms", *(number(entry.result[prefix + name].value) for name in columns)]))
+    for kind in kinds:
+        values = [f"{entry.result[f'{first}{kind}_{name}'].value:.0%}" for name in columns]
+        lines.append(table_row([kind.replace("_", " "), *values]))
+    return lines

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fanformer.errors import ConfigError, did_you_mean
+from fanformer.errors import ConfigError, did_you_mean, refuse_unknown
 
 IGNORED = -100  # the label of a position that predicts nothing
 
@@ -348,10 +348,7 @@ def create_task(name: str, **fields: Any) -> RuleTask:
     """
     if name not in TASKS:
         raise ConfigError(f"a rule must be one that exists, got {name!r}: {did_you_mean(name, TASKS)}")
-    valid = [field.name for field in dataclasses.fields(TASKS[name])]
-    for key in fields:
-        if key not in valid:
-            raise ConfigError(f"`{key}` is not a field of the rule {name}: {did_you_mean(key, valid)}")
+    refuse_unknown(fields, (field.name for field in dataclasses.fields(TASKS[name])), f"a field of the rule {name}")
     return TASKS[name](**fields)
 
 

@@ -160,6 +160,7 @@ def train_queue(context: Context, output_dir: Path) -> dict[str, Any]:
 def worker(arguments: argparse.Namespace) -> int:
     """Run the parts named by `--parts` in this process, adding to the results file."""
     import checks
+    import decoding
     import measures
 
     functions = {
@@ -169,8 +170,8 @@ def worker(arguments: argparse.Namespace) -> int:
         "training_regional": lambda context: measures.training(context, whole=False),
         "training_whole": lambda context: measures.training(context, whole=True),
         "packing": measures.packing,
-        "inference_eager": lambda context: measures.inference(context, compiled=False),
-        "inference_compiled": lambda context: measures.inference(context, compiled=True),
+        "inference_eager": lambda context: decoding.inference(context, compiled=False),
+        "inference_compiled": lambda context: decoding.inference(context, compiled=True),
         "tests": tests,
         "queue": queue,
     }

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fanformer.comparison.ledger import EXACT, Entry, Figure
-from fanformer.errors import ConfigError, DataError, did_you_mean
+from fanformer.errors import ConfigError, DataError, refuse_unknown
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_MEASURED, OTHER_SCALE, NOT_COUNTED = "not measured", "not measured at this scale", "does not count"
@@ -102,9 +102,7 @@ def load_claims(path: Path) -> list[Claim]:
     claims: dict[str, Claim] = {}
     for number, row in enumerate(rows, 1):
         name = row.get("id", f"number {number}")
-        for key in row:
-            if key not in fields:
-                raise ConfigError(f"{path.name}: claim {name}: `{key}` is not a field: {did_you_mean(key, fields)}")
+        refuse_unknown(row, fields, "a field", f"{path.name}: claim {name}: ")
         for key in needed:
             if not isinstance(row.get(key), str) or not row[key]:
                 raise ConfigError(f"{path.name}: claim {name}: `{key}` must be a text, got {row.get(key)!r}.")

@@ -48,3 +48,18 @@ def did_you_mean(got: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.6)
     return f"did you mean `{near[0]}`?" if near else f"expected one of: {', '.join(names)}."
+
+
+def refuse_unknown(given: Iterable[str], valid: Iterable[str], what: str, where: str = "") -> None:
+    """Raise ConfigError for the first of `given` that is none of `valid`; the nearest is offered.
+
+    Args:
+        given: names.
+        valid: those that there are.
+        what: what they should be, such as "a field of a queue".
+        where: beginning of the message.
+    """
+    names = list(valid)
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"{where}`{name}` is not {what}: {did_you_mean(str(name), names)}")

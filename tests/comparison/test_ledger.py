@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -106,9 +107,17 @@ def test_entries_of_single_files_are_taken_over_in_place_of_those_of_their_names
         content = json.dumps(dataclasses.asdict(entry(name=name, kind=kind)))
         (tmp_path / "old" / folder / f"{name}.json").write_text(content)
     write_entry(tmp_path / "new", entry(name="a", what="older"), entry(name="c"))
-    command = [sys.executable, repository / "benchmarks" / "import_results.py", tmp_path / "old", tmp_path / "new"]
-    assert "1 entries taken over into" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    moved = dataclasses.replace(entry(name="b", kind="rule"), command="another place")
+    write_entry(tmp_path / "new", moved)
+    program = repository / "benchmarks" / "import_results.py"
+    for ledger in ("new", "old"):  # beside what is there, and in the place of the files
+        command = [sys.executable, program, tmp_path / "old", tmp_path / ledger]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "1 entries taken over into" in said
     assert [(read.name, read.what) for read in read_ledger(tmp_path / "new")] == [(n, "a run") for n in "abc"]
+    assert read_entry(tmp_path / "new", "b") == moved  # differs in its command alone
+    shutil.rmtree(tmp_path / "old" / "trainings")
+    assert [read.name for read in read_ledger(tmp_path / "old")] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

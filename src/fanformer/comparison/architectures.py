@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from fanformer.errors import ConfigError, did_you_mean
+from fanformer.errors import ConfigError, did_you_mean, refuse_unknown
 from fanformer.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RANKS
@@ -281,10 +281,7 @@ def architecture(spec: str) -> Architecture:
             fields = {**family.shape, **fields}
     else:
         raise ConfigError(f"no architecture {name!r}: {did_you_mean(name, [*FAMILIES, *preset_names()])}")
-    valid = set(family.config_type.__dataclass_fields__)
-    for key in given:
-        if key not in valid:
-            raise ConfigError(f"`{key}` is not a field of {name}: {did_you_mean(key, valid)}")
+    refuse_unknown(given, family.config_type.__dataclass_fields__, f"a field of {name}")
     fields |= given
     if at:
         fields |= _shape(name, _parse_size(spec, size), _frozen(fields))

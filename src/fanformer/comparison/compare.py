@@ -30,7 +30,7 @@ from fanformer.data.preparation.prepare import prepare
 from fanformer.data.prepared import PreparedData, open_prepared
 from fanformer.data.sources.documents import is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
-from fanformer.errors import ConfigError, DataError, did_you_mean
+from fanformer.errors import ConfigError, DataError, refuse_unknown
 from fanformer.training.configuration import RunConfig, load_preset, parse_count, resolve
 from fanformer.training.corpus import identity
 from fanformer.training.environment import decide
@@ -201,10 +201,7 @@ class Comparison:
         Raises:
             ConfigError: if a field is unknown (the nearest is offered), missing or of the wrong type.
         """
-        valid = {item.name for item in dataclasses.fields(cls)}
-        for key in fields:
-            if key not in valid:
-                raise ConfigError(f"`{key}` is not a field of a comparison: {did_you_mean(key, valid)}")
+        refuse_unknown(fields, (item.name for item in dataclasses.fields(cls)), "a field of a comparison")
         for key in OF_LANGUAGE:
             if key in fields and fields.get("rule") is not None:
                 raise ConfigError(f"`{key}` does not apply to the rule {fields['rule']}: leave it out.")

@@ -28,7 +28,7 @@ from fanformer.comparison.summary import arms, to_record
 from fanformer.comparison.sweep import OutOfTimeError, SweepObserver
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
-from fanformer.errors import ConfigError, FANformerError, did_you_mean
+from fanformer.errors import ConfigError, FANformerError, refuse_unknown
 from fanformer.files.durable import replace_json
 from fanformer.files.locking import hold
 from fanformer.machine.versions import command_line, hardware, versions
@@ -134,11 +134,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path.absolute()} must hold {', '.join(_FIELDS)}, got {type(content).__name__}: see docs/comparing.md."
         )
-    for key in content:
-        if key not in _FIELDS:
-            raise ConfigError(
-                f"{path.absolute()}: `{key}` is not a field of a queue: {did_you_mean(str(key), _FIELDS)}"
-            )
+    refuse_unknown(content, _FIELDS, "a field of a queue", f"{path.absolute()}: ")
     return content
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fanformer.comparison.rule_score import RuleScore, accuracy_on_test, score
 from fanformer.comparison.rules import IGNORED, RuleTask
-from fanformer.errors import ConfigError, DivergenceError, did_you_mean
+from fanformer.errors import ConfigError, DivergenceError, refuse_unknown
 from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import keep_freed_memory
 from fanformer.training.optimizers import create_optimizer
@@ -106,10 +106,7 @@ def rule_settings(task: RuleTask, **fields: Any) -> RuleSettings:
     Raises:
         ConfigError: if a field does not exist (the nearest is offered) or has a wrong value.
     """
-    valid = [field.name for field in dataclasses.fields(RuleSettings)]
-    for key in fields:
-        if key not in valid:
-            raise ConfigError(f"`{key}` is not a setting of rule learning: {did_you_mean(key, valid)}")
+    refuse_unknown(fields, (field.name for field in dataclasses.fields(RuleSettings)), "a setting of rule learning")
     lengths = ("max_steps", "epochs", "max_seconds")
     recipe = dict(RECIPES.get(task.name, {}))
     if any(fields.get(name) is not None for name in lengths):

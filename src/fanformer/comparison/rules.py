@@ -17,31 +17,35 @@ from torch import Tensor
 
 from fanformer.comparison.rule_base import IGNORED, Examples, RuleTask
 from fanformer.comparison.series import SeriesContinuation
-from fanformer.errors import ConfigError, did_you_mean
+from fanformer.errors import ConfigError, did_you_mean, refuse_unknown
 
 
 @dataclass(frozen=True)
 class HoleTask(RuleTask):
-    """A function c of a and b on a square of `size` x `size` pairs, trained on all but a square hole in the middle."""
+    """A function c of a and b on a square of `size` x `size` pairs, trained on all but a square hole in the middle.
+
+    Attributes:
+        signs: the prompt's tokens, "a" and "b" standing for the numbers.
+        size_field: which field of a task is its `size`.
+        hole_side: values of a, and of b, that are left out; odd; the paper's hole has 21.
+    """
+
+    signs: ClassVar[tuple[str, ...]]
+    size_field: ClassVar[str]
+    hole_side: int = 21
+
+    def __post_init__(self) -> None:
+        self._check_at_least(**{self.size_field: 2, "hole_side": 1})
+        self._check_hole()
 
     @property
-    @abstractmethod
     def size(self) -> int:
         """Values of a, and of b: 0 to size - 1."""
-
-    @property
-    @abstractmethod
-    def side(self) -> int:
-        """Values of a, and of b, in the hole; odd."""
+        return getattr(self, self.size_field)
 
     @abstractmethod
     def answer(self, a: Tensor, b: Tensor) -> Tensor:
         """Return c for pairs of integers, of their shape."""
-
-    @property
-    @abstractmethod
-    def signs(self) -> tuple[str, ...]:
-        """The prompt's tokens, "a" and "b" standing for the numbers."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -56,7 +60,7 @@ class HoleTask(RuleTask):
     @property
     def hole(self) -> tuple[int, int]:
         """First and last a, and b, of the hole."""
-        return self.center - self.side // 2, self.center + self.side // 2
+        return self.center - self.hole_side // 2, self.center + self.hole_side // 2
 
     @cached_property
     def pairs(self) -> Tensor:
@@ -97,22 +101,22 @@ class HoleTask(RuleTask):
         """The pairs in the hole."""
         return self.everything[self.in_hole]
 
-    def _check_hole(self, field: str) -> None:
+    def _check_hole(self) -> None:
         """Check that what the hole asks for can be known from outside: its numbers and its answers occur there.
 
         Raises:
             ConfigError: if the hole is not odd, leaves the square, or holds a number or answer that is nowhere else.
         """
-        value, name = getattr(self, field), self.name
+        value, name = self.hole_side, self.name
         if value % 2 == 0:
             raise ConfigError(
-                f"`{field}` of the rule {name} must be odd, got {value}: the hole reaches equally far from its middle; "
-                f"the paper's |a - {self.center}| <= 10 is 21."
+                f"`hole_side` of the rule {name} must be odd, got {value}: the hole reaches equally far from its "
+                f"middle; the paper's |a - {self.center}| <= 10 is 21."
             )
         first, last = self.hole
         if first < 0 or last >= self.size:
             raise ConfigError(
-                f"`{field}` of the rule {name} must leave the hole inside the {self.size} x {self.size} pairs, got "
+                f"`hole_side` of the rule {name} must leave the hole inside the {self.size} x {self.size} pairs, got "
                 f"{value}: take a smaller one."
             )
         for column, what in ((0, "a"), (1, "b"), (None, "answer")):
@@ -122,7 +126,7 @@ class HoleTask(RuleTask):
             )
             if asked - known:
                 raise ConfigError(
-                    f"`{field}` of the rule {name} must leave every number of the hole in the training examples too, "
+                    f"`hole_side` of the rule {name} must leave every number of the hole in the training examples too, "
                     f"got {value}: {what} {min(asked - known)} occurs in the hole only; take a smaller one."
                 )
 
@@ -133,31 +137,12 @@ class ModularAddition(HoleTask):
 
     Attributes:
         modulus: the paper's is 113.
-        hole_side: values of a, and of b, that are left out; the paper's hole has 21.
     """
 
     name: ClassVar[str] = "modular-addition"
+    signs = ("a", "+", "b", "=")
+    size_field = "modulus"
     modulus: int = 113
-    hole_side: int = 21
-
-    def __post_init__(self) -> None:
-        self._check_at_least(modulus=2, hole_side=1)
-        self._check_hole("hole_side")
-
-    @property
-    def size(self) -> int:
-        """Values of a, and of b."""
-        return self.modulus
-
-    @property
-    def side(self) -> int:
-        """Values of a, and of b, in the hole."""
-        return self.hole_side
-
-    @property
-    def signs(self) -> tuple[str, ...]:
-        """The prompt."""
-        return ("a", "+", "b", "=")
 
     def answer(self, a: Tensor, b: Tensor) -> Tensor:
         """Return (a + b) mod `modulus`."""
@@ -170,31 +155,12 @@ class LinearRegression(HoleTask):
 
     Attributes:
         values: values of a, and of b; the paper's are 0 to 99.
-        hole_side: values of a, and of b, that are left out; the paper's hole has 21.
     """
 
     name: ClassVar[str] = "linear-regression"
+    signs = ("(", "a", ",", "b", ")", "=")
+    size_field = "values"
     values: int = 100
-    hole_side: int = 21
-
-    def __post_init__(self) -> None:
-        self._check_at_least(values=2, hole_side=1)
-        self._check_hole("hole_side")
-
-    @property
-    def size(self) -> int:
-        """Values of a, and of b."""
-        return self.values
-
-    @property
-    def side(self) -> int:
-        """Values of a, and of b, in the hole."""
-        return self.hole_side
-
-    @property
-    def signs(self) -> tuple[str, ...]:
-        """The prompt."""
-        return ("(", "a", ",", "b", ")", "=")
 
     def answer(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a + 2 b + 3, of their shape."""
@@ -315,10 +281,7 @@ def create_task(name: str, **fields: Any) -> RuleTask:
     """
     if name not in TASKS:
         raise ConfigError(f"a rule must be one that exists, got {name!r}: {did_you_mean(name, TASKS)}")
-    valid = [field.name for field in dataclasses.fields(TASKS[name])]
-    for key in fields:
-        if key not in valid:
-            raise ConfigError(f"`{key}` is not a field of the rule {name}: {did_you_mean(key, valid)}")
+    refuse_unknown(fields, (field.name for field in dataclasses.fields(TASKS[name])), f"a field of the rule {name}")
     return TASKS[name](**fields)
 
 

@@ -73,7 +73,7 @@ def test_p_is_the_configurations(tiny_config):
 
 BEFORE = {"cola.layers": "readers", "cola.rank_ratio": 0.75}
 REPLACED = ("cola.qkv_rank", "cola.o_rank", "cola.gate_up_rank", "cola.down_rank", "cola.writer_activation")
-REPLACED += ("cola.writer_norm", "fan.multiple")
+REPLACED += ("fan.multiple",)
 
 
 def header_from_before(tiny_config, **changes):
@@ -104,6 +104,7 @@ def test_metadata_from_before_each_kind_of_layer_had_a_rank_are_read_as_the_conf
         ({"cola.layers": "mlp"}, r"`fanformer.cola.layers` must be one of readers, all, attention, ffn, got 'mlp'"),
         ({"cola.rank_ratio": 2.0}, r"`fanformer.cola.rank_ratio` must be in \(0, 1\], got 2.0"),
         ({"cola.rank": 0}, r"`fanformer.cola.rank` must be a whole number"),
+        ({"cola.layers": "all"}, r"has norms between the factors of O and down: train the model without them"),
         ({"cola.o_rank": 5}, r"has `fanformer.cola.layers` and `fanformer.cola.o_rank`, which replaced it"),
     ],
 )
@@ -121,6 +122,8 @@ def test_wrong_metadata_from_before_are_refused(tiny_config, changes, message):
         ({"block_count": 0}, r"`fanformer.block_count` must be a whole number"),
         ({"cola__norm": 1}, r"`fanformer.cola.norm` must be true or false, got 1"),
         ({"fan__placement": "everywhere"}, r"`fanformer.fan.placement` must be one of projection, .*, got"),
+        ({"fan__placement": "both"}, r"`fanformer.fan.placement` must be one of projection, .*, got 'both'"),
+        ({"cola__writer_norm": True}, r"`fanformer.cola.writer_norm` must be false, got true: train the model without"),
         ({"fan__multiple": 12}, r"`fanformer.fan.multiple` must be a power of two, got 12"),
         ({"cola__o_rank": 0}, r"`fanformer.cola.o_rank` must be a whole number"),
         (

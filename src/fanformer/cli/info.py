@@ -19,7 +19,7 @@ FORMULA = (
     "2 x weights of all matrix products + 4 L H K T for attention (every query against T keys); training is 3 x that"
 )
 
-_FORMS = {"half": "silu on half of the channels", "residual": "x + silu(x)"}
+_FORMS = {"residual": "x + silu(x)"}
 
 
 @click.command(cls=Verb, example="fanformer info nano")
@@ -149,10 +149,10 @@ def fanformer_words(config: Any) -> dict[str, str]:
     """
     width, head_dim = config.hidden_size, config.head_dim
 
-    def between(rank: int, branch: str, activation: str, has_norm: bool) -> str:
+    def between(rank: int, branch: str, activation: str, has_norm: bool = False) -> str:
         norm = "RMSNorm and " if has_norm else ""
         form = _FORMS.get(activation, activation)
-        if not config.fan_between_factors(branch):
+        if config.fan_placement != "ffn" or branch != "ffn":
             return f"{norm}{form}"
         periodic = config.periodic_width(rank)
         return (
@@ -170,7 +170,7 @@ def fanformer_words(config: Any) -> dict[str, str]:
     def writer(inputs: int, rank: int | None, branch: str) -> str:
         if rank is None:
             return f"{inputs} -> {width}"
-        form = between(rank, branch, config.writer_activation, config.writer_norm)
+        form = between(rank, branch, config.writer_activation)
         return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {form}"
 
     def projection(heads: int) -> str:
@@ -187,7 +187,7 @@ def fanformer_words(config: Any) -> dict[str, str]:
     gate_up = f"{config.gate_up_rank or width} -> {config.intermediate_size}"
     groups = config.num_attention_heads // config.num_key_value_heads
     sharing = "" if groups == 1 else f", each for {groups} query heads (GQA)"
-    per_head = {"qkv": "each head's q, k and v, ", "qk": "each head's q and k, ", "none": ""}[config.qkv_norm]
+    per_head = {"qkv": "each head's q, k and v, ", "none": ""}[config.qkv_norm]
     placed = {
         "pre": "the inputs of attention and FFN",
         "hybrid": "the input of the FFN, which is its residual too (HybridNorm)",

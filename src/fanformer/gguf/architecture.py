@@ -17,13 +17,15 @@ _LARGEST = 1 << 24
 
 _CHOICES = {
     "hidden_act": ("silu", "gelu", "linear"),
-    "fan_placement": ("projection", "layer", "ffn", "attention", "both", "none"),
+    "fan_placement": ("projection", "layer", "ffn", "none"),
     "cola_activation": ("silu", "gelu", "linear"),
-    "writer_activation": ("silu", "gelu", "linear", "half", "residual"),
+    "writer_activation": ("silu", "gelu", "linear", "residual"),
     "cola_input": ("shared", "separate"),
     "norm_placement": ("hybrid-star", "hybrid", "pre"),
-    "qkv_norm": ("qkv", "qk", "none"),
+    "qkv_norm": ("qkv", "none"),
 }
+_WRITER_NORM = "cola.writer_norm"
+"""A switch that was deleted: files that have it must have it off."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # field -> (key, how it is stored); "count" is an integer from 1 on
@@ -44,7 +46,6 @@ _KEYS = {
     "cola_activation": ("cola.activation", "text"),
     "cola_norm": ("cola.norm", "flag"),
     "writer_activation": ("cola.writer_activation", "text"),
-    "writer_norm": ("cola.writer_norm", "flag"),
     "cola_input": ("cola.input", "text"),
     "projection_bias": ("projection_bias", "flag"),
     "norm_placement": ("norm_placement", "text"),
@@ -66,8 +67,6 @@ _CHOSEN_BEFORE = {
     "attention": ("qkv_rank", "o_rank"),
     "ffn": ("gate_up_rank", "down_rank"),
 }
-# what the fields of writers hold where O and down have full rank, as the configuration wants it
-_UNUSED_WRITERS = ["residual", False]
 # field of `rope_parameters` -> (key, how it is stored)
 _ROPE_KEYS = {
     "rope_theta": ("rope.freq_base", "float"),
@@ -111,7 +110,7 @@ class Factors:
     count: int
     """How many W_a there are, one above the other."""
     activation: str
-    norm: bool
+    norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,6 @@ class Architecture:
     cola_activation: str
     cola_norm: bool
     writer_activation: str
-    writer_norm: bool
     cola_input: str
     projection_bias: bool
     norm_placement: str
@@ -207,7 +205,7 @@ class Architecture:
             return None
         periodic = self.periodic_width(rank) if self._fan_between_factors(part) else 0
         count = 1 if self.cola_input == "shared" else readers
-        form = (self.writer_activation, self.writer_norm) if writes else (self.cola_activation, self.cola_norm)
+        form = (self.writer_activation,) if writes else (self.cola_activation, self.cola_norm)
         return Factors(rank, periodic, count, *form)
 
     def periodic_width(self, channels: int) -> int:
@@ -219,7 +217,7 @@ class Architecture:
         return int(share) if multiple == 1 else multiple * math.ceil(share / multiple - 0.5)
 
     def _fan_between_factors(self, part: str) -> bool:
-        return self.fan_placement in ("both", "attention" if part.startswith("attn") else "ffn")
+        return self.fan_placement == "ffn" and part.startswith("ffn")
 
     def has_attention_norm(self, layer: int) -> bool:
         """Return whether block `layer` has a norm in front of its attention."""
@@ -245,11 +243,10 @@ class Architecture:
                 raise file.fail(f"`{_key_of(name)}` must be in [{low}, {high}], got {getattr(self, name)}.")
         if self.fan_multiple & (self.fan_multiple - 1):
             raise file.fail(f"`{_key_of('fan_multiple')}` must be a power of two, got {self.fan_multiple}.")
-        for part, name in (("attn_qkv", "qkv_rank"), ("ffn_gate_up", "gate_up_rank")):
-            if self._fan_between_factors(part) and getattr(self, name) is None:
-                raise file.fail(
-                    f"`{_key_of('fan_placement')}` {self.fan_placement!r} needs `{_key_of(name)}`, got full rank."
-                )
+        if file.metadata.get(f"{ARCHITECTURE}.{_WRITER_NORM}", False):
+            raise file.fail(f"`{ARCHITECTURE}.{_WRITER_NORM}` must be false, got true: train the model without it.")
+        if self.fan_placement == "ffn" and self.gate_up_rank is None:
+            raise file.fail(f"`{_key_of('fan_placement')}` 'ffn' needs `{_key_of('gate_up_rank')}`, got full rank.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise file.fail(
                 f"`{_key_of('num_attention_heads')}` must be a multiple of `{_key_of('num_key_value_heads')}`, got "
@@ -278,12 +275,10 @@ def _ranks_before(file: Header) -> dict[str, Any]:
         rank = max(1, int(ratio * _read(file, *_KEYS["hidden_size"])))
     found: dict[str, Any] = {name: rank if name in _CHOSEN_BEFORE[chosen] else None for name in _OPTIONAL_KEYS}
     low_rank_writers = rank is not None and chosen != "readers"
-    form = (
-        [_read(file, *_KEYS[name]) for name in ("cola_activation", "cola_norm")]
-        if low_rank_writers
-        else _UNUSED_WRITERS
-    )
-    return found | {"fan_multiple": 1, "writer_activation": form[0], "writer_norm": form[1]}
+    if low_rank_writers and _read(file, *_KEYS["cola_norm"]):
+        raise file.fail("has norms between the factors of O and down: train the model without them.")
+    activation = _read(file, *_KEYS["cola_activation"]) if low_rank_writers else "residual"
+    return found | {"fan_multiple": 1, "writer_activation": activation}
 
 
 def _key_of(field: str) -> str:

@@ -331,14 +331,11 @@ class _Builder:
         return g.concat(parts)
 
     def _activate(self, x: Node, activation: str) -> Node:
-        g, width = self._graph, x.shape[0]
+        g = self._graph
         if activation == "residual":
             x = g.contiguous(x)
             return g.add(x, g.apply("silu", x))
-        if activation == "half" and width > 1:
-            first = width - width // 2
-            return g.concat([g.apply("silu", g.slice_rows(x, 0, first)), g.slice_rows(x, first, width - first)])
-        return g.apply("silu" if activation == "half" else activation, x)
+        return g.apply(activation, x)
 
     def _writer(self, x: Node, block: str, part: str) -> Node:
         return self._linear(self._first_factor(x, block, part, 1)[0], f"{block}.{part}")

@@ -146,7 +146,7 @@ def _attention(model: Architecture, block: str, module: str) -> Iterator[TensorS
             yield from _linear(name, f"{parameter}.linear", outputs - 2 * periodic, inputs, model.projection_bias)
         else:
             yield from _linear(name, parameter, outputs, inputs, model.projection_bias)
-    for part in {"qkv": "qkv", "qk": "qk", "none": ""}[model.qkv_norm]:
+    for part in "" if model.qkv_norm == "none" else "qkv":
         yield _vector(f"{block}.attn_{part}_norm.weight", f"{module}.{part}_norm.weight", model.head_dim)
     outputs = model.num_attention_heads * model.head_dim
     yield from _writer(model, block, "attn_output", f"{module}.o_proj", outputs)

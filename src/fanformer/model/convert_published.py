@@ -274,7 +274,6 @@ def _cola_configuration(options: PublishedOptions, weights: PublishedWeights) ->
         **dict.fromkeys(RANKS, options.get("rank", int, width // 4)),
         cola_input="separate",
         cola_norm=False,
-        writer_norm=False,
         cola_activation=between,
         writer_activation=between,
         hidden_act="linear" if only_low_rank else activation,

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from fanformer.errors import CheckpointError
 from fanformer.generation.loading import check_weights
+from fanformer.gguf.architecture import open_model
 from fanformer.gguf.file import GGUFFile
-from fanformer.gguf.tensors import open_model
 from fanformer.gguf.tokenizer import GGUFTokenizer
 from fanformer.loading import load, load_config
 from tests.gguf_models import export, save

@@ -14,7 +14,7 @@ import fanformer.model  # noqa: F401  registers the Auto classes
 from fanformer.errors import CheckpointError, DependencyError
 from fanformer.gguf.architecture import Architecture
 from fanformer.gguf.file import ARCHITECTURE
-from fanformer.gguf.tensors import tensor_specs
+from fanformer.gguf.parameters import parameters
 from fanformer.gguf.tokenizer import END_IDS, PIPELINE, rebuild_json
 
 _PIPELINE_NAME = "fanformer_pipeline"
@@ -60,7 +60,7 @@ def _config(metadata: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     model = Architecture.from_file(_MetadataOnly(metadata, names))
     ends = metadata.get(END_IDS, metadata.get("tokenizer.ggml.eos_token_id"))
     return {
-        **model.config_fields(),
+        **vars(model),
         "model_type": ARCHITECTURE,
         "architectures": ["FANformerForCausalLM"],
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -75,10 +75,7 @@ def _renamings(config: Any) -> list[Any]:
 
     from transformers.core_model_loading import WeightRenaming
 
-    return [
-        WeightRenaming(f"^{re.escape(spec.name)}$", spec.parameter)
-        for spec in tensor_specs(Architecture.from_config(config))
-    ]
+    return [WeightRenaming(f"^{re.escape(item.name)}$", item.parameter) for item in parameters(config)]
 
 
 class _ByteLevel:

@@ -15,7 +15,7 @@ from fanformer.errors import ConfigError
 from fanformer.files.staging import check_free, staged
 from fanformer.generation.loading import load
 from fanformer.generation.torch_model import end_token_ids
-from fanformer.gguf.architecture import Architecture
+from fanformer.gguf import architecture
 from fanformer.gguf.blocks import BlockType, Bytes, Floats, dequantize
 from fanformer.gguf.file import ARCHITECTURE, ARRAY, STRING
 from fanformer.gguf.importance import importance
@@ -112,7 +112,7 @@ def export_gguf(
             f"{Path(folder).absolute()} is a {model.config.model_type}, expected a {ARCHITECTURE}: llama.cpp's own "
             "convert_hf_to_gguf.py writes other models."
         )
-    plan = make_plan(Architecture.from_config(model.config), settings.type, settings.embedding_type, settings.head_type)
+    plan = make_plan(model.config, settings.type, settings.embedding_type, settings.head_type)
     if any(item.kind.block_elements > 1 for item in plan.tensors):
         library()  # a missing extra shows before the work begins
     tell = on_progress or (lambda what, done, total: None)
@@ -230,7 +230,7 @@ def _metadata(
         "general.size_label": (STRING, f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M"),
         "general.file_type": (_UINT32, TYPES[kind].file_type),
         "general.quantization_version": (_UINT32, _QUANTIZATION_VERSION),
-        **plan.model.metadata(),
+        **architecture.metadata(plan.config),
     }
     return found | _tokenizer_metadata(model, tokenizer)
 

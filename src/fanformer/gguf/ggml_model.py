@@ -13,9 +13,9 @@ from fanformer.generation.interruption import Interruption
 from fanformer.generation.prompts import check_text
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.text_model import Batch, Remembered, TextModel
+from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
 from fanformer.gguf.sampling import Sampler
-from fanformer.gguf.tensors import open_model
 from fanformer.gguf.tokenizer import GGUFTokenizer
 
 

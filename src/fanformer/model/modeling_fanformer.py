@@ -375,8 +375,8 @@ class FANformerResidual(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        start = torch.full((config.hidden_size,), float(config.gate_initial))
-        self.gate = nn.Parameter(start) if config.gated_residual else None
+        self.initial = float(config.gate_initial)
+        self.gate = nn.Parameter(torch.full((config.hidden_size,), self.initial)) if config.gated_residual else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -459,7 +459,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
         elif isinstance(module, FANformerResidual) and module.gate is not None:
-            init.constant_(module.gate, self.config.gate_initial)
+            init.constant_(module.gate, module.initial)
         else:
             super()._init_weights(module)
 

@@ -21,7 +21,7 @@ from fanformer.gguf.file import ARCHITECTURE, ARRAY, STRING
 from fanformer.gguf.importance import importance
 from fanformer.gguf.plan import Plan, PlannedTensor, make_plan
 from fanformer.gguf.runtime import library, quantize
-from fanformer.gguf.tokenizer import END_IDS, MERGES, PIPELINE, TEMPLATE, TOKEN_TYPES, TOKENS, strip_json
+from fanformer.gguf.tokenizer import END_IDS, MERGES, TEMPLATE, TOKEN_TYPES, TOKENS, WHOLE, split_json
 from fanformer.gguf.writer import Value, write_gguf
 
 _UINT32, _INT32, _BOOL = 4, 5, 7
@@ -236,8 +236,8 @@ def _metadata(
 
 
 def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    pipeline, tokens, types, merges = strip_json(content, model.config.vocab_size)
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    tokens, types, merges = split_json(content, model.config.vocab_size)
     adds_start = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     found: dict[str, Value] = {
         "tokenizer.ggml.model": (STRING, "gpt2"),
@@ -247,7 +247,7 @@ def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
         MERGES: (ARRAY, (STRING, merges)),
         "tokenizer.ggml.add_bos_token": (_BOOL, adds_start),
         "tokenizer.ggml.add_space_prefix": (_BOOL, False),
-        PIPELINE: (STRING, pipeline),
+        WHOLE: (STRING, json.dumps(content, ensure_ascii=False, separators=(",", ":"))),
     }
     for key, number in (
         ("bos", tokenizer.bos_token_id),

@@ -270,8 +270,8 @@ def test_mutated_gguf_files_never_end_the_engines_process(small, tmp_path):
         except CheckpointError as error:
             check_clear(error)
             return
-        engine.begin(1, min(8, engine.config.max_position_embeddings))
-        assert engine.forward([[1]])[0].shape == (1, engine.config.vocab_size)
+        engine.begin(1, min(8, engine.model.max_position_embeddings))
+        assert engine.forward([[1]])[0].shape == (1, engine.model.vocab_size)
         ran.append(kind)
 
     run()

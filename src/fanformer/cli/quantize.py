@@ -1,5 +1,6 @@
 """`fanformer quantize`: a model folder made smaller, with a report of what every matrix lost, or what it would lose."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,7 @@ from fanformer.errors import ConfigError
 if TYPE_CHECKING:
     from fanformer.gguf.export import Report
     from fanformer.quantization.quantized_folder import Report as LayersReport
+    from fanformer.quantization.quantized_folder import Settings as LayersSettings
     from fanformer.quantization.sensitivity import Scan
 
 _TYPES = "f32|f16|bf16|q8_0|q4_0|q4_k|q5_k|q6_k"
@@ -82,11 +84,11 @@ def quantize(
     if wanted not in _OWN_OPTIONS:
         raise ConfigError(f"`--format` must be gguf, gptq, awq or gptq-v1, got {wanted!r}.")
     _check_options(context, wanted)
-    if wanted == "scan":
-        _scan(folder, output_dir, bits, group_size, calibration, calibration_tokens, overwrite)
-        return
     if wanted != "gguf":
-        _quantize_layers(folder, output_dir, wanted, bits, group_size, calibration, calibration_tokens, overwrite)
+        from fanformer.quantization.quantized_folder import Settings as LayersSettings
+
+        layers = LayersSettings(wanted, bits, group_size, calibration, calibration_tokens, overwrite)
+        (_scan if scan else _quantize_layers)(folder, output_dir, layers)
         return
     from fanformer.gguf.export import Settings, export_gguf, output_file, report_file
 
@@ -108,24 +110,12 @@ def _check_options(context: click.Context, wanted: str) -> None:
             raise ConfigError(f"`{option.opts[-1]}` has no effect on `{name}`: leave it out.")
 
 
-def _quantize_layers(
-    folder: str,
-    output_dir: str,
-    method: str,
-    bits: int,
-    group_size: int,
-    calibration: str | None,
-    calibration_tokens: int,
-    overwrite: bool,
-) -> None:
-    from pathlib import Path
-
+def _quantize_layers(folder: str, output_dir: str, settings: "LayersSettings") -> None:
     from fanformer.quantization.compressed_tensors import export_compressed
     from fanformer.quantization.gptq_v1 import METHOD, export_gptq_v1
-    from fanformer.quantization.quantized_folder import REPORT_FILE, Settings
+    from fanformer.quantization.quantized_folder import REPORT_FILE
 
-    export = export_gptq_v1 if method == METHOD else export_compressed
-    settings = Settings(method, bits, group_size, calibration, calibration_tokens, overwrite)
+    export = export_gptq_v1 if settings.method == METHOD else export_compressed
     with writing(Path(output_dir)), counted_progress("layers") as show:
         report = export(folder, output_dir, settings, on_progress=show)
     show_layers(report)
@@ -148,21 +138,11 @@ def show_layers(report: "LayersReport") -> None:
         click.echo(note)
 
 
-def _scan(
-    folder: str,
-    output_dir: str,
-    bits: int,
-    group_size: int,
-    calibration: str | None,
-    calibration_tokens: int,
-    overwrite: bool,
-) -> None:
-    from pathlib import Path
-
+def _scan(folder: str, output_dir: str, settings: "LayersSettings") -> None:
     from fanformer.quantization.sensitivity import SCAN_FILE, scan_folder
 
     with writing(Path(output_dir)), counted_progress("parts") as show:
-        found = scan_folder(folder, output_dir, bits, group_size, calibration, calibration_tokens, show, overwrite)
+        found = scan_folder(folder, output_dir, settings, show)
     show_scan(found)
     click.echo(f"{Path(output_dir) / SCAN_FILE}: this table")
 

@@ -9,7 +9,6 @@ Shapes as there, with B streams (texts that go on together) of T tokens each, N 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +35,6 @@ A nano model of 2 MB decodes 1.18 times as fast on one thread as on two, one of 
 """
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """What `generate` and `chat` ask of a model's configuration."""
-
-    max_position_embeddings: int
-    vocab_size: int
-
-
 class Engine:
     """A model of a GGUF file, ready to run on the CPU."""
 
@@ -68,7 +59,6 @@ class Engine:
                 f"the engine turns positions of the RoPE types default and linear, got {rope['rope_type']!r} in "
                 f"{file.path}: load the file with fanformer.loading.load."
             )
-        self.config = EngineConfig(self.model.max_position_embeddings, self.model.vocab_size)
         read = sum(
             info.num_bytes
             for name, info in file.tensors.items()

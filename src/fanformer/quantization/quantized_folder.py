@@ -92,12 +92,14 @@ def check(source: Path, target: Path, settings: Settings, library: str) -> None:
     """
     check_bits_and_group(settings.bits, settings.group_size)
     _check_target(source, target, settings.overwrite)
+    check_model(source, f"{library}'s own examples quantize other models")
+
+
+def check_model(source: Path, others: str) -> None:
+    """Refuse a folder whose model is of another kind, for which `others` is the remedy, or quantized already."""
     config = load_config(source)
     if config.model_type != ARCHITECTURE:
-        raise ConfigError(
-            f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: {library}'s own examples "
-            "quantize other models."
-        )
+        raise ConfigError(f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: {others}.")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source.absolute()} is quantized already: give the folder that it was made from.")
 

@@ -18,14 +18,9 @@ if TYPE_CHECKING:
     from fanformer.quantization.sensitivity import Scan
 
 _TYPES = "f32|f16|bf16|q8_0|q4_0|q4_k|q5_k|q6_k"
-# what has an effect beside --output-dir, --calibration and --calibration-tokens
-_OWN_OPTIONS = {
-    "gguf": {"kind", "embedding_type", "head_type", "overwrite"},
-    "gptq": {"bits", "group_size", "overwrite"},
-    "awq": {"bits", "group_size", "overwrite"},
-    "gptq-v1": {"bits", "group_size", "overwrite"},
-    "scan": {"bits", "group_size", "overwrite"},
-}
+_FORMATS = ("gguf", "gptq", "awq", "gptq-v1")
+# what has an effect on gguf alone, and on all others
+_OF_GGUF, _OF_LAYERS = {"kind", "embedding_type", "head_type"}, {"bits", "group_size"}
 
 
 @click.command(cls=Verb, example="fanformer quantize runs/nano --format gguf --type q8_0 --output-dir runs/nano-gguf")
@@ -81,7 +76,7 @@ def quantize(
     if scan == (file_format is not None):
         raise ConfigError("`--format` or `--scan` is needed, and not both: gguf, gptq, awq or gptq-v1 write a model.")
     wanted = file_format or "scan"
-    if wanted not in _OWN_OPTIONS:
+    if not scan and wanted not in _FORMATS:
         raise ConfigError(f"`--format` must be gguf, gptq, awq or gptq-v1, got {wanted!r}.")
     _check_options(context, wanted)
     if wanted != "gguf":
@@ -103,7 +98,7 @@ def quantize(
 
 def _check_options(context: click.Context, wanted: str) -> None:
     """Refuse options that belong to another format."""
-    foreign = set().union(*_OWN_OPTIONS.values()) - _OWN_OPTIONS[wanted]
+    foreign = _OF_LAYERS if wanted == "gguf" else _OF_GGUF
     for option in context.command.params:
         if option.name in foreign and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
             name = "--scan" if wanted == "scan" else f"--format {wanted}"

@@ -1,5 +1,6 @@
 """A GGUF file's weights in ggml's memory, those that read the same input as one matrix; needs no torch."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,14 +149,8 @@ class _Group:
         found = [file.tensors.get(f"{item}.weight") for item in names]
         self.widths = tuple(0 if info is None else info.shape[0] for info in found)
         self.biased = any(f"{item}.bias" in file.tensors for item in names)
-        self.runs: list[_Run] = []
-        for info in found:
-            if info is None:
-                continue
-            if self.runs and self.runs[-1].infos[-1].kind == info.kind:
-                self.runs[-1].infos.append(info)
-            else:
-                self.runs.append(_Run(f"{name}/{len(self.runs)}", [info]))
+        runs = itertools.groupby((info for info in found if info is not None), lambda info: info.kind.number)
+        self.runs = [_Run(f"{name}/{number}", list(infos)) for number, (_, infos) in enumerate(runs)]
 
 
 def _stored(kind: BlockType) -> BlockType:

@@ -11,16 +11,8 @@ import fanformer.model  # noqa: F401  registers the Auto classes
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _NAMES = {
-    "qkv_input": "qkv_input",
-    "gate_up_input": "gate_up_input",
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "fan_layer": "fan_layer",
+    **{name: name for name in ("qkv_input", "gate_up_input", "fan_layer")},
+    **{f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")},
     "attention_residual": "gates",
     "mlp_residual": "gates",
     "embed_tokens": "embedding",

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.loading import quiet_gptqmodel
 from fanformer.gguf.file import ARCHITECTURE
+from fanformer.gguf.importance import watched_inputs
 from fanformer.loading import load
 from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
 from fanformer.quantization.quantized_folder import (
@@ -152,16 +153,9 @@ def _input_squares(
         rows = x.flatten(0, -2)
         found[name] = found.get(name, 0) + rows.T @ rows
 
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
-        for name in names
-    ]
-    try:
+    with watched_inputs(model, names, add):
         for batch in batches:
             model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

@@ -13,7 +13,7 @@ TUNED = {
     "down_rank": None,
 }
 """The block of preset `92m-tuned`: Fourier features between the factors of gate and up, plain matrices at the ends."""
-PAPERS_COLA = {"cola_input": "separate", "cola_norm": False, "writer_activation": "silu", "writer_norm": False}
+PAPERS_COLA = {"cola_input": "separate", "cola_norm": False, "writer_activation": "silu"}
 """CoLA as published: a first factor for each layer, no norm between the factors, SiLU in all of them."""
 
 

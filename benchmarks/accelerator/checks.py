@@ -27,7 +27,7 @@ from fanformer.training.packed_attention import choose_attention, document_bound
 LOGITS, GRADIENT, BFLOAT16, EXACT = 1e-4, 1e-3, 5e-2, 0.0
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
-    {"fan_placement": "layer", **dict.fromkeys(RANKS), "norm_placement": "pre", "qkv_norm": "qk"},
+    {"fan_placement": "layer", **dict.fromkeys(RANKS), "norm_placement": "pre", "qkv_norm": "none"},
     {"fan_placement": "none", "norm_placement": "hybrid", "gated_residual": False, "tie_word_embeddings": True},
 )
 DOCUMENTS = (37, 64, 1, 26)

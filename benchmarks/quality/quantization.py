@@ -72,7 +72,7 @@ def on_engine(path: Path, threads: int) -> Callable[[list[int]], np.ndarray]:
     engine = Engine.open(path, threads)
 
     def logits_of(row: list[int]) -> np.ndarray:
-        engine.begin(1, engine.config.max_position_embeddings)
+        engine.begin(1, engine.model.max_position_embeddings)
         return engine.forward([row], every=True)[0]
 
     return logits_of

@@ -48,7 +48,7 @@ def trials_of(comparison, machines, fingerprints):
 @pytest.mark.parametrize(
     ("queue", "least"),
     [
-        ("ablation", 26),
+        ("ablation", 23),
         ("accelerator", 2),
         ("ladder", 45),
         ("ladder-accelerator", 6),

@@ -14,7 +14,7 @@ VARIANTS = [
     TUNED,
     {"fan_placement": "layer", **FULL_RANK},
     PAPERS_COLA,
-    {"gate_up_rank": None, "down_rank": None, "gate_initial": -2.0, "fan_placement": "attention"},
+    {"gate_up_rank": None, "down_rank": None, "gate_initial": -2.0},
     {"qkv_rank": None, "o_rank": None, "tie_word_embeddings": True},
 ]
 
@@ -125,13 +125,13 @@ def test_words_say_which_layers_are_low_rank():
     assert "the first CoLA factor of gate and up, rank 256" in words["gate_up_input"]
     assert words["down"].startswith("2048 -> 224 -> 512: CoLA, rank 224, with FAN: P = 33")
     assert "the other 158 x + silu(x);" in words["down"]
-    words = fanformer_words(FANformerConfig(writer_activation="silu", writer_norm=True))
-    assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with RMSNorm and silu;")
+    words = fanformer_words(FANformerConfig(writer_activation="silu"))
+    assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with silu;")
     fields = {"gate_up_rank": None, "down_rank": None, "cola_input": "separate", "fan_placement": "none"}
-    words = fanformer_words(FANformerConfig(**fields, writer_activation="half"))
+    words = fanformer_words(FANformerConfig(**fields, writer_activation="linear"))
     assert words["gate_up_input"] == ""
     assert "the 3 first CoLA factors of Q, K and V, rank 384, with RMSNorm and silu" in words["qkv_input"]
-    assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with silu on half of the channels;")
+    assert words["o"].startswith("1536 -> 256 -> 512: CoLA, rank 256, with linear;")
 
 
 def test_model_of_another_kind_is_counted_too(command, tmp_path):

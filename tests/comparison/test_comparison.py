@@ -341,7 +341,7 @@ def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
 
 
 def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path):
-    changed = ["fanformer@60k:fan_ratio=0.3", "fanformer@60k:cola_activation=gelu", "fanformer@60k:qkv_norm=qk"]
+    changed = ["fanformer@60k:fan_ratio=0.3", "fanformer@60k:cola_activation=gelu", "fanformer@60k:qkv_norm=none"]
     comparison = small(corpus, architectures=["fanformer@60k", *changed], ablation=True, seeds=2)
     losses = {"fanformer@60k": (2.0, 2.25), changed[0]: (1.5, 1.75), changed[1]: (2.5, 2.25), changed[2]: (3.0,)}
     outcomes = [outcome(spec, 1280, seed, loss) for spec, of in losses.items() for seed, loss in enumerate(of)]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fanformer.errors import CheckpointError
+from fanformer.gguf.architecture import open_model
 from fanformer.gguf.blocks import TYPES
 from fanformer.gguf.file import ARRAY, STRING, GGUFFile, Texts
-from fanformer.gguf.tensors import open_model
 from fanformer.gguf.writer import write_gguf
 from tests.gguf_models import export
 

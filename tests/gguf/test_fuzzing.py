@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from fanformer.errors import CheckpointError
 from fanformer.generation.loading import check_weights
+from fanformer.gguf.architecture import open_model
 from fanformer.gguf.file import GGUFFile
-from fanformer.gguf.tensors import open_model
 from fanformer.gguf.tokenizer import GGUFTokenizer
 from fanformer.loading import load, load_config
 from tests.gguf_models import export, save
@@ -270,8 +270,8 @@ def test_mutated_gguf_files_never_end_the_engines_process(small, tmp_path):
         except CheckpointError as error:
             check_clear(error)
             return
-        engine.begin(1, min(8, engine.config.max_position_embeddings))
-        assert engine.forward([[1]])[0].shape == (1, engine.config.vocab_size)
+        engine.begin(1, min(8, engine.model.max_position_embeddings))
+        assert engine.forward([[1]])[0].shape == (1, engine.model.vocab_size)
         ran.append(kind)
 
     run()

@@ -217,7 +217,7 @@ def test_more_room_is_made_by_reading_anew(engine):
     assert engine.engine.begin(2, 20, keep=0) == 0
     assert engine.engine.begin(1, 20) == 0
     engine.engine.forward([[5, 6]])
-    if cells < engine.engine.config.max_position_embeddings:
+    if cells < engine.engine.model.max_position_embeddings:
         assert engine.engine.begin(1, cells + 1, keep=2) == 0
 
 

@@ -143,8 +143,8 @@ def test_damaged_tokenizers_are_refused(saved_model, tmp_path):
         (b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert",
          "its tokenizer is 'bert', expected `gpt2`"),
         (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz", "`tokenizer.ggml.tokens` must be an array of texts"),
-        (b"tokenizer.fanformer.pipeline", b"tokenizer.fanformer.pipelina", "its tokenizer cannot be read"),
-        (b'"type": "BPE"', b'"type": "BPX"', "its tokenizer cannot be read"),
+        (b"tokenizer.huggingface.json", b"tokenizer.huggingface.jsen", "its tokenizer cannot be read"),
+        (b'"type":"BPE"', b'"type":"BPX"', "its tokenizer cannot be read"),
         (b"tokenizer.ggml.bos_token_id\x04\0\0\0\0", b"tokenizer.ggml.bos_token_id\x04\0\0\0\xff",
          r"has the id 255|cannot be read|must be in"),
     ):  # fmt: skip

@@ -1,11 +1,15 @@
-"""Taking a tokenizer.json apart for a GGUF file, and putting it together again."""
+"""The tokenizer in a GGUF file: a whole tokenizer.json, and what files had before it."""
 
 import json
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from fanformer.gguf.tokenizer import UNUSED, rebuild_json, strip_json
+from fanformer.errors import CheckpointError
+from fanformer.gguf.file import GGUFFile, Texts
+from fanformer.gguf.tokenizer import UNUSED, WHOLE, GGUFTokenizer, put_together, split_json
+from tests.gguf_models import export
 
 
 @pytest.fixture
@@ -13,13 +17,21 @@ def content(tiny_tokenizer):
     return json.loads(tiny_tokenizer.backend_tokenizer.to_str())
 
 
+def taken_apart(content):
+    """What files had before: all but tokens and merges as text, and these."""
+    tokens, types, merges = split_json(content, 400)
+    rest = {key: value for key, value in content["model"].items() if key not in ("vocab", "merges")}
+    outside = [item["id"] for item in content["added_tokens"] if item["content"] not in content["model"]["vocab"]]
+    pipeline = {**content, "model": rest, "truncation": None, "padding": None, "outside_vocabulary": outside}
+    return json.dumps(pipeline), tokens, types, merges
+
+
 def test_what_was_taken_apart_is_put_together_again(content):
-    pipeline, tokens, types, merges = strip_json(content, 400)
-    assert len(content["model"]["vocab"]) > 256  # so that it takes several pieces
+    pipeline, tokens, types, merges = taken_apart(content)
     assert types.count(UNUSED) == 400 - len(
         {*content["model"]["vocab"], *(x["content"] for x in content["added_tokens"])}
     )
-    again = json.loads(rebuild_json(pipeline, tokens, types, merges))
+    again = json.loads(put_together(pipeline, tokens, types, merges))
     assert again["model"]["vocab"] == content["model"]["vocab"]
     assert [list(pair) for pair in again["model"]["merges"]] == [pair.split(" ") for pair in merges]
     del again["model"], content["model"]
@@ -27,20 +39,34 @@ def test_what_was_taken_apart_is_put_together_again(content):
 
 
 def test_the_rebuilt_tokenizer_gives_the_same_ids(content, tiny_tokenizer):
-    pipeline, tokens, types, merges = strip_json(content, 400)
-    rebuilt = Tokenizer.from_str(rebuild_json(pipeline, tokens, types, merges))
-    text = "the quick brown fox, def main(): 12345 über <|x|>\n\t"
+    rebuilt = Tokenizer.from_str(put_together(*taken_apart(content)))
+    text = "the quick brown fox, def main(): 12345 \u00fcber <|x|>\n\t"
     assert rebuilt.encode(text).ids == tiny_tokenizer.backend_tokenizer.encode(text).ids
 
 
-def test_a_token_that_is_there_twice_is_refused(content):
-    pipeline, tokens, types, merges = strip_json(content, 400)
-    tokens[290] = tokens[20]
-    with pytest.raises(ValueError, match=r"is there twice"):
-        rebuild_json(pipeline, tokens, types, merges)
-
-
 def test_types_must_be_as_many_as_tokens(content):
-    pipeline, tokens, types, merges = strip_json(content, 400)
+    pipeline, tokens, types, merges = taken_apart(content)
     with pytest.raises(ValueError, match=r"zip\(\)"):
-        rebuild_json(pipeline, tokens, types[1:], merges)
+        put_together(pipeline, tokens, types[1:], merges)
+
+
+def test_the_file_has_the_folders_tokenizer_json(saved_model, content):
+    whole = json.loads(GGUFFile(export(saved_model)).metadata[WHOLE])
+    assert whole == {**content, "truncation": None, "padding": None}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.ggml.tokens", "tokenizer.fanformer.pipeline"])
+def test_tokens_that_differ_from_the_tokenizers_or_are_there_twice_are_refused(saved_model, content, name):
+    file = GGUFFile(export(saved_model))
+    pipeline = taken_apart(content)[0]
+    if "pipeline" in name:
+        del file.metadata[WHOLE]
+        file.metadata[name] = pipeline
+        GGUFTokenizer(file, 320)
+    words = file.metadata["tokenizer.ggml.tokens"][:]
+    words[290] = words[20]
+    file.metadata["tokenizer.ggml.tokens"] = Texts(
+        "".join(words).encode(), np.cumsum([len(word.encode()) for word in words])
+    )
+    with pytest.raises(CheckpointError, match=r"has other tokens than `tokenizer.ggml.tokens`|out of vocabulary"):
+        GGUFTokenizer(file, 320)

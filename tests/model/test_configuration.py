@@ -36,12 +36,8 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
         ({"head_dim": 15}, "`head_dim` must be even, got 15: RoPE turns pairs of channels."),
         (
             {"gate_up_rank": None, "fan_placement": "ffn"},
-            "`fan_placement` 'ffn' needs low-rank layers in ffn, got full rank: set `gate_up_rank`, or `fan_placement` "
-            "to projection, layer or none.",
-        ),
-        (
-            {"qkv_rank": None, "fan_placement": "both"},
-            "`fan_placement` 'both' needs low-rank layers in attention, got full rank: set `qkv_rank`",
+            "`fan_placement` 'ffn' needs a low-rank gate and up, got full rank: set `gate_up_rank`, or "
+            "`fan_placement` to projection, layer or none.",
         ),
         ({"qkv_rank": 0}, "`qkv_rank` must be at least 1 or None, got 0: None means full rank."),
         ({"o_rank": -1}, "`o_rank` must be at least 1 or None, got -1"),
@@ -50,13 +46,9 @@ def test_unknown_key_names_the_nearest_field(key, nearest):
         ({"fan_multiple": 0}, "`fan_multiple` must be a power of two, got 0: 1 rounds nothing."),
         ({"fan_multiple": 12}, "`fan_multiple` must be a power of two, got 12"),
         (
-            {"o_rank": None, "down_rank": None, "writer_activation": "half"},
-            "`writer_activation` must be 'residual' where O and down have full rank, got 'half': "
+            {"o_rank": None, "down_rank": None, "writer_activation": "silu"},
+            "`writer_activation` must be 'residual' where O and down have full rank, got 'silu': "
             "set `o_rank` or `down_rank`.",
-        ),
-        (
-            {"o_rank": None, "down_rank": None, "writer_norm": True},
-            "`writer_norm` must be False where O and down have full rank, got True",
         ),
         ({"dropout": 1.0}, "`dropout` must be in [0, 1), got 1.0."),
         ({"attention_dropout": -0.1}, "`attention_dropout` must be in [0, 1), got -0.1."),
@@ -103,19 +95,18 @@ def test_value_out_of_range_is_refused(fields, message):
         ({"gate_initial": "open"}, "Field 'gate_initial' with value 'open' doesn't match any type in"),
         (
             {"fan_placement": "qkv"},
-            "Field 'fan_placement' expected one of ('projection', 'layer', 'ffn', 'attention', 'both'",
+            "Field 'fan_placement' expected one of ('projection', 'layer', 'ffn', 'none'), got qkv",
         ),
         ({"cola_input": "one"}, "Field 'cola_input' expected one of ('shared', 'separate'), got one"),
         ({"cola_norm": 1}, "Field 'cola_norm' expected bool, got int"),
-        ({"writer_norm": 1}, "Field 'writer_norm' expected bool, got int"),
         ({"cola_activation": "half"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got half"),
         (
             {"writer_activation": "relu"},
-            "Field 'writer_activation' expected one of ('residual', 'half', 'silu', 'gelu', 'linear'), got relu",
+            "Field 'writer_activation' expected one of ('residual', 'silu', 'gelu', 'linear'), got relu",
         ),
         ({"cola_activation": "relu"}, "Field 'cola_activation' expected one of ('silu', 'gelu', 'linear'), got relu"),
         ({"norm_placement": "post"}, "Field 'norm_placement' expected one of ('hybrid-star', 'hybrid', 'pre')"),
-        ({"qkv_norm": True}, "Field 'qkv_norm' expected one of ('qkv', 'qk', 'none'), got True"),
+        ({"qkv_norm": True}, "Field 'qkv_norm' expected one of ('qkv', 'none'), got True"),
     ],
     ids=str,
 )
@@ -162,14 +153,13 @@ def test_every_field_survives_config_json(tmp_path, others):
         "o_rank": 7,
         "gate_up_rank": 9,
         "down_rank": 11,
-        "writer_activation": "half",
-        "writer_norm": True,
+        "writer_activation": "gelu",
         "cola_activation": "linear",
         "cola_input": "separate",
         "cola_norm": False,
         "projection_bias": False,
         "norm_placement": "pre",
-        "qkv_norm": "qk",
+        "qkv_norm": "none",
         "gated_residual": False,
         "gate_initial": 0.0,
         "tie_word_embeddings": True,
@@ -186,6 +176,30 @@ def test_every_field_survives_config_json(tmp_path, others):
     for loaded in (FANformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is FANformerConfig
         assert {name: getattr(loaded, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"fan_placement": "attention"},
+        {"fan_placement": "both"},
+        {"qkv_norm": "qk"},
+        {"writer_activation": "half"},
+        {"writer_norm": True},
+    ],
+    ids=str,
+)
+def test_what_was_deleted_is_refused_with_a_remedy(field):
+    ((name, value),) = field.items()
+    with pytest.raises(ValueError) as error:
+        FANformerConfig(**field)
+    assert str(error.value) == (
+        f"`{name}` {value!r} was deleted, as docs/experiments.md says: train the model without it."
+    )
+
+
+def test_a_deleted_field_that_was_off_still_loads():
+    assert FANformerConfig(writer_norm=False).to_dict() == FANformerConfig().to_dict()
 
 
 def test_keys_that_transformers_writes_are_accepted(tiny_model, tmp_path):

@@ -65,7 +65,7 @@ def test_every_published_weight_matters(golden_files, tmp_path, published_format
 def test_fan_projection_equals_the_golden_file(golden_files):
     golden = load_file(golden_files / "cola_fan_projection.safetensors")
     config = FANformerConfig(cola_input="separate", fan_multiple=1)
-    factors = CoLAInput(config, 24, rank=6, readers=2, branch="attention", activation="gelu", norm=False)
+    factors = CoLAInput(config, 24, rank=6, readers=2, activation="gelu")
     projection = FANProjection(6, 40, config.periodic_width(40), bias=True, gain=1.0)
     factors.load_state_dict({"factor.weight": torch.cat((golden["A_p.weight"], golden["A_np.weight"]))})
     projection.load_state_dict(

@@ -134,7 +134,7 @@ def test_separate_factors_without_norms_are_the_papers_cola_linears():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"gate_initial": -4.0}, {"writer_activation": "half"}, {"writer_activation": "silu"}], ids=str
+    "fields", [{"gate_initial": -4.0}, {"writer_activation": "linear"}, {"writer_activation": "silu"}], ids=str
 )
 def test_what_has_no_parameters_moves_no_count(fields):
     assert parameters_of(FANformerConfig(**fields)) == parameters_of(FANformerConfig())

@@ -58,17 +58,17 @@ def test_what_a_configuration_from_before_leaves_out_has_the_default_of_that_tim
 
 def test_cola_layers_left_the_other_layers_at_full_rank():
     writers = {"full": {"o": 786_944, "down": 459_264}}
-    # W_a of 384 rows with its norm, then W_b with its bias.
-    writers["low"] = {"o": 384 * (1536 + 1) + 385 * 512, "down": 384 * (896 + 1) + 385 * 512}
-    attention = {"low": 196_992 + 591_360 + 2 * 295_680, "full": (512 + 1) * (1536 + 2 * 768)}
-    ffn = {"low": 196_992 + 2 * 344_960, "full": 2 * (512 + 1) * 896}
+    # W_a of 384 rows, then W_b with its bias.
+    writers["low"] = {"o": 384 * 1536 + 385 * 512, "down": 384 * 896 + 385 * 512}
+    attention = {"low": 196_608 + 591_360 + 2 * 295_680, "full": (512 + 1) * (1536 + 2 * 768)}
+    ffn = {"low": 196_608 + 2 * 344_960, "full": 2 * (512 + 1) * 896}
     for chosen, (reads, o, gates, down) in {
         "readers": ("low", "full", "low", "full"),
         "all": ("low", "low", "low", "low"),
         "attention": ("low", "low", "full", "full"),
         "ffn": ("full", "full", "low", "low"),
     }.items():
-        config = FANformerConfig(cola_layers=chosen, fan_placement="none")
+        config = FANformerConfig(cola_layers=chosen, cola_norm=False, fan_placement="none")
         layer = {name: count for name, count in counts(config).items() if "layers.1." in name}
         assert total(layer, "qkv_input", "q_proj", "k_proj", "v_proj") == attention[reads], chosen
         assert total(layer, "o_proj") == writers[o]["o"], chosen
@@ -82,8 +82,17 @@ def test_cola_layers_left_the_other_layers_at_full_rank():
         ({"cola_rank_ratio": 0.25}, (128, None, 128, None)),
         ({"cola_rank_ratio": 0.25, "hidden_size": 63}, (15, None, 15, None)),
         ({"cola_rank_ratio": 0.001}, (1, None, 1, None)),
-        ({"cola_rank": 5, "cola_layers": "all"}, (5, 5, 5, 5)),
-        ({"cola_rank": 5, "cola_rank_ratio": None, "cola_layers": "ffn", "fan_placement": "none"}, (None, None, 5, 5)),
+        ({"cola_rank": 5, "cola_layers": "all", "cola_norm": False}, (5, 5, 5, 5)),
+        (
+            {
+                "cola_rank": 5,
+                "cola_rank_ratio": None,
+                "cola_layers": "ffn",
+                "fan_placement": "none",
+                "cola_norm": False,
+            },
+            (None, None, 5, 5),
+        ),
         ({"cola_rank_ratio": None, "fan_placement": "none"}, (None, None, None, None)),
     ],
     ids=str,
@@ -96,11 +105,13 @@ def test_the_rank_from_before_is_that_of_the_layers_it_was_for(fields, ranks):
 
 def test_layers_that_write_had_the_form_of_those_that_read():
     config = FANformerConfig(cola_layers="all", cola_activation="gelu", cola_norm=False)
-    assert (config.writer_activation, config.writer_norm) == ("gelu", False)
+    assert config.writer_activation == "gelu"
     config = FANformerConfig(cola_layers="readers", cola_activation="gelu", cola_norm=False)
-    assert (config.writer_activation, config.writer_norm) == ("residual", False)  # there are none: the default
-    config = FANformerConfig(cola_layers="all")
-    assert (config.writer_activation, config.writer_norm) == ("silu", True)  # the defaults of that time
+    assert config.writer_activation == "residual"  # there are none: the default
+    config = FANformerConfig(cola_layers="all", cola_norm=False)
+    assert config.writer_activation == "silu"  # the default of that time
+    with pytest.raises(ValueError, match="`writer_norm` True was deleted"):
+        FANformerConfig(cola_layers="all")  # had a norm between the factors of O and down, too
 
 
 @pytest.mark.parametrize(
@@ -111,7 +122,10 @@ def test_layers_that_write_had_the_form_of_those_that_read():
             "`cola_rank` and `o_rank` exclude each other: qkv_rank, o_rank, gate_up_rank, down_rank replace "
             "cola_rank_ratio, cola_rank, cola_layers.",
         ),
-        ({"cola_layers": "all", "writer_norm": True}, "`cola_layers` and `writer_norm` exclude each other"),
+        (
+            {"cola_layers": "all", "writer_activation": "silu"},
+            "`cola_layers` and `writer_activation` exclude each other",
+        ),
         ({"cola_rank_ratio": 0.5, "fan_multiple": 16}, "`cola_rank_ratio` and `fan_multiple` exclude each other"),
         ({"cola_layers": "mlp"}, "`cola_layers` must be one of readers, all, attention, ffn, got 'mlp'."),
     ],

@@ -132,7 +132,7 @@ def test_base_model_and_head_load_each_others_folders(tiny_model, tmp_path):
             **PAPERS_COLA,
             "gate_up_rank": None,
             "down_rank": None,
-            "fan_placement": "attention",
+            "fan_placement": "none",
             "gate_initial": -2.0,
         },
     ],

@@ -21,7 +21,7 @@ from tests.tiny_models import FULL_RANK, TUNED
 VARIANTS = [
     {},
     TUNED,
-    {"fan_placement": "both", "writer_norm": True},
+    {"fan_placement": "ffn", "writer_activation": "silu"},
     {"cola_input": "separate"},
     {"fan_placement": "layer", "norm_placement": "pre", "writer_activation": "silu"},
     {**FULL_RANK, "fan_placement": "none", "norm_placement": "pre", "qkv_norm": "none"},

@@ -31,18 +31,12 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def half(x: Tensor) -> Tensor:
-    """SiLU on the first half of the channels (of an odd number, the larger part), the rest as it is."""
-    count = x.shape[-1] // 2 + x.shape[-1] % 2
-    return torch.cat([silu(x[..., :count]), x[..., count:]], dim=-1)
-
-
 def residual(x: Tensor) -> Tensor:
     """x + x / (1 + e^-x)."""
     return x + silu(x)
 
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "linear": identity, "half": half, "residual": residual}
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "linear": identity, "residual": residual}
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -137,13 +131,13 @@ def branch_output(x: Tensor, layer: Layer, name: str, rank: int | None, branch: 
     if rank is None:
         return affine(x, layer[f"{name}.weight"], layer.get(f"{name}.bias"))
     w_a, w_b = layer[f"{name}.input.factor.weight"], layer[f"{name}.output.weight"]
-    bias, norm = layer.get(f"{name}.output.bias"), layer[f"{name}.input.norm.weight"] if config.writer_norm else None
-    return cola(x, w_a, w_b, bias, config.writer_activation, norm, config.rms_norm_eps, between(w_b, branch, config))
+    bias = layer.get(f"{name}.output.bias")
+    return cola(x, w_a, w_b, bias, config.writer_activation, periodic=between(w_b, branch, config))
 
 
 def between(w_b: Tensor, branch: str, config) -> int:
     """P between two factors, of the R channels that W_b reads."""
-    return periodic_width(w_b.shape[1], config) if config.fan_placement in (branch, "both") else 0
+    return periodic_width(w_b.shape[1], config) if config.fan_placement == branch else 0
 
 
 def first_factors(layer: Layer, name: str, readers: int, config) -> list[Tensor]:
@@ -184,10 +178,9 @@ def attention(x: Tensor, layer: Layer, config) -> Tensor:
         q = q_all[:, head * width : (head + 1) * width]
         k = k_all[:, group * width : (group + 1) * width]
         v = v_all[:, group * width : (group + 1) * width]
-        if config.qkv_norm in ("qk", "qkv"):
+        if config.qkv_norm == "qkv":
             q = rms_norm(q, layer["q_norm.weight"], eps)
             k = rms_norm(k, layer["k_norm.weight"], eps)
-        if config.qkv_norm == "qkv":
             v = rms_norm(v, layer["v_norm.weight"], eps)
         outputs.append(attend(rope(q, theta), rope(k, theta), v))
     return branch_output(torch.cat(outputs, dim=-1), layer, "o_proj", config.o_rank, "attention", config)

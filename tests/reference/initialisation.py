@@ -11,9 +11,7 @@ def mean_square(activation: str) -> float:
     """E[act(x)^2] for a standard normal x, integrated over [-12, 12]."""
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     density = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    # a column each of two channels: "half" is one thing on the first, another on the second
-    squares = ACTIVATIONS[activation](torch.stack([x, x], dim=-1)) ** 2
-    return torch.trapezoid(squares.mean(-1) * density, x).item()
+    return torch.trapezoid(ACTIVATIONS[activation](x) ** 2 * density, x).item()
 
 
 def expected_start(name: str, shape: torch.Size, config) -> tuple[float, float]:

@@ -128,7 +128,7 @@ def test_a_run_from_before_each_kind_of_layer_had_a_rank_goes_on(run):
     first, _ = run("first", max_steps=4, save_steps=2, keep_last=9, **fields)
     forget_after(first.folder, 2)
     content = yaml.safe_load((first.folder / "run.yaml").read_text())
-    for name in (*RANKS, "fan_multiple", "writer_activation", "writer_norm"):
+    for name in (*RANKS, "fan_multiple", "writer_activation"):
         del content["model"][name]
     content["model"] |= {"cola_rank_ratio": 0.75, "cola_rank": None, "cola_layers": "readers"}
     (first.folder / "run.yaml").write_text(yaml.safe_dump(content))

@@ -19,8 +19,6 @@ FORMULA = (
     "2 x weights of all matrix products + 4 L H K T for attention (every query against T keys); training is 3 x that"
 )
 
-_FORMS = {"half": "silu on half of the channels", "residual": "x + silu(x)"}
-
 
 @click.command(cls=Verb, example="fanformer info nano")
 @click.argument("model", metavar="[PRESET|DIR]", default="92m")
@@ -147,74 +145,82 @@ def fanformer_words(config: Any) -> dict[str, str]:
     Args:
         config: a FANformerConfig.
     """
-    width, head_dim = config.hidden_size, config.head_dim
+    from fanformer.model.footprint import meta_model
 
-    def between(rank: int, branch: str, activation: str, has_norm: bool) -> str:
-        norm = "RMSNorm and " if has_norm else ""
-        form = _FORMS.get(activation, activation)
-        if not config.fan_between_factors(branch):
-            return f"{norm}{form}"
-        periodic = config.periodic_width(rank)
-        return (
-            f"{norm}FAN: P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), "
-            f"the other {rank - 2 * periodic} {form}"
-        )
-
-    def factors(rank: int | None, branch: str, readers: int, names: str) -> str:
-        if rank is None:
-            return ""
-        count = "the first CoLA factor" if config.cola_input == "shared" else f"the {readers} first CoLA factors"
-        form = between(rank, branch, config.cola_activation, config.cola_norm)
-        return f"{width} -> {rank}: {count} of {names}, rank {rank}, with {form}"
-
-    def writer(inputs: int, rank: int | None, branch: str) -> str:
-        if rank is None:
-            return f"{inputs} -> {width}"
-        form = between(rank, branch, config.writer_activation, config.writer_norm)
-        return f"{inputs} -> {rank} -> {width}: CoLA, rank {rank}, with {form}"
-
-    def projection(heads: int) -> str:
-        outputs = heads * head_dim
-        plain = f"{config.qkv_rank or width} -> {outputs}"
-        if config.fan_placement != "projection":
-            return plain
-        periodic = config.periodic_width(outputs)
-        return (
-            f"{plain}: FAN, P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), the other "
-            f"{outputs - 2 * periodic} are linear"
-        )
-
-    gate_up = f"{config.gate_up_rank or width} -> {config.intermediate_size}"
-    groups = config.num_attention_heads // config.num_key_value_heads
+    decoder = meta_model(config).model
+    first, last, width = decoder.layers[0], decoder.layers[-1], config.hidden_size
+    attention, mlp, heads = last.self_attn, last.mlp, config.num_attention_heads
+    groups = attention.num_key_value_groups
     sharing = "" if groups == 1 else f", each for {groups} query heads (GQA)"
-    per_head = {"qkv": "each head's q, k and v, ", "qk": "each head's q and k, ", "none": ""}[config.qkv_norm]
-    placed = {
-        "pre": "the inputs of attention and FFN",
-        "hybrid": "the input of the FFN, which is its residual too (HybridNorm)",
-        "hybrid-star": "the input of the FFN, which is its residual too, and that of the first attention (HybridNorm*)",
-    }[config.norm_placement]
-    periodic = config.periodic_width(width)
-    qkv_readers = 6 if config.fan_placement == "projection" else 3
-    return {
+    placed = "the inputs of attention and FFN"
+    if last.residual_after_norm:
+        placed = "the input of the FFN, which is its residual too"
+        starred = hasattr(first.input_layernorm, "weight")
+        placed += ", and that of the first attention (HybridNorm*)" if starred else " (HybridNorm)"
+    per_head = "each head's q, k and v, " if hasattr(attention.q_norm, "weight") else ""
+    words = {
         "embedding": f"{config.vocab_size} tokens, a vector of {width} each"
         + ("; also the output layer" if config.tie_word_embeddings else ""),
-        "qkv_input": factors(config.qkv_rank, "attention", qkv_readers, "Q, K and V"),
-        "q": f"{projection(config.num_attention_heads)}; {config.num_attention_heads} heads of {head_dim}",
-        "k": f"{projection(config.num_key_value_heads)}; {config.num_key_value_heads} heads{sharing}",
-        "v": f"{projection(config.num_key_value_heads)}; as the keys",
-        "o": f"{writer(config.num_attention_heads * head_dim, config.o_rank, 'attention')}; back from the heads",
-        "gate_up_input": factors(config.gate_up_rank, "ffn", 2, "gate and up"),
-        "gate": f"{gate_up}; SwiGLU's gate, {config.hidden_act}",
-        "up": f"{gate_up}; what the gate multiplies",
-        "down": f"{writer(config.intermediate_size, config.down_rank, 'ffn')}; back to the width",
-        "fan_layer": f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, "
-        f"{width - 2 * periodic} linear",
+        "qkv_input": _first_factor(attention.qkv_input, "Q, K and V"),
+        "q": f"{_reader(attention.q_proj)}; {heads} heads of {config.head_dim}",
+        "k": f"{_reader(attention.k_proj)}; {heads // groups} heads{sharing}",
+        "v": f"{_reader(attention.v_proj)}; as the keys",
+        "o": f"{_writer(attention.o_proj)}; back from the heads",
+        "gate_up_input": _first_factor(mlp.gate_up_input, "gate and up"),
+        "gate": f"{_reader(mlp.gate_proj)}; SwiGLU's gate, {_form(mlp.act_fn)}",
+        "up": f"{_reader(mlp.up_proj)}; what the gate multiplies",
+        "down": f"{_writer(mlp.down_proj)}; back to the width",
         "norms": f"RMSNorm on {per_head}{placed}",
         "gates": f"sigmoid(g) on each residual branch, two learnable vectors of {width} a layer that start "
-        f"at g = {config.gate_initial}",
+        f"at g = {last.mlp_residual.initial}",
         "final_norm": f"RMSNorm over {width} before the output layer",
         "head": f"{width} -> {config.vocab_size}: a score for each token, full rank",
     }
+    if attention.fan_layer is not None:
+        periodic = attention.fan_layer.periodic_width
+        rest = width - 2 * periodic
+        words["fan_layer"] = f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, {rest} linear"
+    return words
+
+
+def _form(activation: Any) -> str:
+    """Return what an activation does, such as silu."""
+    name = type(activation).__name__.removesuffix("Activation")
+    return {"Identity": "linear", "ResidualSiLU": "x + silu(x)"}.get(name, name.lower())
+
+
+def _fan(periodic: int, rest: int, form: str) -> str:
+    return f"P = {periodic} numbers p give {periodic} cos(p) and {periodic} sin(p), the other {rest} {form}"
+
+
+def _between(module: Any) -> str:
+    """Return what stands between the factors that a CoLAInput begins with."""
+    norm, form = "RMSNorm and " if hasattr(module.norm, "weight") else "", _form(module.activation)
+    if not module.periodic:
+        return f"{norm}{form}"
+    return f"{norm}FAN: {_fan(module.periodic, module.out_features - 2 * module.periodic, form)}"
+
+
+def _first_factor(module: Any, readers: str) -> str:
+    if module.factor is None:
+        return ""
+    rank, inputs = module.out_features, module.factor.in_features
+    count = "the first CoLA factor" if module.count == 1 else f"the {module.count} first CoLA factors"
+    return f"{inputs} -> {rank}: {count} of {readers}, rank {rank}, with {_between(module)}"
+
+
+def _writer(module: Any) -> str:
+    if not hasattr(module, "input"):
+        return f"{module.in_features} -> {module.out_features}"
+    rank, inputs = module.input.out_features, module.input.factor.in_features
+    return f"{inputs} -> {rank} -> {module.output.out_features}: CoLA, rank {rank}, with {_between(module.input)}"
+
+
+def _reader(module: Any) -> str:
+    if not hasattr(module, "periodic"):
+        return f"{module.in_features} -> {module.out_features}"
+    periodic, rest = module.periodic.out_features, module.linear.out_features
+    return f"{module.linear.in_features} -> {2 * periodic + rest}: FAN, {_fan(periodic, rest, 'are linear')}"
 
 
 def _number(value: float) -> str:

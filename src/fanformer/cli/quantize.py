@@ -1,5 +1,6 @@
 """`fanformer quantize`: a model folder made smaller, with a report of what every matrix lost, or what it would lose."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,17 +14,13 @@ from fanformer.errors import ConfigError
 if TYPE_CHECKING:
     from fanformer.gguf.export import Report
     from fanformer.quantization.quantized_folder import Report as LayersReport
+    from fanformer.quantization.quantized_folder import Settings as LayersSettings
     from fanformer.quantization.sensitivity import Scan
 
 _TYPES = "f32|f16|bf16|q8_0|q4_0|q4_k|q5_k|q6_k"
-# what has an effect beside --output-dir, --calibration and --calibration-tokens
-_OWN_OPTIONS = {
-    "gguf": {"kind", "embedding_type", "head_type", "overwrite"},
-    "gptq": {"bits", "group_size", "overwrite"},
-    "awq": {"bits", "group_size", "overwrite"},
-    "gptq-v1": {"bits", "group_size", "overwrite"},
-    "scan": {"bits", "group_size", "overwrite"},
-}
+_FORMATS = ("gguf", "gptq", "awq", "gptq-v1")
+# what has an effect on gguf alone, and on all others
+_OF_GGUF, _OF_LAYERS = {"kind", "embedding_type", "head_type"}, {"bits", "group_size"}
 
 
 @click.command(cls=Verb, example="fanformer quantize runs/nano --format gguf --type q8_0 --output-dir runs/nano-gguf")
@@ -79,14 +76,14 @@ def quantize(
     if scan == (file_format is not None):
         raise ConfigError("`--format` or `--scan` is needed, and not both: gguf, gptq, awq or gptq-v1 write a model.")
     wanted = file_format or "scan"
-    if wanted not in _OWN_OPTIONS:
+    if not scan and wanted not in _FORMATS:
         raise ConfigError(f"`--format` must be gguf, gptq, awq or gptq-v1, got {wanted!r}.")
     _check_options(context, wanted)
-    if wanted == "scan":
-        _scan(folder, output_dir, bits, group_size, calibration, calibration_tokens, overwrite)
-        return
     if wanted != "gguf":
-        _quantize_layers(folder, output_dir, wanted, bits, group_size, calibration, calibration_tokens, overwrite)
+        from fanformer.quantization.quantized_folder import Settings as LayersSettings
+
+        layers = LayersSettings(wanted, bits, group_size, calibration, calibration_tokens, overwrite)
+        (_scan if scan else _quantize_layers)(folder, output_dir, layers)
         return
     from fanformer.gguf.export import Settings, export_gguf, output_file, report_file
 
@@ -101,31 +98,19 @@ def quantize(
 
 def _check_options(context: click.Context, wanted: str) -> None:
     """Refuse options that belong to another format."""
-    foreign = set().union(*_OWN_OPTIONS.values()) - _OWN_OPTIONS[wanted]
+    foreign = _OF_LAYERS if wanted == "gguf" else _OF_GGUF
     for option in context.command.params:
         if option.name in foreign and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
             name = "--scan" if wanted == "scan" else f"--format {wanted}"
             raise ConfigError(f"`{option.opts[-1]}` has no effect on `{name}`: leave it out.")
 
 
-def _quantize_layers(
-    folder: str,
-    output_dir: str,
-    method: str,
-    bits: int,
-    group_size: int,
-    calibration: str | None,
-    calibration_tokens: int,
-    overwrite: bool,
-) -> None:
-    from pathlib import Path
-
+def _quantize_layers(folder: str, output_dir: str, settings: "LayersSettings") -> None:
     from fanformer.quantization.compressed_tensors import export_compressed
     from fanformer.quantization.gptq_v1 import METHOD, export_gptq_v1
-    from fanformer.quantization.quantized_folder import REPORT_FILE, Settings
+    from fanformer.quantization.quantized_folder import REPORT_FILE
 
-    export = export_gptq_v1 if method == METHOD else export_compressed
-    settings = Settings(method, bits, group_size, calibration, calibration_tokens, overwrite)
+    export = export_gptq_v1 if settings.method == METHOD else export_compressed
     with writing(Path(output_dir)), counted_progress("layers") as show:
         report = export(folder, output_dir, settings, on_progress=show)
     show_layers(report)
@@ -148,21 +133,11 @@ def show_layers(report: "LayersReport") -> None:
         click.echo(note)
 
 
-def _scan(
-    folder: str,
-    output_dir: str,
-    bits: int,
-    group_size: int,
-    calibration: str | None,
-    calibration_tokens: int,
-    overwrite: bool,
-) -> None:
-    from pathlib import Path
-
+def _scan(folder: str, output_dir: str, settings: "LayersSettings") -> None:
     from fanformer.quantization.sensitivity import SCAN_FILE, scan_folder
 
     with writing(Path(output_dir)), counted_progress("parts") as show:
-        found = scan_folder(folder, output_dir, bits, group_size, calibration, calibration_tokens, show, overwrite)
+        found = scan_folder(folder, output_dir, settings, show)
     show_scan(found)
     click.echo(f"{Path(output_dir) / SCAN_FILE}: this table")
 

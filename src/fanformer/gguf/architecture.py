@@ -1,32 +1,23 @@
-"""A FANformer's shape and switches in GGUF's words: metadata to architecture and back; neither torch nor transformers.
+"""A FANformer in a GGUF file: its fields, and what its tensors' shapes tell; neither torch nor transformers.
 
 Keys are llama.cpp's where it has one, and ours below `fanformer.` elsewhere; docs/quantization.md lists them all.
+Ranks, P, biases, norms and gates are read off the tensors, so that no rule of the model is told again here.
 """
 
-import dataclasses
 import math
+import re
 from collections.abc import Container
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from fanformer.errors import CheckpointError
-from fanformer.gguf.file import ARCHITECTURE
+from fanformer.gguf.file import ARCHITECTURE, GGUFFile
 
 _LARGEST = 1 << 24
 """Above every width, count or length of a model; keeps products of them far from overflow."""
 
-_CHOICES = {
-    "hidden_act": ("silu", "gelu", "linear"),
-    "fan_placement": ("projection", "layer", "ffn", "attention", "both", "none"),
-    "cola_activation": ("silu", "gelu", "linear"),
-    "writer_activation": ("silu", "gelu", "linear", "half", "residual"),
-    "cola_input": ("shared", "separate"),
-    "norm_placement": ("hybrid-star", "hybrid", "pre"),
-    "qkv_norm": ("qkv", "qk", "none"),
-}
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-# field -> (key, how it is stored); "count" is an integer from 1 on
+# field of `FANformerConfig` -> (key, how it is stored); "count" is an integer from 1 on
 _KEYS = {
     "vocab_size": ("vocab_size", "count"),
     "max_position_embeddings": ("context_length", "count"),
@@ -40,34 +31,23 @@ _KEYS = {
     "hidden_act": ("hidden_activation", "text"),
     "fan_placement": ("fan.placement", "text"),
     "fan_ratio": ("fan.ratio", "double"),
-    "fan_multiple": ("fan.multiple", "count"),
     "cola_activation": ("cola.activation", "text"),
     "cola_norm": ("cola.norm", "flag"),
-    "writer_activation": ("cola.writer_activation", "text"),
-    "writer_norm": ("cola.writer_norm", "flag"),
     "cola_input": ("cola.input", "text"),
     "projection_bias": ("projection_bias", "flag"),
     "norm_placement": ("norm_placement", "text"),
     "qkv_norm": ("attention.qkv_norm", "text"),
     "gated_residual": ("gated_residual", "flag"),
 }
-# the same for what is there only where it has a value
-_OPTIONAL_KEYS = {
-    "qkv_rank": ("cola.qkv_rank", "count"),
-    "o_rank": ("cola.o_rank", "count"),
-    "gate_up_rank": ("cola.gate_up_rank", "count"),
-    "down_rank": ("cola.down_rank", "count"),
+# the same for what files lack from before each kind of layer had a rank of its own, and for what took its place
+_SINCE_RANKS = {"fan_multiple": ("fan.multiple", "count"), "writer_activation": ("cola.writer_activation", "text")}
+_BEFORE_RANKS = {
+    "cola_layers": ("cola.layers", "text"),
+    "cola_rank": ("cola.rank", "count"),
+    "cola_rank_ratio": ("cola.rank_ratio", "double"),
 }
-# what files hold that were written before each kind of layer had a rank of its own: which layers, and one rank for them
-_LAYERS_BEFORE, _RANK_BEFORE, _RATIO_BEFORE = "cola.layers", "cola.rank", "cola.rank_ratio"
-_CHOSEN_BEFORE = {
-    "readers": ("qkv_rank", "gate_up_rank"),
-    "all": tuple(_OPTIONAL_KEYS),
-    "attention": ("qkv_rank", "o_rank"),
-    "ffn": ("gate_up_rank", "down_rank"),
-}
-# what the fields of writers hold where O and down have full rank, as the configuration wants it
-_UNUSED_WRITERS = ["residual", False]
+# absent at full rank
+_RANKS = {name: (f"cola.{name}", "count") for name in ("qkv_rank", "o_rank", "gate_up_rank", "down_rank")}
 # field of `rope_parameters` -> (key, how it is stored)
 _ROPE_KEYS = {
     "rope_theta": ("rope.freq_base", "float"),
@@ -84,7 +64,18 @@ _ROPE_KEYS = {
     "truncate": ("rope.scaling.yarn_truncate", "flag"),
 }
 # GGUF's numbers for the types of values
-STORED_AS = {"count": 4, "float": 6, "double": 12, "flag": 7, "text": 8}
+_STORED_AS = {"count": 4, "float": 6, "double": 12, "flag": 7, "text": 8}
+# what the engine computes
+_CHOICES = {
+    "hidden_act": ("silu", "gelu", "linear"),
+    "fan_placement": ("projection", "layer", "ffn", "none"),
+    "cola_activation": ("silu", "gelu", "linear"),
+    "writer_activation": ("silu", "gelu", "linear", "residual"),
+    "cola_input": ("shared", "separate"),
+    "norm_placement": ("hybrid-star", "hybrid", "pre"),
+    "qkv_norm": ("qkv", "none"),
+    "rope_type": ("default", "linear", "llama3", "yarn"),
+}
 
 
 class Header(Protocol):
@@ -100,194 +91,64 @@ class Header(Protocol):
         """Return an error that names the file."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """What stands between the two factors of the CoLA linears that read one input."""
+class Architecture(SimpleNamespace):
+    """The fields of a `FANformerConfig` that decide the tensors and the arithmetic, as a file has them.
 
-    rank: int
-    """R."""
-    periodic: int
-    """P: how many of the R channels are cosines, and again sines; W_a makes R - P."""
-    count: int
-    """How many W_a there are, one above the other."""
-    activation: str
-    norm: bool
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What decides the tensors and the arithmetic of a FANformer; fields are those of `FANformerConfig`."""
-
-    vocab_size: int
-    max_position_embeddings: int
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    hidden_act: str
-    fan_placement: str
-    fan_ratio: float
-    fan_multiple: int
-    cola_activation: str
-    cola_norm: bool
-    writer_activation: str
-    writer_norm: bool
-    cola_input: str
-    projection_bias: bool
-    norm_placement: str
-    qkv_norm: str
-    gated_residual: bool
-    tie_word_embeddings: bool
-    qkv_rank: int | None
-    o_rank: int | None
-    gate_up_rank: int | None
-    down_rank: int | None
-    rope_parameters: dict[str, Any]
-
-    @classmethod
-    def from_config(cls, config: Any) -> "Architecture":
-        """Return the architecture of a `FANformerConfig`."""
-        fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(cls)}
-        rope = {name: value for name, value in config.rope_parameters.items() if name in _ROPE_KEYS}
-        return cls(**{**fields, "rope_parameters": rope})
+    Files from before each kind of layer had a rank of its own have the fields of that time, which the configuration
+    translates.
+    """
 
     @classmethod
     def from_file(cls, file: Header) -> "Architecture":
         """Return the architecture that a file's metadata and the presence of its head tell.
 
         Raises:
-            CheckpointError: if a key is missing, of the wrong type or out of its range.
+            CheckpointError: if a key is missing, of the wrong type or out of the range that the engine computes.
         """
-        fields = _ranks_before(file) if f"{ARCHITECTURE}.{_LAYERS_BEFORE}" in file.metadata else {}
-        fields |= {name: _read(file, key, kind) for name, (key, kind) in _KEYS.items() if name not in fields}
-        for name, (key, kind) in _OPTIONAL_KEYS.items():
-            present = f"{ARCHITECTURE}.{key}" in file.metadata
-            fields.setdefault(name, _read(file, key, kind) if present else None)
-        rope = {
-            name: _read(file, key, kind)
-            for name, (key, kind) in _ROPE_KEYS.items()
-            if f"{ARCHITECTURE}.{key}" in file.metadata
-        }
-        rope.setdefault("rope_type", "default")
-        fields["tie_word_embeddings"] = "output.weight" not in file.tensors
-        found = cls(**fields, rope_parameters=rope)
-        found._check(file)
+
+        def present(keys: dict[str, tuple[str, str]]) -> dict[str, Any]:
+            held = {name: key for name, key in keys.items() if f"{ARCHITECTURE}.{key[0]}" in file.metadata}
+            return {name: _read(file, *key) for name, key in held.items()}
+
+        fields = {name: _read(file, *key) for name, key in _KEYS.items()} | present(_BEFORE_RANKS) | present(_RANKS)
+        if "cola_layers" in fields:
+            fields |= present(_SINCE_RANKS)
+        else:
+            fields = dict.fromkeys(_RANKS) | fields | {name: _read(file, *key) for name, key in _SINCE_RANKS.items()}
+        rope = {"rope_type": "default"} | present(_ROPE_KEYS)
+        found = cls(**fields, rope_parameters=rope, tie_word_embeddings="output.weight" not in file.tensors)
+        _check(found, file)
         return found
 
-    def config_fields(self) -> dict[str, Any]:
-        """Return the keyword arguments of `FANformerConfig` for this architecture."""
-        return dataclasses.asdict(self)
 
-    def metadata(self) -> dict[str, tuple[int, Any]]:
-        """Return key to (type of the value, value), as a file has it."""
-        found: dict[str, tuple[int, Any]] = {}
-        for name, (key, kind) in {**_KEYS, **_OPTIONAL_KEYS}.items():
-            if getattr(self, name) is not None:
-                found[f"{ARCHITECTURE}.{key}"] = STORED_AS[kind], getattr(self, name)
-        found[f"{ARCHITECTURE}.attention.value_length"] = STORED_AS["count"], self.head_dim
-        found[f"{ARCHITECTURE}.rope.dimension_count"] = STORED_AS["count"], self.head_dim
-        for name, (key, kind) in _ROPE_KEYS.items():
-            value = self.rope_parameters.get(name)
-            if value is not None and not (name == "rope_type" and value == "default"):
-                found[f"{ARCHITECTURE}.{key}"] = STORED_AS[kind], value
-        return found
-
-    def factors(self, part: str) -> Factors | None:
-        """Return what is between the factors of attn_qkv, attn_output, ffn_gate_up or ffn_down; None at full rank."""
-        rank, readers, writes = {
-            "attn_qkv": (self.qkv_rank, 6 if self.fan_placement == "projection" else 3, False),
-            "attn_output": (self.o_rank, 1, True),
-            "ffn_gate_up": (self.gate_up_rank, 2, False),
-            "ffn_down": (self.down_rank, 1, True),
-        }[part]
-        if rank is None:
-            return None
-        periodic = self.periodic_width(rank) if self._fan_between_factors(part) else 0
-        count = 1 if self.cola_input == "shared" else readers
-        form = (self.writer_activation, self.writer_norm) if writes else (self.cola_activation, self.cola_norm)
-        return Factors(rank, periodic, count, *form)
-
-    def periodic_width(self, channels: int) -> int:
-        """Return P of so many channels, rounded as `FANformerConfig.periodic_width` says it."""
-        share, multiple = self.fan_ratio * channels, self.fan_multiple
-        rest = channels - 2 * share
-        while multiple > 1 and (channels % multiple or share < multiple or 0 < rest < multiple):
-            multiple //= 2
-        return int(share) if multiple == 1 else multiple * math.ceil(share / multiple - 0.5)
-
-    def _fan_between_factors(self, part: str) -> bool:
-        return self.fan_placement in ("both", "attention" if part.startswith("attn") else "ffn")
-
-    def has_attention_norm(self, layer: int) -> bool:
-        """Return whether block `layer` has a norm in front of its attention."""
-        return self.norm_placement == "pre" or (self.norm_placement == "hybrid-star" and layer == 0)
-
-    def _check(self, file: Header) -> None:
-        """Raise CheckpointError where fields contradict each other or are out of range."""
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise file.fail(
-                    f"`{_key_of(name)}` must be one of {', '.join(choices)}, got {str(getattr(self, name))[:40]!r}."
-                )
-        rope_type = self.rope_parameters["rope_type"]
-        if rope_type not in _ROPE_TYPES:
-            raise file.fail(
-                f"`{ARCHITECTURE}.rope.scaling.type` must be one of {', '.join(_ROPE_TYPES)}, got "
-                f"{rope_type[:40]!r}: other types are not supported."
-            )
-        if not self.rope_parameters.get("rope_theta", 0) > 0:
-            raise file.fail(f"`{ARCHITECTURE}.rope.freq_base` must be above 0, got {self.rope_parameters}.")
-        for name, low, high in (("fan_ratio", 0.0, 0.5), ("rms_norm_eps", 1e-30, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise file.fail(f"`{_key_of(name)}` must be in [{low}, {high}], got {getattr(self, name)}.")
-        if self.fan_multiple & (self.fan_multiple - 1):
-            raise file.fail(f"`{_key_of('fan_multiple')}` must be a power of two, got {self.fan_multiple}.")
-        for part, name in (("attn_qkv", "qkv_rank"), ("ffn_gate_up", "gate_up_rank")):
-            if self._fan_between_factors(part) and getattr(self, name) is None:
-                raise file.fail(
-                    f"`{_key_of('fan_placement')}` {self.fan_placement!r} needs `{_key_of(name)}`, got full rank."
-                )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise file.fail(
-                f"`{_key_of('num_attention_heads')}` must be a multiple of `{_key_of('num_key_value_heads')}`, got "
-                f"{self.num_attention_heads} and {self.num_key_value_heads}."
-            )
-        if self.head_dim % 2:
-            raise file.fail(f"`{_key_of('head_dim')}` must be even, got {self.head_dim}: RoPE turns pairs of channels.")
+def metadata(config: Any) -> dict[str, tuple[int, Any]]:
+    """Return key to (type of the value, value), as a file has it, for a `FANformerConfig`."""
+    values = {key: getattr(config, name) for name, key in {**_KEYS, **_SINCE_RANKS, **_RANKS}.items()}
+    values |= {("attention.value_length", "count"): config.head_dim, ("rope.dimension_count", "count"): config.head_dim}
+    values |= {key: config.rope_parameters.get(name) for name, key in _ROPE_KEYS.items()}
+    if config.rope_parameters["rope_type"] == "default":
+        del values[_ROPE_KEYS["rope_type"]]
+    return {f"{ARCHITECTURE}.{key}": (_STORED_AS[kind], v) for (key, kind), v in values.items() if v is not None}
 
 
-def _ranks_before(file: Header) -> dict[str, Any]:
-    """Return the fields of today for what files of one rank and a choice of layers hold, and what was fixed then."""
-    for key, _ in [*_OPTIONAL_KEYS.values(), _KEYS["fan_multiple"]]:
-        if f"{ARCHITECTURE}.{key}" in file.metadata:
-            raise file.fail(f"has `{ARCHITECTURE}.{_LAYERS_BEFORE}` and `{ARCHITECTURE}.{key}`, which replaced it.")
-    chosen = _read(file, _LAYERS_BEFORE, "text")
-    if chosen not in _CHOSEN_BEFORE:
-        choices = ", ".join(_CHOSEN_BEFORE)
-        raise file.fail(f"`{ARCHITECTURE}.{_LAYERS_BEFORE}` must be one of {choices}, got {chosen[:40]!r}.")
-    rank = None
-    if f"{ARCHITECTURE}.{_RANK_BEFORE}" in file.metadata:
-        rank = _read(file, _RANK_BEFORE, "count")
-    elif f"{ARCHITECTURE}.{_RATIO_BEFORE}" in file.metadata:
-        ratio = _read(file, _RATIO_BEFORE, "double")
-        if not 0 < ratio <= 1:
-            raise file.fail(f"`{ARCHITECTURE}.{_RATIO_BEFORE}` must be in (0, 1], got {ratio}.")
-        rank = max(1, int(ratio * _read(file, *_KEYS["hidden_size"])))
-    found: dict[str, Any] = {name: rank if name in _CHOSEN_BEFORE[chosen] else None for name in _OPTIONAL_KEYS}
-    low_rank_writers = rank is not None and chosen != "readers"
-    form = (
-        [_read(file, *_KEYS[name]) for name in ("cola_activation", "cola_norm")]
-        if low_rank_writers
-        else _UNUSED_WRITERS
-    )
-    return found | {"fan_multiple": 1, "writer_activation": form[0], "writer_norm": form[1]}
-
-
-def _key_of(field: str) -> str:
-    return f"{ARCHITECTURE}.{({**_KEYS, **_OPTIONAL_KEYS})[field][0]}"
+def _check(model: Architecture, file: Header) -> None:
+    """Raise CheckpointError where the engine could not compute with what the fields say."""
+    fields = {**vars(model), **model.rope_parameters}
+    keys = {name: f"{ARCHITECTURE}.{key}" for name, (key, _) in {**_KEYS, **_SINCE_RANKS, **_ROPE_KEYS}.items()}
+    for name, choices in _CHOICES.items():
+        if fields.get(name, choices[0]) not in choices:
+            raise file.fail(f"`{keys[name]}` must be one of {', '.join(choices)}, got {fields[name][:40]!r}.")
+    if not fields.get("rope_theta", 0) > 0:
+        raise file.fail(f"`{keys['rope_theta']}` must be above 0, got {model.rope_parameters}.")
+    if not 1e-30 <= model.rms_norm_eps <= 1:
+        raise file.fail(f"`{keys['rms_norm_eps']}` must be in [1e-30, 1], got {model.rms_norm_eps}.")
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise file.fail(
+            f"`{keys['num_attention_heads']}` must be a multiple of `{keys['num_key_value_heads']}`, got "
+            f"{model.num_attention_heads} and {model.num_key_value_heads}."
+        )
+    if model.head_dim % 2:
+        raise file.fail(f"`{keys['head_dim']}` must be even, got {model.head_dim}: RoPE turns pairs of channels.")
 
 
 def _read(file: Header, name: str, kind: str) -> Any:
@@ -316,3 +177,143 @@ def shortest(value: float) -> float:
     import numpy as np
 
     return float(str(np.float32(value)))
+
+
+def open_model(path: str) -> tuple[GGUFFile, Architecture]:
+    """Read and check a file's header, metadata and list of tensors.
+
+    Raises:
+        CheckpointError: if anything is not what it must be.
+    """
+    try:
+        file = GGUFFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    model = Architecture.from_file(file)
+    read_factors(model, file)
+    return file, model
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What stands between the two factors of the CoLA linears that read one input."""
+
+    rank: int
+    """R."""
+    periodic: int
+    """P: how many of the R channels are cosines, and again sines; W_a makes R - P."""
+    count: int
+    """How many W_a there are, one above the other."""
+    activation: str
+
+
+# What lengths tensors have in common: (outputs, inputs) of a matrix, whose bias has its outputs, or a norm's or gate's
+# width. V, D, F and K are the model's, Q is H K; what a group of layers reads is called after the group.
+_BLOCK = {
+    "attn_norm": "D",
+    "attn_fan": "fan D",
+    "attn_qkv_a": "attn_qkv_a D",
+    "attn_qkv_a_norm": "attn_qkv_a_norm",
+    "attn_q_fan": "q_fan attn_qkv",
+    "attn_q": "q attn_qkv",
+    "attn_k_fan": "k_fan attn_qkv",
+    "attn_k": "k attn_qkv",
+    "attn_v_fan": "v_fan attn_qkv",
+    "attn_v": "v attn_qkv",
+    **dict.fromkeys(("attn_q_norm", "attn_k_norm", "attn_v_norm"), "K"),
+    "attn_output_a": "attn_output_a Q",
+    "attn_output": "D attn_output",
+    **dict.fromkeys(("attn_residual_gate", "ffn_norm", "ffn_residual_gate"), "D"),
+    "ffn_gate_up_a": "ffn_gate_up_a D",
+    "ffn_gate_up_a_norm": "ffn_gate_up_a_norm",
+    **dict.fromkeys(("ffn_gate", "ffn_up"), "F ffn_gate_up"),
+    "ffn_down_a": "ffn_down_a F",
+    "ffn_down": "D ffn_down",
+}
+_SHAPES = {f"blk.N.{name}": lengths for name, lengths in _BLOCK.items()}
+_SHAPES |= {"token_embd": "V D", "output_norm": "D", "output": "V D"}
+_NEEDED = ("attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def read_factors(model: Architecture, file: GGUFFile) -> dict[str, Factors]:
+    """Return the factors of attn_qkv, attn_output, ffn_gate_up and ffn_down, of those that have some.
+
+    Raises:
+        CheckpointError: if a tensor is missing, unknown or of a shape that does not fit the others and the metadata, or
+            if a norm, gate or bias is not float32.
+    """
+    # a block count that lies would otherwise make us look for millions of tensors
+    if model.num_hidden_layers > len(file.tensors):
+        raise file.fail(f"claims {model.num_hidden_layers} blocks, but has {len(file.tensors)} tensors.")
+    _check_names(model, file)
+    lengths = _read_lengths(model, file)
+    heads, found = {"q": model.num_attention_heads, "k": model.num_key_value_heads, "v": model.num_key_value_heads}, {}
+    for part, count in heads.items():
+        outputs = 2 * lengths.get(f"{part}_fan", 0) + lengths.get(part, 0)
+        _require(file, outputs == count * model.head_dim, f"attn_{part}", f"makes {outputs} outputs of {count} heads")
+    cosines = lengths["D"] - lengths.get("fan", lengths["D"])
+    _require(file, 0 <= 2 * cosines <= lengths["D"], "attn_fan", f"makes {cosines} cosines of {lengths['D']}")
+    projection = model.fan_placement == "projection"
+    for part, inputs, readers in (("attn_qkv", "D", 6 if projection else 3), ("attn_output", "Q", 1),
+                                  ("ffn_gate_up", "D", 2), ("ffn_down", "F", 1)):  # fmt: skip
+        rank, rows = lengths[part], lengths.get(f"{part}_a")
+        if rows is None:
+            _require(file, rank == lengths[inputs], part, f"reads {rank}, expected {lengths[inputs]}")
+            continue
+        count = 1 if model.cola_input == "shared" else readers
+        periodic, left = divmod(count * rank - rows, count)
+        most = rank if model.fan_placement == "ffn" and part.startswith("ffn") else 0
+        norm = lengths.get(f"{part}_a_norm", rank - periodic)
+        fits = not left and 0 <= 2 * periodic <= most and norm == rank - periodic
+        _require(file, fits, part, f"reads {rank}, and its first factors have {rows} rows and norms of {norm}")
+        reads = model.cola_activation
+        found[part] = Factors(
+            rank, periodic, count, reads if readers > 1 else getattr(model, "writer_activation", reads)
+        )
+    return found
+
+
+def _require(file: GGUFFile, fits: bool, name: str, what: str) -> None:
+    if not fits:
+        raise file.fail(f"its tensors do not fit its metadata: `{name}` {what}.")
+
+
+def _check_names(model: Architecture, file: GGUFFile) -> None:
+    """Raise CheckpointError if a tensor is missing or unknown: all blocks have those of the first, but for one norm."""
+    first = {name.removeprefix("blk.0.") for name in file.tensors if _lengths_of(name) and name.startswith("blk.0.")}
+    first = (first | {f"{name}.weight" for name in _NEEDED}) - {"attn_norm.weight"}
+    wanted = {f"blk.{layer}.{name}" for layer in range(model.num_hidden_layers) for name in first}
+    normed = {"pre": model.num_hidden_layers, "hybrid-star": 1}.get(model.norm_placement, 0)
+    wanted |= {f"blk.{layer}.attn_norm.weight" for layer in range(normed)}
+    wanted |= {"token_embd.weight", "output_norm.weight"} | (
+        {"output.weight"} if not model.tie_word_embeddings else set()
+    )
+    for verb, names in (("lacks", wanted - file.tensors.keys()), ("has", file.tensors.keys() - wanted)):
+        if any(name.endswith(("attn_output_a_norm.weight", "ffn_down_a_norm.weight")) for name in names):
+            raise file.fail("has norms between the factors of O and down, which were deleted: train without them.")
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise file.fail(f"its tensors do not fit its metadata: it {verb} `{min(names)}`{more}.")
+
+
+def _lengths_of(name: str) -> list[str]:
+    """Return what the lengths of a tensor are called; none of one that no model has."""
+    layer, _, end = re.sub(r"^blk\.\d+\.", "blk.N.", name).rpartition(".")
+    lengths = _SHAPES.get(layer, "").split()
+    return {"weight": lengths, "bias": lengths[:1] if len(lengths) > 1 else []}.get(end, [])
+
+
+def _read_lengths(model: Architecture, file: GGUFFile) -> dict[str, int]:
+    """Return every length that tensors have in common by its name, checked to be the same in all of them."""
+    found = {"V": model.vocab_size, "D": model.hidden_size, "F": model.intermediate_size, "K": model.head_dim}
+    found["Q"] = model.num_attention_heads * model.head_dim
+    for name, info in file.tensors.items():
+        names = _lengths_of(name)
+        expected = tuple(found.setdefault(each, got) for each, got in zip(names, info.shape, strict=False))
+        if len(names) != len(info.shape) or expected != info.shape:
+            _require(file, False, name, f"is {info.shape}, expected {expected}")
+        if len(names) == 1 and info.kind.name != "f32":
+            raise file.fail(
+                f"stores `{name}` as {info.kind.name}, expected f32: norms, gates and biases are never cut."
+            )
+    return found

@@ -14,10 +14,10 @@ import fanformer.model  # noqa: F401  registers the Auto classes
 from fanformer.errors import CheckpointError, DependencyError
 from fanformer.gguf.architecture import Architecture
 from fanformer.gguf.file import ARCHITECTURE
-from fanformer.gguf.tensors import tensor_specs
-from fanformer.gguf.tokenizer import END_IDS, PIPELINE, rebuild_json
+from fanformer.gguf.parameters import parameters
+from fanformer.gguf.tokenizer import END_IDS, PIPELINE, WHOLE, put_together
 
-_PIPELINE_NAME = "fanformer_pipeline"
+_WHOLE_NAME, _PIPELINE_NAME = "tokenizer_json", "fanformer_pipeline"
 
 
 def register_gguf() -> None:
@@ -38,7 +38,8 @@ def register_gguf() -> None:
         ) from error
     GGUF_ARCHS[ARCHITECTURE] = _renamings
     GGUF_CONFIG_ARCHS[ARCHITECTURE] = _config
-    GGUF_TOKENIZER_MAPPING["tokenizer"][PIPELINE.removeprefix("tokenizer.")] = _PIPELINE_NAME
+    for key, name in ((WHOLE, _WHOLE_NAME), (PIPELINE, _PIPELINE_NAME)):
+        GGUF_TOKENIZER_MAPPING["tokenizer"][key.removeprefix("tokenizer.")] = name
     known = GGUF_TOKENIZER_TYPES["gpt2"]
     if not isinstance(known, _ByteLevel):
         GGUF_TOKENIZER_TYPES["gpt2"] = _ByteLevel(known)
@@ -60,7 +61,7 @@ def _config(metadata: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     model = Architecture.from_file(_MetadataOnly(metadata, names))
     ends = metadata.get(END_IDS, metadata.get("tokenizer.ggml.eos_token_id"))
     return {
-        **model.config_fields(),
+        **vars(model),
         "model_type": ARCHITECTURE,
         "architectures": ["FANformerForCausalLM"],
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -75,10 +76,7 @@ def _renamings(config: Any) -> list[Any]:
 
     from transformers.core_model_loading import WeightRenaming
 
-    return [
-        WeightRenaming(f"^{re.escape(spec.name)}$", spec.parameter)
-        for spec in tensor_specs(Architecture.from_config(config))
-    ]
+    return [WeightRenaming(f"^{re.escape(item.name)}$", item.parameter) for item in parameters(config)]
 
 
 class _ByteLevel:
@@ -89,10 +87,12 @@ class _ByteLevel:
 
     def __call__(self, content: dict[str, Any]) -> Any:
         """Return a tokenizer for what `transformers` has read of a file."""
-        if _PIPELINE_NAME not in content:
-            return self._others(content)
         from tokenizers import Tokenizer
 
-        parts = content["tokens"], content["token_type"], content["merges"]
-        backend = Tokenizer.from_str(rebuild_json(content[_PIPELINE_NAME], *parts))
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+        whole = content.get(_WHOLE_NAME)
+        if whole is None and _PIPELINE_NAME in content:
+            parts = content["tokens"], content["token_type"], content["merges"]
+            whole = put_together(content[_PIPELINE_NAME], *parts)
+        if whole is None:
+            return self._others(content)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(whole))

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fanformer.errors import CheckpointError
 from fanformer.gguf.blocks import Bytes, Floats, dequantize
-from fanformer.gguf.file import TensorInfo
+from fanformer.gguf.file import TensorInfo, read_at
 
 _ROWS_AT_ONCE = 256
 
@@ -45,11 +45,7 @@ class Embedding:
         return dequantize(raw, self._info.kind, (len(raw) // self._row_bytes, self._info.shape[-1]))
 
     def _read(self, first: int, count: int) -> Bytes:
-        raw, done = np.empty(count * self._row_bytes, dtype=np.uint8), 0
-        self._stream.seek(self._info.offset + first * self._row_bytes)
-        while done < len(raw):
-            got = self._stream.readinto(raw[done:].data)
-            if not got:
-                raise CheckpointError(f"{self._path.absolute()} became shorter while it was in use: copy it again.")
-            done += got
+        raw = np.empty(count * self._row_bytes, dtype=np.uint8)
+        if not read_at(self._stream, self._info.offset + first * self._row_bytes, raw):
+            raise CheckpointError(f"{self._path.absolute()} became shorter while it was in use: copy it again.")
         return raw

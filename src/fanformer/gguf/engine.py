@@ -9,19 +9,17 @@ Shapes as there, with B streams (texts that go on together) of T tokens each, N 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.errors import ConfigError
-from fanformer.gguf.architecture import Architecture, Factors
+from fanformer.gguf.architecture import Architecture, open_model
 from fanformer.gguf.blocks import Floats
 from fanformer.gguf.embedding import Embedding
 from fanformer.gguf.file import GGUFFile
 from fanformer.gguf.runtime import F16, F32, I32, I64, Graph, Memory, Node, Runtime
-from fanformer.gguf.tensors import open_model
 from fanformer.gguf.weights import Weights
 from fanformer.machine.threads import choose_threads
 
@@ -35,14 +33,6 @@ _BYTES_A_THREAD = 4 << 20
 
 A nano model of 2 MB decodes 1.18 times as fast on one thread as on two, one of 16 MB 1.3 times as fast on two.
 """
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What `generate` and `chat` ask of a model's configuration."""
-
-    max_position_embeddings: int
-    vocab_size: int
 
 
 class Engine:
@@ -69,7 +59,6 @@ class Engine:
                 f"the engine turns positions of the RoPE types default and linear, got {rope['rope_type']!r} in "
                 f"{file.path}: load the file with fanformer.loading.load."
             )
-        self.config = EngineConfig(self.model.max_position_embeddings, self.model.vocab_size)
         read = sum(
             info.num_bytes
             for name, info in file.tensors.items()
@@ -293,7 +282,9 @@ class _Builder:
         return g
 
     def _norm(self, x: Node, name: str) -> Node:
-        return self._graph.normalise(x, self._weights.nodes[f"{name}.weight"], self._model.rms_norm_eps)
+        """Return `x` normalised by the norm of that name; where the model has none, as it is."""
+        weight = self._weights.nodes.get(f"{name}.weight")
+        return x if weight is None else self._graph.normalise(x, weight, self._model.rms_norm_eps)
 
     def _linear(self, x: Node, name: str) -> Node:
         """Return the outputs of all linear layers that are joined under `name`."""
@@ -304,53 +295,47 @@ class _Builder:
         y = g.concat(parts)
         return y if linear.bias is None else g.add(y, linear.bias)
 
-    def _first_factor(self, x: Node, block: str, part: str, readers: int) -> list[Node]:
-        """Return what stands between the factors for each reader of `x`, one after the other; at full rank, `x`."""
-        g, factors, name = self._graph, self._model.factors(part), f"{block}.{part}"
+    def _first_factor(self, x: Node, name: str) -> list[Node]:
+        """Return what stands between the factors for each reader of `x` that has its own; at full rank, `x`."""
+        g, factors = self._graph, self._weights.factors.get(name.rpartition(".")[2])
         if factors is None:
-            return [x] * readers
+            return [x]
         rank, count = factors.rank, factors.count
         hidden = g.reshape(self._linear(x, f"{name}_a"), rank - factors.periodic, count * self._n)
-        if factors.norm:
-            hidden = self._norm(hidden, f"{name}_a_norm")
-        hidden = g.reshape(self._between(hidden, factors), rank * count, self._n)
-        if count == 1:
-            return [hidden] * readers
-        return [g.slice_rows(hidden, rank * index, rank) for index in range(count)]
+        hidden = self._norm(hidden, f"{name}_a_norm")
+        hidden = self._circles(hidden, factors.periodic, factors.activation)
+        hidden = g.reshape(hidden, rank * count, self._n)
+        return [g.slice_rows(hidden, rank * index, rank) for index in range(count)] if count > 1 else [hidden]
 
-    def _between(self, hidden: Node, factors: Factors) -> Node:
+    def _circles(self, hidden: Node, periodic: int, activation: str) -> Node:
         """Return [cos(p), sin(p), act(g)] of the rows [p, g], p of P channels; without p, act(g)."""
-        g, periodic = self._graph, factors.periodic
+        g = self._graph
         if periodic == 0:
-            return self._activate(hidden, factors.activation)
+            return self._activate(hidden, activation)
         p = g.contiguous(g.slice_rows(hidden, 0, periodic))
         parts = [g.apply("cos", p), g.apply("sin", p)]
         if hidden.shape[0] > periodic:
             rest = g.slice_rows(hidden, periodic, hidden.shape[0] - periodic)
-            parts.append(self._activate(rest, factors.activation))
+            parts.append(self._activate(rest, activation))
         return g.concat(parts)
 
     def _activate(self, x: Node, activation: str) -> Node:
-        g, width = self._graph, x.shape[0]
+        g = self._graph
         if activation == "residual":
             x = g.contiguous(x)
             return g.add(x, g.apply("silu", x))
-        if activation == "half" and width > 1:
-            first = width - width // 2
-            return g.concat([g.apply("silu", g.slice_rows(x, 0, first)), g.slice_rows(x, first, width - first)])
-        return g.apply("silu" if activation == "half" else activation, x)
+        return g.apply(activation, x)
 
-    def _writer(self, x: Node, block: str, part: str) -> Node:
-        return self._linear(self._first_factor(x, block, part, 1)[0], f"{block}.{part}")
+    def _writer(self, x: Node, name: str) -> Node:
+        return self._linear(self._first_factor(x, name)[0], name)
 
     def _residual(self, x: Node, branch: Node, name: str) -> Node:
-        if self._model.gated_residual:
-            branch = self._graph.multiply(branch, self._weights.nodes[f"{name}.weight"])
-        return self._graph.add(x, branch)
+        gate = self._weights.nodes.get(f"{name}.weight")
+        return self._graph.add(x, branch if gate is None else self._graph.multiply(branch, gate))
 
     def _layer(self, x: Node, layer: int) -> Node:
         block = f"blk.{layer}"
-        h = self._norm(x, f"{block}.attn_norm") if self._model.has_attention_norm(layer) else x
+        h = self._norm(x, f"{block}.attn_norm")
         y = self._residual(x, self._attention(h, block, layer), f"{block}.attn_residual_gate")
         z = self._norm(y, f"{block}.ffn_norm")
         base = y if self._model.norm_placement == "pre" else z
@@ -358,12 +343,10 @@ class _Builder:
 
     def _feed_forward(self, z: Node, block: str) -> Node:
         g, model = self._graph, self._model
-        gate, up = self._first_factor(z, block, "ffn_gate_up", 2)
-        if f"{block}.ffn_gate_up" in self._weights:
-            both = self._linear(gate, f"{block}.ffn_gate_up")
-        else:
-            both = g.concat([self._linear(gate, f"{block}.ffn_gate"), self._linear(up, f"{block}.ffn_up")])
-        return self._writer(g.swiglu(both, model.hidden_act), block, "ffn_down")
+        inputs = self._first_factor(z, f"{block}.ffn_gate_up")
+        names = [f"{block}.ffn_gate", f"{block}.ffn_up"] if len(inputs) > 1 else [f"{block}.ffn_gate_up"]
+        both = g.concat([self._linear(u, name) for u, name in zip(inputs, names, strict=True)])
+        return self._writer(g.swiglu(both, model.hidden_act), f"{block}.ffn_down")
 
     def _attention(self, h: Node, block: str, layer: int) -> Node:
         g, model = self._graph, self._model
@@ -378,41 +361,30 @@ class _Builder:
         weights = g.softmax(g.matmul(keys, q), self._mask, width**-0.5)  # [S, T, H, B]
         attended = g.permute(g.matmul(values, weights), 0, 2, 1, 3)  # [K, H, T, B]
         attended = g.reshape(g.contiguous(attended), width * heads, self._n)
-        return self._writer(attended, block, "attn_output")
+        return self._writer(attended, f"{block}.attn_output")
 
     def _fan_layer(self, h: Node, block: str) -> Node:
         """Return [cos(p), sin(p), g] of the paper's FANLayer', where the model has it."""
-        if self._model.fan_placement != "layer":
+        if f"{block}.attn_fan" not in self._weights:
             return h
-        g = self._graph
         y = self._linear(h, f"{block}.attn_fan")
-        periodic = self._model.periodic_width(self._model.hidden_size)
-        if periodic == 0:
-            return y
-        p = g.contiguous(g.slice_rows(y, 0, periodic))
-        rest = g.slice_rows(y, periodic, y.shape[0] - periodic)
-        return g.concat([g.apply("cos", p), g.apply("sin", p), rest])
+        return self._circles(y, h.shape[0] - y.shape[0], "linear")
 
     def _projections(self, h: Node, block: str) -> list[Node]:
         """Return Q `[H K, N]`, K and V `[G K, N]`."""
-        model = self._model
-        projection = model.fan_placement == "projection"
-        inputs = self._first_factor(h, block, "attn_qkv", 6 if projection else 3)
-        parts = [f"attn_{part}" for part in "qkv"]
-        if f"{block}.attn_qkv" in self._weights:
+        inputs = self._first_factor(h, f"{block}.attn_qkv")
+        if len(inputs) == 1:
             y = self._linear(inputs[0], f"{block}.attn_qkv")
             return self._cut(y, self._weights.linear(f"{block}.attn_qkv").widths)
-        if not projection:
-            return [self._linear(inputs[i], f"{block}.{part}") for i, part in enumerate(parts)]
-        return [self._fan(inputs[2 * i], inputs[2 * i + 1], f"{block}.{part}") for i, part in enumerate(parts)]
+        own = len(inputs) // 3  # of each of Q, K and V: one for p and one for g, or one
+        ends = ((inputs[own * i], inputs[own * i + own - 1]) for i in range(3))
+        return [self._fan(u, v, f"{block}.attn_{part}") for part, (u, v) in zip("qkv", ends, strict=True)]
 
     def _cut(self, y: Node, widths: tuple[int, ...]) -> list[Node]:
         """Return Q, K and V of the outputs of all their linear layers: p of all three first, where there are any."""
         g = self._graph
         starts = np.cumsum([0, *widths]).tolist()
         plain = [[g.slice_rows(y, starts[i], widths[i])] if widths[i] else [] for i in range(len(widths))]
-        if len(widths) == 3:
-            return [parts[0] for parts in plain]
         found: list[list[Node]] = [[], [], []]
         turning = starts[3]
         if turning:
@@ -436,8 +408,7 @@ class _Builder:
         """Return `x` by heads, `[K, H or G, N]`, normalised where the model does."""
         x = self._graph.contiguous(x)
         x = self._graph.reshape(x, self._model.head_dim, x.shape[0] // self._model.head_dim, self._n)
-        name = f"{block}.attn_{part}_norm"
-        return self._norm(x, name) if f"{name}.weight" in self._weights else x
+        return self._norm(x, f"{block}.attn_{part}_norm")
 
     def _remember(self, k: Node, v: Node, layer: int) -> tuple[Node, Node]:
         """Write keys and values `[K, G, N]` to the cache; return what is visible, `[K, S, G, B]` and `[S, K, G, B]`."""

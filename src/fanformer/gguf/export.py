@@ -15,13 +15,13 @@ from fanformer.errors import ConfigError
 from fanformer.files.staging import check_free, staged
 from fanformer.generation.loading import load
 from fanformer.generation.torch_model import end_token_ids
-from fanformer.gguf.architecture import Architecture
+from fanformer.gguf import architecture
 from fanformer.gguf.blocks import BlockType, Bytes, Floats, dequantize
 from fanformer.gguf.file import ARCHITECTURE, ARRAY, STRING
 from fanformer.gguf.importance import importance
 from fanformer.gguf.plan import Plan, PlannedTensor, make_plan
 from fanformer.gguf.runtime import library, quantize
-from fanformer.gguf.tokenizer import END_IDS, MERGES, PIPELINE, TEMPLATE, TOKEN_TYPES, TOKENS, strip_json
+from fanformer.gguf.tokenizer import END_IDS, MERGES, TEMPLATE, TOKEN_TYPES, TOKENS, WHOLE, split_json
 from fanformer.gguf.writer import Value, write_gguf
 
 _UINT32, _INT32, _BOOL = 4, 5, 7
@@ -112,7 +112,7 @@ def export_gguf(
             f"{Path(folder).absolute()} is a {model.config.model_type}, expected a {ARCHITECTURE}: llama.cpp's own "
             "convert_hf_to_gguf.py writes other models."
         )
-    plan = make_plan(Architecture.from_config(model.config), settings.type, settings.embedding_type, settings.head_type)
+    plan = make_plan(model.config, settings.type, settings.embedding_type, settings.head_type)
     if any(item.kind.block_elements > 1 for item in plan.tensors):
         library()  # a missing extra shows before the work begins
     tell = on_progress or (lambda what, done, total: None)
@@ -230,14 +230,14 @@ def _metadata(
         "general.size_label": (STRING, f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M"),
         "general.file_type": (_UINT32, TYPES[kind].file_type),
         "general.quantization_version": (_UINT32, _QUANTIZATION_VERSION),
-        **plan.model.metadata(),
+        **architecture.metadata(plan.config),
     }
     return found | _tokenizer_metadata(model, tokenizer)
 
 
 def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    pipeline, tokens, types, merges = strip_json(content, model.config.vocab_size)
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    tokens, types, merges = split_json(content, model.config.vocab_size)
     adds_start = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     found: dict[str, Value] = {
         "tokenizer.ggml.model": (STRING, "gpt2"),
@@ -247,7 +247,7 @@ def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
         MERGES: (ARRAY, (STRING, merges)),
         "tokenizer.ggml.add_bos_token": (_BOOL, adds_start),
         "tokenizer.ggml.add_space_prefix": (_BOOL, False),
-        PIPELINE: (STRING, pipeline),
+        WHOLE: (STRING, json.dumps(content, ensure_ascii=False, separators=(",", ":"))),
     }
     for key, number in (
         ("bos", tokenizer.bos_token_id),

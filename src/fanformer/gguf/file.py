@@ -6,6 +6,7 @@ Source: the GGUF specification, version 3 (docs/gguf.md of ggml).
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,13 +114,8 @@ class GGUFFile:
             CheckpointError: if the file has become shorter since its header was read.
         """
         with self.path.open("rb", buffering=0) as stream:
-            stream.seek(info.offset)
-            done = 0
-            while done < info.num_bytes:
-                count = stream.readinto(target[done:].data)
-                if not count:
-                    raise self.fail(f"ends within tensor `{info.name}`: it is truncated, copy it again.")
-                done += count
+            if not read_at(stream, info.offset, target):
+                raise self.fail(f"ends within tensor `{info.name}`: it is truncated, copy it again.")
 
     def read_raw(self, info: TensorInfo) -> Bytes:
         """Return the bytes of a tensor, (num_bytes,) uint8; raises as `read_into`."""
@@ -137,6 +133,18 @@ class GGUFFile:
         if not np.isfinite(values).all():
             raise self.fail(f"tensor `{info.name}` holds values that are not finite: it is of no use.")
         return values
+
+
+def read_at(stream: FileIO, offset: int, target: Bytes) -> bool:
+    """Fill `target`, (count,) uint8, with the bytes from `offset` on, and return whether there are so many."""
+    stream.seek(offset)
+    done = 0
+    while done < len(target):
+        count = stream.readinto(target[done:].data)
+        if not count:
+            return False
+        done += count
+    return True
 
 
 class _Header:

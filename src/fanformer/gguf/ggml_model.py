@@ -12,9 +12,9 @@ from fanformer.generation.decoding import TextWriter
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text
+from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
 from fanformer.gguf.sampling import Sampler
-from fanformer.gguf.tensors import open_model
 from fanformer.gguf.tokenizer import GGUFTokenizer
 
 

@@ -3,7 +3,8 @@
 Source: llama.cpp's importance matrix (tools/imatrix): a rounding error in column i costs in proportion to E[x_i^2].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -40,22 +41,19 @@ def importance(
     if tokens < FEWEST_TOKENS:
         raise ConfigError(f"`--calibration-tokens` must be at least {FEWEST_TOKENS}, got {tokens}.")
     sums: dict[str, torch.Tensor] = {}
-    handles = [
-        module.register_forward_pre_hook(_recorder(f"{name}.weight", sums))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.numel()
-    ]
+
+    def add(name: str, x: torch.Tensor) -> None:
+        sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + x.double().square().flatten(0, -2).sum(0)
+
+    modules = dict(model.named_modules()).items()
+    layers = [name for name, module in modules if isinstance(module, nn.Linear) and module.weight.numel()]
     done = 0
-    try:
-        with torch.inference_mode():
-            for ids in _pieces(tokenizer, source, model.config.max_position_embeddings, tokens):
-                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-                done += len(ids)
-                if on_progress is not None:
-                    on_progress(done, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.inference_mode(), watched_inputs(model, layers, add):
+        for ids in _pieces(tokenizer, source, model.config.max_position_embeddings, tokens):
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            done += len(ids)
+            if on_progress is not None:
+                on_progress(done, tokens)
     if done < FEWEST_TOKENS:
         raise DataError(
             f"`--calibration {source}` has {done} tokens, expected at least {FEWEST_TOKENS}: give more text."
@@ -63,12 +61,18 @@ def importance(
     return {name: (total / done).float().cpu().numpy().astype(np.float32) for name, total in sums.items()}
 
 
-def _recorder(name: str, sums: dict[str, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        squares = inputs[0].detach().double().square().flatten(0, -2).sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
-
-    return record
+@contextmanager
+def watched_inputs(model: nn.Module, layers: Iterable[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Let `see` have the name and the input of every named layer that runs within the `with` block."""
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+        for name in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, source: str, length: int, tokens: int) -> Iterator[list[int]]:

@@ -8,9 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerFast
 
 from fanformer.errors import CheckpointError
-from fanformer.gguf.architecture import Architecture
+from fanformer.gguf.architecture import Architecture, open_model
 from fanformer.gguf.file import GGUFFile
-from fanformer.gguf.tensors import open_model, tensor_specs
+from fanformer.gguf.parameters import check_parameters
 from fanformer.gguf.tokenizer import GGUFTokenizer
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 
@@ -36,11 +36,13 @@ def read_model(path: str | Path, dtype: torch.dtype | None = None) -> FANformerF
         CheckpointError: as `read_config`, or if a weight is not finite.
     """
     file, model = open_model(str(path))
-    loaded = FANformerForCausalLM(_config(file, model)).eval()
-    parameters = loaded.state_dict()
+    config = _config(file, model)
+    held = check_parameters(config, file)  # before there is memory for what a file claims
+    loaded = FANformerForCausalLM(config).eval()
+    state = loaded.state_dict()
     with torch.no_grad():
-        for spec in tensor_specs(model):
-            parameters[spec.parameter].copy_(torch.from_numpy(file.read_floats(file.tensors[spec.name])))
+        for item in held:
+            state[item.parameter].copy_(torch.from_numpy(file.read_floats(file.tensors[item.name])))
     return loaded.to(dtype or torch.float32)
 
 
@@ -65,7 +67,7 @@ def _config(file: GGUFFile, model: Architecture) -> FANformerConfig:
     ends: Any = tokenizer.end_ids
     try:
         return FANformerConfig(
-            **model.config_fields(),
+            **vars(model),
             bos_token_id=tokenizer.bos,
             eos_token_id=(ends[0] if len(ends) == 1 else ends) if ends else None,
             pad_token_id=tokenizer.pad,

@@ -1,12 +1,12 @@
 """Which type each tensor of a GGUF file gets, and why it is another one than asked for."""
 
-import dataclasses
+import copy
 from dataclasses import dataclass
 
 from fanformer.errors import ConfigError, did_you_mean
-from fanformer.gguf.architecture import Architecture
 from fanformer.gguf.blocks import TYPES, BlockType
-from fanformer.gguf.tensors import TensorSpec, tensor_specs
+from fanformer.gguf.parameters import Parameter, parameters
+from fanformer.model import FANformerConfig
 
 OFFERED = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k")
 """The types that can be asked for; the others only stand in where rows do not fill blocks."""
@@ -21,7 +21,7 @@ _HEAD = {"q4_0": "q6_k", "q4_k": "q6_k", "q5_k": "q6_k"}
 class PlannedTensor:
     """A tensor of the file to be."""
 
-    spec: TensorSpec
+    spec: Parameter
     kind: BlockType
     note: str
     """Why the type is not the one asked for; empty where it is."""
@@ -31,14 +31,14 @@ class PlannedTensor:
 class Plan:
     """All tensors of the file to be."""
 
-    model: Architecture
+    config: FANformerConfig
     """As the file will have it: `intermediate_size` may be filled up."""
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...]
     """What holds for the file as a whole."""
 
 
-def make_plan(model: Architecture, wanted: str, embedding: str | None = None, head: str | None = None) -> Plan:
+def make_plan(config: FANformerConfig, wanted: str, embedding: str | None = None, head: str | None = None) -> Plan:
     """Choose a type for every tensor.
 
     Matrices get the type asked for; norms, gates and biases stay float32. Rows that do not fill its blocks take the
@@ -46,7 +46,7 @@ def make_plan(model: Architecture, wanted: str, embedding: str | None = None, he
     channels of gate and up are 0 for every input, so the function stays the same.
 
     Args:
-        model: the architecture.
+        config: of the model.
         wanted: one of OFFERED.
         embedding: type of the embedding; None is `wanted`, or where the head shares it, the head's.
         head: type of the head; None is q6_k where `wanted` has fewer bits, else `wanted`.
@@ -57,15 +57,15 @@ def make_plan(model: Architecture, wanted: str, embedding: str | None = None, he
     for option, name in (("type", wanted), ("embedding-type", embedding), ("head-type", head)):
         if name is not None and name not in OFFERED:
             raise ConfigError(f"`--{option}` is {name!r}: {did_you_mean(name, OFFERED)}")
-    if model.tie_word_embeddings and head is not None:
+    tied = config.tie_word_embeddings
+    if tied and head is not None:
         raise ConfigError(f"`--head-type` is {head}, but the head is the embedding: set `--embedding-type`.")
     head = head or _HEAD.get(wanted, wanted)
-    embedding = embedding or (head if model.tie_word_embeddings else wanted)
-    asked = {"embedding": embedding, "head": head, "matrix": wanted, "vector": "f32"}
-    filled, notes = _fill_up(model, wanted)
+    asked = {"token_embd.weight": embedding or (head if tied else wanted), "output.weight": head}
+    filled, notes = _fill_up(config, wanted)
     planned = []
-    for spec in tensor_specs(filled):
-        kind, note = fitting_type(asked[spec.role], spec.shape[-1])
+    for spec in parameters(filled):
+        kind, note = fitting_type(asked.get(spec.name, wanted) if len(spec.shape) > 1 else "f32", spec.shape[-1])
         planned.append(PlannedTensor(spec, kind, note))
     return Plan(filled, tuple(planned), notes)
 
@@ -80,21 +80,26 @@ def fitting_type(wanted: str, row_length: int) -> tuple[BlockType, str]:
     return TYPES[name], f"rows of {row_length} do not fill blocks of {TYPES[wanted].block_elements} ({wanted})"
 
 
-def _fill_up(model: Architecture, wanted: str) -> tuple[Architecture, tuple[str, ...]]:
-    """Return the architecture with the F at which the FFN's matrices take the least space."""
-    width = model.intermediate_size
+def _fill_up(config: FANformerConfig, wanted: str) -> tuple[FANformerConfig, tuple[str, ...]]:
+    """Return the configuration with the F at which the FFN's matrices take the least space."""
+    width = config.intermediate_size
     blocks = sorted({TYPES[wanted].block_elements, 32} if TYPES[wanted].block_elements > 1 else {1})
     options = [width, *(-(-width // block) * block for block in blocks)]
 
     def bits(size: int) -> float:
-        specs = tensor_specs(dataclasses.replace(model, intermediate_size=size))
-        parts = [spec for spec in specs if spec.name.startswith("blk.0.ffn") and spec.role == "matrix"]
-        return sum(
-            spec.shape[0] * spec.shape[1] * fitting_type(wanted, spec.shape[1])[0].bits_per_weight for spec in parts
-        )
+        shapes = [item.shape for item in parameters(_changed(config, intermediate_size=size, num_hidden_layers=1))
+                  if item.name.startswith("blk.0.ffn") and len(item.shape) > 1]  # fmt: skip
+        return sum(rows * length * fitting_type(wanted, length)[0].bits_per_weight for rows, length in shapes)
 
     best = min(options, key=bits)  # the first of equals: no change without a gain
     if best == width:
-        return model, ()
+        return config, ()
     note = f"intermediate_size {width} is filled up with zeros to {best}, so that rows of ffn_down fill blocks"
-    return dataclasses.replace(model, intermediate_size=best), (note,)
+    return _changed(config, intermediate_size=best), (note,)
+
+
+def _changed(config: FANformerConfig, **fields: int) -> FANformerConfig:
+    changed = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(changed, name, value)
+    return changed

@@ -1,30 +1,29 @@
 """The tokenizer inside a GGUF file, on the `tokenizers` library alone: the same ids as the folder's, without torch.
 
 llama.cpp's keys hold the tokens and merges. What they cannot say (how text is cut into pieces, special tokens' flags)
-is in `tokenizer.fanformer.pipeline`: the folder's tokenizer.json without its tokens and merges.
+is in `tokenizer.huggingface.json`, a key of the GGUF specification: the folder's tokenizer.json.
 """
 
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.gguf.file import GGUFFile, Texts
 
+WHOLE = "tokenizer.huggingface.json"
 PIPELINE = "tokenizer.fanformer.pipeline"
+"""The key that files had in its place, with all of it but tokens and merges."""
 END_IDS = "fanformer.end_token_ids"
 TEMPLATE = "tokenizer.chat_template"
 TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of a token, in llama.cpp's numbers."""
-_TEXTS_AT_ONCE = 256
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
 
@@ -55,8 +54,8 @@ class GGUFTokenizer:
         """
         self.name_or_path = str(file.path)
         self.backend_tokenizer = _backend(file, vocab_size)
-        used = np.flatnonzero(file.metadata[TOKEN_TYPES] != UNUSED).tolist()
-        self.known: int = max([*used[-1:], *self.backend_tokenizer.get_added_tokens_decoder()], default=-1) + 1
+        used = np.flatnonzero(file.metadata[TOKEN_TYPES] != UNUSED)
+        self.known: int = int(used.max(initial=-1)) + 1
         """One more than the largest id that stands for text; those from here on only fill up the vocabulary."""
         special = self.special_ids(file, vocab_size)
         self.bos_token_id, self.eos_token_id, self.pad_token_id = special.bos, special.eos, special.pad
@@ -199,7 +198,7 @@ def _texts(file: GGUFFile, key: str) -> Texts:
 
 
 def _backend(file: GGUFFile, vocab_size: int) -> Tokenizer:
-    """Put tokens and merges back into the pipeline, and build the tokenizer from it."""
+    """Build the tokenizer, and check that its tokens are those of llama.cpp's keys."""
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise file.fail(f"its tokenizer is {str(kind)[:40]!r}, expected `gpt2`: byte-level BPE.")
@@ -210,75 +209,34 @@ def _backend(file: GGUFFile, vocab_size: int) -> Tokenizer:
             f"its tokenizer does not fit: expected {vocab_size} tokens with their types, got {len(tokens)}."
         )
     try:
-        content = rebuild_json(str(file.metadata.get(PIPELINE)), tokens, types.tolist(), merges)
-        backend = Tokenizer.from_str(content)
+        whole = file.metadata.get(WHOLE)
+        if whole is None:
+            whole = put_together(str(file.metadata.get(PIPELINE)), tokens, types.tolist(), merges)
+        backend = Tokenizer.from_str(str(whole))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception at all
         reason = " ".join(str(error).split())[:200]
         raise file.fail(f"its tokenizer cannot be read: {reason}.") from error
-    # all other ids are places in `tokens`; asking for the whole vocabulary would take as much memory again
-    if max(backend.get_added_tokens_decoder(), default=0) >= vocab_size:
-        raise file.fail(f"its tokenizer has ids beyond the model's {vocab_size}: it belongs to another model.")
+    used = np.flatnonzero(types != UNUSED).tolist()
+    # token by token: asking for the whole vocabulary would take as much memory again
+    if backend.get_vocab_size() != len(used) or any(backend.id_to_token(each) != tokens[each] for each in used):
+        raise file.fail(f"is damaged: its tokenizer has other tokens than `{TOKENS}`.")
     return backend
 
 
-def rebuild_json(pipeline: str, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> str:
-    """Return the tokenizer.json that `pipeline`, tokens and merges were taken out of.
-
-    Args:
-        pipeline: the value of PIPELINE.
-        tokens: (V) text of every id.
-        types: (V) type of every id.
-        merges: pairs of tokens, a space between them.
-
-    Raises:
-        ValueError: if they do not fit together.
-    """
+def put_together(pipeline: str, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str]) -> str:
+    """Return tokenizer.json of a file from before WHOLE, which has all but tokens and merges as PIPELINE."""
     content = json.loads(pipeline)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"`{PIPELINE}` must be a tokenizer.json with a model")
     outside = set(content.pop("outside_vocabulary"))
-    known = zip(range(len(tokens)), types, strict=True)
-    ids = np.fromiter((number for number, kind in known if kind != UNUSED and number not in outside), np.int64)
-    _check_unique(tokens, ids)
-    model = content.pop("model")
-    # the last, so that its vocabulary and merges can be written behind it
-    content["model"] = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
-    text = io.StringIO()
-    text.write(json.dumps(content).removesuffix("}}"))
-    text.write(', "vocab": {')
-    text.writelines(_in_pieces(len(ids), lambda part: {tokens[number]: number for number in ids[part].tolist()}))
-    text.write('}, "merges": [')
-    text.writelines(_in_pieces(len(merges), lambda part: [merge.split(" ") for merge in merges[part]]))
-    text.write("]}}")
-    return text.getvalue()
+    known = zip(tokens, range(len(tokens)), types, strict=True)
+    vocabulary = {token: number for token, number, kind in known if kind != UNUSED and number not in outside}
+    content["model"] |= {"vocab": vocabulary, "merges": [merge.split(" ") for merge in merges]}
+    return json.dumps(content)
 
 
-def _in_pieces(count: int, values: Callable[[slice], Any]) -> Iterator[str]:
-    """Yield JSON of `count` values without the brackets around them; `values` returns those of a slice.
-
-    A few at a time: of a hundred thousand small objects at once, megabytes would stay with the process.
-    """
-    for at in range(0, count, _TEXTS_AT_ONCE):
-        piece = json.dumps(values(slice(at, at + _TEXTS_AT_ONCE)))[1:-1]
-        yield f",{piece}" if at else piece
-
-
-def _check_unique(tokens: Sequence[str], ids: NDArray[np.int64]) -> None:
-    """Raise ValueError if two of these ids have the same text."""
-    hashes = np.fromiter((hash(tokens[number]) for number in ids), np.int64, len(ids))
-    if len(np.unique(hashes)) == len(ids):
-        return
-    seen: set[str] = set()
-    for number in ids.tolist():
-        if tokens[number] in seen:
-            raise ValueError(f"token {tokens[number]!r} is there twice")
-        seen.add(tokens[number])
-
-
-def strip_json(content: dict[str, Any], num_tokens: int) -> tuple[str, list[str], list[int], list[str]]:
-    """Return pipeline, tokens, types and merges of a byte-level BPE's tokenizer.json: what `rebuild_json` takes.
+def split_json(content: dict[str, Any], num_tokens: int) -> tuple[list[str], list[int], list[str]]:
+    """Return tokens, their types and merges of a byte-level BPE's tokenizer.json, as llama.cpp has them.
 
     Args:
         content: tokenizer.json.
@@ -299,12 +257,7 @@ def strip_json(content: dict[str, Any], num_tokens: int) -> tuple[str, list[str]
     types = [UNUSED] * num_tokens
     for token, number in model["vocab"].items():
         tokens[number], types[number] = token, NORMAL
-    added = content.get("added_tokens", [])
-    for item in added:
+    for item in content.get("added_tokens", []):
         tokens[item["id"]] = item["content"]
         types[item["id"]] = CONTROL if item["special"] else USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    outside = [item["id"] for item in added if item["content"] not in model["vocab"]]
-    rest = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
-    pipeline = {**content, "model": rest, "truncation": None, "padding": None, "outside_vocabulary": outside}
-    return json.dumps(pipeline, ensure_ascii=False), tokens, types, merges
+    return tokens, types, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]

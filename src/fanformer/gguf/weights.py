@@ -1,14 +1,14 @@
 """A GGUF file's weights in ggml's memory, those that read the same input as one matrix; needs no torch."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
-from fanformer.gguf.architecture import Architecture
+from fanformer.gguf.architecture import Architecture, Factors, read_factors
 from fanformer.gguf.blocks import TYPES, BlockType, Bytes, dequantize
 from fanformer.gguf.file import GGUFFile, TensorInfo
 from fanformer.gguf.runtime import F32, Memory, Node, Runtime
-from fanformer.gguf.tensors import tensor_specs
 
 _BF16 = "bf16"
 _Tensors = dict[str, tuple[int, tuple[int, ...]]]
@@ -59,9 +59,10 @@ class Weights:
             CheckpointError: if a weight is not finite, or too large for F16 in a file of BF16.
             EngineError: if there is not enough memory.
         """
-        groups = _groups(model, file)
-        vectors = [file.tensors[spec.name] for spec in tensor_specs(model) if spec.role == "vector"]
-        vectors = [info for info in vectors if not info.name.endswith(".bias")]
+        self.factors = read_factors(model, file)
+        """What is between factors, by the layers that read it, such as attn_qkv; the same in all blocks."""
+        groups = _groups(model, file, self.factors)
+        vectors = [info for info in file.tensors.values() if len(info.shape) == 1 and not info.name.endswith(".bias")]
         plain: _Tensors = {info.name: (F32, info.shape) for info in vectors}
         plain |= {f"{group.name}.bias": (F32, (sum(group.widths),)) for group in groups if group.biased}
         packed: _Tensors = {}
@@ -148,14 +149,8 @@ class _Group:
         found = [file.tensors.get(f"{item}.weight") for item in names]
         self.widths = tuple(0 if info is None else info.shape[0] for info in found)
         self.biased = any(f"{item}.bias" in file.tensors for item in names)
-        self.runs: list[_Run] = []
-        for info in found:
-            if info is None:
-                continue
-            if self.runs and self.runs[-1].infos[-1].kind == info.kind:
-                self.runs[-1].infos.append(info)
-            else:
-                self.runs.append(_Run(f"{name}/{len(self.runs)}", [info]))
+        runs = itertools.groupby((info for info in found if info is not None), lambda info: info.kind.number)
+        self.runs = [_Run(f"{name}/{number}", list(infos)) for number, (_, infos) in enumerate(runs)]
 
 
 def _stored(kind: BlockType) -> BlockType:
@@ -163,12 +158,10 @@ def _stored(kind: BlockType) -> BlockType:
     return TYPES["f16"] if kind.name == _BF16 else kind
 
 
-def _groups(model: Architecture, file: GGUFFile) -> list[_Group]:
+def _groups(model: Architecture, file: GGUFFile, factors: dict[str, Factors]) -> list[_Group]:
     """Return every linear layer of the model once, those that read the same input together."""
-    projection = model.fan_placement == "projection"
-    # p of Q, K and V first, so that one cos and one sin serve all three
-    attention = [f"attn_{part}_fan" for part in "qkv"] if projection else []
-    attention += [f"attn_{part}" for part in "qkv"]
+    # p of Q, K and V first, where there is any, so that one cos and one sin serve all three
+    attention = [*(f"attn_{part}_fan" for part in "qkv"), *(f"attn_{part}" for part in "qkv")]
     together = {"attn_qkv": attention, "ffn_gate_up": ["ffn_gate", "ffn_up"]}
     head = "token_embd" if model.tie_word_embeddings else "output"
     groups = [_Group(head, [head], file)]
@@ -179,8 +172,7 @@ def _groups(model: Architecture, file: GGUFFile) -> list[_Group]:
                 groups.append(_Group(f"blk.{layer}.{name}", [f"blk.{layer}.{name}"], file))
         for name, members in together.items():
             names = [f"blk.{layer}.{member}" for member in members]
-            factors = model.factors(name)
-            if factors is None or factors.count == 1:
+            if name not in factors or factors[name].count == 1:
                 groups.append(_Group(f"blk.{layer}.{name}", names, file))
             else:  # each reader has an input of its own
                 groups += [_Group(member, [member], file) for member in names]

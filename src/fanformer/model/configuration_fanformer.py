@@ -35,7 +35,7 @@ _BEFORE_RANKS = {"cola_rank_ratio": 0.75, "cola_rank": None, "cola_layers": "rea
 _OTHER_DEFAULTS_THEN = {"hidden_size": 512, "intermediate_size": 896, "fan_placement": "ffn"}
 RANKS = ("qkv_rank", "o_rank", "gate_up_rank", "down_rank")
 """Fields that hold a rank; all None is full rank everywhere."""
-_SINCE_RANKS = (*RANKS, "fan_multiple", "writer_activation", "writer_norm")
+_SINCE_RANKS = (*RANKS, "fan_multiple", "writer_activation")
 # cola_layers -> which of RANKS it meant
 _CHOSEN_THEN = {
     "readers": ("qkv_rank", "gate_up_rank"),
@@ -43,21 +43,31 @@ _CHOSEN_THEN = {
     "attention": ("qkv_rank", "o_rank"),
     "ffn": ("gate_up_rank", "down_rank"),
 }
-# Fields of what stands between the factors of O and down -> the field that meant them too, and its default then
-_WRITERS_THEN = {"writer_activation": ("cola_activation", "silu"), "writer_norm": ("cola_norm", True)}
+# What lost its experiment and was deleted: field -> the values that files may no longer hold
+_DELETED: dict[str, tuple[Any, ...]] = {
+    "fan_placement": ("attention", "both"),
+    "qkv_norm": ("qk",),
+    "writer_activation": ("half",),
+    "writer_norm": (True,),
+}
 _Config = TypeVar("_Config", bound=type)
 
 
 def translated(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a configuration that was written before each kind of layer had a rank of its own.
+    """Return the fields of today for those of an earlier configuration.
 
-    Such fields have `cola_rank_ratio`, `cola_rank` or `cola_layers`; others are returned as they are. What is missing
-    gets the default of that time, so that the model is the one that was written.
+    Fields from before each kind of layer had a rank of its own have `cola_rank_ratio`, `cola_rank` or `cola_layers`;
+    what they leave out gets the default of that time, so that the model is the one that was written.
 
     Raises:
-        ValueError: if fields from before stand beside such as replaced them, or `cola_layers` is no choice.
+        ValueError: if fields from before stand beside such as replaced them, `cola_layers` is no choice, or a field has
+            a value that was deleted.
     """
     found = dict(fields)
+    for name, gone in _DELETED.items():
+        if found.get(name) in gone:
+            raise _deleted(name, found[name])
+    found.pop("writer_norm", None)
     before = [name for name in _BEFORE_RANKS if name in found]
     if not before:
         return found
@@ -76,8 +86,14 @@ def translated(fields: Mapping[str, Any]) -> dict[str, Any]:
     found |= {name: rank if name in _CHOSEN_THEN[chosen] else None for name in RANKS}
     found["fan_multiple"] = 1
     if rank is not None and chosen != "readers":  # one form for all layers, then
-        found |= {new: found.get(old, default) for new, (old, default) in _WRITERS_THEN.items()}
+        if found.get("cola_norm", True):
+            raise _deleted("writer_norm", True)
+        found["writer_activation"] = found.get("cola_activation", "silu")
     return found
+
+
+def _deleted(name: str, value: Any) -> ValueError:
+    return ValueError(f"`{name}` {value!r} was deleted, as docs/experiments.md says: train the model without it.")
 
 
 def _reads_files_from_before(config: _Config) -> _Config:
@@ -141,12 +157,11 @@ class FANformerConfig(PreTrainedConfig):
     hidden_act: Literal["silu", "gelu", "linear"] = "silu"
     """Activation of the SwiGLU gate; "linear" drops it, as CoLA does from 350M parameters on."""
 
-    fan_placement: Literal["projection", "layer", "ffn", "attention", "both", "none"] = "projection"
+    fan_placement: Literal["projection", "layer", "ffn", "none"] = "projection"
     """Where Fourier features enter (FAN, arXiv:2502.21309): "projection" makes each of Q, K and V a FAN projection,
-    [cos(p), sin(p), g]; "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "ffn", "attention"
-    and "both" have them between the factors of the CoLA linears of these branches, whose R channels are then [cos(p),
-    sin(p), act(g)], and are refused where their branch has no factors; "none" leaves them out. All but "layer" are
-    ours."""
+    [cos(p), sin(p), g]; "layer" puts the paper's full-rank FANLayer' (eq. 1) in front of Q, K and V; "ffn" has them
+    between the factors of the FFN's CoLA linears, whose R channels are then [cos(p), sin(p), act(g)], and is refused
+    where gate and up have none; "none" leaves them out. All but "layer" are ours."""
     fan_ratio: float | int = 0.15
     """Share of the channels given to cos, and again to sin, in [0, 0.5]; the channels are the outputs of a projection,
     the layer's D, or the R between two factors."""
@@ -167,12 +182,9 @@ class FANformerConfig(PreTrainedConfig):
     the exact (erf) form."""
     cola_norm: bool = True
     """Whether W_a x of these layers gets an RMSNorm over its R channels before the activation. Ours."""
-    writer_activation: Literal["residual", "half", "silu", "gelu", "linear"] = "residual"
-    """The same for O and down, the layers that write to the stream: "residual" is x + silu(x), "half" is SiLU on the
-    first half of the channels, the others as they are. These two are ours: with a norm, or without a linear path,
-    attention does not learn to copy. Refused where O and down have full rank."""
-    writer_norm: bool = False
-    """Whether W_a x of O and down gets an RMSNorm. Ours. Refused where they have full rank."""
+    writer_activation: Literal["residual", "silu", "gelu", "linear"] = "residual"
+    """The same for O and down, the layers that write to the stream, without a norm: "residual" is x + silu(x), ours,
+    for without a linear path attention does not learn to copy. Refused where O and down have full rank."""
     cola_input: Literal["shared", "separate"] = "shared"
     """Whether CoLA linears that read the same input (Q, K and V, with p and g apart; gate and up) have one W_a
     together, or one each, as in CoLA. Sharing is ours."""
@@ -181,8 +193,8 @@ class FANformerConfig(PreTrainedConfig):
     norm_placement: Literal["hybrid-star", "hybrid", "pre"] = "hybrid-star"
     """HybridNorm (arXiv:2503.04598): "hybrid" has no norm in front of attention and takes the FFN's residual after
     its norm (eq. 6); "hybrid-star" adds a norm in front of the first attention; "pre" is Llama's pre-norm."""
-    qkv_norm: Literal["qkv", "qk", "none"] = "qkv"
-    """Which of Q, K and V get an RMSNorm per head before RoPE (HybridNorm, eq. 5)."""
+    qkv_norm: Literal["qkv", "none"] = "qkv"
+    """Whether Q, K and V get an RMSNorm per head, Q and K before RoPE (HybridNorm, eq. 5)."""
     gated_residual: bool = True
     """Whether each residual branch is multiplied by sigmoid(g), g a learnable vector of width D."""
     gate_initial: float | int = 0.0
@@ -270,20 +282,16 @@ class FANformerConfig(PreTrainedConfig):
 
     def validate_switches(self) -> None:
         """Refuse switches that would have no effect beside the others, and gates that cannot learn."""
-        for branch, name in (("attention", "qkv_rank"), ("ffn", "gate_up_rank")):
-            if self.fan_between_factors(branch) and getattr(self, name) is None:
-                raise ValueError(
-                    f"`fan_placement` {self.fan_placement!r} needs low-rank layers in {branch}, got full rank: set "
-                    f"`{name}`, or `fan_placement` to projection, layer or none."
-                )
-        if self.o_rank is None and self.down_rank is None:
-            for name in _WRITERS_THEN:
-                default = type(self).__dataclass_fields__[name].default
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"`{name}` must be {default!r} where O and down have full rank, got {getattr(self, name)!r}: "
-                        "set `o_rank` or `down_rank`."
-                    )
+        if self.fan_placement == "ffn" and self.gate_up_rank is None:
+            raise ValueError(
+                "`fan_placement` 'ffn' needs a low-rank gate and up, got full rank: set `gate_up_rank`, or "
+                "`fan_placement` to projection, layer or none."
+            )
+        if self.o_rank is None and self.down_rank is None and self.writer_activation != "residual":
+            raise ValueError(
+                "`writer_activation` must be 'residual' where O and down have full rank, got "
+                f"{self.writer_activation!r}: set `o_rank` or `down_rank`."
+            )
         if not -16 <= self.gate_initial <= 16:
             raise ValueError(
                 f"`gate_initial` must be in [-16, 16], got {self.gate_initial}: further out sigmoid(g) has no slope."
@@ -292,10 +300,6 @@ class FANformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`gate_initial` must be 0.0 without gates, got {self.gate_initial}: set `gated_residual` to true."
             )
-
-    def fan_between_factors(self, branch: str) -> bool:
-        """Return whether CoLA linears of `branch`, attention or ffn, have Fourier features between their factors."""
-        return self.fan_placement in (branch, "both")
 
     def periodic_width(self, channels: int) -> int:
         """Return P, how many of `channels` are cosines, and again sines; `fan_multiple` says how it is rounded."""

@@ -154,6 +154,14 @@ _COLA_IGNORED_OPTIONS = frozenset(
 )
 
 
+def _width_and_heads(options: PublishedOptions, width_name: str, heads_name: str) -> tuple[int, int]:
+    """Return D and H, refusing heads that do not share the width."""
+    width, heads = options.get(width_name, int), options.get(heads_name, int)
+    if heads < 1 or width % heads:
+        raise ValueError(f"config option `{width_name}` must be a multiple of `{heads_name}`, got {width} and {heads}.")
+    return width, heads
+
+
 def _olmo_fields(options: PublishedOptions) -> dict[str, Any]:
     """Return the fields of ours that both OLMo forms set, after refusing what neither of them can mean here."""
     options.require("rope", True, False)
@@ -177,9 +185,7 @@ def _olmo_fields(options: PublishedOptions) -> dict[str, Any]:
         options.require("bias_for_layer_norm", False, False)
     options.known.add("bias_for_layer_norm")
 
-    width, heads = options.get("d_model", int), options.get("n_heads", int)
-    if heads < 1 or width % heads:
-        raise ValueError(f"config option `d_model` must be a multiple of `n_heads`, got {width} and {heads}.")
+    width, heads = _width_and_heads(options, "d_model", "n_heads")
     fused = options.get("mlp_hidden_size", int)
     if fused % 2:
         raise ValueError(f"config option `mlp_hidden_size` must be even (up and gate in one matrix), got {fused}.")
@@ -245,11 +251,7 @@ def _cola_configuration(options: PublishedOptions, weights: PublishedWeights) ->
         ("rope_scaling", None),
     ):
         options.require(name, only, only)
-    width, heads = options.get("hidden_size", int), options.get("num_attention_heads", int)
-    if heads < 1 or width % heads:
-        raise ValueError(
-            f"config option `hidden_size` must be a multiple of `num_attention_heads`, got {width} and {heads}."
-        )
+    width, heads = _width_and_heads(options, "hidden_size", "num_attention_heads")
     activation = options.get("hidden_act", str, "silu")
     between = options.get("lr_act_type", str, activation)
     only_low_rank = options.get("only_lr_act", bool, True)
@@ -274,7 +276,6 @@ def _cola_configuration(options: PublishedOptions, weights: PublishedWeights) ->
         **dict.fromkeys(RANKS, options.get("rank", int, width // 4)),
         cola_input="separate",
         cola_norm=False,
-        writer_norm=False,
         cola_activation=between,
         writer_activation=between,
         hidden_act="linear" if only_low_rank else activation,

@@ -9,38 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import fanformer.model  # noqa: F401  registers the Auto classes
 
-PARTS = (
-    "embedding",
-    "qkv_input",
-    "q",
-    "k",
-    "v",
-    "o",
-    "gate_up_input",
-    "gate",
-    "up",
-    "down",
-    "fan_layer",
-    "norms",
-    "gates",
-    "final_norm",
-    "head",
-    "other",
-)
-"""Parts in the order of the forward pass; `other` is what an architecture has beside Llama's and FANformer's."""
-
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _NAMES = {
-    "qkv_input": "qkv_input",
-    "gate_up_input": "gate_up_input",
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "fan_layer": "fan_layer",
+    **{name: name for name in ("qkv_input", "gate_up_input", "fan_layer")},
+    **{f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")},
     "attention_residual": "gates",
     "mlp_residual": "gates",
     "embed_tokens": "embedding",
@@ -55,7 +27,7 @@ class Footprint:
     total: int
     trainable: int
     parts: dict[str, int]
-    """Parameters of each part of PARTS, over all layers."""
+    """Parameters of each part (see `part_of`) over all layers, in the order of the model."""
     layer_parts: dict[str, int]
     """Parameters of each part in the last block; the first one may have a norm more."""
     matrix_weights: int
@@ -105,7 +77,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def part_of(name: str) -> str:
-    """Return the part of PARTS that the parameter called `name` belongs to."""
+    """Return the part that the parameter called `name` belongs to; "other" is what only other architectures have."""
     for word in name.split("."):
         if word in _NAMES:
             return _NAMES[word]
@@ -138,8 +110,8 @@ def footprint(config: PreTrainedConfig) -> Footprint:
     return Footprint(
         total=model.num_parameters(),
         trainable=model.num_parameters(only_trainable=True),
-        parts={part: parts[part] for part in PARTS if parts[part]},
-        layer_parts={part: last_block[part] for part in PARTS if last_block[part]},
+        parts=dict(+parts),
+        layer_parts=dict(+last_block),
         matrix_weights=matrices,
         sequence_length=length,
         attention_operations=4 * config.num_hidden_layers * heads * head_dim * length,

@@ -95,15 +95,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class HalfSiLU(nn.Module):
-    """[silu(a), b] of x = [a, b], a the first half of the channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` (..., R) to the same shape."""
-        a, b = x.tensor_split(2, dim=-1)
-        return torch.cat((F.silu(a), b), dim=-1)
-
-
 class ResidualSiLU(nn.Module):
     """x + silu(x)."""
 
@@ -117,7 +108,6 @@ _ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "silu": (nn.SiLU, 0.35577552),
     "gelu": (nn.GELU, 0.42522148),
     "linear": (nn.Identity, 1.0),
-    "half": (HalfSiLU, 0.67788776),
     "residual": (ResidualSiLU, 2.35577552),
 }
 
@@ -145,9 +135,9 @@ class CoLAInput(nn.Module):
         in_features: int,
         rank: int | None,
         readers: int,
-        branch: str,
         activation: str,
-        norm: bool,
+        norm: bool = False,
+        fan: bool = False,
     ) -> None:
         super().__init__()
         self.readers = readers
@@ -160,7 +150,7 @@ class CoLAInput(nn.Module):
         self.activation = make()
         if rank is None:
             return
-        self.periodic = config.periodic_width(rank) if config.fan_between_factors(branch) else 0
+        self.periodic = config.periodic_width(rank) if fan else 0
         self.channels = rank - self.periodic
         self.factor = scaled_linear(in_features, self.count * self.channels, bias=False)
         if norm:
@@ -181,18 +171,17 @@ class CoLAInput(nn.Module):
         return output.unbind(-2) * (self.readers // self.count)
 
 
-def readers_input(config: FANformerConfig, rank: int | None, readers: int, branch: str) -> CoLAInput:
-    """Return what the layers of `branch` that read the residual stream have in common."""
-    return CoLAInput(config, config.hidden_size, rank, readers, branch, config.cola_activation, config.cola_norm)
+def readers_input(config: FANformerConfig, rank: int | None, readers: int, fan: bool = False) -> CoLAInput:
+    """Return what the layers of a branch that read the residual stream have in common."""
+    return CoLAInput(config, config.hidden_size, rank, readers, config.cola_activation, config.cola_norm, fan)
 
 
 class CoLALinear(nn.Module):
-    """y = W_b act(Norm(W_a x)) + b, which ends a branch; W_b starts at 0. Source: CoLA, arXiv:2502.10940."""
+    """y = W_b act(W_a x) + b, which ends a branch; W_b starts at 0. Source: CoLA, arXiv:2502.10940."""
 
-    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, branch: str) -> None:
+    def __init__(self, config: FANformerConfig, in_features: int, out_features: int, rank: int, fan: bool) -> None:
         super().__init__()
-        form = config.writer_activation, config.writer_norm
-        self.input = CoLAInput(config, in_features, rank, 1, branch, *form)
+        self.input = CoLAInput(config, in_features, rank, 1, config.writer_activation, fan=fan)
         self.output = scaled_linear(rank, out_features, config.projection_bias, gain=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,11 +189,11 @@ class CoLALinear(nn.Module):
         return self.output(*self.input(x))
 
 
-def branch_output(config: FANformerConfig, in_features: int, rank: int | None, branch: str) -> nn.Module:
+def branch_output(config: FANformerConfig, in_features: int, rank: int | None, fan: bool = False) -> nn.Module:
     """Return the layer that ends a residual branch, which starts at 0: a CoLA linear, or at full rank a plain one."""
     if rank is None:
         return scaled_linear(in_features, config.hidden_size, config.projection_bias, gain=0.0)
-    return CoLALinear(config, in_features, config.hidden_size, rank, branch)
+    return CoLALinear(config, in_features, config.hidden_size, rank, fan)
 
 
 class FANProjection(nn.Module):
@@ -288,7 +277,7 @@ class FANformerAttention(nn.Module):
         if config.fan_placement == "layer":
             self.fan_layer = FANLayer(config.hidden_size, config.periodic_width(config.hidden_size))
         self.readers = 2 if config.fan_placement == "projection" else 1  # CoLA linears in each of Q, K, V
-        self.qkv_input = readers_input(config, config.qkv_rank, 3 * self.readers, "attention")
+        self.qkv_input = readers_input(config, config.qkv_rank, 3 * self.readers)
         width, gain = self.qkv_input.out_features, self.qkv_input.gain
 
         def projection(heads: int) -> nn.Module:
@@ -301,14 +290,14 @@ class FANformerAttention(nn.Module):
         self.k_proj = projection(config.num_key_value_heads)
         self.v_proj = projection(config.num_key_value_heads)
         attended = config.num_attention_heads * config.head_dim
-        self.o_proj = branch_output(config, attended, config.o_rank, "attention")
+        self.o_proj = branch_output(config, attended, config.o_rank)
 
-        def norm(switched_on: bool) -> nn.Module:
-            return FANformerRMSNorm(config.head_dim, config.rms_norm_eps) if switched_on else nn.Identity()
+        def norm() -> nn.Module:
+            return (
+                nn.Identity() if config.qkv_norm == "none" else FANformerRMSNorm(config.head_dim, config.rms_norm_eps)
+            )
 
-        self.q_norm = norm(config.qkv_norm != "none")
-        self.k_norm = norm(config.qkv_norm != "none")
-        self.v_norm = norm(config.qkv_norm == "qkv")
+        self.q_norm, self.k_norm, self.v_norm = norm(), norm(), norm()
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (B, T, H K), k and v (B, T, G K) of `hidden_states` (B, T, D), before their norms."""
@@ -362,11 +351,12 @@ class FANformerMLP(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        self.gate_up_input = readers_input(config, config.gate_up_rank, 2, "ffn")
+        fan = config.fan_placement == "ffn"
+        self.gate_up_input = readers_input(config, config.gate_up_rank, 2, fan)
         width, gain = self.gate_up_input.out_features, self.gate_up_input.gain
         self.gate_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
         self.up_proj = scaled_linear(width, config.intermediate_size, config.projection_bias, gain)
-        self.down_proj = branch_output(config, config.intermediate_size, config.down_rank, "ffn")
+        self.down_proj = branch_output(config, config.intermediate_size, config.down_rank, fan)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def project(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,8 +375,8 @@ class FANformerResidual(nn.Module):
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__()
-        start = torch.full((config.hidden_size,), float(config.gate_initial))
-        self.gate = nn.Parameter(start) if config.gated_residual else None
+        self.initial = float(config.gate_initial)
+        self.gate = nn.Parameter(torch.full((config.hidden_size,), self.initial)) if config.gated_residual else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -469,7 +459,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
         elif isinstance(module, FANformerResidual) and module.gate is not None:
-            init.constant_(module.gate, self.config.gate_initial)
+            init.constant_(module.gate, module.initial)
         else:
             super()._init_weights(module)
 

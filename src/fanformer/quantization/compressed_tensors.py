@@ -5,7 +5,6 @@ squares that GPTQ works from: |X (W - W_q)^T| / |X W^T| over the calibration inp
 """
 
 import contextlib
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fanformer.errors import CheckpointError, ConfigError, DependencyError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.loading import load
 from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
 from fanformer.quantization.quantized_folder import (
@@ -25,6 +24,7 @@ from fanformer.quantization.quantized_folder import (
     Settings,
     calibration_batches,
     check,
+    check_library,
     layer_report,
     planned_groups,
     relative_errors,
@@ -61,7 +61,8 @@ def export_compressed(
     if settings.method not in METHODS:
         raise ConfigError(f"`method` must be one of {', '.join(METHODS)}, got {settings.method!r}.")
     check(source, target, settings, "llm-compressor")
-    _check_library()
+    need = "`--format gptq` and `awq` need llm-compressor"
+    check_library("llmcompressor", need, "quantize", "holds transformers at 5.17")
     model, tokenizer = load(source, device="cpu", dtype="float32")
     batches, tokens = calibration_batches(source, model, tokenizer, settings)
     filled = fill_intermediate(model, settings.group_size)
@@ -83,14 +84,6 @@ def export_compressed(
 _READING = (
     "Made by llm-compressor, in the format compressed-tensors; reading it needs `pip install compressed-tensors`."
 )
-
-
-def _check_library() -> None:
-    if importlib.util.find_spec("llmcompressor") is None:
-        raise DependencyError(
-            "`--format gptq` and `awq` need llm-compressor, which is not installed: pip install 'fanformer[quantize]' "
-            "into an environment of its own (it holds transformers at 5.17)"
-        )
 
 
 def foldable_scales(model: PreTrainedModel) -> list[tuple[str, list[str]]]:

@@ -6,7 +6,6 @@ kernels compute on the packed weights, on a CPU too.
 Source: GPTQ, arXiv:2210.17323.
 """
 
-import importlib.util
 import re
 import shutil
 import tempfile
@@ -21,9 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.errors import CheckpointError, ConfigError, DependencyError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.loading import quiet_gptqmodel
 from fanformer.gguf.file import ARCHITECTURE
+from fanformer.gguf.importance import watched_inputs
 from fanformer.loading import load
 from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
 from fanformer.quantization.quantized_folder import (
@@ -33,6 +33,7 @@ from fanformer.quantization.quantized_folder import (
     Settings,
     calibration_batches,
     check,
+    check_library,
     layer_report,
     planned_groups,
     relative_errors,
@@ -82,7 +83,7 @@ def export_gptq_v1(
             f"`--group-size` must be at least {_SMALLEST_GROUP} for gptq-v1, got {settings.group_size}: its kernels "
             "have no smaller groups."
         )
-    _check_library()
+    check_library("gptqmodel", "`--format gptq-v1` needs GPTQModel", "gptq", "wants the newest torch")
     model, tokenizer = load(source, device="cpu", dtype="float32")
     batches, tokens = calibration_batches(source, model, tokenizer, settings)
     group_size = common_group(model, settings.group_size)
@@ -106,14 +107,6 @@ def export_gptq_v1(
     if group_size != settings.group_size:
         notes.append(f"groups of {group_size}: more rows are whole groups of it than of {settings.group_size}")
     return write_folder(source, target, used, tokenizer, tokens, tuple(notes), write_model, _READING)
-
-
-def _check_library() -> None:
-    if importlib.util.find_spec("gptqmodel") is None:
-        raise DependencyError(
-            "`--format gptq-v1` needs GPTQModel, which is not installed: pip install 'fanformer[gptq]' "
-            "into an environment of its own (it wants the newest torch)"
-        )
 
 
 def common_group(model: PreTrainedModel, wanted: int) -> int:
@@ -160,16 +153,9 @@ def _input_squares(
         rows = x.flatten(0, -2)
         found[name] = found.get(name, 0) + rows.T @ rows
 
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
-        for name in names
-    ]
-    try:
+    with watched_inputs(model, names, add):
         for batch in batches:
             model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -223,35 +209,12 @@ def _module_tree(names: Sequence[str]) -> list[Any]:
 
     So every matrix is rounded for what the rounded ones before it give.
     """
-    branches: dict[str, list[str]] = {}
-    for name in names:
+    branches: dict[str, dict[str, None]] = {}
+    for name in names:  # of a block, in the order in which the model has its layers, which is that in which they run
         _, _, _, branch, path = name.split(".", 4)
-        steps = branches.setdefault(branch, [])
-        if path not in steps:
-            steps.append(path)
-    return [
-        "model",
-        "layers",
-        "#",
-        {
-            branch: tuple(f"{path}:{number}" for number, path in enumerate(_in_order(steps)))
-            for branch, steps in branches.items()
-        },
-    ]
-
-
-_ORDER = ("fan_layer", "qkv_input", "gate_up_input", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj",
-          "down_proj")  # fmt: skip
-
-
-def _in_order(paths: Sequence[str]) -> list[str]:
-    """Sort the matrices of a branch by when they run; of a layer with two, `input` or `periodic` runs first."""
-
-    def place(path: str) -> tuple[int, bool, str]:
-        layer, *rest = path.split(".")
-        return _ORDER.index(layer), rest[:1] not in (["input"], ["periodic"]), path
-
-    return sorted(paths, key=place)
+        branches.setdefault(branch, {})[path] = None
+    steps = {branch: tuple(f"{path}:{at}" for at, path in enumerate(paths)) for branch, paths in branches.items()}
+    return ["model", "layers", "#", steps]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What every quantized model folder shares: settings, refusals, calibration text, the report and the model card."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.data.held_out import DEFAULT_TOKENS, held_out_stream
 from fanformer.data.packing import PackedRows
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, DependencyError
 from fanformer.evaluation.loss import default_sequence_length, every_nth
 from fanformer.files.durable import replace_json, replace_text
 from fanformer.files.staging import replace_folder
@@ -92,12 +93,23 @@ def check(source: Path, target: Path, settings: Settings, library: str) -> None:
     """
     check_bits_and_group(settings.bits, settings.group_size)
     _check_target(source, target, settings.overwrite)
+    check_model(source, f"{library}'s own examples quantize other models")
+
+
+def check_library(module: str, need: str, extra: str, why: str) -> None:
+    """Raise DependencyError where `module` is not installed: who needs it, the extra that has it, and why apart."""
+    if importlib.util.find_spec(module) is None:
+        raise DependencyError(
+            f"{need}, which is not installed: pip install 'fanformer[{extra}]' into an environment of its own "
+            f"(it {why})"
+        )
+
+
+def check_model(source: Path, others: str) -> None:
+    """Refuse a folder whose model is of another kind, for which `others` is the remedy, or quantized already."""
     config = load_config(source)
     if config.model_type != ARCHITECTURE:
-        raise ConfigError(
-            f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: {library}'s own examples "
-            "quantize other models."
-        )
+        raise ConfigError(f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: {others}.")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{source.absolute()} is quantized already: give the folder that it was made from.")
 

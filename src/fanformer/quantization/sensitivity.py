@@ -10,11 +10,9 @@ from transformers import PreTrainedModel
 
 from fanformer.data.held_out import held_out_stream
 from fanformer.data.prepared import TokenStream
-from fanformer.errors import ConfigError
 from fanformer.evaluation.loss import default_sequence_length, held_out_loss
 from fanformer.files.durable import replace_json
 from fanformer.files.staging import check_free
-from fanformer.gguf.file import ARCHITECTURE
 from fanformer.loading import load
 from fanformer.quantization.linear_layers import (
     check_bits_and_group,
@@ -23,6 +21,7 @@ from fanformer.quantization.linear_layers import (
     matrices_by_part,
     round_to_nearest,
 )
+from fanformer.quantization.quantized_folder import Settings, check_model
 
 SCAN_FILE = "sensitivity.json"
 _ROWS_AT_ONCE = 8
@@ -60,39 +59,29 @@ class Scan:
 def scan_folder(
     folder: str | Path,
     output: str | Path,
-    bits: int,
-    group_size: int,
-    calibration: str | None,
-    tokens: int,
+    settings: Settings,
     on_progress: Callable[[str, int, int], None] | None = None,
-    overwrite: bool = False,
 ) -> Scan:
     """Measure each part of the model in `folder`, and write the figures as JSON to a folder.
 
     Args:
         folder: a model folder of the family `fanformer`.
         output: folder for SCAN_FILE.
-        bits: 4 or 8.
-        group_size: weights to a scale.
-        calibration: text to measure on; None takes what the run held out.
-        tokens: how much of it.
+        settings: bits, groups and the text to measure on; their method is of no account.
         on_progress: called with what is measured, how many parts are done, and how many there are.
-        overwrite: whether a SCAN_FILE that is there may be replaced.
 
     Raises:
         CheckpointError: if the folder cannot be loaded.
         ConfigError: if the model is of another kind, a setting is wrong, or the file is there already.
         DataError: if the text is missing or too short.
     """
-    check_bits_and_group(bits, group_size)
-    check_free(Path(output) / SCAN_FILE, overwrite=overwrite)
+    check_bits_and_group(settings.bits, settings.group_size)
+    check_free(Path(output) / SCAN_FILE, overwrite=settings.overwrite)
+    check_model(Path(folder), "a scan has no parts for others")
     model, tokenizer = load(folder, device="cpu", dtype="float32")
-    if model.config.model_type != ARCHITECTURE:
-        raise ConfigError(f"{Path(folder).absolute()} is a {model.config.model_type}, expected a {ARCHITECTURE}.")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ConfigError(f"{Path(folder).absolute()} is quantized already: scan the folder that it was made from.")
-    stream = held_out_stream(Path(folder), tokenizer, calibration, tokens)
-    scan = scan_model(model, stream, bits, group_size, tokens, on_progress)
+    tokens = settings.calibration_tokens
+    stream = held_out_stream(Path(folder), tokenizer, settings.calibration, tokens)
+    scan = scan_model(model, stream, settings.bits, settings.group_size, tokens, on_progress)
     Path(output).mkdir(parents=True, exist_ok=True)
     replace_json(Path(output) / SCAN_FILE, asdict(scan))
     return scan

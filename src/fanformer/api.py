@@ -31,12 +31,12 @@ def train(data: str = "stdlib", *, listener: "Listener | None" = None, **fields:
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
         DivergenceError: if the loss or the gradients do not stay finite.
     """
-    from fanformer.training.configuration import parse_count, parse_duration, resolve_run
+    from fanformer.training.configuration import PARSERS, resolve_run
     from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
     given = {"data": data, **fields}
-    for name, parse in (("tokens", parse_count), ("max_time", parse_duration)):
+    for name, parse in PARSERS.items():
         if isinstance(given.get(name), str):
             given[name] = parse(given[name])
     for name, value in dict(given.pop("model", {})).items():
@@ -82,12 +82,13 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, DependencyError: on bad input, before anything is measured.
     """
-    from fanformer.evaluation.files import MeasuredFiles, check_files
+    from fanformer.evaluation.files import MeasuredFiles, check_files, check_sizes
     from fanformer.loading import load
 
     paths = [os.fspath(text) for text in texts]
     if not paths and not tasks:
         raise ConfigError("`texts` or `tasks` is needed to evaluate, got neither: give files to predict, or tasks.")
+    check_sizes(sequence_length, batch_size)
     field = check_files(paths, by)
     folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
     if tasks:

@@ -37,10 +37,9 @@ def load_text_model(
     if not is_gguf(path):
         if threads is not None:
             raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")
-        from fanformer.generation.loading import load as load_folder
         from fanformer.generation.torch_model import TorchModel
 
-        return TorchModel(*load_folder(path, device, dtype), compiled)
+        return TorchModel(*load(path, device, dtype), compiled)
     if compiled:
         raise ConfigError(f"`--compile` is for model folders, got {path}: leave it out, ggml needs no compiling.")
     if device not in ("auto", "cpu"):
@@ -57,18 +56,13 @@ def load_text_model(
 def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> "LoadedModel":
     """Load model and tokenizer for torch; of a GGUF file the numbers become float32.
 
-    Args:
-        path: a model folder or a GGUF file.
-        device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto (as saved), float32, bfloat16 or float16.
-
-    Raises:
-        CheckpointError: if anything is missing, damaged, of another kind, or does not fit together.
-        ConfigError: if the device is not there or the dtype not known.
-        DependencyError: if it is quantized and the package that reads it is not installed.
+    Arguments and errors are those of `generation.loading.load`, which reads the folders.
     """
     from fanformer.generation.loading import LoadedModel
+    from fanformer.generation.loading import load as load_folder
 
+    if not is_gguf(path):
+        return load_folder(path, device, dtype)
     model = load_model(path, device, dtype)
     return LoadedModel(model, load_tokenizer(path, model.config.vocab_size))
 

@@ -13,7 +13,7 @@ from fanformer.cli.failure import writing
 from fanformer.cli.options import Verb, device_option, dtype_option
 from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
-from fanformer.evaluation.files import MeasuredFiles, check_files
+from fanformer.evaluation.files import MeasuredFiles, check_files, check_sizes
 
 if TYPE_CHECKING:
     from fanformer.generation.loading import LoadedModel
@@ -78,9 +78,7 @@ def evaluate(
     task_options = {"data-dir": data_dir, "limit": limit, "num-fewshot": num_fewshot, "cache-dir": cache_dir}
     paths = [*files, *more_files]
     _check_wanted(paths, bool(files), tasks, task_options)
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if value is not None and value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, got {value}.")
+    check_sizes(sequence_length, batch_size)
     field = check_files(paths, by)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))

@@ -14,9 +14,8 @@ from fanformer.machine.launch import launched_rank
 from fanformer.machine.threads import spin_briefly
 from fanformer.training.configuration import (
     FIELD_TYPES,
+    PARSERS,
     RunConfig,
-    parse_count,
-    parse_duration,
     parse_setting,
     preset_names,
     resolve_run,
@@ -48,7 +47,6 @@ _FLAGS = (
     "device",
     "push_to_hub",
 )
-_PARSERS: dict[str, Callable[[str], Any]] = {"max_time": parse_duration, "tokens": parse_count}
 
 
 def _flag(name: str) -> Callable[[Any], Any]:
@@ -59,7 +57,7 @@ def _flag(name: str) -> Callable[[Any], Any]:
     hint = FIELD_TYPES[name]
     types = (hint, *get_args(hint))
     choices = f"[{'|'.join(get_args(hint))}]" if get_origin(hint) is Literal else None  # RunConfig checks them
-    kind = str if name in _PARSERS else int if int in types else float if float in types else str
+    kind = str if name in PARSERS else int if int in types else float if float in types else str
     flag = f"--{name.replace('_', '-')}"
     return click.option(flag, name, type=kind, metavar=choices, default=None, help=f"{help_text}.")
 
@@ -107,7 +105,7 @@ def train(
     The folder holds safetensors weights, tokenizer, model card, run.yaml, metrics.jsonl and loss.png.
     """
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
-    overrides = {name: _PARSERS[name](value) if name in _PARSERS else value for name, value in given.items()}
+    overrides = {name: PARSERS[name](value) if name in PARSERS else value for name, value in given.items()}
     overrides |= dict(map(parse_setting, settings))
     if preset is not None:
         overrides["preset"] = preset

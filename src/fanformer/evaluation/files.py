@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 _DEFAULT_FIELD = "src"
 
 
+def check_sizes(sequence_length: int | None, batch_size: int) -> None:
+    """Raise ConfigError if a number of `MeasuredFiles` is below 1."""
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, got {value}.")
+
+
 def check_files(paths: Sequence[str], by: str | None) -> str | None:
     """Refuse, before torch is imported, files that cannot be read or hold no text.
 
@@ -80,11 +87,8 @@ class MeasuredFiles:
             batch_size: rows of text computed together.
 
         Raises:
-            ConfigError: if a number is below 1, or the context longer than the model's positions.
+            ConfigError: if the context is longer than the model's positions.
         """
-        for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-            if value is not None and value < 1:
-                raise ConfigError(f"`{name}` must be at least 1, got {value}.")
         longest = getattr(model.config, "max_position_embeddings", None)
         if sequence_length is not None and longest is not None and sequence_length > longest:
             raise ConfigError(

@@ -6,7 +6,7 @@ This module imports neither torch nor transformers, so that `--help` stays fast.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -396,3 +396,7 @@ def parse_count(text: str) -> int:
     if match is None:
         raise ConfigError(f"a count must look like 500000, 500k, 3M or 2B, got {text!r}.")
     return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+
+
+PARSERS: Mapping[str, Callable[[str], Any]] = {"max_time": parse_duration, "tokens": parse_count}
+"""What reads the fields that people write as text."""

@@ -87,6 +87,21 @@ def test_a_layer_with_a_hook_or_of_another_kind_is_left_alone(tiny_model):
         assert joined_layers(model) == [first.self_attn, second.mlp]
 
 
+def test_a_layer_whose_weight_a_quantizer_has_packed_is_left_alone(tiny_model, token_ids):
+    """A quantizer leaves the class, packs the weight away and sets a `forward` of its own on the module."""
+    model, ids = tiny_model(), token_ids(1, 1)
+    packed = model.model.layers[0].mlp.up_proj
+    weight = packed._parameters.pop("weight")
+    packed.weight_packed = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    packed.forward = lambda x: nn.functional.linear(x, packed.weight_packed)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fast_decoding(model):
+            assert model.model.layers[0].mlp not in joined_layers(model)
+            assert type(packed) is nn.Linear
+            torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_lora_on_all_linear_changes_what_is_decoded(tiny_model, token_ids):
     peft = pytest.importorskip("peft", reason="needs the extra `lora`")
     base, ids = tiny_model(), token_ids(1, 9)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from fanformer.generation.products import FewRowsLinear, joined_products
+from fanformer.generation.products import FewRowsLinear, is_plain, joined_products
 
 _GROUPED = "grouped_sdpa"
 
@@ -66,7 +66,7 @@ def fast_decoding(model: PreTrainedModel, join: bool = True) -> Iterator[None]:
             not in the middle of a training, whose sums must not depend on when it was resumed.
     """
     attention = model.config._attn_implementation
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    linears = [module for module in model.modules() if is_plain(module)]
     if attention == "sdpa":
         model.set_attn_implementation(_GROUPED)
     for module in linears:

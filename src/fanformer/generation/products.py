@@ -43,6 +43,12 @@ class FewRowsLinear(nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return whether `module` computes as its class says: a linear layer whose weight no quantizer has packed."""
+    kind = type(module) in (nn.Linear, FewRowsLinear)
+    return kind and "weight" in module._parameters and "forward" not in vars(module)
+
+
 def _padded(rows: int) -> int:
     """Return the number of rows, at least `rows`, with which the product is fastest."""
     if rows in (1, 3):
@@ -121,7 +127,7 @@ def joined_products(model: nn.Module) -> Iterator[None]:
 
 def joined(readers: Sequence[nn.Module]) -> nn.Linear | None:
     """Return the layers that read one input as one, of the same weights in memory; None where they cannot be."""
-    plain = [reader for reader in readers if type(reader) in (nn.Linear, FewRowsLinear) and not _hooks(reader)]
+    plain = [reader for reader in readers if is_plain(reader) and not _hooks(reader)]
     if len(plain) < len(readers) or len({(one.weight.dtype, one.weight.device, one.in_features) for one in plain}) > 1:
         return None
     if plain[0].weight.is_meta or any(type(one.weight.data) is not torch.Tensor for one in plain):  # spread by FSDP2

@@ -1,6 +1,6 @@
 """Results of a rule's trainings that are made rather than trained."""
 
-from fanformer.comparison.rule_learning import RulePoint, RuleResult, RuleSettings
+from fanformer.comparison.rule_learning import RulePoint, RuleResult, rule_fields
 from fanformer.comparison.rule_score import Accuracy, Grid, RuleScore
 from fanformer.comparison.rules import create_task
 
@@ -11,12 +11,13 @@ def result(task, score, seed=0):
     """A training with the given score; everything that no report reads is the same."""
     return RuleResult(
         task=task.to_dict(),
-        settings=RuleSettings(max_steps=5, seed=seed).to_dict(),
+        settings=rule_fields(task, max_steps=5, seed=seed),
         model_type="fanformer",
         parameters=1200,
         block_parameters=1000,
         steps=5,
         reached_end=True,
+        stopped_by=None,
         seconds=1.0,
         examples_per_second=5.0,
         curve=[RulePoint(5, 0.1, 1.0, 0.5, 0.0, 1.0)],

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fanformer.comparison.rule_score import accuracy_on_test, answers, score
+from fanformer.comparison.rule_score import accuracy_and_loss, answers, score
 from fanformer.comparison.rules import create_task, model_fields
 from fanformer.errors import ConfigError
 
@@ -103,7 +103,14 @@ def test_score_agrees_with_counting_one_prompt_at_a_time(addition, tiny_model):
         assert part.answers == len(right[inside])
         assert part.greedy == sum(right[inside]) / len(right[inside])
         assert part.sampled == pytest.approx(sum(chances[inside]) / len(chances[inside]), abs=1e-5)
-    assert accuracy_on_test(model, addition) == result.test.greedy
+    accuracy, loss = accuracy_and_loss(model, addition, addition.test)
+    assert accuracy.greedy == result.test.greedy
+    with torch.no_grad():
+        logits = model(addition.test.input_ids).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), addition.test.labels.flatten(), ignore_index=-100
+    )
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_score_survives_json_and_leaves_the_model_in_its_mode(addition, periodic, tiny_model):
@@ -120,7 +127,8 @@ def test_batches_do_not_change_the_answers(addition, tiny_model):
     model = tiny_model(**model_fields(addition))
     whole, parts = answers(model, addition.everything), answers(model, addition.everything, batch_size=7)
     assert torch.equal(whole[0], parts[0])
-    torch.testing.assert_close(whole[1], parts[1], atol=1e-5, rtol=0)  # products of other shapes round otherwise
+    for one, other in zip(whole[1:], parts[1:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)  # products of other shapes round otherwise
 
 
 def test_model_with_too_few_tokens_is_refused(addition, tiny_model):

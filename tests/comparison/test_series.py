@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fanformer.comparison.rule_learning import RuleSettings, train_rule
+from fanformer.comparison.rule_learning import rule_config, train_rule
 from fanformer.comparison.rule_score import score
 from fanformer.comparison.rules import create_task, model_fields
 from fanformer.comparison.series import LIMIT, SOURCES, SeriesContinuation, Source
@@ -104,13 +104,13 @@ def test_continuation_with_a_cache_is_that_of_reading_everything_again(wave, tin
     assert torch.equal(said, task.decode(tokens[:, task.context :]))
 
 
-def test_model_trained_on_a_sine_beats_persistence_beyond_the_window_and_a_fresh_one_does_not(wave, tiny_model):
+def test_model_trained_on_a_sine_beats_persistence_beyond_the_window_a_fresh_one_not(wave, tiny_model, tmp_path):
     task = create_task("series", **SIZES)
     torch.manual_seed(0)
     model = tiny_model(**model_fields(task))
     fresh = score(model, task).horizon
-    settings = RuleSettings(max_steps=150, batch_size=16, learning_rate=0.01, records=1)
-    result = train_rule(task, model, settings)
+    config = rule_config(task, tmp_path, max_steps=300, batch_size=16, learning_rate=0.005, eval_steps=150)
+    result = train_rule(task, model, config)
     learned = result.score.horizon
     naive = learned.beyond(learned.baselines["persistence"])
     assert fresh.beyond(fresh.errors) > 0.7 * naive

@@ -49,6 +49,13 @@ def spoiled(bad_passes, factor):
     return build
 
 
+class Rows(list):
+    """Rows in a list, each a dictionary of (T,) tensors."""
+
+    def batch(self, indices):
+        return {name: torch.stack([self[index][name] for index in indices]) for name in self[0]}
+
+
 class Observer:
     """What the loop tells, kept; evaluation returns a constant."""
 
@@ -104,7 +111,7 @@ def trainer_on(rows, tmp_path, **fields):
 def rows_with(*masked):
     """Four rows of eight tokens, those of the given numbers without a single label."""
     generator = torch.Generator().manual_seed(3)
-    rows = []
+    rows = Rows()
     for number in range(4):
         ids = torch.randint(0, 300, (9,), generator=generator)
         labels = torch.full((8,), -100) if number in masked else ids[1:].clone()

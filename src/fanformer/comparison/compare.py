@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from fanformer.comparison.architectures import architecture, family_and_size
-from fanformer.comparison.rule_learning import RuleSettings, rule_settings
+from fanformer.comparison.rule_learning import rule_config, rule_fields
 from fanformer.comparison.rule_score import lacking
 from fanformer.comparison.rules import HoleTask, RuleTask, create_task
 from fanformer.comparison.sweep import SweepObserver, TrialFailedError, run_trial_in_process
@@ -65,7 +65,7 @@ class Comparison:
         learning_rates: to sweep.
         seeds: to repeat the best learning rate with.
         preset: whose training recipe is taken over.
-        run: fields of RunConfig, or of RuleSettings for a rule, the same for all.
+        run: fields of RunConfig, for a rule of rule_learning.FIELDS, the same for all.
         evaluations: how often the held-out loss is measured in a run.
         eval_tokens: held-out tokens of each measurement.
         extend: how many learning rates to add, one by one, while the best one is at an end of the sweep.
@@ -168,9 +168,11 @@ class Comparison:
             return usual
         return create_task(self.rule or "", hole_side=side)
 
-    def rule_settings(self) -> RuleSettings:
-        """Return the settings that the trainings of a rule share."""
-        return rule_settings(create_task(self.rule or ""), **self.run)
+    def rule_settings(self) -> dict[str, Any]:
+        """Return the fields of RunConfig that the trainings of a rule share, recipe and all."""
+        task = create_task(self.rule or "")
+        rule_config(task, ".", **self.run)  # checks their values
+        return rule_fields(task, **self.run)
 
     def run_config(self, tokens: int) -> RunConfig:
         """Return the configuration that the trainings of one budget share."""
@@ -410,7 +412,7 @@ class _Sweep:
         if self.data is None:
             task = self.comparison.rule_task(variant).to_dict()
             rule = {"task": task.pop("name"), **task}
-            return Trial(spec, rate, seed, self.comparison.run, rule=rule, block=block)
+            return Trial(spec, rate, seed, self.comparison.rule_settings(), rule=rule, block=block)
         settings = {**self.comparison.shared_settings(variant), **self.machine}
         return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
 

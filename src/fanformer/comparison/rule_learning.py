@@ -1,87 +1,48 @@
-"""Train a small model from scratch on a rule and measure what it made of it."""
+"""Train a small model from scratch on a rule, by the trainer that language has, and measure what it made of it."""
 
 import dataclasses
-import math
+import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.comparison.rule_score import RuleScore, accuracy_on_test, score
-from fanformer.comparison.rules import IGNORED, RuleTask
-from fanformer.errors import ConfigError, DivergenceError, refuse_unknown
+from fanformer.comparison.rule_score import RuleScore, accuracy_and_loss, score
+from fanformer.comparison.rules import RuleTask
+from fanformer.errors import ConfigError, refuse_unknown
+from fanformer.training.checkpoint import WEIGHTS_FILE, Fill
 from fanformer.training.configuration import RunConfig
-from fanformer.training.environment import keep_freed_memory
-from fanformer.training.optimizers import create_optimizer
-from fanformer.training.schedule import RunLength, learning_rate_factor
+from fanformer.training.environment import decide
+from fanformer.training.events import Event, Listener, Record, note_to, silent
+from fanformer.training.parallel import Processes
+from fanformer.training.records import RecordFile, read_records
+from fanformer.training.schedule import run_length
+from fanformer.training.trainer import Trainer, agreed_checkpoint
 
+LENGTHS = ("max_steps", "epochs", "max_time")
+FIELDS = (
+    *LENGTHS, "batch_size", "eval_steps", "seed", "threads", "device", "precision",
+    "optimizer", "learning_rate", "embedding_learning_rate_scale", "muon_learning_rate_scale", "muon_scaling",
+    "muon_momentum", "weight_decay", "beta1", "beta2", "max_grad_norm", "max_skipped_steps",
+    "schedule", "warmup_fraction", "decay_fraction", "min_learning_rate_ratio",
+)  # fmt: skip
+"""Fields of RunConfig that the training of a rule takes; a row is an example, a batch so many of them."""
 
-@dataclass(frozen=True)
-class RuleSettings:
-    """How a rule is trained; fields named as in `RunConfig` mean the same.
-
-    Attributes:
-        max_steps: optimizer steps; this, `epochs` or `max_seconds` sets the length.
-        epochs: passes over the training examples.
-        max_seconds: length of the training in time where neither of the others is given, else a limit. A length in
-            time depends on the machine: the same seed then gives other weights.
-        batch_size: examples per step; the last batch of an epoch is filled from the next one.
-        records: points of the curve.
-        seed: of the order of the examples and of dropout; the model's own initialisation is its builder's.
-        compile: compile the model; pays from several minutes on.
-    """
-
-    max_steps: int | None = None
-    epochs: float | None = None
-    max_seconds: float | None = None
-    batch_size: int = 336
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 3e-3
-    embedding_learning_rate_scale: float = 1.0
-    muon_learning_rate_scale: float = 1.0
-    muon_scaling: Literal["adamw", "spectral"] = "adamw"
-    weight_decay: float = 0.1
-    beta2: float = 0.98
-    max_grad_norm: float = 1.0
-    schedule: Literal["wsd", "cosine"] = "cosine"
-    warmup_fraction: float = 0.01
-    min_learning_rate_ratio: float = 0.0
-    records: int = 20
-    seed: int = 0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.epochs is None and self.max_seconds is None:
-            raise ConfigError("the length of a training must be given, got none: set max_steps, epochs or max_seconds.")
-        if self.records < 1:
-            raise ConfigError(f"`records` must be at least 1, got {self.records}: the last step is always recorded.")
-        self.run_config()  # checks what it shares with a training run
-
-    def run_config(self) -> RunConfig:
-        """Return the part that optimizer and schedule read."""
-        shared = {field.name for field in dataclasses.fields(RunConfig)} & {
-            field.name for field in dataclasses.fields(self)
-        }
-        values = {name: getattr(self, name) for name in shared - {"compile"}}
-        return RunConfig(**values, max_time=self.max_seconds)
-
-    def length(self, examples: int) -> RunLength:
-        """Return when a training on so many examples ends."""
-        steps = self.max_steps
-        if self.epochs is not None:
-            steps = max(1, round(self.epochs * examples / self.batch_size))
-        return RunLength(steps, self.max_seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields."""
-        return dataclasses.asdict(self)
-
-
+_DEFAULTS: Mapping[str, Any] = {
+    "batch_size": 336,
+    "beta2": 0.98,
+    "schedule": "cosine",
+    "warmup_fraction": 0.01,
+    "device": "cpu",
+    "precision": "float32",
+}
 _MUON = {
     "optimizer": "muon",
     "muon_scaling": "spectral",
@@ -93,25 +54,44 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "modular-addition": {"max_steps": 1500, **_MUON},
     "linear-regression": {"max_steps": 1000, **_MUON},
     "periodic": {"max_steps": 400, "batch_size": 96},
-    "series": {"max_steps": 600, "batch_size": 16, "records": 10},
+    "series": {"max_steps": 600, "batch_size": 16},
 }
-"""For each task settings with which FANformer and Llama learn its examples; what they leave out has its default."""
+"""For each task what differs from _DEFAULTS, with which FANformer and Llama learn its examples."""
+_EVALUATIONS = 20
+_WATCHED_ROWS = 256  # training rows whose answers the curve follows
 
 
-def rule_settings(task: RuleTask, **fields: Any) -> RuleSettings:
-    """Return the settings of RECIPES for a task, with the given fields in their place.
+def rule_fields(task: RuleTask, **fields: Any) -> dict[str, Any]:
+    """Return the fields of RunConfig with which a task is trained, the given ones in the recipe's place.
 
     A length that is given replaces the recipe's own.
 
     Raises:
-        ConfigError: if a field does not exist (the nearest is offered) or has a wrong value.
+        ConfigError: if a field is not of FIELDS (the nearest is offered), or no length is given.
     """
-    refuse_unknown(fields, (field.name for field in dataclasses.fields(RuleSettings)), "a setting of rule learning")
-    lengths = ("max_steps", "epochs", "max_seconds")
+    refuse_unknown(fields, FIELDS, "a setting of rule learning")
     recipe = dict(RECIPES.get(task.name, {}))
-    if any(fields.get(name) is not None for name in lengths):
-        recipe = {key: value for key, value in recipe.items() if key not in lengths}
-    return RuleSettings(**{**recipe, **fields})
+    if any(fields.get(name) is not None for name in LENGTHS):
+        recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
+    merged: dict[str, Any] = {**_DEFAULTS, **recipe, **fields}
+    if all(merged.get(name) is None for name in LENGTHS):
+        raise ConfigError(f"the length of a training must be given, got none: set {', '.join(LENGTHS)}.")
+    if merged.get("max_steps") is not None:
+        merged.setdefault("eval_steps", max(1, merged["max_steps"] // _EVALUATIONS))
+    return merged
+
+
+def rule_config(task: RuleTask, folder: Path | str, resume: bool = False, **fields: Any) -> RunConfig:
+    """Return the run that trains a task in `folder`; fields as in `rule_fields`, which says what is raised."""
+    merged = rule_fields(task, **fields)
+    own: dict[str, Any] = {
+        "data": f"rule:{task.name}",
+        "output_dir": str(folder),
+        "resume": resume,
+        "keep_last": 1,
+        "keep_best": False,
+    }
+    return RunConfig(**merged, **own, log_steps=merged.get("eval_steps"), sequence_length=task.prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -121,10 +101,10 @@ class RulePoint:
     Attributes:
         step: optimizer steps done.
         loss: nats per answer, mean over the steps since the last point.
-        train_accuracy: greedy, over the same steps, before each was learned from.
+        train_accuracy: greedy, on 256 of the training rows.
         test_accuracy: greedy, on what training leaves out.
         learning_rate: of the last step.
-        seconds: since training began, without evaluation.
+        seconds: since training began.
     """
 
     step: int
@@ -141,14 +121,15 @@ class RuleResult:
 
     Attributes:
         task: name and fields.
-        settings: of the training.
+        settings: of the training, the fields of RunConfig.
         model_type: as in the model's configuration, such as "fanformer" or "llama".
         parameters: all of them.
         block_parameters: all but embedding and LM head.
         steps: optimizer steps done.
-        reached_end: False where `max_seconds` ended a training whose length is in steps.
-        seconds: of training, without evaluation.
-        examples_per_second: trained on, over the same time.
+        reached_end: False where `max_time` ended a training whose length is in steps, or a signal did.
+        stopped_by: name of that signal, or None; the same call with `resume` goes on.
+        seconds: of training, over all parts of the run.
+        examples_per_second: trained on, median over the points of the curve.
         curve: loss and accuracies along the way.
         score: of the final weights.
     """
@@ -160,6 +141,7 @@ class RuleResult:
     block_parameters: int
     steps: int
     reached_end: bool
+    stopped_by: str | None
     seconds: float
     examples_per_second: float
     curve: list[RulePoint]
@@ -170,162 +152,138 @@ class RuleResult:
         return {**dataclasses.asdict(self), "score": self.score.to_dict()}
 
 
-@dataclass
-class _Window:
-    """Sums since the last point of the curve."""
-
-    loss: Tensor
-    right: Tensor
-    answers: int = 0
-    steps: int = 0
-
-
-class _Order:
-    """The examples in epochs, each shuffled by (seed, epoch)."""
-
-    def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.epoch, self.rest = 0, torch.empty(0, dtype=torch.int64)
-
-    def next(self) -> Tensor:
-        """Return the next `batch_size` indices."""
-        while len(self.rest) < self.batch_size:
-            generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-            self.rest = torch.cat((self.rest, torch.randperm(self.count, generator=generator)))
-            self.epoch += 1
-        chosen, self.rest = self.rest.split((self.batch_size, len(self.rest) - self.batch_size))
-        return chosen
-
-
-def train_rule(
-    task: RuleTask,
-    model: PreTrainedModel,
-    settings: RuleSettings,
-    on_point: Callable[[RulePoint, float], None] | None = None,
-) -> RuleResult:
+def train_rule(task: RuleTask, model: PreTrainedModel, config: RunConfig, listener: Listener = silent) -> RuleResult:
     """Train `model` on a task and measure it.
 
     With a length in steps or epochs the result is the same bit for bit for the same weights, settings, machine and
-    number of threads.
+    number of threads, stopped and resumed or not.
 
     Args:
         task: one of `fanformer.comparison.rules.TASKS`.
         model: a causal language model with fresh weights, built with `model_fields(task)`; trained in place.
-        settings: of the training.
-        on_point: hears every point of the curve and the share of the training that is over, in [0, 1].
+        config: of `rule_config`; its folder gets checkpoints and metrics.jsonl.
+        listener: hears what the training does.
 
     Raises:
         ConfigError: if the model has fewer tokens or positions than the task needs.
         DivergenceError: if the loss does not stay finite.
     """
+    started = time.monotonic()
     _check_model(task, model)
-    keep_freed_memory()
-    with torch.random.fork_rng():  # dropout's seed is ours, the caller's generator stays as it was
-        torch.manual_seed(settings.seed)
-        loop = _Loop(task, model, settings, on_point)
-        loop.run()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        for stale in (*config.folder.glob("checkpoint-*"), *config.folder.glob("metrics.jsonl")):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    rows, length = RuleRows(task), run_length(config, len(task.train))
+    environment = decide(config, 0.0 if length.max_steps is not None else None, length.max_seconds)
+    environment.apply()
+    processes = Processes(config.parallel, environment.device)
+    checkpoint = agreed_checkpoint(config.folder, processes, note_to(listener)) if config.resume else None
+    with torch.random.fork_rng():  # dropout's seed is the run's, the caller's generator stays as it was
+        trainer = Trainer(
+            model,
+            rows,
+            config=config,
+            length=length,
+            environment=environment,
+            processes=processes,
+            observer=_RuleRun(task, model, config, listener),
+            held_out_tokens=len(task.test),
+            started=started,
+        )
+        outcome = trainer.run(checkpoint)
+    model.eval()
     head = model.get_output_embeddings().weight
     outer = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    records = read_records(config.folder)
     return RuleResult(
         task=task.to_dict(),
-        settings=settings.to_dict(),
+        settings=config.to_dict(),
         model_type=str(model.config.model_type),
         parameters=parameters,
         block_parameters=parameters - sum(outer.values()),
-        steps=loop.step,
-        reached_end=loop.length.progress(loop.step, loop.seconds) >= 1,
-        seconds=loop.seconds,
-        examples_per_second=loop.step * settings.batch_size / loop.seconds,
-        curve=loop.curve,
+        steps=outcome.step,
+        reached_end=outcome.reached_end,
+        stopped_by=outcome.stopped_by,
+        seconds=max((record.get("elapsed_seconds", 0.0) for record in records), default=0.0),
+        examples_per_second=statistics.median(record["tokens_per_second"] for record in records)
+        / config.sequence_length,
+        curve=[_point(record) for record in records if "test_accuracy" in record],
         score=score(model, task),
     )
 
 
-class _Loop:
-    """One training; `run` does it."""
+def _point(record: Mapping[str, Any]) -> RulePoint:
+    figures = {name: record[name] for name in ("step", "train_accuracy", "test_accuracy", "learning_rate")}
+    return RulePoint(**figures, loss=record.get("loss", float("nan")), seconds=record["elapsed_seconds"])
 
-    def __init__(
-        self,
-        task: RuleTask,
-        model: PreTrainedModel,
-        settings: RuleSettings,
-        on_point: Callable[[RulePoint, float], None] | None,
-    ):
-        self.task, self.model, self.settings, self.on_point = task, model, settings, on_point
-        self.config = settings.run_config()
-        self.length = settings.length(len(task.train))
-        self.optimizer = create_optimizer(model, self.config)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.forward = torch.compile(model) if settings.compile else model
-        self.curve: list[RulePoint] = []
-        self.step, self.seconds, self.factor = 0, 0.0, 0.0
-        self.window = self._new_window()
 
-    def run(self) -> None:
-        """Train to the end."""
-        order = _Order(len(self.task.train), self.settings.batch_size, self.settings.seed)
-        self.model.train()
-        began = time.perf_counter()
-        while not self._is_over():
-            self._train_on(order.next())
-            self.seconds += time.perf_counter() - began
-            progress = self._progress()
-            if progress >= (len(self.curve) + 1) / self.settings.records or self._is_over():
-                self._record(progress)
-            began = time.perf_counter()
-        self.model.eval()
+class RuleRows:
+    """A task's training examples as the trainer reads rows."""
 
-    def _progress(self) -> float:
-        return self.length.progress(self.step, self.seconds)
+    def __init__(self, task: RuleTask):
+        self._examples = task.train
 
-    def _is_over(self) -> bool:
-        limit = self.settings.max_seconds
-        return self._progress() >= 1 or (limit is not None and self.seconds >= limit)
+    def __len__(self) -> int:
+        return len(self._examples)
 
-    def _train_on(self, rows: Tensor) -> None:
-        device = self.model.device
-        batch = self.task.train[rows]
-        labels = batch.labels.to(device)
-        self.factor = learning_rate_factor(self.length.progress(self.step + 0.5, self.seconds), self.config)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor
-        logits = self.forward(input_ids=batch.input_ids.to(device), use_cache=False).logits  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
-        loss.backward()
-        limit = self.settings.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit if limit > 0 else math.inf)
-        if not (loss.isfinite() and norm.isfinite()):
-            raise DivergenceError(
-                f"the loss of step {self.step + 1} of the rule {self.task.name} is {loss.item():.4g} with a gradient "
-                f"norm of {norm.item():.4g}",
-                f"both must stay finite; use a lower learning_rate than {self.settings.learning_rate:g}.",
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.window.loss += loss.detach().double()
-        self.window.right += (logits.detach().argmax(-1) == labels).sum()
-        self.window.answers += int((batch.labels != IGNORED).sum())
-        self.window.steps += 1
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return `input_ids`, `labels` and `position_ids` of examples, each (B, T) int64."""
+        chosen = self._examples[indices]
+        positions = torch.arange(chosen.input_ids.shape[1]).expand_as(chosen.input_ids)
+        return {"input_ids": chosen.input_ids, "labels": chosen.labels, "position_ids": positions}
 
-    def _new_window(self) -> _Window:
-        device = self.model.device
-        return _Window(torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), device=device))
 
-    def _record(self, progress: float) -> None:
-        window, self.window = self.window, self._new_window()
-        point = RulePoint(
-            step=self.step,
-            loss=float(window.loss) / window.steps,
-            train_accuracy=float(window.right) / window.answers,
-            test_accuracy=accuracy_on_test(self.model, self.task),
-            learning_rate=self.settings.learning_rate * self.factor,
-            seconds=self.seconds,
-        )
-        self.curve.append(point)
-        if self.on_point is not None:
-            self.on_point(point, progress)
+@dataclass(frozen=True)
+class _Measured:
+    """What `Trainer` keeps of an evaluation."""
+
+    loss: float
+    tokens: int
+    train_accuracy: float
+    test_accuracy: float
+
+    def record(self) -> Record:
+        return {"val_loss": self.loss, "train_accuracy": self.train_accuracy, "test_accuracy": self.test_accuracy}
+
+
+class _RuleRun:
+    """What the training of a rule does beside training: measure, keep records, save weights."""
+
+    def __init__(self, task: RuleTask, model: PreTrainedModel, config: RunConfig, listener: Listener):
+        self.task, self.model, self.listener = task, model, listener
+        self.row = config.batch_size * config.sequence_length
+        self.records = RecordFile(config.folder)
+        self.forget_records_after = self.records.forget_after
+        self.before_save = self.records.sync
+        self.note = note_to(listener)
+
+    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> _Measured:
+        """Measure accuracy on training rows and on what training leaves out."""
+        between_batches()
+        train, _ = accuracy_and_loss(self.model, self.task, self.task.train[:_WATCHED_ROWS])
+        test, loss = accuracy_and_loss(self.model, self.task, self.task.test)
+        return _Measured(loss, test.answers, train.greedy, test.greedy)
+
+    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
+        """Tell that a step ended."""
+        figures = {"step": step, "tokens": step * self.row, "elapsed_seconds": elapsed_seconds}
+        self.listener(Event("step", share=progress, figures=figures))
+
+    def on_record(self, record: Record, progress: float) -> None:
+        """Keep and tell one step's figures."""
+        self.records.append(record)
+        self.listener(Event("record", share=progress, figures=record))
+
+    def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
+        """Return what writes the model's part of a checkpoint."""
+
+        def fill(folder: Path) -> None:
+            self.model.config.save_pretrained(folder)
+            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+        return fill
 
 
 def _check_model(task: RuleTask, model: PreTrainedModel) -> None:

@@ -104,7 +104,7 @@ MAX_TRAIN_ROWS = 1200  # rows of `periodic` that stand for all its training rows
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, examples: Examples, batch_size: int = 2048) -> tuple[Tensor, Tensor]:
+def answers(model: PreTrainedModel, examples: Examples, batch_size: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
     """Compare a model's predictions with the labels.
 
     Args:
@@ -113,8 +113,8 @@ def answers(model: PreTrainedModel, examples: Examples, batch_size: int = 2048) 
         batch_size: rows per forward pass; the last batch is smaller.
 
     Returns:
-        Whether the most probable token is the label, (N, T) bool, and the probability of the label at temperature 0.5,
-        (N, T) float32; False and 0 where there is no label.
+        Whether the most probable token is the label, (N, T) bool, the probability of the label at temperature 0.5 and
+        its surprise in nats at temperature 1, (N, T) float32; False and 0 where there is no label.
 
     Raises:
         ConfigError: if the model has fewer tokens than the examples.
@@ -127,19 +127,20 @@ def answers(model: PreTrainedModel, examples: Examples, batch_size: int = 2048) 
         )
     was_training = model.training
     model.eval()
-    right, probability = [], []
+    right, probability, nats = [], [], []
     with torch.compiler.set_stance("force_eager"):  # another batch size would be compiled once more
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             labels = batch.labels.to(model.device)
             asked = labels != IGNORED
             logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits.float()  # (B, T, V)
-            wanted = labels.clamp(min=0)
-            right.append(((logits.argmax(-1) == wanted) & asked).cpu())
-            chances = F.softmax(logits / SAMPLING_TEMPERATURE, dim=-1).gather(-1, wanted[..., None]).squeeze(-1)
+            wanted = labels.clamp(min=0)[..., None]
+            right.append(((logits.argmax(-1, keepdim=True) == wanted)[..., 0] & asked).cpu())
+            chances = F.softmax(logits / SAMPLING_TEMPERATURE, dim=-1).gather(-1, wanted)[..., 0]
             probability.append((chances * asked).cpu())
+            nats.append((-F.log_softmax(logits, dim=-1).gather(-1, wanted)[..., 0] * asked).cpu())
     model.train(was_training)
-    return torch.cat(right), torch.cat(probability)
+    return torch.cat(right), torch.cat(probability), torch.cat(nats)
 
 
 def _accuracy(right: Tensor, probability: Tensor, labels: Tensor) -> Accuracy:
@@ -166,16 +167,17 @@ def score(model: PreTrainedModel, task: RuleTask) -> RuleScore:
     return _score_periods(model, task)
 
 
-def accuracy_on_test(model: PreTrainedModel, task: RuleTask) -> float:
-    """Return the greedy accuracy on what training left out, as `score` does, without the rest."""
-    examples = _scored(task, task.test)
-    right, probability = answers(model, examples)
-    return _accuracy(right, probability, examples.labels).greedy
+def accuracy_and_loss(model: PreTrainedModel, task: RuleTask, examples: Examples) -> tuple[Accuracy, float]:
+    """Return the accuracy on a task's examples, as `score` does, and the loss in nats per answer."""
+    examples = _scored(task, examples)
+    right, probability, nats = answers(model, examples)
+    accuracy = _accuracy(right, probability, examples.labels)
+    return accuracy, float(nats.double().sum()) / accuracy.answers
 
 
 def _score_hole(model: PreTrainedModel, task: HoleTask) -> RuleScore:
     everything = task.everything
-    right, probability = answers(model, everything)
+    right, probability, _ = answers(model, everything)
     parts = {
         inside: _accuracy(right[rows], probability[rows], everything.labels[rows])
         for inside, rows in ((True, task.in_hole), (False, ~task.in_hole))
@@ -187,12 +189,9 @@ def _score_hole(model: PreTrainedModel, task: HoleTask) -> RuleScore:
 
 
 def _score_series(model: PreTrainedModel, task: SeriesContinuation) -> RuleScore:
-    def measure(examples: Examples) -> Accuracy:
-        right, probability = answers(model, examples)
-        return _accuracy(right, probability, examples.labels)
-
-    horizon = score_horizon(model, task)
-    return RuleScore(measure(task.train[: MAX_TRAIN_ROWS // 10]), measure(task.test), horizon=horizon)
+    parts = (task.train[: MAX_TRAIN_ROWS // 10], task.test)
+    train, test = (accuracy_and_loss(model, task, examples)[0] for examples in parts)
+    return RuleScore(train, test, horizon=score_horizon(model, task))
 
 
 def _scored(task: RuleTask, examples: Examples) -> Examples:
@@ -207,7 +206,7 @@ def _scored(task: RuleTask, examples: Examples) -> Examples:
 def _score_periods(model: PreTrainedModel, task: PeriodicContinuation) -> RuleScore:
     def measure(examples: Examples) -> tuple[Accuracy, dict[int, Accuracy]]:
         examples = _scored(task, examples)
-        right, probability = answers(model, examples)
+        right, probability, _ = answers(model, examples)
         periods = {}
         for period in examples.keys.unique().tolist():
             rows = examples.keys == period

@@ -104,6 +104,9 @@ class _Lines:
         """Tell notes and the held-out loss, and now and then how far the run is."""
         if event.kind == "note":
             self.tell(note=event.text)
+        elif event.kind == "record" and "test_accuracy" in event.figures:
+            train, test = (event.figures[f"{part}_accuracy"] for part in ("train", "test"))
+            self.tell(progress=event.share, text=f"train {train:.1%}, left out {test:.1%}")
         elif event.kind == "record" and "val_loss" in event.figures:
             self.tell(progress=event.share, text=f"held out {event.figures['val_bits_per_byte']:.4f} bits per byte")
         elif event.kind == "step":
@@ -122,7 +125,7 @@ def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
         FANformerError: on bad input; a run that diverged is a result.
         SystemExit: where a signal stopped the run, which then goes on at the next call.
     """
-    return _train_rule(trial, lines) if trial.rule is not None else _train_language(trial, folder, lines)
+    return _train_rule(trial, folder, lines) if trial.rule is not None else _train_language(trial, folder, lines)
 
 
 def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
@@ -176,29 +179,28 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     return Result("finished", "", figures, curve, details)
 
 
-def _train_rule(trial: Trial, lines: _Lines) -> Result:
+def _train_rule(trial: Trial, folder: Path, lines: _Lines) -> Result:
     import torch
 
     from fanformer.comparison.architectures import architecture
-    from fanformer.comparison.rule_learning import RulePoint, rule_settings, train_rule
+    from fanformer.comparison.rule_learning import rule_config, train_rule
     from fanformer.comparison.rules import create_task, model_fields
     from fanformer.machine.versions import versions
-
-    def tell(point: RulePoint, progress: float) -> None:
-        lines.tell(progress=progress, text=f"train {point.train_accuracy:.1%}, left out {point.test_accuracy:.1%}")
 
     assert trial.rule is not None, "the caller looked"
     fields = dict(trial.rule)
     task = create_task(fields.pop("task"), **fields)
     own = {"learning_rate": trial.learning_rate, "seed": trial.seed}
-    settings = rule_settings(task, **{**trial.settings, **own})
+    config = rule_config(task, folder / RUN_FOLDER, resume=True, **{**trial.settings, **own})
     torch.manual_seed(trial.seed)
     model = architecture(trial.architecture).build(model_fields(task))
     try:
-        measured = train_rule(task, model, settings, tell)
+        measured = train_rule(task, model, config, lines)
     except DivergenceError as error:
         return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
-    result = measured.to_dict()
+    if measured.stopped_by is not None:
+        raise SystemExit(128 + signal.Signals[measured.stopped_by])
+    result = {**measured.to_dict(), "settings": dict(trial.settings) | own}
     curve = result.pop("curve")
     figures = {
         "loss": curve[-1]["loss"],
@@ -208,6 +210,7 @@ def _train_rule(trial: Trial, lines: _Lines) -> Result:
         "parameters_without_embeddings": result["block_parameters"],
     }
     details = {"rule": {**result, "curve": curve}, "model": model.config.to_diff_dict(), "versions": versions()}
+    shutil.rmtree(folder / RUN_FOLDER)
     return Result("finished", "", figures, curve, details)
 
 

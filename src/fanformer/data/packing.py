@@ -85,6 +85,11 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
             "position_ids": torch.from_numpy(index_in_row - document_start),
         }
 
+    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return several rows, each tensor (B, T) int64."""
+        rows = [self[index] for index in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
 
 def _ignored(stream: TokenStream, labels: np.ndarray) -> int:
     """Count the labels that would cross into another document."""

@@ -55,6 +55,11 @@ class HeldOutLoss:
         """Return the figures by name."""
         return asdict(self)
 
+    def record(self) -> dict[str, float]:
+        """Return what metrics.jsonl holds; one document gives no standard error."""
+        error = {} if self.loss_stderr is None else {"val_loss_stderr": self.loss_stderr}
+        return {"val_loss": self.loss, **error, "val_bits_per_byte": self.bits_per_byte}
+
 
 @dataclass(frozen=True)
 class DocumentSums:

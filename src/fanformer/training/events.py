@@ -1,8 +1,16 @@
-"""What a run tells while it works: one kind of event, heard by one function."""
+"""What a run tells while it works, one kind of event heard by one function; and what the loop asks of its run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fanformer.training.checkpoint import Fill
+
+Record = dict[str, Any]
+"""One step's figures, as in metrics.jsonl."""
 
 Kind = Literal["note", "data", "step", "record", "sample"]
 
@@ -46,3 +54,53 @@ def data_to(listener: Listener) -> Callable[[int, int | None], None]:
         listener(Event("data", share=share, figures={"bytes": done, "total_bytes": total}))
 
     return tell
+
+
+class Rows(Protocol):
+    """What is trained on, in an order of its own."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def batch(self, indices: list[int]) -> "dict[str, Tensor]":
+        """Return `input_ids`, `labels` (shifted already) and `position_ids` of rows, each (B, T)."""
+
+
+class Measured(Protocol):
+    """What the loop reads of an evaluation."""
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss in nats per token; the lowest is the best."""
+
+    @property
+    def tokens(self) -> int:
+        """Held-out tokens that were predicted."""
+
+    def record(self) -> Record:
+        """Return what metrics.jsonl holds of it."""
+
+
+class Observer(Protocol):
+    """What a run does beside training; the loop says when."""
+
+    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> Measured:
+        """Measure on what is held out, all of it or a sample; called in every process."""
+
+    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
+        """Hear that a step ended; called in the main process, like the following."""
+
+    def on_record(self, record: Record, progress: float) -> None:
+        """Hear one step's figures."""
+
+    def save_model(self, weights: "dict[str, Tensor]", step: int) -> "Fill":
+        """Return what writes the model's part of a checkpoint, from tensors that nobody changes until it is done."""
+
+    def before_save(self) -> None:
+        """Make durable what must not be older than a checkpoint."""
+
+    def forget_records_after(self, step: int) -> None:
+        """Drop the figures of steps that will be trained again."""
+
+    def note(self, text: str) -> None:
+        """Hear one line."""

@@ -39,7 +39,7 @@ from fanformer.training.environment import (
     use_deterministic_operations,
     what_sums_depend_on,
 )
-from fanformer.training.events import Event, Listener, data_to, note_to, silent
+from fanformer.training.events import Event, Listener, Record, data_to, note_to, silent
 from fanformer.training.folder import claimed
 from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
@@ -54,7 +54,7 @@ from fanformer.training.run_model import (
     make_model,
 )
 from fanformer.training.schedule import RunLength, run_length
-from fanformer.training.trainer import Outcome, Record, Trainer, agreed_checkpoint
+from fanformer.training.trainer import Outcome, Trainer, agreed_checkpoint
 
 _SAMPLE_LENGTH = 40
 
@@ -177,6 +177,7 @@ class Run:
         self.environment.apply()
         self.checkpoint = self._last_checkpoint(going_on or config.resume)
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
+        self.measured: HeldOutLoss | None = None
         self.content = self._describe()
         if processes.is_main:
             artifacts.write_run_file(self.folder, self.content)
@@ -334,6 +335,7 @@ class Run:
         )
         if self.processes.is_main or self.processes.spread == "fsdp2":  # a sharded model writes in all processes
             self.sample = self._sample()
+        self.measured = figures
         return figures
 
     def _sample(self) -> str:
@@ -414,5 +416,5 @@ class Run:
             8 * sizes[name] / sizes["bytes"] if sizes.get(name) else None for name in ("gzip_bytes", "xz_bytes")
         )
         return RunResult(
-            self.folder, outcome.step, outcome.held_out, gzip_bits, xz_bits, outcome.reached_end, outcome.stopped_by
+            self.folder, outcome.step, self.measured, gzip_bits, xz_bits, outcome.reached_end, outcome.stopped_by
         )

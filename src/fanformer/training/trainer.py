@@ -14,21 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from fanformer.data.order import rows_of_run
 from fanformer.data.packing import IGNORED_LABEL
 from fanformer.errors import CheckpointError, DivergenceError
-from fanformer.evaluation.loss import HeldOutLoss
 from fanformer.training.checkpoint import (
     CheckpointWriter,
-    Fill,
     checkpoint_name,
     checkpoints,
     newest_intact,
@@ -39,6 +36,7 @@ from fanformer.training.checkpoint import (
 from fanformer.training.clock import Due, RunClock
 from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import Environment
+from fanformer.training.events import Observer, Record, Rows
 from fanformer.training.optimizers import create_optimizer
 from fanformer.training.packed_attention import document_bounds
 from fanformer.training.parallel import Processes, whole
@@ -52,36 +50,9 @@ _SPIKE_WINDOW = 32
 _HOW_TO_GO_ON = "a longer one goes on with --resume and a new --max-steps, --tokens, --epochs or --max-time"
 _DIGEST_BITS = 40  # so that sums over processes stay exact in float64
 
-Record = dict[str, Any]
-
 
 class _StopAskedError(Exception):
     """A signal came in the middle of an evaluation."""
-
-
-class Observer(Protocol):
-    """What a run does beside training; the loop says when."""
-
-    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> HeldOutLoss:
-        """Measure the held-out loss, on all of the text or on a sample; called in every process."""
-
-    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
-        """Hear that a step ended; called in the main process, like the following."""
-
-    def on_record(self, record: Record, progress: float) -> None:
-        """Hear one step's figures."""
-
-    def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
-        """Return what writes the model's part of a checkpoint, from tensors that nobody changes until it is done."""
-
-    def before_save(self) -> None:
-        """Make durable what must not be older than a checkpoint."""
-
-    def forget_records_after(self, step: int) -> None:
-        """Drop the figures of steps that will be trained again."""
-
-    def note(self, text: str) -> None:
-        """Hear one line."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +64,12 @@ class Outcome:
         checkpoint: the checkpoint after the last of them.
         reached_end: False where a limit of time or a signal ended it before its steps were done.
         stopped_by: name of the signal that ended it, such as "SIGTERM", or None.
-        held_out: the last evaluation, None where a signal came first.
     """
 
     step: int
     checkpoint: Path
     reached_end: bool
     stopped_by: str | None
-    held_out: HeldOutLoss | None
 
 
 def agreed_checkpoint(folder: Path, processes: Processes, note: Callable[[str], None]) -> Path | None:
@@ -116,7 +85,7 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Dataset[dict[str, Tensor]],
+        rows: Rows,
         *,
         config: RunConfig,
         length: RunLength,
@@ -130,7 +99,7 @@ class Trainer:
 
         Args:
             model: on the CPU, the same in every process.
-            rows: items with `input_ids`, `labels` (shifted already) and `position_ids`, each (T,).
+            rows: what to train on.
             config: the run.
             length: of the run.
             environment: the run's decisions about the machine.
@@ -155,7 +124,7 @@ class Trainer:
         self.save_error: Exception | None = None
         self.best: tuple[float, int] | None = None  # held-out loss, step
         self.last_log = (0, 0.0)  # step, seconds
-        self.last_evaluation: HeldOutLoss | None = None
+        self.is_evaluated = False
         self.micro_batch = config.micro_batch_size or config.batch_size // processes.count
         self.grad_norm = self.learning_rate = math.nan
         self.saved_step: int | None = None  # after which a checkpoint holds the state as it is
@@ -199,7 +168,7 @@ class Trainer:
                 self._save()
             self._hear_of_saves()
             signal = signal or self._report(everything=stop and self._is_at_end())
-        if self.last_evaluation is None and not signal:  # resumed after its last step: nothing was left to train
+        if not self.is_evaluated and not signal:  # resumed after its last step: nothing was left to train
             signal = 0 if self._evaluate(everything=self._is_at_end()) else int(self.request.signal or 0)
         if signal and self.saved_step != self.state.step:
             self._save()
@@ -284,12 +253,11 @@ class Trainer:
         passes = []
         for begin in range(processes.rank * self.micro_batch, config.batch_size, together):
             chosen = indices[begin : begin + self.micro_batch].tolist()
-            items = [self.rows[index] for index in chosen]
+            batch = self.rows.batch(chosen)
             digest = sum(
-                zlib.crc32(item["input_ids"].numpy().tobytes(), index & 0xFFFFFFFF) * 251
-                for index, item in zip(chosen, items, strict=True)
+                zlib.crc32(row.tobytes(), index & 0xFFFFFFFF) * 251
+                for index, row in zip(chosen, batch["input_ids"].numpy(), strict=True)
             )
-            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
             passes.append((batch, digest))
         return passes
 
@@ -345,7 +313,7 @@ class Trainer:
             return
         recent = f"{state.recent_losses[-1]:.4f}" if state.recent_losses else "not known"
         raise DivergenceError(
-            f"{what}, the {state.skipped_in_row}th in a row, at learning rate {self.learning_rate:.3g}; the "
+            f"{what}, {state.skipped_in_row} in a row, at learning rate {self.learning_rate:.3g}; the "
             f"last finite loss was {recent}",
             f"go on from the last checkpoint in {config.folder.absolute()} with --resume and a lower --learning-rate, "
             "--set max_grad_norm=0.5 or --set precision=float32.",
@@ -436,21 +404,14 @@ class Trainer:
         except _StopAskedError:
             return None
         seconds = time.monotonic() - started
-        self.last_evaluation = figures
+        self.is_evaluated = True
         self.clock.note_evaluation(seconds, figures.tokens, self.held_out_tokens)
         step, log_seconds = self.last_log
         self.last_log = (step, log_seconds + seconds)  # the rate counts training only
         if self.best is None or figures.loss < self.best[0]:
             self.best = (figures.loss, self.state.step)
-        # one document gives no standard error
-        error = {} if figures.loss_stderr is None else {"val_loss_stderr": figures.loss_stderr}
-        return {
-            "step": self.state.step,
-            "tokens": self.state.step * self.tokens_per_step,
-            "val_loss": figures.loss,
-            **error,
-            "val_bits_per_byte": figures.bits_per_byte,
-        }
+        tokens = self.state.step * self.tokens_per_step
+        return {"step": self.state.step, "tokens": tokens, **figures.record()}
 
     def _stop_if_asked(self) -> None:
         if self.request.signal and self.processes.count == 1:  # several must stop at the same place
@@ -493,7 +454,7 @@ class Trainer:
         checkpoint = self.config.folder / checkpoint_name(self.state.step)
         if self.processes.is_main and checkpoint not in checkpoints(self.config.folder):
             raise CheckpointError(f"{checkpoint.absolute()} was written and is gone: what deleted it? Train again.")
-        return Outcome(self.state.step, checkpoint, self._is_at_end() and not signal, name, self.last_evaluation)
+        return Outcome(self.state.step, checkpoint, self._is_at_end() and not signal, name)
 
     def _note(self, text: str) -> None:
         if self.processes.is_main:

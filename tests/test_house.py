@@ -13,6 +13,9 @@ from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted(path for name in ("src", "tests", "benchmarks") for path in (ROOT / name).rglob("*.py"))
 LONGEST_FILE, LONGEST_MODEL_FILE, LONGEST_FUNCTION = 500, 700, 60
+LONGEST_PARAGRAPH, LONGEST_EXPERIMENT_PARAGRAPH = 100, 80
+"""Words of a paragraph or list item."""
+EXPERIMENT_LABELS = {"Tried", "Result", "Decision"}
 NOT_YET = {"measures.py", "fanformer_words", "diagram"}
 """Files and functions that are longer, to be cut."""
 LARGE_FILES = {"benchmarks/results/trainings.jsonl": "every training that was measured, with its curve"}
@@ -58,6 +61,50 @@ def test_files_and_functions_are_short():
 
 def test_readers_pages_are_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def paragraphs(text):
+    """Return (line, words) of every paragraph and list item, without headings, tables and code blocks."""
+    found, is_code, is_open = [], False, False
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if line.startswith("```"):
+            is_code, is_open = not is_code, False
+        elif is_code or not line or line.startswith(("#", "|", "![")):
+            is_open = False
+        else:
+            if not is_open or re.match(r"([-*+]|\d+\.) ", line):
+                found.append((number, []))
+            found[-1][1].extend(line.split())
+            is_open = True
+    return found
+
+
+def test_paragraphs_are_counted_item_by_item_without_tables_and_code():
+    text = "# a b\none two\nthree\n\n| a | b |\n\n- four\n  five\n- six\n\n```bash\nx y\n\nz\n```\n1. seven\n"
+    assert [(number, len(words)) for number, words in paragraphs(text)] == [(2, 3), (7, 3), (9, 2), (16, 2)]
+
+
+def test_paragraphs_of_the_documents_are_short():
+    wrong = []
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        limit = LONGEST_EXPERIMENT_PARAGRAPH if path.name == "experiments.md" else LONGEST_PARAGRAPH
+        for number, words in paragraphs(path.read_text(encoding="utf-8")):
+            if len(words) > limit:
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {len(words)} words, at most {limit}")
+    assert wrong == []
+
+
+def test_experiments_say_what_was_tried_what_came_of_it_and_what_was_decided():
+    entries = re.split(r"^## ", (ROOT / "docs/experiments.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    assert len(entries) >= 27
+    wrong = []
+    for entry in entries:
+        title, _, text = entry.partition("\n")
+        labels = "".join(words[0][0] for _, words in paragraphs(text) if words[0].strip(":,") in EXPERIMENT_LABELS)
+        if not re.match(r"\d{4}-\d\d-\d\d: ", title) or not re.fullmatch("((T+R+)+D)+", labels):
+            wrong.append(f"{title}: {labels}")
+    assert wrong == []
 
 
 def test_no_file_names_a_folder_of_somebody_s_machine():

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from fanformer.comparison.rule_score import RuleScore, accuracy_on_test, score
 from fanformer.comparison.rules import IGNORED, RuleTask
 from fanformer.errors import ConfigError, DivergenceError, refuse_unknown
-from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import keep_freed_memory
+from fanformer.training.fields import FIELDS, RunConfig
 from fanformer.training.optimizers import create_optimizer
 from fanformer.training.schedule import RunLength, learning_rate_factor
 
@@ -64,11 +64,9 @@ class RuleSettings:
 
     def run_config(self) -> RunConfig:
         """Return the part that optimizer and schedule read."""
-        shared = {field.name for field in dataclasses.fields(RunConfig)} & {
-            field.name for field in dataclasses.fields(self)
-        }
+        shared = FIELDS.keys() & {field.name for field in dataclasses.fields(self)}
         values = {name: getattr(self, name) for name in shared - {"compile"}}
-        return RunConfig(**values, max_time=self.max_seconds)
+        return RunConfig.from_fields({**values, "max_time": self.max_seconds})
 
     def length(self, examples: int) -> RunLength:
         """Return when a training on so many examples ends."""
@@ -255,7 +253,7 @@ class _Loop:
         self.task, self.model, self.settings, self.on_point = task, model, settings, on_point
         self.config = settings.run_config()
         self.length = settings.length(len(task.train))
-        self.optimizer = create_optimizer(model, self.config)
+        self.optimizer = create_optimizer(model, self.config.optimizer)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.forward = torch.compile(model) if settings.compile else model
         self.curve: list[RulePoint] = []
@@ -287,7 +285,7 @@ class _Loop:
         device = self.model.device
         batch = self.task.train[rows]
         labels = batch.labels.to(device)
-        self.factor = learning_rate_factor(self.length.progress(self.step + 0.5, self.seconds), self.config)
+        self.factor = learning_rate_factor(self.length.progress(self.step + 0.5, self.seconds), self.config.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor
         logits = self.forward(input_ids=batch.input_ids.to(device), use_cache=False).logits  # (B, T, V)

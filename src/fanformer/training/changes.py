@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fanformer.errors import CheckpointError
-from fanformer.training.configuration import OF_ONE_COMMAND, RunConfig
+from fanformer.training.configuration import OF_ONE_COMMAND
+from fanformer.training.fields import RunConfig
 
 _FIXED = ("batch_size", "sequence_length", "seed", "optimizer", "init_from")
 """Fields that decide which rows make up a step, or what the optimizer's state means."""
@@ -78,7 +79,7 @@ def check_data(before: str, now: str, what: str, config: RunConfig) -> None:
     Raises:
         CheckpointError: naming both fingerprints.
     """
-    if before != now and not config.allow_changed_data:
+    if before != now and not config.output.allow_changed_data:
         raise CheckpointError(
             f"the data changed since the run began, fingerprint {before[:16]} then, {now[:16]} now ({what}): resume "
             "with the data it began with, or accept these with --allow-changed-data."

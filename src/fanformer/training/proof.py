@@ -20,8 +20,8 @@ from fanformer.errors import ConfigError
 from fanformer.machine.launch import is_restarted, launched_processes, launched_rank
 from fanformer.training.artifacts import read_run_file
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
-from fanformer.training.configuration import RunConfig
 from fanformer.training.events import Event
+from fanformer.training.fields import RunConfig
 from fanformer.training.records import read_records
 from fanformer.training.run import train
 
@@ -79,7 +79,7 @@ def prove(config: RunConfig, note: Callable[[str], None], *, two_processes: bool
     Raises:
         ConfigError: if the run is too short or the folder is taken.
     """
-    steps = config.max_steps or DEFAULT_STEPS
+    steps = config.length.max_steps or DEFAULT_STEPS
     if steps < 6:
         raise ConfigError(f"`max_steps` of a proof must be at least 6, got {steps}: it is killed twice on its way.")
     folder = config.folder.absolute()
@@ -116,10 +116,10 @@ def _can_run_two(config: RunConfig, note: Callable[[str], None]) -> bool:
 
     from fanformer.machine.devices import resolve_device
 
-    device = resolve_device(config.device).type
+    device = resolve_device(config.machine.device).type
     why = None
-    if config.batch_size % 2:
-        why = f"the batch of {config.batch_size} rows cannot be halved"
+    if config.batch.batch_size % 2:
+        why = f"the batch of {config.batch.batch_size} rows cannot be halved"
     elif device == "mps" or (device == "cuda" and torch.cuda.device_count() < 2):
         why = f"there is one {device} device"
     if why is not None:
@@ -147,7 +147,8 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         "log_steps": 1,
         "save_steps": max(1, steps // 4),
         "eval_steps": max(1, steps // 2),
-        "final_eval_tokens": config.final_eval_tokens or config.eval_tokens,  # the others' loss proves no more
+        # the loss on all of the text proves no more
+        "final_eval_tokens": config.evaluation.final_eval_tokens or config.evaluation.eval_tokens,
         "push_to_hub": None,
         "micro_batch_size": None,
         "model": {**config.model, "dropout": _DROPOUT if training.dropout else 0.0},
@@ -242,7 +243,7 @@ def _pid_file(folder: Path, rank: int) -> Path:
 
 def _train_once(settings: Path, kill_after: int) -> None:
     fields = json.loads(settings.read_text(encoding="utf-8"))
-    config = RunConfig(**fields | {"resume": True})
+    config = RunConfig.from_fields(fields | {"resume": True})
     rank = launched_rank()
     _pid_file(config.folder, rank).write_text(str(os.getpid()))
     try:

@@ -29,7 +29,7 @@ from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint
 from fanformer.training.configuration import resolve
 from fanformer.training.events import Event
 from fanformer.training.fields import RunConfig
-from fanformer.training.records import read_records
+from fanformer.training.folder import read_records
 from fanformer.training.run import train
 
 RESULTS = Path(__file__).parents[1] / "results"

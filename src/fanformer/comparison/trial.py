@@ -127,9 +127,8 @@ def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
 
 def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     from fanformer.comparison.architectures import architecture
-    from fanformer.training.artifacts import read_run_file
     from fanformer.training.configuration import resolve
-    from fanformer.training.records import read_records
+    from fanformer.training.folder import read_records, read_run_file
     from fanformer.training.run import train
 
     chosen = architecture(trial.architecture)

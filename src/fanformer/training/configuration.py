@@ -15,6 +15,7 @@ import yaml
 from fanformer.data.sources.documents import is_prepared_folder
 from fanformer.errors import ConfigError, did_you_mean
 from fanformer.training.fields import LENGTHS, RunConfig, run_field
+from fanformer.training.folder import RUN_FILE
 
 # What a configuration of `transformers` holds besides the model's fields.
 _OF_THE_FOLDER = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
@@ -100,8 +101,8 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
     """Return the configuration of a new run, or of the one that is resumed with the given fields changed."""
     if overrides.get("resume") and config_file is None:
         folder = Path(overrides.get("output_dir") or f"runs/{overrides.get('preset', 'nano')}")
-        if (folder / "run.yaml").is_file():
-            config_file = folder / "run.yaml"
+        if (folder / RUN_FILE).is_file():
+            config_file = folder / RUN_FILE
     config = resolve(config_file=config_file, overrides=overrides)
     fields = sorted(name for name in overrides if name.startswith("model."))
     if config.init_from is not None and fields:

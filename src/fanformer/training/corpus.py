@@ -20,14 +20,12 @@ from fanformer.errors import CheckpointError, ConfigError
 from fanformer.loading import load_config
 from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
-from fanformer.training.changes import DATA_FIELDS, check_data, fingerprint
 from fanformer.training.checkpoint import checkpoints
 from fanformer.training.fields import RunConfig
+from fanformer.training.folder import DATA_FIELDS, DATA_FOLDER, HELD_OUT_FOLDER, check_data, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DATA_FOLDER, HELD_OUT_FOLDER = "data", "held-out"
 
 
 def refuse_own_sources(config: RunConfig) -> None:

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from fanformer.errors import ConfigError
 from fanformer.machine.launch import is_restarted, launched_processes, launched_rank
-from fanformer.training.artifacts import read_run_file
-from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
+from fanformer.training.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, checkpoint_name, checkpoints
 from fanformer.training.events import Event
 from fanformer.training.fields import RunConfig
-from fanformer.training.records import read_records
+from fanformer.training.folder import read_records, read_run_file
 from fanformer.training.run import train
 
 DEFAULT_STEPS = 20
@@ -196,7 +195,7 @@ def _compare(straight: Path, other: Path, training: Training, steps: int, bits: 
         "rows": same("rows"),
         "losses": same("loss") and same("val_loss"),
         "gradient norms": same("grad_norm"),
-        "weights": _same_tensors(straight / last / "model.safetensors", other / last / "model.safetensors"),
+        "weights": _same_tensors(straight / last / WEIGHTS_FILE, other / last / WEIGHTS_FILE),
         "optimizer": _same_tensors(straight / last / OPTIMIZER_FILE, other / last / OPTIMIZER_FILE),
     }
     differences = [

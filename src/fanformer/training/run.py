@@ -27,8 +27,6 @@ from fanformer.machine.launch import is_restarted
 from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
-from fanformer.training import artifacts
-from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
@@ -40,12 +38,20 @@ from fanformer.training.environment import (
 )
 from fanformer.training.events import Event, Listener, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
-from fanformer.training.folder import claimed
+from fanformer.training.folder import (
+    MACHINE_FIELDS,
+    RecordFile,
+    changed_fields,
+    check_model,
+    claimed,
+    read_records,
+    read_run_file,
+    write_run_file,
+)
 from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
-from fanformer.training.publishing import check_push_possible, push
+from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push, title
 from fanformer.training.recompute import set_recompute
-from fanformer.training.records import RecordFile, read_records
 from fanformer.training.run_model import (
     ModelBuilder,
     build_fanformer,
@@ -156,7 +162,7 @@ class Run:
         self.build_model, self.processes, self.started = build_model, processes, started
         self._compiling_since: float | None = None
         self.records = RecordFile(self.folder)
-        self.before = artifacts.read_run_file(self.folder) if going_on else None
+        self.before = read_run_file(self.folder) if going_on else None
         if self.before is None or config.init_from is None:
             check_model_fields(config)
         self.changed = changed_fields(self.before["configuration"], config) if self.before is not None else {}
@@ -179,7 +185,7 @@ class Run:
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
         self.content = self._describe()
         if processes.is_main:
-            artifacts.write_run_file(self.folder, self.content)
+            write_run_file(self.folder, self.content)
 
     def _note(self, text: str) -> None:
         if self.processes.is_main:
@@ -392,8 +398,8 @@ class Run:
         return fill
 
     def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:
-        card = artifacts.model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
-        replace_text(folder / "README.md", card)
+        card = model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
+        replace_text(folder / CARD_FILE, card)
 
     def _finish(self, outcome: Outcome) -> RunResult:
         """Put the last checkpoint's model into the run's folder, with the figures and the curve of the whole run."""
@@ -406,8 +412,7 @@ class Run:
                 "tokens": outcome.step * self.config.batch.tokens_per_step,
             }
             self._write_card(self.folder, self.latest, finished=outcome.reached_end)
-            title = f"{artifacts.title(self.content)}, {self.model.num_parameters():,} parameters"
-            artifacts.plot_loss(self.folder, title)
+            plot_loss(self.folder, f"{title(self.content)}, {self.model.num_parameters():,} parameters")
             if self.config.output.push_to_hub is not None and outcome.reached_end:
                 push(self.folder, self.config.output.push_to_hub)
         self.processes.wait()

@@ -39,10 +39,10 @@ from fanformer.training.checkpoint import (
 from fanformer.training.clock import Due, RunClock
 from fanformer.training.environment import Environment
 from fanformer.training.fields import RunConfig
+from fanformer.training.folder import read_records
 from fanformer.training.optimizers import create_optimizer
 from fanformer.training.packed_attention import document_bounds
 from fanformer.training.parallel import Processes, whole
-from fanformer.training.records import read_records
 from fanformer.training.schedule import RunLength, learning_rate_factor
 from fanformer.training.signals import StopRequest
 from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass

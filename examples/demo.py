@@ -76,8 +76,7 @@ def main() -> int:
 
     from fanformer.generation.settings import GenerationSettings
     from fanformer.loading import load_text_model
-    from fanformer.training.artifacts import read_run_file
-    from fanformer.training.records import read_records
+    from fanformer.training.folder import read_records, read_run_file
 
     settings = GenerationSettings(max_length=96, seed=0)
     completions = load_text_model(folder).complete(["def "] * COMPLETIONS, settings, batch_size=COMPLETIONS)

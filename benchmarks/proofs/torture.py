@@ -8,7 +8,6 @@ process of its own, forked from one that has imported what it takes, so that a l
 """
 
 import argparse
-import dataclasses
 import os
 import random
 import signal
@@ -27,9 +26,10 @@ from fanformer.cli.failure import quiet_libraries
 from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint_name, checkpoints, problem
-from fanformer.training.configuration import RunConfig, resolve
+from fanformer.training.configuration import resolve
 from fanformer.training.events import Event
-from fanformer.training.records import read_records
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import read_records
 from fanformer.training.run import train
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -137,7 +137,7 @@ def torture(kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
     straight = configure(folder / "straight", text, steps)
     _, status = os.waitpid(live(straight, folder / "straight.steps"), 0)
     assert status == 0, "the straight training failed"
-    tortured = dataclasses.replace(straight, output_dir=str(folder / "tortured"))
+    tortured = straight.replace(output_dir=str(folder / "tortured"))
     diary, begun = folder / "tortured.steps", time.monotonic()
     done = in_saves = damaged = lives = 0
     reach = max(1, steps // kills)  # half of it on average, so that the end does not come before the last kill

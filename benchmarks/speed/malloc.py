@@ -56,8 +56,8 @@ def measure(keep: bool, precision: str, threads: int, steps: int) -> dict[str, f
     recipe = resolve("nano")
     torch.manual_seed(0)
     model = FANformerForCausalLM(FANformerConfig(**load_preset("nano").model)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, fused=True)
-    shape = (recipe.batch_size, recipe.sequence_length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.learning_rate, fused=True)
+    shape = (recipe.batch.batch_size, recipe.batch.sequence_length)
     seconds = []
     before = resource.getrusage(resource.RUSAGE_SELF)
     for step in range(WARM_UP_STEPS + steps):

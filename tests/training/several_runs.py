@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from fanformer.training.configuration import RunConfig
+from fanformer.training.fields import RunConfig
 from fanformer.training.run import train
 from tests.training.conftest import Notebook
 
 if __name__ == "__main__":
     for fields in json.loads(Path(sys.argv[1]).read_text()):
-        train(RunConfig(**fields), Notebook())
+        train(RunConfig.from_fields(fields), Notebook())

@@ -5,7 +5,6 @@ import yaml
 
 from fanformer.errors import ConfigError
 from fanformer.training.configuration import (
-    RunConfig,
     load_preset,
     parse_count,
     parse_duration,
@@ -13,6 +12,7 @@ from fanformer.training.configuration import (
     preset_names,
     resolve,
 )
+from fanformer.training.fields import FIELDS, MachineConfig, RunConfig
 
 
 def test_every_preset_resolves_and_gives_a_valid_model():
@@ -45,17 +45,17 @@ def test_later_sources_win_over_earlier_ones(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("batch_size: 5\nseed: 7\nmodel: {fan_ratio: 0.2, num_hidden_layers: 3}\n")
     config = resolve("nano", file, {"seed": 8, "model.fan_ratio": 0.25})
-    assert (config.batch_size, config.seed) == (5, 8)
+    assert (config.batch.batch_size, config.seed) == (5, 8)
     assert config.model["fan_ratio"] == 0.25
     assert config.model["num_hidden_layers"] == 3
     assert config.model["hidden_size"] == load_preset("nano").model["hidden_size"]
 
 
 def test_a_length_that_is_given_replaces_the_preset_s_own():
-    assert resolve("nano").max_time == 300
-    assert resolve("nano", overrides={"max_steps": 3}).max_time is None
+    assert resolve("nano").length.max_time == 300
+    assert resolve("nano", overrides={"max_steps": 3}).length.max_time is None
     both = resolve("nano", overrides={"max_steps": 3, "max_time": 60.0})
-    assert (both.max_steps, both.max_time) == (3, 60.0)
+    assert (both.length.max_steps, both.length.max_time) == (3, 60.0)
 
 
 def test_a_resolved_configuration_written_to_yaml_resolves_to_itself(tmp_path):
@@ -144,9 +144,7 @@ def test_settings_are_yaml_and_plain_exponents_are_numbers():
 
 
 def test_every_field_says_what_it_is():
-    import dataclasses
-
-    assert all(field.metadata["help"] for field in dataclasses.fields(RunConfig))
+    assert all(field.metadata["help"] for field in FIELDS.values())
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def test_a_length_of_another_kind_replaces_that_of_the_file(tmp_path, before, gi
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"configuration": config.to_dict()}))
     again = resolve(config_file=tmp_path / "run.yaml", overrides=given)
     lengths = ("max_steps", "tokens", "epochs", "max_time")
-    assert {name: getattr(again, name) for name in lengths if getattr(again, name) is not None} == after
+    assert {name: getattr(again.length, name) for name in lengths if getattr(again.length, name) is not None} == after
 
 
 @pytest.mark.parametrize("content", ["configuration: {}", "configuration: 3", "configuration: [a]", "{1: 2}"])
@@ -188,9 +186,9 @@ def test_a_file_without_fields_is_refused(tmp_path, content):
 
 
 def test_weights_to_start_from_leave_out_the_preset_s_tokenizer(tmp_path):
-    assert resolve("92m").tokenizer is not None
-    assert resolve("92m", overrides={"init_from": str(tmp_path)}).tokenizer is None
-    assert resolve("92m", overrides={"init_from": str(tmp_path), "tokenizer": "mine"}).tokenizer == "mine"
+    assert resolve("92m").corpus.tokenizer is not None
+    assert resolve("92m", overrides={"init_from": str(tmp_path)}).corpus.tokenizer is None
+    assert resolve("92m", overrides={"init_from": str(tmp_path), "tokenizer": "mine"}).corpus.tokenizer == "mine"
 
 
 def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):
@@ -198,4 +196,18 @@ def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):
     config = resolve("nano", overrides={"overwrite": True, "allow_changed_data": True, "output_dir": "here"})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"configuration": config.to_dict()}))
     again = resolve(config_file=tmp_path / "run.yaml", overrides={"resume": True})
+    again = again.output
     assert (again.overwrite, again.allow_changed_data, again.output_dir) == (False, False, "here")
+
+
+def test_a_run_is_told_by_flat_names_that_no_two_groups_share():
+    config = resolve("92m-tuned", overrides={"max_steps": 3, "threads": 2})
+    groups = [getattr(config, name) for name in RunConfig.__dataclass_fields__]
+    flat = [name for group in groups if hasattr(group, "to_dict") for name in group.to_dict()]
+    assert sorted([*flat, "preset", "model", "init_from", "seed"]) == sorted(FIELDS)
+    assert RunConfig.from_fields(config.to_dict()) == config
+    assert config.replace(threads=None).machine == MachineConfig()
+    with pytest.raises(ConfigError, match=r"`thread` is not a field .*: did you mean `threads`"):
+        config.replace(thread=3)
+    with pytest.raises(ConfigError, match="`threads` must be above 0, got 0"):
+        MachineConfig(threads=0)

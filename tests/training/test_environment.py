@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fanformer.errors import ConfigError
-from fanformer.training.configuration import RunConfig, resolve
+from fanformer.training.configuration import resolve
 from fanformer.training.environment import decide, keep_freed_memory
+from fanformer.training.fields import RunConfig
 from fanformer.training.run import train
 from tests.warm_processes import WarmParent
 
@@ -17,7 +18,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ 
 
 @needs_compiler
 def test_only_long_runs_are_compiled_and_the_reason_is_kept():
-    config = resolve("nano", overrides={"device": "cpu"})
+    config = resolve("nano", overrides={"device": "cpu"}).machine
     short, long = decide(config, flops=1e9, seconds=None), decide(config, flops=1e16, seconds=None)
     assert not short.compile
     assert long.compile
@@ -28,7 +29,9 @@ def test_only_long_runs_are_compiled_and_the_reason_is_kept():
 
 @needs_compiler
 def test_what_is_asked_for_is_kept():
-    config = resolve("nano", overrides={"device": "cpu", "compile": "on", "precision": "bfloat16", "threads": 1})
+    config = resolve(
+        "nano", overrides={"device": "cpu", "compile": "on", "precision": "bfloat16", "threads": 1}
+    ).machine
     before = torch.get_num_threads()
     try:
         environment = decide(config, flops=1.0, seconds=None)
@@ -41,8 +44,8 @@ def test_what_is_asked_for_is_kept():
 def test_compilation_without_a_compiler_is_refused_not_skipped(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="`compile` is on, but no C\\+\\+ compiler"):
-        decide(resolve("nano", overrides={"device": "cpu", "compile": "on"}), flops=1.0, seconds=None)
-    automatic = decide(resolve("nano", overrides={"device": "cpu"}), flops=1e18, seconds=None)
+        decide(resolve("nano", overrides={"device": "cpu", "compile": "on"}).machine, flops=1.0, seconds=None)
+    automatic = decide(resolve("nano", overrides={"device": "cpu"}).machine, flops=1e18, seconds=None)
     assert not automatic.compile
     assert "no C++ compiler" in automatic.reasons["compile"]
 
@@ -60,7 +63,7 @@ def mark(event):
 
 def train_with_marks(configuration):
     """Train as a JSON object says."""
-    train(RunConfig(**json.loads(configuration)), mark)
+    train(RunConfig.from_fields(json.loads(configuration)), mark)
 
 
 @pytest.mark.ci

@@ -85,13 +85,13 @@ def test_tied_embeddings_are_one_parameter_of_one_group(tiny_model):
     model = tiny_model(tie_word_embeddings=True)
     roles = split_parameters(model)
     assert roles["head"] == []
-    optimizer = create_optimizer(model, resolve("nano", overrides={"optimizer": "adamw"}))
+    optimizer = create_optimizer(model, resolve("nano", overrides={"optimizer": "adamw"}).optimizer)
     listed = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
 
 
 def test_a_tied_embedding_learns_at_the_heads_rate(tiny_model):
-    config = resolve("nano", overrides={"learning_rate": 0.01, "embedding_learning_rate_scale": 30.0})
+    config = resolve("nano", overrides={"learning_rate": 0.01, "embedding_learning_rate_scale": 30.0}).optimizer
     for tied, expected in ((True, 0.01), (False, 0.3)):
         model = tiny_model(tie_word_embeddings=tied)
         groups = create_optimizer(model, config).param_groups
@@ -100,7 +100,7 @@ def test_a_tied_embedding_learns_at_the_heads_rate(tiny_model):
 
 
 def test_muon_with_adamw_moves_every_parameter_and_restores_its_state_bit_for_bit(tiny_model, token_ids, tmp_path):
-    config = resolve("nano", overrides={"optimizer": "muon", "learning_rate": 0.01})
+    config = resolve("nano", overrides={"optimizer": "muon", "learning_rate": 0.01}).optimizer
     models = [tiny_model(seed=3), tiny_model(seed=3)]
     optimizers = [create_optimizer(model, config) for model in models]
     batch = token_ids(2, 16)

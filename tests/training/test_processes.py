@@ -14,7 +14,7 @@ from fanformer.errors import ConfigError
 from fanformer.machine.launch import choose_spread, is_restarted
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints
 from fanformer.training.configuration import resolve
-from fanformer.training.records import read_records
+from fanformer.training.folder import read_records
 from fanformer.training.run import train
 from tests.training.conftest import TINY_MODEL, Notebook
 

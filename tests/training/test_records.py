@@ -3,7 +3,7 @@ import subprocess
 
 import pytest
 
-from fanformer.training.records import METRICS_FILE, RecordFile, read_records
+from fanformer.training.folder import METRICS_FILE, RecordFile, read_records
 
 
 def test_losses_keep_all_their_digits_and_times_do_not(tmp_path):

@@ -9,8 +9,7 @@ import pytest
 from fanformer.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from fanformer.training import folder as folder_module
 from fanformer.training.checkpoint import REPLACED, checkpoints
-from fanformer.training.folder import claimed
-from fanformer.training.records import read_records
+from fanformer.training.folder import claimed, read_records
 from fanformer.training.run import train
 from tests.training.conftest import Notebook
 
@@ -147,19 +146,19 @@ def test_other_data_than_a_killed_beginning_prepared_are_prepared_anew(run, run_
 
     other = tmp_path / "other.txt"
     other.write_text("a quick red fox jumps over it all.\n" * 500, encoding="utf-8")
-    real = run_module.artifacts.write_run_file
+    real = run_module.write_run_file
 
     def killed(*_):
         raise Struck
 
-    monkeypatch.setattr(run_module.artifacts, "write_run_file", killed)
+    monkeypatch.setattr(run_module, "write_run_file", killed)
     with pytest.raises(Struck):
         run(max_steps=1)
     inode = (run_config().folder / "data" / "train-00000.bin").stat().st_ino
     with pytest.raises(Struck):
         run(max_steps=1)
     assert (run_config().folder / "data" / "train-00000.bin").stat().st_ino == inode  # the same: used
-    monkeypatch.setattr(run_module.artifacts, "write_run_file", real)
+    monkeypatch.setattr(run_module, "write_run_file", real)
     result, _ = run(max_steps=1, data=str(other))
     [file] = (result.folder / "data" / "data.json",)
     assert '"other.txt"' in file.read_text()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints, read_state
-from fanformer.training.records import read_records
+from fanformer.training.folder import read_records
 from tests.training.test_run import figures, same_weights
 
 

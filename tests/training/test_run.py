@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.training.checkpoint import checkpoints
-from fanformer.training.records import read_records
+from fanformer.training.folder import read_records
 
 NOT_COMPARED = ("tokens_per_second", "elapsed_seconds")
 

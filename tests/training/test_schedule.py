@@ -8,7 +8,7 @@ def test_wsd_rises_stays_and_falls_to_its_floor():
     config = resolve(
         "nano",
         overrides={"schedule": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.4, "min_learning_rate_ratio": 0.1},
-    )
+    ).schedule
     factor = [learning_rate_factor(progress, config) for progress in (0.0, 0.05, 0.1, 0.6, 0.8, 1.0)]
     assert factor == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.55, 0.1])
 
@@ -17,7 +17,7 @@ def test_cosine_falls_over_all_of_the_run_after_the_warm_up():
     config = resolve(
         "nano",
         overrides={"schedule": "cosine", "warmup_fraction": 0.2, "decay_fraction": 0.0, "min_learning_rate_ratio": 0.1},
-    )
+    ).schedule
     factor = [learning_rate_factor(progress, config) for progress in (0.1, 0.2, 0.6, 1.0)]
     assert factor == pytest.approx([0.5, 1.0, 0.55, 0.1])
 

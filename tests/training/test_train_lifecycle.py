@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fanformer.training.checkpoint import OPTIMIZER_FILE, REPLACED, WEIGHTS_FILE, checkpoints, problem, step_of
-from fanformer.training.records import read_records
+from fanformer.training.folder import read_records
 from tests.lifecycle import run_lifecycle
 from tests.warm_processes import Strike, WarmParent
 

@@ -18,8 +18,8 @@ from fanformer.evaluation.loss import HeldOutLoss
 from fanformer.training.checkpoint import checkpoints, read_state
 from fanformer.training.configuration import resolve
 from fanformer.training.environment import Environment
+from fanformer.training.folder import read_records
 from fanformer.training.parallel import Processes
-from fanformer.training.records import read_records
 from fanformer.training.run import build_fanformer, train
 from fanformer.training.schedule import run_length
 from fanformer.training.trainer import Trainer

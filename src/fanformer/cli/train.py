@@ -1,6 +1,5 @@
 """`fanformer train`: train a model, and draw what happens."""
 
-import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -13,13 +12,12 @@ from fanformer.cli.options import Verb
 from fanformer.machine.launch import launched_rank
 from fanformer.machine.threads import spin_briefly
 from fanformer.training.configuration import (
-    FIELD_TYPES,
     PARSERS,
-    RunConfig,
     parse_setting,
     preset_names,
     resolve_run,
 )
+from fanformer.training.fields import FIELDS, RunConfig
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (
@@ -50,11 +48,11 @@ _FLAGS = (
 
 
 def _flag(name: str) -> Callable[[Any], Any]:
-    item = next(field for field in dataclasses.fields(RunConfig) if field.name == name)
+    item = FIELDS[name]
     help_text = item.metadata["help"][:1].upper() + item.metadata["help"][1:]
     if "default" not in help_text and item.default is not None:
         help_text += f"  [default: {item.default}, or the preset's]"
-    hint = FIELD_TYPES[name]
+    hint = item.type
     types = (hint, *get_args(hint))
     choices = f"[{'|'.join(get_args(hint))}]" if get_origin(hint) is Literal else None  # RunConfig checks them
     kind = str if name in PARSERS else int if int in types else float if float in types else str
@@ -150,8 +148,8 @@ def prove_and_report(config: RunConfig) -> None:
     spin_briefly(os.environ)  # of the processes that are started
     from fanformer.training.proof import LARGEST_DIFFERENCE, prove
 
-    if config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=f"runs/{config.preset}-proof")
+    if config.output.output_dir is None:
+        config = config.replace(output_dir=f"runs/{config.preset}-proof")
     findings = prove(config, lambda text: click.echo(text, err=True))
     columns = list(findings[0].equal)
     lines = [["training", "kills", *(f"equal {name}" for name in columns), "largest loss difference", "holds"]]

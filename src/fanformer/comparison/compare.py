@@ -31,9 +31,10 @@ from fanformer.data.prepared import PreparedData, open_prepared
 from fanformer.data.sources.documents import is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError, DataError, refuse_unknown
-from fanformer.training.configuration import RunConfig, load_preset, parse_count, resolve
+from fanformer.training.configuration import load_preset, parse_count, resolve
 from fanformer.training.corpus import identity
 from fanformer.training.environment import decide
+from fanformer.training.fields import RunConfig
 
 DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
 RATES = -1
@@ -130,8 +131,8 @@ class Comparison:
             raise ConfigError("`hole_sides` is for a rule that has a hole: name it, as `rule: modular-addition`.")
         fewest = min(self.variants)
         config = self.run_config(fewest)
-        if fewest < config.batch_size * config.sequence_length:
-            step = config.batch_size * config.sequence_length
+        if fewest < config.batch.tokens_per_step:
+            step = config.batch.tokens_per_step
             raise ConfigError(f"`tokens` must be at least one step of {step:,}, got {fewest:,}.")
 
     @property
@@ -181,7 +182,7 @@ class Comparison:
     def shared_settings(self, tokens: int) -> dict[str, Any]:
         """Return the fields of RunConfig that the trainings of one budget share, data and machine aside."""
         probe = resolve(overrides={"preset": self.preset, **self.run, "tokens": tokens})
-        steps = max(1, round(tokens / (probe.batch_size * probe.sequence_length)))
+        steps = max(1, round(tokens / probe.batch.tokens_per_step))
         log_steps = max(1, steps // 100)
         every = max(log_steps, steps // self.evaluations // log_steps * log_steps)
         return {
@@ -289,7 +290,8 @@ def run_comparison(
 
 def _data_folder(config: RunConfig, vocab_size: int) -> str:
     """Return the name of the folder for data prepared in this way."""
-    way = [str(config.data), config.tokenizer, vocab_size, config.held_out_fraction, config.max_data_bytes]
+    corpus = config.corpus
+    way = [str(corpus.data), corpus.tokenizer, vocab_size, corpus.held_out_fraction, corpus.max_data_bytes]
     return f"{DATA_FOLDER}-{hashlib.sha256(json.dumps(way).encode()).hexdigest()[:8]}"
 
 
@@ -304,7 +306,7 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
         data = open_prepared(Path(comparison.data))
     else:
         source = open_source(comparison.data)
-        vocab_size = config.vocab_size or load_preset(comparison.preset).model["vocab_size"]
+        vocab_size = config.corpus.vocab_size or load_preset(comparison.preset).model["vocab_size"]
         here = root / _data_folder(config, vocab_size)
         if is_prepared_folder(str(here)):
             data = open_prepared(here)
@@ -317,14 +319,14 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
             data = prepare(
                 source,
                 here,
-                tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
+                tokenizer=load_tokenizer(config.corpus.tokenizer) if config.corpus.tokenizer is not None else None,
                 vocab_size=vocab_size,
-                held_out_fraction=config.held_out_fraction,
-                max_bytes=config.max_data_bytes,
+                held_out_fraction=config.corpus.held_out_fraction,
+                max_bytes=config.corpus.max_data_bytes,
                 progress=observer.data_progress,
             )
-    rows = len(PackedRows(data.split("train"), config.sequence_length))
-    repeated = max(comparison.variants) / max(1, rows * config.sequence_length)
+    rows = len(PackedRows(data.split("train"), config.batch.sequence_length))
+    repeated = max(comparison.variants) / max(1, rows * config.batch.sequence_length)
     if repeated > 1:
         observer.note(f"the longest training reads the data {repeated:.1f} times")
     return data
@@ -354,7 +356,7 @@ class _Sweep:
             return yaml.safe_load(path.read_text(encoding="utf-8"))
         config = self.comparison.run_config(max(self.comparison.variants))
         largest = max(architecture(spec).count().training_operations for spec in self.comparison.architectures)
-        decided = decide(config, float(largest) * max(self.comparison.variants), None)
+        decided = decide(config.machine, float(largest) * max(self.comparison.variants), None)
         machine = {
             "device": decided.device,
             "precision": decided.precision,

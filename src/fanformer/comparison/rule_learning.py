@@ -18,11 +18,11 @@ from fanformer.comparison.rule_score import RuleScore, accuracy_and_loss, score
 from fanformer.comparison.rules import RuleTask
 from fanformer.errors import ConfigError, refuse_unknown
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill
-from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import decide
 from fanformer.training.events import Event, Listener, Record, note_to, silent
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import METRICS_FILE, RecordFile, read_records
 from fanformer.training.parallel import Processes
-from fanformer.training.records import RecordFile, read_records
 from fanformer.training.schedule import run_length
 from fanformer.training.trainer import Trainer, agreed_checkpoint
 
@@ -84,14 +84,9 @@ def rule_fields(task: RuleTask, **fields: Any) -> dict[str, Any]:
 def rule_config(task: RuleTask, folder: Path | str, resume: bool = False, **fields: Any) -> RunConfig:
     """Return the run that trains a task in `folder`; fields as in `rule_fields`, which says what is raised."""
     merged = rule_fields(task, **fields)
-    own: dict[str, Any] = {
-        "data": f"rule:{task.name}",
-        "output_dir": str(folder),
-        "resume": resume,
-        "keep_last": 1,
-        "keep_best": False,
-    }
-    return RunConfig(**merged, **own, log_steps=merged.get("eval_steps"), sequence_length=task.prompt_tokens)
+    place = {"data": f"rule:{task.name}", "output_dir": str(folder), "resume": resume}
+    kept = {"log_steps": merged.get("eval_steps"), "keep_last": 1, "keep_best": False}
+    return RunConfig.from_fields({**merged, **place, **kept, "sequence_length": task.prompt_tokens})
 
 
 @dataclass(frozen=True)
@@ -171,14 +166,14 @@ def train_rule(task: RuleTask, model: PreTrainedModel, config: RunConfig, listen
     started = time.monotonic()
     _check_model(task, model)
     config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        for stale in (*config.folder.glob("checkpoint-*"), *config.folder.glob("metrics.jsonl")):
+    if not config.output.resume:
+        for stale in (*config.folder.glob("checkpoint-*"), *config.folder.glob(METRICS_FILE)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     rows, length = RuleRows(task), run_length(config, len(task.train))
-    environment = decide(config, 0.0 if length.max_steps is not None else None, length.max_seconds)
+    environment = decide(config.machine, 0.0 if length.max_steps is not None else None, length.max_seconds)
     environment.apply()
-    processes = Processes(config.parallel, environment.device)
-    checkpoint = agreed_checkpoint(config.folder, processes, note_to(listener)) if config.resume else None
+    processes = Processes(config.machine.parallel, environment.device)
+    checkpoint = agreed_checkpoint(config.folder, processes, note_to(listener)) if config.output.resume else None
     with torch.random.fork_rng():  # dropout's seed is the run's, the caller's generator stays as it was
         trainer = Trainer(
             model,
@@ -208,7 +203,7 @@ def train_rule(task: RuleTask, model: PreTrainedModel, config: RunConfig, listen
         stopped_by=outcome.stopped_by,
         seconds=max((record.get("elapsed_seconds", 0.0) for record in records), default=0.0),
         examples_per_second=statistics.median(record["tokens_per_second"] for record in records)
-        / config.sequence_length,
+        / config.batch.sequence_length,
         curve=[_point(record) for record in records if "test_accuracy" in record],
         score=score(model, task),
     )
@@ -253,7 +248,7 @@ class _RuleRun:
 
     def __init__(self, task: RuleTask, model: PreTrainedModel, config: RunConfig, listener: Listener):
         self.task, self.model, self.listener = task, model, listener
-        self.row = config.batch_size * config.sequence_length
+        self.row = config.batch.tokens_per_step
         self.records = RecordFile(config.folder)
         self.forget_records_after = self.records.forget_after
         self.before_save = self.records.sync

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,8 @@ def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
 
 def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     from fanformer.comparison.architectures import architecture
-    from fanformer.training.artifacts import read_run_file
     from fanformer.training.configuration import resolve
-    from fanformer.training.records import read_records
+    from fanformer.training.folder import read_records, read_run_file
     from fanformer.training.run import train
 
     chosen = architecture(trial.architecture)
@@ -145,7 +144,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     }
     config = resolve(overrides={**trial.settings, **own})
     size = {name: value for name, value in config.model.items() if name == "vocab_size"}
-    config = replace(config, model={**size, "max_position_embeddings": 1})
+    config = config.replace(model={**size, "max_position_embeddings": 1})
     run_folder = config.folder
     try:
         outcome = train(config, lines, lambda fields: chosen.build({name: fields[name] for name in _NEEDED}))
@@ -155,7 +154,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         raise SystemExit(128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 1)
     described, records = read_run_file(run_folder), read_records(run_folder)
     needed = {name: described["model"][name] for name in _NEEDED if name in described["model"]}
-    counted = chosen.count({**needed, "max_position_embeddings": config.sequence_length})
+    counted = chosen.count({**needed, "max_position_embeddings": config.batch.sequence_length})
     measured = [record for record in records if "val_loss" in record]
     rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
     curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]

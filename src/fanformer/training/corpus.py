@@ -20,14 +20,12 @@ from fanformer.errors import CheckpointError, ConfigError
 from fanformer.loading import load_config
 from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
-from fanformer.training.changes import DATA_FIELDS, check_data, fingerprint
 from fanformer.training.checkpoint import checkpoints
-from fanformer.training.configuration import RunConfig
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import DATA_FIELDS, DATA_FOLDER, HELD_OUT_FOLDER, check_data, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DATA_FOLDER, HELD_OUT_FOLDER = "data", "held-out"
 
 
 def refuse_own_sources(config: RunConfig) -> None:
@@ -36,9 +34,9 @@ def refuse_own_sources(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    folder = config.folder.resolve()
+    folder, fields = config.folder.resolve(), config.to_dict()
     for name in ("data", "eval_data", "init_from", "tokenizer"):
-        spec = getattr(config, name)
+        spec = fields[name]
         if spec is None:
             continue
         pattern = str(Path(spec).expanduser())
@@ -62,14 +60,14 @@ def begin_data(config: RunConfig, progress: Any) -> PreparedData:
         CheckpointError: if the model of `init_from` has no tokenizer, and none is named.
     """
     known = None
-    if config.init_from is not None and config.tokenizer is None:
-        if config.vocab_size is not None:
+    if config.init_from is not None and config.corpus.tokenizer is None:
+        if config.corpus.vocab_size is not None:
             raise ConfigError(
-                f"`vocab_size` does not apply beside `init_from`, got {config.vocab_size}: the model brings its "
-                "tokenizer; another one, which its weights do not know, is taken with `tokenizer` only."
+                f"`vocab_size` does not apply beside `init_from`, got {config.corpus.vocab_size}: the model "
+                "brings its tokenizer; another one, which its weights do not know, is taken with `tokenizer` only."
             )
         known = load_tokenizer_of_model(config.init_from, load_config(config.init_from).vocab_size)
-    return _open(config, DATA_FOLDER, config.tokenizer, known, progress)
+    return _open(config, DATA_FOLDER, config.corpus.tokenizer, known, progress)
 
 
 def resume_data(
@@ -94,16 +92,17 @@ def resume_data(
         then, now = _fingerprints(config, before, asked)
         check_data(then, now, what, config)
         if then != now:
-            tokenizer = config.tokenizer if "tokenizer" in asked else None
+            tokenizer = config.corpus.tokenizer if "tokenizer" in asked else None
             if "vocab_size" in asked and tokenizer is None:
                 raise CheckpointError(
-                    f"`vocab_size` of a run cannot change on resume: its weights know the tokens of the tokenizer it "
-                    f"began with, got {config.vocab_size}: leave it out, or name another tokenizer with --tokenizer."
+                    "`vocab_size` of a run cannot change on resume: its weights know the tokens of the tokenizer it "
+                    f"began with, got {config.corpus.vocab_size}: leave it out, or name another tokenizer with "
+                    "--tokenizer."
                 )
             known = _tokenizer_so_far(config.folder, folder) if tokenizer is None else None
             return _open(config, f"{DATA_FOLDER}-{now[:8]}", tokenizer, known, progress)
-        if is_prepared_folder(config.data):  # the same, at another place
-            folder = Path(config.data)
+        if is_prepared_folder(config.corpus.data):  # the same, at another place
+            folder = Path(config.corpus.data)
     data = open_prepared(folder)
     check_data(before["fingerprint"], data.fingerprint, f"{data.folder} was written anew", config)
     return data
@@ -131,28 +130,29 @@ def _open(
         known: the tokenizer of the weights, None where they are fresh or another one is asked for.
         progress: called with bytes done and in all.
     """
-    if is_prepared_folder(config.data):
-        data = open_prepared(Path(config.data))
+    wanted = config.corpus
+    if is_prepared_folder(wanted.data):
+        data = open_prepared(Path(wanted.data))
         if known is not None and saved_tokenizer_files(data.tokenizer()) != saved_tokenizer_files(known):
             raise ConfigError(
-                f"the tokenizer of the prepared data {config.data} is not the one that the weights were trained with: "
+                f"the tokenizer of the prepared data {wanted.data} is not the one that the weights were trained with: "
                 "prepare the text with theirs (`fanformer data prepare --tokenizer`), or ask for this one with "
-                f"--tokenizer {config.data}."
+                f"--tokenizer {wanted.data}."
             )
-        if asked is not None and Path(asked).resolve() != Path(config.data).resolve():
-            raise ConfigError(f"`tokenizer` does not apply to the prepared data {config.data}: it has its own.")
+        if asked is not None and Path(asked).resolve() != Path(wanted.data).resolve():
+            raise ConfigError(f"`tokenizer` does not apply to the prepared data {wanted.data}: it has its own.")
         return data
-    source = open_source(config.data)
+    source = open_source(wanted.data)
     tokenizer = load_tokenizer(asked) if asked is not None else known
     return _prepared(
         config.folder / folder,
         source,
         tokenizer,
         progress,
-        config.overwrite,
-        vocab_size=config.vocab_size or FANformerConfig(**config.model).vocab_size,
-        held_out_fraction=config.held_out_fraction,
-        max_bytes=config.max_data_bytes,
+        config.output.overwrite,
+        vocab_size=wanted.vocab_size or FANformerConfig(**config.model).vocab_size,
+        held_out_fraction=wanted.held_out_fraction,
+        max_bytes=wanted.max_data_bytes,
     )
 
 
@@ -196,9 +196,9 @@ def _fingerprints(
     config: RunConfig, before: Mapping[str, Any], asked: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, str]:
     """Return the fingerprints of the data then and now; of sources that are not prepared, those of what they are."""
-    if is_prepared_folder(config.data):
-        return before["fingerprint"], open_prepared(Path(config.data)).fingerprint
-    sources = [before["metadata"]["source"], open_source(config.data).describe()]
+    if is_prepared_folder(config.corpus.data):
+        return before["fingerprint"], open_prepared(Path(config.corpus.data)).fingerprint
+    sources = [before["metadata"]["source"], open_source(config.corpus.data).describe()]
     settings = {name: pair for name, pair in asked.items() if name != "data"}
     then, now = (
         fingerprint([identity(source), {name: pair[index] for name, pair in settings.items()}])
@@ -221,12 +221,13 @@ def held_out_stream(
         CheckpointError: if a run that goes on names another source than it began with.
         DataError: if there is none.
     """
-    if config.eval_data is None:
+    spec = config.corpus.eval_data
+    if spec is None:
         return data.split("heldout")
-    if before is not None and before["configuration"].get("eval_data") != config.eval_data:
+    if before is not None and before["configuration"].get("eval_data") != spec:
         raise CheckpointError(
             f"`eval_data` of a run cannot change on resume: it was {before['configuration'].get('eval_data')}, got "
-            f"{config.eval_data}: leave it out, and measure other text with `fanformer eval`."
+            f"{spec}: leave it out, and measure other text with `fanformer eval`."
         )
     here = config.folder / HELD_OUT_FOLDER
     if before is not None and is_prepared_folder(str(here)):
@@ -235,6 +236,5 @@ def held_out_stream(
             return prepared.split("train")
         here = here.with_name(f"{HELD_OUT_FOLDER}-{data.fingerprint[:8]}")  # another tokenizer was asked for
     options = {"vocab_size": len(tokenizer), "held_out_fraction": 0.0, "max_bytes": None}
-    return _prepared(here, open_source(config.eval_data), tokenizer, progress, config.overwrite, **options).split(
-        "train"
-    )
+    prepared = _prepared(here, open_source(spec), tokenizer, progress, config.output.overwrite, **options)
+    return prepared.split("train")

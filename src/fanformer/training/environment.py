@@ -19,7 +19,7 @@ from fanformer.errors import ConfigError
 from fanformer.machine.compiling import why_not_compile
 from fanformer.machine.devices import resolve_device
 from fanformer.machine.versions import hardware
-from fanformer.training.configuration import RunConfig
+from fanformer.training.fields import MachineConfig
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -105,11 +105,11 @@ def product_rate(device: str, dtype: torch.dtype, size: int = 768) -> float:
     return 2 * size**3 / statistics.median(times[2:])
 
 
-def decide(config: RunConfig, flops: float | None, seconds: float | None) -> Environment:
+def decide(config: MachineConfig, flops: float | None, seconds: float | None) -> Environment:
     """Decide device, precision, threads, allocation and compilation; `apply` is the caller's.
 
     Args:
-        config: the run's configuration; what it asks for explicitly is kept.
+        config: what the run asks for; what is not "auto" or None is kept.
         flops: floating-point operations that the planned steps take, where the run's length is in steps.
         seconds: the planned time, where the run's length is a time.
 
@@ -140,7 +140,7 @@ def decide(config: RunConfig, flops: float | None, seconds: float | None) -> Env
 
 
 def _decide_compile(
-    config: RunConfig, device: str, flops: float | None, seconds: float | None, rate: float
+    config: MachineConfig, device: str, flops: float | None, seconds: float | None, rate: float
 ) -> tuple[bool, str]:
     why = why_not_compile(device)
     if config.compile == "off":

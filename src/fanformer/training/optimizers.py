@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fanformer.training.configuration import RunConfig
+from fanformer.training.fields import OptimizerConfig
 from fanformer.training.parallel import part_like, whole
 
 # Newton-Schulz iteration x <- a x + (b A + c A^2) x with A = x x^T. Source: Muon, kellerjordan.github.io/posts/muon.
@@ -51,7 +51,7 @@ class BlockMuon(torch.optim.Muon):
 
     Args:
         params: groups of weights; `blocks` of a group is how many matrices are stacked in each.
-        scaling: "adamw" or "spectral", as `RunConfig.muon_scaling`.
+        scaling: "adamw" or "spectral", as `OptimizerConfig.muon_scaling`.
         **settings: torch's.
     """
 
@@ -149,7 +149,7 @@ def split_parameters(model: PreTrainedModel) -> dict[str, list[tuple[nn.Paramete
     return roles
 
 
-def create_optimizer(model: PreTrainedModel, config: RunConfig) -> torch.optim.Optimizer:
+def create_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the run's optimizer; weight decay falls on the matrices of the blocks and the LM head only."""
     roles = split_parameters(model)
     plain = {role: [parameter for parameter, _ in members] for role, members in roles.items()}

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from fanformer.errors import ConfigError
 from fanformer.machine.launch import is_restarted, launched_processes, launched_rank
-from fanformer.training.artifacts import read_run_file
-from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoint_name, checkpoints
-from fanformer.training.configuration import RunConfig
+from fanformer.training.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, checkpoint_name, checkpoints
 from fanformer.training.events import Event
-from fanformer.training.records import read_records
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import read_records, read_run_file
 from fanformer.training.run import train
 
 DEFAULT_STEPS = 20
@@ -79,7 +78,7 @@ def prove(config: RunConfig, note: Callable[[str], None], *, two_processes: bool
     Raises:
         ConfigError: if the run is too short or the folder is taken.
     """
-    steps = config.max_steps or DEFAULT_STEPS
+    steps = config.length.max_steps or DEFAULT_STEPS
     if steps < 6:
         raise ConfigError(f"`max_steps` of a proof must be at least 6, got {steps}: it is killed twice on its way.")
     folder = config.folder.absolute()
@@ -116,10 +115,10 @@ def _can_run_two(config: RunConfig, note: Callable[[str], None]) -> bool:
 
     from fanformer.machine.devices import resolve_device
 
-    device = resolve_device(config.device).type
+    device = resolve_device(config.machine.device).type
     why = None
-    if config.batch_size % 2:
-        why = f"the batch of {config.batch_size} rows cannot be halved"
+    if config.batch.batch_size % 2:
+        why = f"the batch of {config.batch.batch_size} rows cannot be halved"
     elif device == "mps" or (device == "cuda" and torch.cuda.device_count() < 2):
         why = f"there is one {device} device"
     if why is not None:
@@ -147,7 +146,8 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         "log_steps": 1,
         "save_steps": max(1, steps // 4),
         "eval_steps": max(1, steps // 2),
-        "final_eval_tokens": config.final_eval_tokens or config.eval_tokens,  # the others' loss proves no more
+        # the loss on all of the text proves no more
+        "final_eval_tokens": config.evaluation.final_eval_tokens or config.evaluation.eval_tokens,
         "push_to_hub": None,
         "micro_batch_size": None,
         "model": {**config.model, "dropout": _DROPOUT if training.dropout else 0.0},
@@ -195,7 +195,7 @@ def _compare(straight: Path, other: Path, training: Training, steps: int, bits: 
         "rows": same("rows"),
         "losses": same("loss") and same("val_loss"),
         "gradient norms": same("grad_norm"),
-        "weights": _same_tensors(straight / last / "model.safetensors", other / last / "model.safetensors"),
+        "weights": _same_tensors(straight / last / WEIGHTS_FILE, other / last / WEIGHTS_FILE),
         "optimizer": _same_tensors(straight / last / OPTIMIZER_FILE, other / last / OPTIMIZER_FILE),
     }
     differences = [
@@ -242,7 +242,7 @@ def _pid_file(folder: Path, rank: int) -> Path:
 
 def _train_once(settings: Path, kill_after: int) -> None:
     fields = json.loads(settings.read_text(encoding="utf-8"))
-    config = RunConfig(**fields | {"resume": True})
+    config = RunConfig.from_fields(fields | {"resume": True})
     rank = launched_rank()
     _pid_file(config.folder, rank).write_text(str(os.getpid()))
     try:

@@ -1,14 +1,18 @@
-"""Send a finished model folder, or a checkpoint, to the hub."""
+"""What people get of a run: the model card, the curve, and the folder on the hub."""
 
 import re
 import shlex
 import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from fanformer.data.sources.hub import is_temporary, require_hub
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.training.folder import read_records
 
+CARD_FILE, CURVE_FILE = "README.md", "loss.png"
 TRIES = 4
 """How often an upload is tried; what the hub has received already is not sent again."""
 WAIT_SECONDS = 5.0
@@ -24,6 +28,98 @@ FILES_THAT_STAY = (
     "*.partial",
 )
 """Files of a model folder that serve only to go on training here, or are not finished."""
+
+
+def plot_loss(folder: Path, title: str) -> None:
+    """Draw loss.png: training and held-out loss over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_records(folder)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
+        points = [(record["tokens"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.4, markersize=4)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / CURVE_FILE)
+    pyplot.close(figure)
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """Return what a trained model is called, given the content of its run.yaml."""
+    kind, preset = run["model"]["model_type"], run["configuration"]["preset"]
+    return f"FANformer, preset {preset}" if kind == "fanformer" else f"{kind}, trained as preset {preset}"
+
+
+def model_card(run: Mapping[str, Any], record: Mapping[str, float], held_out: Mapping[str, Any], finished: bool) -> str:
+    """Return the README.md of a model folder, with the figures of this run only.
+
+    Args:
+        run: the content of run.yaml.
+        record: the latest figures, as in metrics.jsonl.
+        held_out: what the prepared data says of its held-out split.
+        finished: whether the run reached its planned end.
+    """
+    configuration, data = run["configuration"], run["data"]
+    rows = [
+        ("parameters", f"{run['parameters']:,}"),
+        ("steps", f"{record['step']:,} ({'finished' if finished else 'a checkpoint of a run under way'})"),
+        ("tokens trained on", f"{record['tokens']:,}"),
+        ("training loss", _figure(record, "loss", "nats per token")),
+        ("held-out loss", _figure(record, "val_loss", "nats per token")),
+        ("held-out bits per byte", _figure(record, "val_bits_per_byte", "")),
+        ("gzip -9 on the same held-out bytes", _compressor(held_out, "gzip_bytes")),
+        ("xz -9 on the same held-out bytes", _compressor(held_out, "xz_bytes")),
+        ("training data", f"`{configuration['data']}`, fingerprint `{data['fingerprint'][:16]}`"),
+        (
+            "optimizer, schedule",
+            f"{configuration['optimizer']}, {configuration['schedule']}, "
+            f"learning rate {configuration['learning_rate']}, {configuration['batch_size']} x "
+            f"{configuration['sequence_length']} tokens a step",
+        ),
+        ("seed", str(configuration["seed"])),
+        ("versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{run["model"]["model_type"]}, causal-lm]
+---
+
+# {title(run)}
+
+A base language model (it continues text; it was not taught to follow instructions), trained with `fanformer train`.
+Written on {datetime.now(UTC):%Y-%m-%d}; every figure below was measured in this run.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+```
+
+`run.yaml` holds the whole configuration and every automatic decision; `metrics.jsonl` the curve.
+"""
+
+
+def _figure(record: Mapping[str, float], key: str, unit: str) -> str:
+    return f"{record[key]:.4f} {unit}".strip() if key in record else "not measured"
+
+
+def _compressor(held_out: Mapping[str, Any], key: str) -> str:
+    size = held_out.get(key)
+    return f"{8 * size / held_out['bytes']:.4f} bits per byte" if size else "not measured"
 
 
 def files_to_push(folder: Path) -> list[Path]:
@@ -58,6 +154,8 @@ def check_push_possible(repository: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    from fanformer.data.sources.hub import require_hub
+
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -91,6 +189,8 @@ def push(folder: Path, repository: str) -> str:
         ConfigError: if the hub cannot be reached or refuses; the folder is complete all the same.
     """
     from huggingface_hub import HfApi
+
+    from fanformer.data.sources.hub import is_temporary
 
     names = [name.as_posix() for name in files_to_push(folder)]
     for failures in range(1, TRIES + 1):

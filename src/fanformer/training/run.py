@@ -27,11 +27,8 @@ from fanformer.machine.launch import is_restarted
 from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
-from fanformer.training import artifacts
-from fanformer.training.changes import MACHINE_FIELDS, changed_fields, check_model
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
-from fanformer.training.configuration import RunConfig
 from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
 from fanformer.training.environment import (
     Environment,
@@ -40,12 +37,21 @@ from fanformer.training.environment import (
     what_sums_depend_on,
 )
 from fanformer.training.events import Event, Listener, Record, data_to, note_to, silent
-from fanformer.training.folder import claimed
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import (
+    MACHINE_FIELDS,
+    RecordFile,
+    changed_fields,
+    check_model,
+    claimed,
+    read_records,
+    read_run_file,
+    write_run_file,
+)
 from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
-from fanformer.training.publishing import check_push_possible, push
+from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push, title
 from fanformer.training.recompute import set_recompute
-from fanformer.training.records import RecordFile, read_records
 from fanformer.training.run_model import (
     ModelBuilder,
     build_fanformer,
@@ -97,18 +103,18 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
         DivergenceError: if the loss or the gradients do not stay finite.
     """
     started = time.monotonic()
-    processes = Processes(config.parallel, resolve_device(config.device).type)
+    processes = Processes(config.machine.parallel, resolve_device(config.machine.device).type)
     _check_batch(config, processes.count)
     try:
         with contextlib.ExitStack() as stack:
             going_on = False
             if processes.is_main:
-                if config.push_to_hub is not None:
-                    check_push_possible(config.push_to_hub)
-                if config.overwrite:
+                if config.output.push_to_hub is not None:
+                    check_push_possible(config.output.push_to_hub)
+                if config.output.overwrite:
                     refuse_own_sources(config)
-                going_on_here = config.resume or is_restarted()
-                claim = claimed(config.folder, going_on_here, config.overwrite, note_to(listener))
+                going_on_here = config.output.resume or is_restarted()
+                claim = claimed(config.folder, going_on_here, config.output.overwrite, note_to(listener))
                 going_on = stack.enter_context(claim)
             going_on = bool(processes.exchange([float(going_on)])[0][0])
             return Run(config, listener, build_model, processes, going_on, started).train()
@@ -122,11 +128,11 @@ def _in_todays_words(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_batch(config: RunConfig, count: int) -> None:
-    together = (config.micro_batch_size or 1) * count
-    if config.batch_size % together:
+    batch_size, together = config.batch.batch_size, (config.batch.micro_batch_size or 1) * count
+    if batch_size % together:
         raise ConfigError(
-            f"`batch_size` must be a multiple of the processes times `micro_batch_size`, got {config.batch_size} for "
-            f"{count} processes of {config.micro_batch_size or 1}: change one of them."
+            f"`batch_size` must be a multiple of the processes times `micro_batch_size`, got {batch_size} for "
+            f"{count} processes of {config.batch.micro_batch_size or 1}: change one of them."
         )
 
 
@@ -156,7 +162,7 @@ class Run:
         self.build_model, self.processes, self.started = build_model, processes, started
         self._compiling_since: float | None = None
         self.records = RecordFile(self.folder)
-        self.before = artifacts.read_run_file(self.folder) if going_on else None
+        self.before = read_run_file(self.folder) if going_on else None
         if self.before is None or config.init_from is None:
             check_model_fields(config)
         self.changed = changed_fields(self.before["configuration"], config) if self.before is not None else {}
@@ -164,9 +170,9 @@ class Run:
             self.data = self._open_data()
             self.tokenizer = self.data.tokenizer()
             self.held_out = held_out_stream(config, self.data, self.tokenizer, self.before, data_to(listener))
-        self.rows = PackedRows(self.data.split("train"), config.sequence_length)
+        self.rows = PackedRows(self.data.split("train"), config.batch.sequence_length)
         self.length: RunLength = run_length(config, len(self.rows))
-        if config.deterministic and resolve_device(config.device).type == "cuda":
+        if config.machine.deterministic and resolve_device(config.machine.device).type == "cuda":
             use_deterministic_operations()
         set_seed(config.seed)
         self.model = make_model(config, self.tokenizer, build_model, self.before, self._note)
@@ -175,12 +181,12 @@ class Run:
         self.skeleton = folder_without_weights(self.model, self.tokenizer) if processes.is_main else {}
         self.environment = self._decide()
         self.environment.apply()
-        self.checkpoint = self._last_checkpoint(going_on or config.resume)
+        self.checkpoint = self._last_checkpoint(going_on or config.output.resume)
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
         self.measured: HeldOutLoss | None = None
         self.content = self._describe()
         if processes.is_main:
-            artifacts.write_run_file(self.folder, self.content)
+            write_run_file(self.folder, self.content)
 
     def _note(self, text: str) -> None:
         if self.processes.is_main:
@@ -223,9 +229,9 @@ class Run:
         steps = self.length.max_steps
         operations = None
         if steps is not None:
-            operations = 6.0 * parameters * steps * self.config.batch_size * self.config.sequence_length
+            operations = 6.0 * parameters * steps * self.config.batch.tokens_per_step
         with self.processes.main_first():
-            environment = decide(self.config, operations, self.length.max_seconds)
+            environment = decide(self.config.machine, operations, self.length.max_seconds)
         if self.processes.count > 1:  # a measured rate may differ from process to process, a decision must not
             choices = [float(environment.precision == "bfloat16"), float(environment.compile)]
             first = self.processes.exchange(choices)[0]
@@ -287,8 +293,8 @@ class Run:
         """Train to the end and write the finished folder."""
         reasons = self.environment.reasons
         self._note(
-            f"{self.model.num_parameters():,} parameters, {len(self.rows):,} rows of {self.config.sequence_length} "
-            f"tokens ({self.rows.fraction_used:.2%} of all tokens used)"
+            f"{self.model.num_parameters():,} parameters, {len(self.rows):,} rows of "
+            f"{self.config.batch.sequence_length} tokens ({self.rows.fraction_used:.2%} of all tokens used)"
         )
         shared = f", {self.processes.count} processes ({self.processes.spread})" if self.processes.count > 1 else ""
         self._note(
@@ -296,11 +302,12 @@ class Run:
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
         machine = self.environment
+        asked, measured = self.config.machine, self.config.evaluation
         options = compile_options(machine.device, machine.threads)
         skip_logits(self.model, {"options": options} if machine.compile else None)
-        set_recompute(self.model, self.config.recompute)
-        why = choose_attention(self.model, self.config.attention, machine.device, machine.precision, machine.compile)
-        self._note(f"attention {self.config.attention} ({why})")
+        set_recompute(self.model, asked.recompute)
+        why = choose_attention(self.model, asked.attention, machine.device, machine.precision, machine.compile)
+        self._note(f"attention {asked.attention} ({why})")
         if machine.compile:
             kept = keep_compiled_code(machine.threads)
             where = "" if kept is None else f"; a next run finds the code in {kept}"
@@ -316,19 +323,20 @@ class Run:
             environment=self.environment,
             processes=self.processes,
             observer=self,
-            held_out_tokens=min(len(self.held_out.tokens), self.config.final_eval_tokens or len(self.held_out.tokens)),
+            held_out_tokens=min(len(self.held_out.tokens), measured.final_eval_tokens or len(self.held_out.tokens)),
             started=self.started,
         )
         return self._finish(trainer.run(self.checkpoint))
 
     def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> HeldOutLoss:
         """Measure the held-out loss, on all of the text or on a sample, and let the model write a little."""
+        asked = self.config.evaluation
         figures = held_out_loss(
             self.model,
             self.held_out,
-            self.config.sequence_length,
-            self.config.micro_batch_size or self.config.batch_size // self.processes.count,
-            max_tokens=self.config.final_eval_tokens if everything else self.config.eval_tokens,
+            self.config.batch.sequence_length,
+            self.config.batch.rows_per_pass(self.processes.count),
+            max_tokens=asked.final_eval_tokens if everything else asked.eval_tokens,
             autocast_dtype=torch.bfloat16 if self.environment.precision == "bfloat16" else None,
             share=Share(self.processes.rank, self.processes.count, self.processes.sum),
             between_batches=between_batches,
@@ -340,7 +348,7 @@ class Run:
 
     def _sample(self) -> str:
         """Continue the sample prompt with the model as it is now."""
-        prompt = self.config.sample_prompt or ""
+        prompt = self.config.evaluation.sample_prompt or ""
         writer = TorchModel(self.model, self.tokenizer, join=False)
         room = self.model.config.max_position_embeddings - len(writer.encode(prompt))
         settings = GenerationSettings(max_length=max(1, min(_SAMPLE_LENGTH, room)), seed=self.config.seed)
@@ -355,7 +363,7 @@ class Run:
         if self._compiling_since is not None:
             self._note(f"compiled: the first step took {time.monotonic() - self._compiling_since:.0f} s")
             self._compiling_since = None
-        tokens = step * self.config.batch_size * self.config.sequence_length
+        tokens = step * self.config.batch.tokens_per_step
         figures = {"step": step, "tokens": tokens, "elapsed_seconds": elapsed_seconds}
         self.listener(Event("step", share=progress, figures=figures))
 
@@ -365,7 +373,7 @@ class Run:
         self.records.append(record)
         self.listener(Event("record", share=progress, figures=record))
         if "val_loss" in record:
-            self.listener(Event("sample", (self.config.sample_prompt or "") + self.sample, progress))
+            self.listener(Event("sample", (self.config.evaluation.sample_prompt or "") + self.sample, progress))
 
     def note(self, text: str) -> None:
         """Tell one line."""
@@ -381,7 +389,7 @@ class Run:
 
     def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
         """Return what writes the model's part of a checkpoint."""
-        figures = {**self.latest, "step": step, "tokens": step * self.config.batch_size * self.config.sequence_length}
+        figures = {**self.latest, "step": step, "tokens": step * self.config.batch.tokens_per_step}
 
         def fill(folder: Path) -> None:
             for name, content in self.skeleton.items():
@@ -392,8 +400,8 @@ class Run:
         return fill
 
     def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:
-        card = artifacts.model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
-        replace_text(folder / "README.md", card)
+        card = model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
+        replace_text(folder / CARD_FILE, card)
 
     def _finish(self, outcome: Outcome) -> RunResult:
         """Put the last checkpoint's model into the run's folder, with the figures and the curve of the whole run."""
@@ -403,15 +411,14 @@ class Run:
                 self.latest |= record
             self.latest |= {
                 "step": outcome.step,
-                "tokens": outcome.step * self.config.batch_size * self.config.sequence_length,
+                "tokens": outcome.step * self.config.batch.tokens_per_step,
             }
             self._write_card(self.folder, self.latest, finished=outcome.reached_end)
-            title = f"{artifacts.title(self.content)}, {self.model.num_parameters():,} parameters"
-            artifacts.plot_loss(self.folder, title)
-            if self.config.push_to_hub is not None and outcome.reached_end:
-                push(self.folder, self.config.push_to_hub)
+            plot_loss(self.folder, f"{title(self.content)}, {self.model.num_parameters():,} parameters")
+            if self.config.output.push_to_hub is not None and outcome.reached_end:
+                push(self.folder, self.config.output.push_to_hub)
         self.processes.wait()
-        sizes = self.data.metadata["splits"]["heldout"] if self.config.eval_data is None else {}
+        sizes = self.data.metadata["splits"]["heldout"] if self.config.corpus.eval_data is None else {}
         gzip_bits, xz_bits = (
             8 * sizes[name] / sizes["bytes"] if sizes.get(name) else None for name in ("gzip_bytes", "xz_bytes")
         )

@@ -15,7 +15,7 @@ from fanformer.generation.torch_model import encode_prompt
 from fanformer.loading import load_config, load_model
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
-from fanformer.training.configuration import RunConfig
+from fanformer.training.fields import RunConfig
 
 _VOCABULARY_MULTIPLE = 64
 
@@ -40,10 +40,10 @@ def check_model_fields(config: RunConfig) -> None:
         FANformerConfig(**config.model)
         return
     positions = getattr(load_config(config.init_from), "max_position_embeddings", None)
-    if positions is not None and config.sequence_length > positions:
+    if positions is not None and config.batch.sequence_length > positions:
         raise ConfigError(
             f"`sequence_length` must be at most {positions}, the positions of {config.init_from}, got "
-            f"{config.sequence_length}: the trained model would refuse texts of its own length."
+            f"{config.batch.sequence_length}: the trained model would refuse texts of its own length."
         )
 
 
@@ -79,7 +79,7 @@ def make_model(
             f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    length = len(encode_prompt(tokenizer, config.sample_prompt or ""))
+    length = len(encode_prompt(tokenizer, config.evaluation.sample_prompt or ""))
     if positions is not None and length >= positions:
         raise ConfigError(
             f"`sample_prompt` must leave room in the model's {positions} positions, got {length} tokens: shorten it."
@@ -95,7 +95,7 @@ def _fields(config: RunConfig, tokenizer: PreTrainedTokenizerBase, note: Callabl
     if fitting != planned.vocab_size:
         note(f"vocabulary: {len(tokenizer)} tokens, so vocab_size is {fitting} instead of {planned.vocab_size}")
     fields["vocab_size"] = fitting
-    fields["max_position_embeddings"] = max(planned.max_position_embeddings, config.sequence_length)
+    fields["max_position_embeddings"] = max(planned.max_position_embeddings, config.batch.sequence_length)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
     return fields

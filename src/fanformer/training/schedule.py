@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fanformer.training.configuration import RunConfig
+from fanformer.training.fields import RunConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class RunLength:
 
 def run_length(config: RunConfig, rows: int) -> RunLength:
     """Return the length of a run over `rows` training rows; one epoch where the configuration names none."""
-    steps = config.max_steps
-    if config.tokens is not None:
-        steps = max(1, round(config.tokens / (config.batch_size * config.sequence_length)))
-    elif config.epochs is not None or (steps is None and config.max_time is None):
-        steps = max(1, round((config.epochs or 1.0) * rows / config.batch_size))
-    return RunLength(steps, config.max_time)
+    steps = config.length.max_steps
+    if config.length.tokens is not None:
+        steps = max(1, round(config.length.tokens / config.batch.tokens_per_step))
+    elif config.length.epochs is not None or (steps is None and config.length.max_time is None):
+        steps = max(1, round((config.length.epochs or 1.0) * rows / config.batch.batch_size))
+    return RunLength(steps, config.length.max_time)
 
 
-def learning_rate_factor(progress: float, config: RunConfig) -> float:
+def learning_rate_factor(progress: float, config: ScheduleConfig) -> float:
     """Return the learning rate over its peak at `progress` in [0, 1] of the run.
 
     Both schedules rise linearly over `warmup_fraction`. "wsd" then stays at 1 and falls linearly over the last

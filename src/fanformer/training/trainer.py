@@ -34,13 +34,13 @@ from fanformer.training.checkpoint import (
     write_state,
 )
 from fanformer.training.clock import Due, RunClock
-from fanformer.training.configuration import RunConfig
 from fanformer.training.environment import Environment
 from fanformer.training.events import Observer, Record, Rows
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import read_records
 from fanformer.training.optimizers import create_optimizer
 from fanformer.training.packed_attention import document_bounds
 from fanformer.training.parallel import Processes, whole
-from fanformer.training.records import read_records
 from fanformer.training.schedule import RunLength, learning_rate_factor
 from fanformer.training.signals import StopRequest
 from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass
@@ -112,28 +112,24 @@ class Trainer:
         self.rows, self.held_out_tokens = rows, held_out_tokens
         self.device = torch.device(environment.device)
         self.autocast_dtype = torch.bfloat16 if environment.precision == "bfloat16" else None
-        steps = {"log": config.log_steps, "evaluate": config.eval_steps, "save": config.save_steps}
+        measured, saving = config.evaluation, config.saving
+        steps = {"log": measured.log_steps, "evaluate": measured.eval_steps, "save": saving.save_steps}
         self.clock = RunClock(length, steps, started)
         self.model = model.to(self.device).train()
         self.wrapped = processes.wrap(self.model)
-        self.optimizer = create_optimizer(self.model, config)
+        self.optimizer = create_optimizer(self.model, config.optimizer)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.state = LoopState()
         self.snapshot = Snapshot(keep=processes.is_main)
-        self.writer = CheckpointWriter(config.folder, config.keep_last, background=config.background_save)
+        self.writer = CheckpointWriter(config.folder, saving.keep_last, background=saving.background_save)
         self.save_error: Exception | None = None
         self.best: tuple[float, int] | None = None  # held-out loss, step
         self.last_log = (0, 0.0)  # step, seconds
         self.is_evaluated = False
-        self.micro_batch = config.micro_batch_size or config.batch_size // processes.count
+        self.micro_batch = config.batch.rows_per_pass(processes.count)
         self.grad_norm = self.learning_rate = math.nan
         self.saved_step: int | None = None  # after which a checkpoint holds the state as it is
-        self.request = StopRequest(config.grace_seconds)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step, over all processes."""
-        return self.config.batch_size * self.config.sequence_length
+        self.request = StopRequest(config.length.grace_seconds)
 
     def run(self, checkpoint: Path | None) -> Outcome:
         """Train from the beginning, or from a checkpoint folder, to the run's end.
@@ -210,8 +206,8 @@ class Trainer:
         digest = sum(part for _, part in passes) % (1 << _DIGEST_BITS)
         everyone = processes.exchange([tokens, clock.progress(state.step + 0.5), digest])
         tokens_of_step = max(1, int(sum(row[0] for row in everyone)))
-        factor = learning_rate_factor(everyone[0][1], self.config)  # by one clock
-        self.learning_rate = self.config.learning_rate * factor
+        factor = learning_rate_factor(everyone[0][1], self.config.schedule)  # by one clock
+        self.learning_rate = self.config.optimizer.learning_rate * factor
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
 
@@ -226,13 +222,13 @@ class Trainer:
         signal = max(int(row[2]) for row in gathered)
 
         state.step += 1
-        state.place += self.config.batch_size
+        state.place += self.config.batch.batch_size
         state.window_rows = (state.window_rows + int(sum(row[2] for row in everyone))) % (1 << _DIGEST_BITS)
         if math.isfinite(loss) and math.isfinite(norm):
             if self._is_spike(loss):
                 self._roll_back(loss)
                 return Due(False, False, False, False), signal
-            limit = self.config.max_grad_norm
+            limit = self.config.optimizer.max_grad_norm
             if limit:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
             self.optimizer.step()
@@ -247,11 +243,11 @@ class Trainer:
     def _passes(self) -> list[tuple[dict[str, Tensor], int]]:
         """Return this process's micro-batches of the next step, each with a digest of its rows and their tokens."""
         config, state, processes = self.config, self.state, self.processes
-        places = np.arange(state.place, state.place + config.batch_size)
+        places = np.arange(state.place, state.place + config.batch.batch_size)
         indices = rows_of_run(config.seed, places, len(self.rows))
         together = self.micro_batch * processes.count
         passes = []
-        for begin in range(processes.rank * self.micro_batch, config.batch_size, together):
+        for begin in range(processes.rank * self.micro_batch, config.batch.batch_size, together):
             chosen = indices[begin : begin + self.micro_batch].tolist()
             batch = self.rows.batch(chosen)
             digest = sum(
@@ -309,7 +305,7 @@ class Trainer:
         where = f"`{broken[0]}` and {len(broken) - 1} more of its parameters" if broken else "no single parameter"
         what = f"step {state.step} left out: loss {loss:.4g}, gradient norm {norm:.4g}, not finite in {where}"
         self._note(f"{what} ({state.skipped} left out so far)")
-        if state.skipped_in_row < config.max_skipped_steps:
+        if state.skipped_in_row < config.divergence.max_skipped_steps:
             return
         recent = f"{state.recent_losses[-1]:.4f}" if state.recent_losses else "not known"
         raise DivergenceError(
@@ -320,7 +316,7 @@ class Trainer:
         )
 
     def _is_spike(self, loss: float) -> bool:
-        factor, recent = self.config.spike_rollback, self.state.recent_losses
+        factor, recent = self.config.divergence.spike_rollback, self.state.recent_losses
         if factor is None or len(recent) < _SPIKE_WINDOW // 2:
             return False
         return loss > statistics.fmean(recent) + factor * max(statistics.stdev(recent), 1e-3)
@@ -337,7 +333,7 @@ class Trainer:
         checkpoint = agreed_checkpoint(config.folder, self.processes, self._note)
         usual = statistics.fmean(state.recent_losses)
         what = f"the loss of step {state.step} is {loss:.4f}, usual is {usual:.4f}"
-        if checkpoint is None or state.rollbacks >= config.max_rollbacks:
+        if checkpoint is None or state.rollbacks >= config.divergence.max_rollbacks:
             times = f"the run went back {state.rollbacks} times already"
             why = "there is no checkpoint" if checkpoint is None else times
             raise DivergenceError(f"{what}, and {why}", "use a lower --learning-rate or a larger spike_rollback.")
@@ -377,7 +373,8 @@ class Trainer:
             return
         state = {"loop": self.state.to_dict(), "processes": self.processes.count}
         save_model = self.observer.save_model(self.snapshot.weights, self.state.step)
-        snapshot, best = self.snapshot, self.best[1] if self.best is not None and self.config.keep_best else None
+        snapshot = self.snapshot
+        best = self.best[1] if self.best is not None and self.config.saving.keep_best else None
 
         def fill(folder: Path) -> None:
             self.observer.before_save()
@@ -410,7 +407,7 @@ class Trainer:
         self.last_log = (step, log_seconds + seconds)  # the rate counts training only
         if self.best is None or figures.loss < self.best[0]:
             self.best = (figures.loss, self.state.step)
-        tokens = self.state.step * self.tokens_per_step
+        tokens = self.state.step * self.config.batch.tokens_per_step
         return {"step": self.state.step, "tokens": tokens, **figures.record()}
 
     def _stop_if_asked(self) -> None:
@@ -423,9 +420,11 @@ class Trainer:
         last_step, last_seconds = self.last_log
         record: Record = {
             "step": state.step,
-            "tokens": state.step * self.tokens_per_step,
+            "tokens": state.step * self.config.batch.tokens_per_step,
             "learning_rate": self.learning_rate,
-            "tokens_per_second": (state.step - last_step) * self.tokens_per_step / max(1e-9, seconds - last_seconds),
+            "tokens_per_second": (state.step - last_step)
+            * self.config.batch.tokens_per_step
+            / max(1e-9, seconds - last_seconds),
             "elapsed_seconds": seconds,
             "rows": f"{state.window_rows:010x}",
         }

@@ -1,0 +1,352 @@
+"""The fields of a training run, in frozen groups of what is read together, each explained and checked.
+
+This module imports neither torch nor transformers, so that `--help` stays fast.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin
+
+from fanformer.errors import ConfigError, did_you_mean
+
+LENGTHS = ("max_steps", "tokens", "epochs", "max_time")
+"""Fields that say how long a run is; the last may stand beside one of the others, as a limit."""
+_MOST = 10**15  # of anything that is counted: what is above is a slip of the finger, and too much for float64 below
+_ABOVE_0 = ("above 0", lambda value: value > 0)
+_FROM_1 = ("at least 1", lambda value: value >= 1)
+_SHARE = ("in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def _setting(default: Any, help_text: str, allowed: tuple[str, Callable[[Any], bool]] | None = None) -> Any:
+    """Declare a field; `allowed` says in words and as a test which values it may have, None and its type aside."""
+    return field(default=default, metadata={"help": help_text, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Fields that are read together; making them checks the type and the range of each."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            _check_type(item.name, value, item.type)
+            if isinstance(value, int | float):
+                _check_number(item, value)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Return what these fields, by their flat names, say; a field that is not among them has its default."""
+        values = {}
+        for item in dataclasses.fields(cls):
+            kind: Any = item.type
+            if _is_group(kind):
+                values[item.name] = kind.from_fields(fields)
+            elif item.name in fields:
+                values[item.name] = fields[item.name]
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields by their flat names, `model` as a plain dictionary."""
+        flat: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, _Fields):
+                flat |= value.to_dict()
+            else:
+                flat[item.name] = dict(value) if isinstance(value, Mapping) else value
+        return flat
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, _Fields)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}.")
+        return
+    allowed = tuple(
+        get_origin(part) or part for part in (get_args(hint) if get_origin(hint) is not Mapping else ())
+    ) or (get_origin(hint) or hint,)
+    if float in allowed:
+        allowed += (int,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ConfigError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def _check_number(item: Any, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"`{item.name}` must be a finite number, got {value}.")
+    if value > _MOST and not item.name.endswith(("_rate", "_norm", "_scale")):
+        raise ConfigError(f"`{item.name}` must be a number of at most {_MOST:g}, got {value}.")
+    words, holds = item.metadata["allowed"] or ("", bool)
+    if words and not holds(value):
+        raise ConfigError(f"`{item.name}` must be {words}, got {value}.")
+
+
+@dataclass(frozen=True)
+class CorpusConfig(_Fields):
+    """What is trained and measured on, and in which tokens."""
+
+    data: str = _setting(
+        "stdlib", "stdlib, a file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or a prepared folder"
+    )
+    eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
+    held_out_fraction: float = _setting(
+        0.05, "share of the documents that is held out", ("between 0 and 1", lambda value: 0 < value < 1)
+    )
+    max_data_bytes: int | None = _setting(None, "read documents only until they hold this many bytes", _ABOVE_0)
+    tokenizer: str | None = _setting(None, "folder or hub name of a tokenizer; default: train one on the data")
+    vocab_size: int | None = _setting(
+        None, "size of the tokenizer to train; default: the preset's vocabulary", _ABOVE_0
+    )
+
+
+@dataclass(frozen=True)
+class OutputConfig(_Fields):
+    """The folder of the run, what is to become of a run that it holds, and where its model is sent."""
+
+    output_dir: str | None = _setting(None, "folder of the run; default runs/PRESET")
+    resume: bool = _setting(False, "go on from the last good checkpoint of the output folder")
+    overwrite: bool = _setting(False, "delete the run that the output folder holds")
+    allow_changed_data: bool = _setting(False, "resume on other data or another tokenizer than the run began with")
+    push_to_hub: str | None = _setting(None, "hub repository that receives the finished folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.overwrite:
+            raise ConfigError("`resume` and `overwrite` exclude each other: one goes on with the run, one deletes it.")
+
+
+@dataclass(frozen=True)
+class SavingConfig(_Fields):
+    """When checkpoints are written, and which of them are kept."""
+
+    save_steps: int | None = _setting(None, "steps between checkpoints; default: a fifth of the run", _ABOVE_0)
+    keep_last: int = _setting(2, "checkpoints to keep", _FROM_1)
+    keep_best: bool = _setting(True, "also keep the checkpoint with the lowest held-out loss")
+    background_save: bool = _setting(True, "write checkpoints while training goes on")
+
+
+@dataclass(frozen=True)
+class LengthConfig(_Fields):
+    """When the run ends; one epoch where nothing is set."""
+
+    max_steps: int | None = _setting(None, "optimizer steps to train", _ABOVE_0)
+    tokens: int | None = _setting(None, "tokens to train on, as 500000, 3M or 2B", _ABOVE_0)
+    epochs: float | None = _setting(None, "passes over the data to train", _ABOVE_0)
+    max_time: float | None = _setting(
+        None,
+        "wall-clock limit, as 90s, 5m or 2h30m: of this command where another field sets the length of the run, else "
+        "it is the length of the run",
+        _ABOVE_0,
+    )
+    grace_seconds: float = _setting(60.0, "longest time from a signal to stop to the end of the process", _ABOVE_0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lengths = [name for name in LENGTHS[:3] if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise ConfigError(f"the length of a run is set once, got {' and '.join(lengths)}: keep one of them.")
+
+
+@dataclass(frozen=True)
+class BatchConfig(_Fields):
+    """The rows of an optimizer step."""
+
+    sequence_length: int = _setting(1024, "tokens per row", _FROM_1)
+    batch_size: int = _setting(16, "rows per optimizer step, over all processes", _FROM_1)
+    micro_batch_size: int | None = _setting(
+        None, "rows per forward pass and process; default: the whole batch", _ABOVE_0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                "`batch_size` must be a multiple of `micro_batch_size`, got "
+                f"{self.batch_size} and {self.micro_batch_size}."
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all processes."""
+        return self.batch_size * self.sequence_length
+
+    def rows_per_pass(self, processes: int) -> int:
+        """Return the rows of a forward pass in each of so many processes."""
+        return self.micro_batch_size or self.batch_size // processes
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Fields):
+    """The optimizer and its rates at their peak."""
+
+    optimizer: Literal["adamw", "muon"] = _setting(
+        "adamw", "muon orthogonalises the updates of the blocks' matrices; adamw does the rest"
+    )
+    learning_rate: float = _setting(3e-3, "peak learning rate of AdamW", _ABOVE_0)
+    muon_scaling: Literal["adamw", "spectral"] = _setting(
+        "adamw",
+        "size of Muon's updates of a matrix, m outputs by n inputs: AdamW's, 0.2 sqrt(max(m, n)), or spectral, "
+        "sqrt(m / n)",
+    )
+    muon_learning_rate_scale: float = _setting(1.0, "Muon's learning rate over AdamW's", _ABOVE_0)
+    embedding_learning_rate_scale: float = _setting(
+        1.0, "the embedding's learning rate over the head's; 1 where they are tied", _ABOVE_0
+    )
+    weight_decay: float = _setting(0.1, "decoupled weight decay of matrices")
+    beta1: float = _setting(0.9, "AdamW's decay of the gradient average", _SHARE)
+    beta2: float = _setting(0.95, "AdamW's decay of the squared-gradient average", _SHARE)
+    muon_momentum: float = _setting(0.95, "Muon's momentum", _SHARE)
+    max_grad_norm: float = _setting(1.0, "gradient norm above which gradients are scaled down; 0 is off")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(_Fields):
+    """The learning rate over the run, as a share of its peak."""
+
+    schedule: Literal["wsd", "cosine"] = _setting(
+        "wsd", "learning rate over the run: warm-up, stable, decay, or a cosine"
+    )
+    warmup_fraction: float = _setting(0.05, "share of the run over which the learning rate rises from 0", _SHARE)
+    decay_fraction: float = _setting(0.4, "share of the run over which wsd falls", _SHARE)
+    min_learning_rate_ratio: float = _setting(0.0, "final learning rate over the peak", _SHARE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ConfigError(
+                "`warmup_fraction` and `decay_fraction` must add up to at most 1, got "
+                f"{self.warmup_fraction} and {self.decay_fraction}."
+            )
+
+
+@dataclass(frozen=True)
+class DivergenceConfig(_Fields):
+    """What a run does where its loss or its gradient breaks away."""
+
+    max_skipped_steps: int = _setting(10, "steps in a row without a finite gradient after which the run ends", _FROM_1)
+    spike_rollback: float | None = _setting(
+        None,
+        "standard deviations of the loss above its recent mean from which the run goes back to its last checkpoint",
+        _ABOVE_0,
+    )
+    max_rollbacks: int = _setting(3, "how often a run goes back after a spike")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(_Fields):
+    """What is measured on the way, and how often."""
+
+    eval_steps: int | None = _setting(None, "steps between held-out evaluations; default: a fifth of the run", _ABOVE_0)
+    eval_tokens: int = _setting(65536, "held-out tokens per evaluation during training", _FROM_1)
+    final_eval_tokens: int | None = _setting(None, "held-out tokens of the last evaluation; default: all", _ABOVE_0)
+    log_steps: int | None = _setting(
+        None, "steps between lines of metrics.jsonl; default: a hundredth of the run, at most 50", _ABOVE_0
+    )
+    sample_prompt: str | None = _setting(None, "prompt continued after each evaluation; default: an empty one")
+
+
+@dataclass(frozen=True)
+class MachineConfig(_Fields):
+    """Where and how the run is computed."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "where to train")
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "auto measures whether bfloat16 products are faster here"
+    )
+    compile: Literal["auto", "on", "off"] = _setting(
+        "auto", "auto compiles where the planned run is long enough to pay for it"
+    )
+    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention"] = _setting(
+        "auto",
+        "how packed rows are attended to; auto takes blocks of queries in compiled code on a CPU, flex_attention in "
+        "compiled code on CUDA in bfloat16, else torch's SDPA; "
+        "the others need CUDA and never multiply what belongs to two documents",
+    )
+    threads: int | None = _setting(None, "CPU threads; default: one a physical core", _ABOVE_0)
+    recompute: Literal["none", "low-rank", "block"] = _setting(
+        "none",
+        "what the backward pass computes again instead of keeping it: nothing, all but the low-rank activations "
+        "(CoLA-M), or whole blocks; the same bits for less memory and more time",
+    )
+    deterministic: bool = _setting(
+        True, "on CUDA, take the operations that give the same bits again, which resuming bit for bit needs"
+    )
+    parallel: Literal["auto", "ddp", "fsdp2"] = _setting(
+        "auto", "how several processes share a model; auto does what the launcher says, else ddp"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(_Fields):
+    """Everything that decides a training run, in groups that are read together.
+
+    People know the fields by flat names, which no two groups share: in `--set`, in YAML, and in run.yaml, which holds
+    the resolved copy. `from_fields` and `to_dict` go between the two.
+    """
+
+    preset: str = _setting("nano", "model and recipe to start from: nano, 92m, 92m-tuned or 1b")
+    model: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "fields of the model configuration"})
+    init_from: str | None = _setting(None, "folder of a saved model whose weights to start from")
+    seed: int = _setting(
+        0, "seed of initialisation, data order and dropout", ("in [0, 2**32)", lambda value: 0 <= value < 1 << 32)
+    )
+    corpus: CorpusConfig = CorpusConfig()
+    batch: BatchConfig = BatchConfig()
+    length: LengthConfig = LengthConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    saving: SavingConfig = SavingConfig()
+    output: OutputConfig = OutputConfig()
+    machine: MachineConfig = MachineConfig()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "RunConfig":
+        """Return the run that these fields, by their flat names, say; others have their defaults.
+
+        Raises:
+            ConfigError: if a field is unknown (the nearest is offered), or has the wrong type or range.
+        """
+        for name in fields:
+            run_field(name)
+        return super().from_fields(fields)
+
+    def replace(self, **fields: Any) -> "RunConfig":
+        """Return this run with some fields changed, by their flat names."""
+        return self.from_fields(self.to_dict() | fields)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output.output_dir or f"runs/{self.preset}")
+
+
+def _flat(kind: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        found |= _flat(item.type) if _is_group(item.type) else {item.name: item}
+    return found
+
+
+FIELDS: Mapping[str, Any] = _flat(RunConfig)
+"""Every field of a run, a `dataclasses.Field`, by its flat name."""
+
+
+def run_field(name: str) -> Any:
+    """Return the field of a run that has this flat name, as FIELDS has it.
+
+    Raises:
+        ConfigError: if there is none; the message offers the nearest.
+    """
+    if name not in FIELDS:
+        raise ConfigError(f"`{name}` is not a field of the run configuration: {did_you_mean(name, FIELDS)}")
+    return FIELDS[name]

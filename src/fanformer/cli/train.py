@@ -12,14 +12,7 @@ import click
 from fanformer.cli.options import Verb, echo_table
 from fanformer.machine.launch import launched_rank
 from fanformer.machine.threads import spin_briefly
-from fanformer.training.configuration import (
-    FIELD_TYPES,
-    PARSERS,
-    RunConfig,
-    parse_setting,
-    preset_names,
-    resolve_run,
-)
+from fanformer.training.configuration import FIELD_TYPES, PARSERS, RunConfig, parse_setting, preset_names, resolve_run
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (

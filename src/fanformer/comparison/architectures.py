@@ -6,7 +6,6 @@ SIZE counts parameters without embedding and head (`2m`, `500k`), or names an ar
 (`llama@fanformer`; a name that is a count, such as `92m`, is the count).
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
@@ -378,8 +377,7 @@ def _key_value_heads(heads: int, family: Family) -> int:
     return max(count for count in range(1, most + 1) if heads % count == 0)
 
 
-@dataclass(frozen=True)
-class _Fitted:
+class _Fitted(NamedTuple):
     """Fields that bring a shape to a size.
 
     Attributes:
@@ -401,7 +399,7 @@ def _fitted(family: Family, fields: dict[str, Any], size: int, finer: bool) -> _
     if family.ranks_fit and free:
         ffn = {} if "intermediate_size" in fields else {"intermediate_size": round(family.ffn_ratio * width)}
         found = _fitting_ranks(family, {**fields, **ffn}, size, _RANK_STEPS[width >= _RANK_WIDTH][finer], free)
-        return dataclasses.replace(found, fields={**found.fields, **ffn})
+        return found._replace(fields={**found.fields, **ffn})
     ranks = family.ranks_at(fields)
     if "intermediate_size" in fields:
         return _Fitted(ranks, fields["intermediate_size"] / width / family.ffn_ratio)

@@ -86,11 +86,6 @@ def _lambada(path: Path) -> Iterator[Row]:
         yield {"text": row["text"] if "text" in row else f"{row['context']} {row['continuation']}"}
 
 
-def _blimp(path: Path) -> Iterator[Row]:
-    for row in _json_lines(path):
-        yield {name: row[name] for name in ("sentence_good", "sentence_bad")}
-
-
 def _mmlu(path: Path) -> Iterator[Row]:
     """Rows of question, four choices and the letter of the right one, without a header."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -112,9 +107,9 @@ def _sciq(path: Path) -> Iterator[Row]:
         yield {name: row[name] for name in names}
 
 
-def _winogrande(path: Path) -> Iterator[Row]:
-    for row in _json_lines(path):
-        yield {name: row[name] for name in ("sentence", "option1", "option2", "answer")}
+def _fields(*names: str) -> Callable[[Path], Iterable[Row]]:
+    """Return what yields these fields of every line of a file."""
+    return lambda path: ({name: row[name] for name in names} for row in _json_lines(path))
 
 
 _HELLASWAG = ("hellaswag/hellaswag_val.jsonl", "hellaswag/hellaswag_val_1000.jsonl")
@@ -128,7 +123,7 @@ LOCAL_TASKS = {
         ("piqa", "piqa/piqa", "validation", ("piqa/valid.jsonl",), "piqa/train.jsonl", _piqa),
         ("hellaswag", "hellaswag/hellaswag", "validation", _HELLASWAG, "hellaswag/hellaswag_train.jsonl", _hellaswag),
         ("winogrande", "winogrande/default", "validation", ("winogrande/dev.jsonl",), "winogrande/train_xl.jsonl",
-         _winogrande),
+         _fields("sentence", "option1", "option2", "answer")),
         ("openbookqa", "openbookqa/openbookqa", "test", ("openbookqa/test.jsonl",), "openbookqa/train.jsonl",
          _ai2_questions),
         ("lambada_openai", "lambada/lambada_openai", "test", ("lambada/lambada_openai.jsonl",), None, _lambada),
@@ -151,7 +146,8 @@ def _group_tasks(name: str, definitions: Path) -> list[LocalTask]:
         subset, definition = content["dataset_name"], f"{folder}/{path.name}"
         if name == "blimp":
             files = ("train", (f"blimp/{subset}.jsonl",))
-            tasks.append(LocalTask(content["task"], definition, files, None, _blimp))
+            read = _fields("sentence_good", "sentence_bad")
+            tasks.append(LocalTask(content["task"], definition, files, None, read))
         else:
             tested, shown = ("test", (f"mmlu/test/{subset}_test.csv",)), ("dev", f"mmlu/dev/{subset}_dev.csv")
             tasks.append(LocalTask(content["task"], definition, tested, shown, _mmlu))

@@ -364,8 +364,9 @@ class _Sweep:
         comparison = self.comparison
         if comparison.rule is None:
             self.machine = self._decide()
-        rates, swept = sorted(comparison.learning_rates), comparison.cells
-        cells, (first, *others) = comparison.cells, comparison.seeds
+        rates, cells = sorted(comparison.learning_rates), comparison.cells
+        first, *others = comparison.seeds
+        swept = cells
         if comparison.rates_on:
             swept, others = [(spec, RATES) for spec in comparison.architectures], list(comparison.seeds)
         self.planned = len(swept) * len(rates) + len(cells) * len(others)

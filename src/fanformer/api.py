@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanformer.errors import ConfigError
@@ -90,12 +89,10 @@ def evaluate(
         raise ConfigError("`texts` or `tasks` is needed to evaluate, got neither: give files to predict, or tasks.")
     check_sizes(sequence_length, batch_size)
     field = check_files(paths, by)
-    folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
     if tasks:
-        from fanformer.evaluation.tasks import check_tasks, default_cache_folder, evaluate_tasks, parse_tasks
+        from fanformer.evaluation.tasks import evaluate_tasks, what_to_measure
 
-        names = parse_tasks(",".join(tasks))
-        check_tasks(names, folder, limit, num_fewshot)
+        wanted = what_to_measure(",".join(tasks), data_dir, limit, num_fewshot)
     model, tokenizer = load(os.fspath(path), device, dtype)
     result: dict[str, Any] = {}
     if paths:
@@ -104,13 +101,5 @@ def evaluate(
             measured.measure(text)
         result = measured.result()
     if tasks:
-        result["tasks"] = evaluate_tasks(
-            model,
-            tokenizer,
-            names,
-            data_dir=folder,
-            cache_folder=default_cache_folder(),
-            limit=limit,
-            num_fewshot=num_fewshot,
-        )
+        result["tasks"] = evaluate_tasks(model, tokenizer, **wanted)
     return result

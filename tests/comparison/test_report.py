@@ -238,9 +238,8 @@ def test_an_arm_far_above_the_others_does_not_flatten_their_curves(record, tmp_p
 
 
 def test_values_up_to_half_again_the_lowest_are_drawn_to_scale():
-    assert clip_above([2.0, 3.0, 3.25, math.inf]) == 3.0
-    assert clip_above([2.0, 2.5]) is None
-    assert clip_above([math.inf]) is None
+    values = ([2.0, 3.0, 3.25, math.inf], [2.0, 2.5], [math.inf])
+    assert [clip_above([Line("", 0, 0, range(len(y)), y)]) for y in values] == [3.0, None, None]
 
 
 def test_every_line_of_a_chart_has_its_name_and_every_diverged_training_its_triangle():

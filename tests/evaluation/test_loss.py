@@ -8,7 +8,7 @@ import torch
 
 from fanformer.errors import DataError
 from fanformer.evaluation import loss
-from fanformer.evaluation.loss import DocumentSums, evaluate_documents, evaluate_text, keeps_documents_apart
+from fanformer.evaluation.loss import DocumentSums, evaluate_documents, keeps_documents_apart
 from fanformer.evaluation.statistics import ratio, ratio_stderr
 from tests.saved_models import SENTENCES
 
@@ -40,7 +40,7 @@ def test_packed_documents_equal_separate_ones(make_model, tiny_tokenizer, kind):
 
 def test_architecture_that_ignores_restarting_positions_is_given_separate_rows(make_model, tiny_tokenizer, monkeypatch):
     model = make_model("llama")
-    packed = evaluate_text(model, tiny_tokenizer, TEXTS, sequence_length=64)
+    packed = evaluate_documents(model, tiny_tokenizer, TEXTS, sequence_length=64).figures().to_dict()
     assert keeps_documents_apart(model)
     forward = model.forward
     # an explicit mask, as an architecture has that derives none from the positions
@@ -48,7 +48,7 @@ def test_architecture_that_ignores_restarting_positions_is_given_separate_rows(m
         model, "forward", lambda input_ids, **words: forward(input_ids, torch.ones_like(input_ids), **words)
     )
     assert not keeps_documents_apart(model)
-    separate = evaluate_text(model, tiny_tokenizer, TEXTS, sequence_length=64)
+    separate = evaluate_documents(model, tiny_tokenizer, TEXTS, sequence_length=64).figures().to_dict()
     assert separate["tokens"] == packed["tokens"]
     assert separate["loss"] == pytest.approx(packed["loss"], rel=1e-5)
 
@@ -57,7 +57,7 @@ def test_architecture_that_ignores_restarting_positions_is_given_separate_rows(m
 def test_bits_per_byte_agree_with_an_independent_count(make_model, tiny_tokenizer, kind):
     tokenizer = tiny_tokenizer if kind == "bytes" else unigram_tokenizer()
     model = make_model("fanformer").double()
-    result = evaluate_text(model, tokenizer, TEXTS, sequence_length=128, batch_size=3)
+    result = evaluate_documents(model, tokenizer, TEXTS, sequence_length=128, batch_size=3).figures().to_dict()
     # one document a row, so that none is cut
     alone = [evaluate_documents(model, tokenizer, [text]) for text in TEXTS]
     bits = sum(nats_of(model, tokenizer, text) for text in TEXTS) / math.log(2)
@@ -101,17 +101,17 @@ def test_standard_errors_come_with_every_figure_and_need_two_documents(make_mode
     assert figures.loss_stderr == ratio_stderr(sums.nats, sums.tokens)
     assert figures.perplexity_stderr == pytest.approx(figures.perplexity * figures.loss_stderr)
     assert figures.bits_per_byte_stderr == pytest.approx(ratio_stderr(sums.nats, sums.bytes) / math.log(2))
-    one = evaluate_text(model, tiny_tokenizer, TEXTS[:1])
+    one = evaluate_documents(model, tiny_tokenizer, TEXTS[:1]).figures().to_dict()
     assert one["loss_stderr"] is one["perplexity_stderr"] is one["bits_per_byte_stderr"] is None
 
 
 def test_text_shorter_than_a_row_is_measured_and_none_is_refused(make_model, tiny_tokenizer):
     model = make_model("llama")
-    result = evaluate_text(model, tiny_tokenizer, ["x"], sequence_length=128)
+    result = evaluate_documents(model, tiny_tokenizer, ["x"], sequence_length=128).figures().to_dict()
     assert result["tokens"] == 2
     assert result["loss"] == pytest.approx(nats_of(model, tiny_tokenizer, "x") / 2, rel=1e-5)
     with pytest.raises(DataError, match="there is no text to evaluate: got 0 bytes"):
-        evaluate_text(model, tiny_tokenizer, [""])
+        evaluate_documents(model, tiny_tokenizer, [""])
 
 
 def test_processes_that_share_an_evaluation_sum_to_the_same_bits(make_model, tiny_tokenizer):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from fanformer.generation.decoding import TextDecoder
+from fanformer.generation.decoding import TextDecoder, TextWriter
 from fanformer.generation.interruption import Interruption, interruptible
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.torch_model import StopWhenInterrupted, TextStreamer
@@ -72,8 +72,9 @@ def test_word_start_marks_keep_their_space_after_a_prompt():
 
 def test_streamer_leaves_the_prompt_out(tiny_tokenizer):
     pieces = []
-    streamer = TextStreamer(tiny_tokenizer, pieces.append)
-    streamer.put(torch.tensor([tiny_tokenizer.encode("the cat")]))
+    prompt = tiny_tokenizer.encode("the cat")
+    streamer = TextStreamer(TextWriter(tiny_tokenizer, prompt, pieces.append))
+    streamer.put(torch.tensor([prompt]))
     for token_id in tiny_tokenizer.encode(" sat \u4e16"):
         streamer.put(torch.tensor([token_id]))
     streamer.end()

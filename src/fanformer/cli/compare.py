@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fanformer.cli.options import Verb
+from fanformer.cli.options import Verb, echo_table
 from fanformer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ def folder_of(queue: Path | None, output_dir: Path | None) -> Path:
     """Return the folder that a comparison or a queue works in."""
     from fanformer.comparison.queue import read_output_dir
 
-    if output_dir is not None:
-        return output_dir
-    return Path("runs/compare") if queue is None else read_output_dir(queue)
+    return output_dir or (Path("runs/compare") if queue is None else read_output_dir(queue))
 
 
 def read(
@@ -167,9 +165,7 @@ def print_result(folder: Path) -> None:
         cells.append(figure_text(figures.get(measure)))
         speed = figures.get("tokens_per_second")
         lines.append(cells if rule else [*cells, "" if speed is None else f"{speed['value']:,.0f}"])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    echo_table(lines)
     for pair in record["pairs"]:
         name = f"{measure}_difference"
         text = f"{pair['candidate']} less {pair['baseline']}: {figure_text(pair['figures'].get(name), signed=True)}"

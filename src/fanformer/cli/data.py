@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,15 +56,13 @@ def prepare(
     output_dir: str,
     tokenizer: str | None,
     vocab_size: int | None,
-    held_out_fraction: float,
     max_bytes: str | None,
     text_field: str,
-    filters: tuple[str, ...],
     dedup: str,
-    licence: str | None,
     source_field: str | None,
     licence_field: str | None,
     workers: int | None,
+    **others: Any,
 ) -> None:
     """Turn the documents of SPEC into files of token ids, with their tokenizer and a fingerprint.
 
@@ -92,14 +90,12 @@ def prepare(
             place,
             tokenizer=load_tokenizer(tokenizer) if tokenizer is not None else None,
             vocab_size=vocab_size if vocab_size is not None else VOCAB_SIZE,
-            held_out_fraction=held_out_fraction,
             max_bytes=limit,
             progress=progress,
-            filters=filters,
             deduplicate=dedup == "exact",
-            licence=licence,
             workers=workers if workers is not None else os.cpu_count() or 1,
             report=outcome.append,
+            **others,  # what has the names of its arguments
         )
     _summarize(prepared)
     for throughput in outcome:

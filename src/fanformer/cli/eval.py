@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,27 +61,27 @@ def evaluate(
     sequence_length: int | None,
     batch_size: int,
     tasks: str | None,
-    data_dir: str | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    cache_dir: str | None,
     json_file: str | None,
     device: str,
     dtype: str,
+    **task_options: Any,
 ) -> None:
     """Measure how well the model saved in DIR predicts text files, each and in total, or does benchmark tasks.
 
     loss is in nats per token; bits_per_byte is comparable between models with different tokenizers. After +- stands
     the standard error that the documents give.
     """
-    task_options = {"data-dir": data_dir, "limit": limit, "num-fewshot": num_fewshot, "cache-dir": cache_dir}
     paths = [*files, *more_files]
     _check_wanted(paths, bool(files), tasks, task_options)
     check_sizes(sequence_length, batch_size)
     field = check_files(paths, by)
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
-    wanted = _Tasks.parse(tasks, data_dir, limit, num_fewshot, cache_dir) if tasks is not None else None
+    wanted: dict[str, Any] = {"names": ()}
+    if tasks is not None:
+        from fanformer.evaluation.tasks import what_to_measure
+
+        wanted = what_to_measure(tasks, **task_options)
 
     from fanformer.loading import load
 
@@ -94,13 +93,13 @@ def evaluate(
             click.echo(f"{path} ...", err=True)
             texts.measure(path)
         result = texts.result() if paths else {}
-        if wanted is not None:
-            result |= wanted.measure(loaded)
+        if tasks is not None:
+            result |= _measure_tasks(loaded, wanted)
     except BaseException:  # Ctrl-C as well: what took minutes is told before the error
         if texts.by_file:
             _tell({**texts.result(), "incomplete": True, "model": folder}, json_file)
         raise
-    _tell({**result, "model": folder}, json_file, wanted.names if wanted is not None else ())
+    _tell({**result, "model": folder}, json_file, wanted["names"])
 
 
 def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = ()) -> None:
@@ -128,59 +127,27 @@ def _check_wanted(paths: list[str], has_text: bool, tasks: str | None, task_opti
         raise ConfigError(f"`{paths[0]}` stands alone: give files to predict as `--text FILE ...`.")
     for name, value in task_options.items():
         if value is not None and tasks is None:
-            raise ConfigError(f"`--{name}` applies to `--tasks`, got {value} without: leave it out.")
+            raise ConfigError(f"`--{name.replace('_', '-')}` applies to `--tasks`, got {value} without: leave it out.")
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """What `--tasks` and its options ask for."""
+def _measure_tasks(loaded: "LoadedModel", wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return the tasks' figures, and what they rest on."""
+    from importlib.metadata import version
 
-    names: list[str]
-    data_dir: Path | None
-    limit: int | None
-    num_fewshot: int | None
-    cache_dir: Path
+    from fanformer.evaluation.tasks import evaluate_tasks
 
-    @classmethod
-    def parse(
-        cls, words: str, data_dir: str | None, limit: int | None, num_fewshot: int | None, cache_dir: str | None
-    ) -> "_Tasks":
-        """Check the options before a model is loaded."""
-        from fanformer.evaluation.tasks import check_tasks, default_cache_folder, parse_tasks
+    started, requests = time.monotonic(), 0
 
-        folder = Path(data_dir).expanduser().absolute() if data_dir is not None else None
-        names = parse_tasks(words)
-        check_tasks(names, folder, limit, num_fewshot)
-        cache = Path(cache_dir).expanduser().absolute() if cache_dir is not None else default_cache_folder()
-        return cls(names, folder, limit, num_fewshot, cache)
+    def note(name: str, done: int, total: int) -> None:
+        nonlocal requests
+        requests = total
+        show(name, done, total)
 
-    def measure(self, loaded: "LoadedModel") -> dict[str, Any]:
-        """Return the tasks' figures, and what they rest on."""
-        from importlib.metadata import version
-
-        from fanformer.evaluation.tasks import evaluate_tasks
-
-        started, requests = time.monotonic(), 0
-
-        def note(name: str, done: int, total: int) -> None:
-            nonlocal requests
-            requests = total
-            show(name, done, total)
-
-        with counted_progress("requests") as show:
-            figures = evaluate_tasks(
-                loaded.model,
-                loaded.tokenizer,
-                self.names,
-                data_dir=self.data_dir,
-                cache_folder=self.cache_dir,
-                limit=self.limit,
-                num_fewshot=self.num_fewshot,
-                on_progress=note,
-            )
-        seconds = time.monotonic() - started
-        click.echo(f"{requests:,} requests in {seconds:.1f} s ({requests / seconds:,.0f}/s)", err=True)
-        return {"tasks": figures, "limit": self.limit, "lm_eval": version("lm_eval")}
+    with counted_progress("requests") as show:
+        figures = evaluate_tasks(*loaded, **wanted, on_progress=note)
+    seconds = time.monotonic() - started
+    click.echo(f"{requests:,} requests in {seconds:.1f} s ({requests / seconds:,.0f}/s)", err=True)
+    return {"tasks": figures, "limit": wanted["limit"], "lm_eval": version("lm_eval")}
 
 
 def _show_tasks(figures: dict[str, dict[str, Any]], names: Sequence[str]) -> None:
@@ -192,9 +159,8 @@ def _show_tasks(figures: dict[str, dict[str, Any]], names: Sequence[str]) -> Non
             value, error = (entry[key] for key in (metric, f"{metric}_stderr"))
             shown = "-" if value is None else f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
             told = "-" if error is None else f"{error:.4f}" if error < 1e5 else f"{error:.4g}"
-            click.echo(
-                f"{name:<16} {metric:<22} {shown:>12} {told:>10} {entry['documents']:>10,} {entry['num_fewshot']:>9}"
-            )
+            line = f"{name:<16} {metric:<22} {shown:>12} {told:>10} {entry['documents']:>10,} {entry['num_fewshot']:>9}"
+            click.echo(line)
         if entry["truncated_requests"]:
             click.echo(f"{name}: {entry['truncated_requests']:,} requests were cut on the left to the model's context")
 

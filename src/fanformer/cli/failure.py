@@ -78,14 +78,11 @@ def _run(command: click.Command, own: list[str], name: str) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message = user_message(error)
+        code, message = USER_ERROR, user_message(error)
         if message is None:
             first = " ".join(str(error).split())[:200]
             hint = "" if debug else "; run again with --debug for the traceback"
-            message = f"internal error, {type(error).__name__}: {first}{hint}."
-            code = BUG
-        else:
-            code = USER_ERROR
+            code, message = BUG, f"internal error, {type(error).__name__}: {first}{hint}."
         from fanformer.machine.launch import launched_rank
 
         rank = launched_rank()  # of several processes that train together

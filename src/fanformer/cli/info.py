@@ -96,25 +96,19 @@ def parts_table(config: "PreTrainedConfig", measured: "Footprint") -> "Table":
     from rich import box
     from rich.table import Table
 
-    words = fanformer_words(config) if config.model_type == "fanformer" else {}
-    table = Table(box=box.SIMPLE)
-    table.add_column("part")
-    table.add_column("a layer", justify="right")
-    table.add_column("all layers", justify="right")
-    table.add_column("share", justify="right")
+    words = {}
+    if config.model_type == "fanformer":
+        words = {**fanformer_words(config), "total": f"{config.num_hidden_layers} layers"}
+    table = Table("part", box=box.SIMPLE)
+    for header in ("a layer", "all layers", "share"):
+        table.add_column(header, justify="right")
     if words:
         table.add_column("what it is")
-    for part, count in measured.parts.items():
-        layer = f"{measured.layer_parts[part]:,}" if part in measured.layer_parts else ""
+    in_layer = {**measured.layer_parts, "total": measured.per_layer}
+    for part, count in {**measured.parts, "total": measured.total}.items():
+        layer = f"{in_layer[part]:,}" if part in in_layer else ""
         row = [part.replace("_", " "), layer, f"{count:,}", f"{count / measured.total:.1%}"]
         table.add_row(*row, *([words[part]] if words else []))
-    table.add_row(
-        "total",
-        f"{measured.per_layer:,}",
-        f"{measured.total:,}",
-        "100.0%",
-        *([f"{config.num_hidden_layers} layers"] if words else []),
-    )
     return table
 
 
@@ -224,14 +218,13 @@ def _reader(module: Any) -> str:
 
 
 def _number(value: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:.4g}"
+    return _in_units(value, {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}, f"{value:.4g}")
 
 
 def _bytes(value: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:.0f} bytes"
+    return _in_units(value, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}, f"{value:.0f} bytes")
+
+
+def _in_units(value: float, sizes: dict[str, float], otherwise: str) -> str:
+    """Return a number in the first unit that it reaches."""
+    return next((f"{value / size:.4g} {unit}" for unit, size in sizes.items() if value >= size), otherwise)

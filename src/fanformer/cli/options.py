@@ -1,7 +1,7 @@
 """What the verbs have in common: their class, and options that several of them take."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -48,31 +48,28 @@ class VerbGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def device_option(function: Function) -> Function:
-    """Add `--device`: where to compute."""
-    return click.option(
-        "--device",
-        default="auto",
-        metavar="auto|cpu|cuda|mps",
-        help="Where to compute; auto takes cuda, else mps, else cpu. One that is not there is an error.",
-    )(function)
+device_option = click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|cuda|mps",
+    help="Where to compute; auto takes cuda, else mps, else cpu. One that is not there is an error.",
+)
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    metavar="auto|float32|bfloat16|float16",
+    help="Number format of the weights; auto takes the one they were saved in.",
+)
+threads_option = click.option(
+    "--threads", type=int, metavar="N", help="Threads that run a .gguf file.  [default: the cores nobody else uses]"
+)
 
 
-def dtype_option(function: Function) -> Function:
-    """Add `--dtype`: the number format of the weights."""
-    return click.option(
-        "--dtype",
-        default="auto",
-        metavar="auto|float32|bfloat16|float16",
-        help="Number format of the weights; auto takes the one they were saved in.",
-    )(function)
-
-
-def threads_option(function: Function) -> Function:
-    """Add `--threads`: how many threads run a .gguf file."""
-    return click.option(
-        "--threads", type=int, metavar="N", help="Threads that run a .gguf file.  [default: the cores nobody else uses]"
-    )(function)
+def echo_table(lines: Sequence[Sequence[str]]) -> None:
+    """Print lines of cells, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def sampling_options(separator: str = "-") -> Callable[[Function], Function]:
@@ -85,14 +82,9 @@ def sampling_options(separator: str = "-") -> Callable[[Function], Function]:
     def add(function: Function) -> Function:
         for item in reversed(dataclasses.fields(GenerationSettings)):
             kind = int if item.default is None else type(item.default)
-            text = item.metadata["help"]
-            function = click.option(
-                f"--{item.name.replace('_', separator)}",
-                item.name,
-                type=kind,
-                default=item.default,
-                help=f"{text[0].upper()}{text[1:]}.",
-            )(function)
+            flag, text = f"--{item.name.replace('_', separator)}", item.metadata["help"]
+            text = f"{text[0].upper()}{text[1:]}."
+            function = click.option(flag, item.name, type=kind, default=item.default, help=text)(function)
         return function
 
     return add

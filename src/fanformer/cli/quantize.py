@@ -1,7 +1,7 @@
 """`fanformer quantize`: a model folder made smaller, with a report of what every matrix lost, or what it would lose."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -62,9 +62,7 @@ def quantize(
     output_dir: str,
     embedding_type: str | None,
     head_type: str | None,
-    calibration: str | None,
-    calibration_tokens: int,
-    overwrite: bool,
+    **common: Any,
 ) -> None:
     """Write the model saved in DIR with fewer bits, with its tokenizer, and report what every matrix lost.
 
@@ -82,12 +80,12 @@ def quantize(
     if wanted != "gguf":
         from fanformer.quantization.quantized_folder import Settings as LayersSettings
 
-        layers = LayersSettings(wanted, bits, group_size, calibration, calibration_tokens, overwrite)
+        layers = LayersSettings(wanted, bits, group_size, **common)
         (_scan if scan else _quantize_layers)(folder, output_dir, layers)
         return
     from fanformer.gguf.export import Settings, export_gguf, output_file, report_file
 
-    settings = Settings(kind, embedding_type, head_type, calibration, calibration_tokens, overwrite)
+    settings = Settings(kind, embedding_type, head_type, **common)
     path = output_file(output_dir, kind)
     with writing(path), counted_progress("steps") as show:
         report = export_gguf(folder, output_dir, settings, on_progress=show)
@@ -121,9 +119,8 @@ def _quantize_layers(folder: str, output_dir: str, settings: "LayersSettings") -
 def show_layers(report: "LayersReport") -> None:
     """Print a line for every matrix, and what holds for the model as a whole."""
     width = max(len(item.name) for item in report.layers)
-    click.echo(
-        f"{'layer':<{width}} {'shape':>14} {'method':>20} {'bits':>5} {'group':>6} {'weights':>8} {'outputs':>8}"
-    )
+    head = f"{'layer':<{width}} {'shape':>14} {'method':>20} {'bits':>5} {'group':>6} {'weights':>8} {'outputs':>8}"
+    click.echo(head)
     for item in report.layers:
         shape = " x ".join(map(str, item.shape))
         line = f"{item.name:<{width}} {shape:>14} {item.method:>20} {item.bits or '-':>5} {item.group_size or '-':>6}"

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -16,33 +15,22 @@ class _Terminal:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[figures]}"),
-                console=self.console,
-                transient=True,
-            )
+        texts = ("{task.percentage:>3.0f}%", "{task.fields[figures]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), *map(TextColumn, texts))
+        self.has_bars = self.console.is_terminal
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.has_bars)
 
     def __enter__(self) -> Self:
-        if self.bar is not None:
-            self.bar.start()
+        self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
+    def __exit__(self, *error: object) -> None:
+        if self.has_bars:
             self.bar.stop()
 
     def _show(self, bar: str, description: str, share: float, figures: str) -> None:
         """Move one of the bars, which begins with this."""
-        if self.bar is None:
-            return
         if bar not in self.tasks:
             self.tasks[bar] = self.bar.add_task(description, total=1.0, figures=figures)
         self.bar.update(self.tasks[bar], description=description, completed=share, figures=figures)
@@ -84,12 +72,11 @@ class TerminalReporter(_Terminal):
         """Print one step's figures."""
         parts = [f"{progress:4.0%}", f"step {record['step']:>6,}"]
         if "loss" in record:
-            parts.append(f"loss {record['loss']:.4f}")
-            parts.append(f"lr {record['learning_rate']:.2e}")
+            parts += [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
             parts.append(f"{record['tokens_per_second']:>7,.0f} tokens/s")
         if "val_loss" in record:
             parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
-        if self.bar is None or "val_loss" in record or record["step"] == 1:
+        if not self.has_bars or "val_loss" in record or record["step"] == 1:
             self.note("  ".join(parts))
 
 
@@ -117,9 +104,8 @@ class SweepReporter(_Terminal):
     def begin(self, name: str, done: int, total: int) -> None:
         """Show that a training begins, and when all will be done, judged by those that this process did."""
         self._begun[name], self._total = time.monotonic(), total
-        left = ""
-        if self._trained:
-            left = f"{_clock((total - done) * (time.monotonic() - self._started) / self._trained)} left"
+        elapsed = time.monotonic() - self._started
+        left = f"{_clock((total - done) * elapsed / self._trained)} left" if self._trained else ""
         self._show("all", "all", done / total, f"{done} of {total} trainings  {left}")
         self._show(name, name, 0.0, "")
 
@@ -131,8 +117,7 @@ class SweepReporter(_Terminal):
         """Print how a training ended; one that was done before took no time and does not count for the time left."""
         seconds = time.monotonic() - self._begun.pop(name)
         self._ended += 1
-        if self.bar is not None:
-            self.bar.remove_task(self.tasks.pop(name))
+        self.bar.remove_task(self.tasks.pop(name))
         if seconds < 0.5:
             self._started = time.monotonic()
         else:

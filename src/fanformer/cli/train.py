@@ -8,43 +8,18 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from fanformer.cli.options import Verb
+from fanformer.cli.options import Verb, echo_table
 from fanformer.machine.launch import launched_rank
 from fanformer.machine.threads import spin_briefly
-from fanformer.training.configuration import (
-    PARSERS,
-    parse_setting,
-    preset_names,
-    resolve_run,
-)
+from fanformer.training.configuration import PARSERS, parse_setting, preset_names, resolve_run
 from fanformer.training.fields import FIELDS, RunConfig
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (
-    "data",
-    "eval_data",
-    "output_dir",
-    "init_from",
-    "seed",
-    "max_steps",
-    "tokens",
-    "epochs",
-    "max_time",
-    "batch_size",
-    "sequence_length",
-    "learning_rate",
-    "optimizer",
-    "schedule",
-    "save_steps",
-    "eval_steps",
-    "keep_last",
-    "tokenizer",
-    "vocab_size",
-    "compile",
-    "precision",
-    "device",
-    "push_to_hub",
-)
+    "data", "eval_data", "output_dir", "init_from", "seed", "max_steps", "tokens", "epochs", "max_time", "batch_size",
+    "sequence_length", "learning_rate", "optimizer", "schedule", "save_steps", "eval_steps", "keep_last", "tokenizer",
+    "vocab_size", "compile", "precision", "device", "push_to_hub",
+)  # fmt: skip
 
 
 def _flag(name: str) -> Callable[[Any], Any]:
@@ -134,8 +109,7 @@ def run_and_report(config: RunConfig) -> None:
     click.echo(
         f"held-out loss {result.held_out.loss:.4f} nats per token, {result.held_out.bits_per_byte:.4f} bits per byte"
     )
-    references = {"gzip -9": result.gzip_bits_per_byte, "xz -9": result.xz_bits_per_byte}
-    for name, value in references.items():
+    for name, value in (("gzip -9", result.gzip_bits_per_byte), ("xz -9", result.xz_bits_per_byte)):
         if value is not None:
             click.echo(f"  {name} on the same bytes: {value:.4f} bits per byte")
     if not result.reached_end:
@@ -157,9 +131,7 @@ def prove_and_report(config: RunConfig) -> None:
         marks = ["yes" if finding.equal[name] else "no" for name in columns]
         verdict = "yes" if finding.holds else "NO"
         lines.append([finding.name, str(finding.kills), *marks, f"{finding.largest_difference:.1e}", verdict])
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    echo_table(lines)
     click.echo(
         "killed trainings must equal those that were not in every bit, two processes one process in all rows and, to "
         f"{LARGEST_DIFFERENCE:g} relative, in every loss"

@@ -6,7 +6,6 @@ SIZE counts parameters without embedding and head (`2m`, `500k`), or names an ar
 (`llama@fanformer`; a name that is a count, such as `92m`, is the count).
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
@@ -82,7 +81,6 @@ class Family:
     """A kind of architecture.
 
     Attributes:
-        summary: what it is, in one line.
         config_type: its configuration class.
         fields: that make it what it is, on top of the class's defaults.
         shape: of the published model; what a name without SIZE gives.
@@ -96,7 +94,6 @@ class Family:
             another number are not taken for those of this one; docs/experiments.md says what each number was.
     """
 
-    summary: str
     config_type: type[PreTrainedConfig]
     fields: Mapping[str, Any]
     shape: Mapping[str, Any]
@@ -113,15 +110,13 @@ class Family:
         return {name: max(1, int(self.ranks[name] * fields["hidden_size"])) for name in self.ranks if name not in given}
 
 
-def _like_smollm2(
-    summary: str, config_type: type[PreTrainedConfig], fields: Mapping[str, Any], ranks: Mapping[str, float]
-) -> Family:
-    return Family(summary, config_type, fields, SMOLLM2_135M, ffn_ratio=8 / 3, key_value_share=3, ranks=ranks)
+def _like_smollm2(config_type: type[PreTrainedConfig], fields: Mapping[str, Any], ranks: Mapping[str, float]) -> Family:
+    return Family(config_type, fields, SMOLLM2_135M, ffn_ratio=8 / 3, key_value_share=3, ranks=ranks)
 
 
 FAMILIES: dict[str, Family] = {
+    # the default: FAN in Q, K and V, all seven layers low-rank, HybridNorm*, gates
     "fanformer": Family(
-        "the default: FAN in Q, K and V, all seven layers low-rank, HybridNorm*, gates",
         FANformerConfig,
         {"dropout": 0.0},
         {},
@@ -132,8 +127,8 @@ FAMILIES: dict[str, Family] = {
         ranks_fit=True,
         block=6,
     ),
+    # the block of 92m-tuned: FAN between the factors of gate and up, O and down full rank
     "fanformer-tuned": Family(
-        "the block of 92m-tuned: FAN between the factors of gate and up, O and down full rank",
         FANformerConfig,
         {"dropout": 0.0, "fan_placement": "ffn", "fan_multiple": 1, "o_rank": None, "down_rank": None},
         load_preset("92m-tuned").model,
@@ -143,31 +138,25 @@ FAMILIES: dict[str, Family] = {
         {"qkv_rank": 0.75, "gate_up_rank": 0.75},
         block=3,  # the default's when it was the default
     ),
+    # arXiv:2502.21309: one full-rank FANLayer' before Q, K, V; pre-norm
     "fanformer-paper": Family(
-        "arXiv:2502.21309: one full-rank FANLayer' before Q, K, V; pre-norm",
         FANformerConfig,
-        {
-            **_PLAIN,
-            **_FULL_RANK,
-            "dropout": 0.0,
-            "fan_placement": "layer",
-            "fan_ratio": 0.25,
-            "fan_multiple": 1,
-        },
+        {**_PLAIN, **_FULL_RANK, "dropout": 0.0, "fan_placement": "layer", "fan_ratio": 0.25, "fan_multiple": 1},
         load_preset("1b").model,
         4.0,
         1,
     ),
-    "llama": _like_smollm2("HF Llama, SmolLM2-135M's shape", LlamaConfig, {}, {}),
-    "llama-qk-norm": _like_smollm2("the same with QK-norm: HF Qwen3", Qwen3Config, {}, {}),
+    # HF Llama, SmolLM2-135M's shape; the same with QK-norm: HF Qwen3
+    "llama": _like_smollm2(LlamaConfig, {}, {}),
+    "llama-qk-norm": _like_smollm2(Qwen3Config, {}, {}),
+    # the same with CoLA linears of rank D / 4 (arXiv:2502.10940)
     "cola-llama": _like_smollm2(
-        "the same with CoLA linears of rank D / 4 (arXiv:2502.10940)",
         FANformerConfig,
         {**_PLAIN, "dropout": 0.0, "cola_input": "separate", "cola_norm": False, "writer_activation": "silu"},
         dict.fromkeys(RANKS, 0.25),
     ),
+    # the same with HybridNorm* (arXiv:2503.04598)
     "hybridnorm-llama": _like_smollm2(
-        "the same with HybridNorm* (arXiv:2503.04598)",
         FANformerConfig,
         {**_PLAIN, **_FULL_RANK, "dropout": 0.0, "norm_placement": "hybrid-star", "qkv_norm": "qkv"},
         {},
@@ -388,8 +377,7 @@ def _key_value_heads(heads: int, family: Family) -> int:
     return max(count for count in range(1, most + 1) if heads % count == 0)
 
 
-@dataclass(frozen=True)
-class _Fitted:
+class _Fitted(NamedTuple):
     """Fields that bring a shape to a size.
 
     Attributes:
@@ -411,7 +399,7 @@ def _fitted(family: Family, fields: dict[str, Any], size: int, finer: bool) -> _
     if family.ranks_fit and free:
         ffn = {} if "intermediate_size" in fields else {"intermediate_size": round(family.ffn_ratio * width)}
         found = _fitting_ranks(family, {**fields, **ffn}, size, _RANK_STEPS[width >= _RANK_WIDTH][finer], free)
-        return dataclasses.replace(found, fields={**found.fields, **ffn})
+        return found._replace(fields={**found.fields, **ffn})
     ranks = family.ranks_at(fields)
     if "intermediate_size" in fields:
         return _Fitted(ranks, fields["intermediate_size"] / width / family.ffn_ratio)

@@ -139,7 +139,9 @@ class Comparison:
     def variants(self) -> tuple[int, ...]:
         """What architectures are trained for: budgets of tokens, sides of a hole, or 0 for a rule without one."""
         budgets = (*self.tokens, *self.candidate_tokens)
-        return tuple(sorted(budgets if self.rule is None else self.hole_sides or (self._usual_side(),)))
+        if self.rule is None:
+            return tuple(sorted(budgets))
+        return tuple(sorted(self.hole_sides)) or (getattr(create_task(self.rule), "hole_side", 0),)
 
     @property
     def cells(self) -> list[tuple[str, int]]:
@@ -152,22 +154,16 @@ class Comparison:
             if variant not in self.candidate_tokens or family_and_size(spec)[0] == candidate
         ]
 
-    def _usual_side(self) -> int:
-        task = create_task(self.rule or "")
-        return getattr(task, "hole_side", 0)
-
     def rule_task(self, side: int) -> RuleTask:
         """Return the task with a hole of this side, or at RATES the one that `rates_on` asks for."""
         if side == RATES:
             return create_task(self.rule or "", **self.rates_on)
         usual = create_task(self.rule or "")
-        if not isinstance(usual, HoleTask):
-            if self.hole_sides:
-                raise ConfigError(
-                    f"`hole_sides` is for a rule that has a hole, which {self.rule} has not: leave it out."
-                )
-            return usual
-        return create_task(self.rule or "", hole_side=side)
+        if isinstance(usual, HoleTask):
+            return create_task(usual.name, hole_side=side)
+        if self.hole_sides:
+            raise ConfigError(f"`hole_sides` is for a rule that has a hole, which {self.rule} has not: leave it out.")
+        return usual
 
     def rule_settings(self) -> dict[str, Any]:
         """Return the fields of RunConfig that the trainings of a rule share, recipe and all."""
@@ -247,9 +243,14 @@ class Outcome:
     error: str | None = None
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """Its numbers by name; none where it diverged or could not be done."""
+        return {} if self.result is None else self.result.figures
+
+    @property
     def loss(self) -> float:
         """Held-out loss in nats per token, or a rule's training loss; infinite where there is none."""
-        return self.result.figures["loss"] if self.result is not None and self.result.figures else math.inf
+        return self.figures.get("loss", math.inf)
 
 
 OnOutcome = Callable[[Outcome, PreparedData | None], None]
@@ -288,13 +289,6 @@ def run_comparison(
     return sweep.run()
 
 
-def _data_folder(config: RunConfig, vocab_size: int) -> str:
-    """Return the name of the folder for data prepared in this way."""
-    corpus = config.corpus
-    way = [str(corpus.data), corpus.tokenizer, vocab_size, corpus.held_out_fraction, corpus.max_data_bytes]
-    return f"{DATA_FOLDER}-{hashlib.sha256(json.dumps(way).encode()).hexdigest()[:8]}"
-
-
 def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> PreparedData:
     """Prepare the data once for all trainings, or open those that are prepared.
 
@@ -306,8 +300,10 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
         data = open_prepared(Path(comparison.data))
     else:
         source = open_source(comparison.data)
-        vocab_size = config.corpus.vocab_size or load_preset(comparison.preset).model["vocab_size"]
-        here = root / _data_folder(config, vocab_size)
+        corpus = config.corpus
+        vocab_size = corpus.vocab_size or load_preset(comparison.preset).model["vocab_size"]
+        way = [str(corpus.data), corpus.tokenizer, vocab_size, corpus.held_out_fraction, corpus.max_data_bytes]
+        here = root / f"{DATA_FOLDER}-{hashlib.sha256(json.dumps(way).encode()).hexdigest()[:8]}"
         if is_prepared_folder(str(here)):
             data = open_prepared(here)
             if identity(data.metadata["source"]) != identity(source.describe()):
@@ -372,28 +368,19 @@ class _Sweep:
         comparison = self.comparison
         if comparison.rule is None:
             self.machine = self._decide()
-        cells = comparison.cells
-        rates = sorted(comparison.learning_rates)
+        rates, cells = sorted(comparison.learning_rates), comparison.cells
         first, *others = comparison.seeds
         swept = cells
         if comparison.rates_on:
             swept, others = [(spec, RATES) for spec in comparison.architectures], list(comparison.seeds)
         self.planned = len(swept) * len(rates) + len(cells) * len(others)
-        self._train_all(
-            [(self._trial(spec, variant, rate, first), variant) for rate in rates for spec, variant in swept]
-        )
+        self._train_all([(*cell, rate, first) for rate in rates for cell in swept])
         for spec, variant in swept:
             self._extend(spec, variant, rates)
         best = {cell: best_rate(list(self.outcomes.values()), *cell) for cell in cells}
         repeated = {cell: rate for cell, rate in best.items() if rate is not None}
         self.planned -= len(others) * (len(cells) - len(repeated))
-        self._train_all(
-            [
-                (self._trial(spec, variant, rate, seed), variant)
-                for seed in others
-                for (spec, variant), rate in repeated.items()
-            ]
-        )
+        self._train_all([(*cell, rate, seed) for seed in others for cell, rate in repeated.items()])
         return list(self.outcomes.values())
 
     def _extend(self, spec: str, variant: int, rates: Sequence[float]) -> None:
@@ -407,7 +394,7 @@ class _Sweep:
             added = float(f"{best * step if best == tried[-1] else best / step:.3g}")
             tried = sorted([*tried, added])
             self.planned += 1
-            self._train_all([(self._trial(spec, variant, added, self.comparison.seeds[0]), variant)])
+            self._train_all([(spec, variant, added, self.comparison.seeds[0])])
 
     def _trial(self, spec: str, variant: int, rate: float, seed: int) -> Trial:
         block = architecture(spec).block
@@ -418,13 +405,13 @@ class _Sweep:
         settings = {**self.comparison.shared_settings(variant), **self.machine}
         return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
 
-    def _train_all(self, trials: Sequence[tuple[Trial, int]]) -> None:
-        """Train each with its variant, `jobs` of them at a time, and keep the outcomes in the order given.
+    def _train_all(self, asked: Sequence[tuple[str, int, float, int]]) -> None:
+        """Train each (architecture, variant, rate, seed), `jobs` at a time, and keep the outcomes in the order given.
 
         Raises:
             OutOfTimeError: at the deadline.
         """
-        halt = threading.Event()
+        halt, trials = threading.Event(), [(self._trial(*one), one[1]) for one in asked]
         with ThreadPoolExecutor(self.jobs, thread_name_prefix="training") as pool:
             waiting = [pool.submit(self._train, trial, variant, halt) for trial, variant in trials]
             try:
@@ -482,5 +469,5 @@ def best_rate(outcomes: Sequence[Outcome], spec: str, variant: int) -> float | N
     if not finished:
         return None
     elsewhere = finished[0].variant == RATES
-    best = min(finished, key=lambda one: lacking(one.result.figures) if elsewhere and one.result else (one.loss,))
+    best = min(finished, key=lambda one: lacking(one.figures) if elsewhere else (one.loss,))
     return best.trial.learning_rate

@@ -14,14 +14,7 @@ from typing import Any
 from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import Comparison, Outcome
 from fanformer.comparison.ledger import EXACT, Entry, Figure, Kind, interval_over_seeds, read_entry, write_entry
-from fanformer.comparison.summary import (
-    UNITS,
-    Arm,
-    Pair,
-    arms,
-    pairs,
-    parameters_ratio,
-)
+from fanformer.comparison.summary import UNITS, Arm, Pair, arms, pairs, parameters_ratio
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
 from fanformer.machine.versions import hardware, versions
@@ -63,12 +56,9 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
     result, trial = outcome.result, outcome.trial
     if result is None:
         return
-    figures = {name: Figure(result.figures[name], unit) for name, unit in UNITS.items() if name in result.figures}
-    figures |= {
-        name: Figure(result.figures[name], unit, interval=EXACT)
-        for name, unit in _COUNTED.items()
-        if name in result.figures
-    }
+    units = {name: unit for name, unit in {**UNITS, **_COUNTED}.items() if name in result.figures}
+    counted = dict.fromkeys(_COUNTED, EXACT)
+    figures = {name: Figure(result.figures[name], unit, interval=counted.get(name)) for name, unit in units.items()}
     if result.status != "finished":
         figures = {"diverged": Figure(1, "trainings", interval=EXACT)}
     content = _entry(
@@ -163,7 +153,7 @@ class _Together:
     def _entry(self, suffix: str, what: str, kind: Kind, arm: Arm, result: dict[str, Figure], **others: Any) -> Entry:
         """Return an entry of what was trained as `arm`, over its seeds; others replace fields."""
         trial, name = arm.outcomes[0].trial, f"{self.origin.name}{suffix}"
-        configuration = _configuration(trial, _parameters(arm)) | others.pop("rates", {})
+        configuration = _configuration(trial, arm.outcomes[0].figures["parameters"]) | others.pop("rates", {})
         fields = {"seeds": _seeds(arm), "configuration": configuration, "data": self.data, "result": result, **others}
         return _entry(self.origin.command, name=name, what=what, kind=kind, **fields)
 
@@ -204,11 +194,8 @@ class _Together:
     def _ablation(self, default: Arm, changed: Sequence[Arm]) -> Entry:
         """Return a default beside what changes it; arms that lack a seed of the default's are left out."""
         shown = {_slug(arm.architecture): arm for arm in [default, *changed] if _seeds(arm) == _seeds(default)}
-        losses = {
-            slug: [one.result.figures["bits_per_byte"] for one in arm.outcomes if one.result is not None]
-            for slug, arm in shown.items()
-        }
-        base = _slug(default.architecture)
+        losses = {slug: [one.figures["bits_per_byte"] for one in arm.outcomes] for slug, arm in shown.items()}
+        base, key = _slug(default.architecture), "parameters_without_embeddings"
         figures = {}
         for slug, arm in shown.items():
             figures[f"bits_per_byte_of_{slug}"] = arm.figures["bits_per_byte"]
@@ -225,7 +212,7 @@ class _Together:
             details={
                 "default": base,
                 "arms": {slug: arm.architecture for slug, arm in shown.items()},
-                "parameters_without_embeddings": {slug: _parameters(arm, True) for slug, arm in shown.items()},
+                key: {slug: arm.outcomes[0].figures[key] for slug, arm in shown.items()},
                 "block": default.outcomes[0].trial.block,
                 "troubles": [line for arm in [default, *changed] for line in arm.troubles],
             },
@@ -277,10 +264,9 @@ def _configuration(trial: Trial, parameters: float | None) -> dict[str, Any]:
     """Return the settings of a training; `scale` is the published size's name, or the number of parameters."""
     published = parameters is not None and _SIZE_92M[0] <= parameters <= _SIZE_92M[1]
     scale = "92m" if published else "not known" if parameters is None else f"{parameters / 1e6:.3g}M parameters"
-    settings = dict(trial.settings)
     rule = {} if trial.rule is None else {"rule": dict(trial.rule)}
-    own = {"architecture": trial.architecture, "learning_rate": trial.learning_rate}
-    return {**settings, **rule, **own, "scale": scale}
+    own = {"architecture": trial.architecture, "learning_rate": trial.learning_rate, "scale": scale}
+    return {**trial.settings, **rule, **own}
 
 
 def _rates(shown: Sequence[Arm]) -> dict[str, Any]:
@@ -297,12 +283,6 @@ def _trained_on(trial: Trial, variant: int) -> str:
         return f"{variant:,} tokens"
     side = trial.rule.get("hole_side")
     return f"rule {trial.rule['task']}" + (f", hole {side} x {side}" if side else "")
-
-
-def _parameters(arm: Arm, without_embeddings: bool = False) -> float | None:
-    result = arm.outcomes[0].result
-    name = "parameters_without_embeddings" if without_embeddings else "parameters"
-    return None if result is None else result.figures[name]
 
 
 def _curve(arm: Arm) -> list[dict[str, Any]]:

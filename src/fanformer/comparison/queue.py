@@ -148,23 +148,23 @@ def relocate(queue: Queue, output_dir: Path | None, record_dir: Path | None) -> 
 
 def _read_entry(fields: Any, defaults: Mapping[str, Any], output_dir: Path, number: int) -> QueueEntry:
     name = f"entry-{number}"
-    if not isinstance(fields, dict):
-        return QueueEntry(name, output_dir / name, None, f"must hold the fields of a comparison, got {fields!r}.")
-    own = dict(fields)
-    given = str(own.pop("name", name))
-    if not _NAME.fullmatch(given):
-        error = f"`name` must be letters, digits, dots, dashes and underscores, got {given!r}."
-        return QueueEntry(name, output_dir / name, None, error)
-    # a rule is not trained on data: what the defaults say of that is for the other entries
-    rule = own.get("rule", defaults.get("rule")) is not None
-    shared = {key: value for key, value in defaults.items() if not (rule and key in (*OF_LANGUAGE, "run"))}
-    merged = {**shared, **own}
-    if isinstance(shared.get("run"), dict) and isinstance(own.get("run"), dict):
-        merged["run"] = {**shared["run"], **own["run"]}
     try:
-        return QueueEntry(given, output_dir / given, Comparison.from_fields(merged))
+        if not isinstance(fields, dict):
+            raise ConfigError(f"must hold the fields of a comparison, got {fields!r}.")
+        own = dict(fields)
+        given = str(own.pop("name", name))
+        if not _NAME.fullmatch(given):
+            raise ConfigError(f"`name` must be letters, digits, dots, dashes and underscores, got {given!r}.")
+        name = given
+        # a rule is not trained on data: what the defaults say of that is for the other entries
+        rule = own.get("rule", defaults.get("rule")) is not None
+        shared = {key: value for key, value in defaults.items() if not (rule and key in (*OF_LANGUAGE, "run"))}
+        merged = {**shared, **own}
+        if isinstance(shared.get("run"), dict) and isinstance(own.get("run"), dict):
+            merged["run"] = {**shared["run"], **own["run"]}
+        return QueueEntry(name, output_dir / name, Comparison.from_fields(merged))
     except (FANformerError, OSError) as error:
-        return QueueEntry(given, output_dir / given, None, str(error))
+        return QueueEntry(name, output_dir / name, None, str(error))
 
 
 class _Status:
@@ -173,14 +173,12 @@ class _Status:
     def __init__(self, observer: SweepObserver, queue: Queue):
         self.observer, self.path = observer, queue.output_dir / STATUS_FILE
         self.entries: dict[str, dict[str, Any]] = {
-            entry.name: {"state": "waiting", "done": 0, "planned": None, "text": ""} for entry in queue.entries
-        }
+            entry.name: {"state": "cannot be done" if entry.error else "waiting", "done": 0, "planned": None,
+                         "text": entry.error or ""} for entry in queue.entries
+        }  # fmt: skip
         self.current, self._written = "", 0.0
         self.trainings: dict[str, dict[str, Any]] = {}
         self._lock = threading.RLock()  # trainings side by side tell from a thread each
-        for entry in queue.entries:
-            if entry.error is not None:
-                self.entries[entry.name] |= {"state": "cannot be done", "text": entry.error}
 
     def write(self) -> None:
         """Write the file."""
@@ -358,7 +356,7 @@ class _Running:
 
     def _write(self, publish: bool) -> None:
         data = self.data
-        about: dict[str, Any] = {
+        about = {
             "name": self.entry.name,
             "command": self.origin.command,
             "date": datetime.now().astimezone().strftime("%Y-%m-%d"),
@@ -389,8 +387,7 @@ class LineObserver:
     """Prints a queue as plain lines."""
 
     def __init__(self) -> None:
-        self._done = 0
-        self._total = 0
+        self._done = self._total = 0
 
     def entry(self, name: str, number: int, total: int) -> None:
         """Print that an entry begins."""

@@ -197,16 +197,8 @@ class PeriodicContinuation(RuleTask):
     data_seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_at_least(
-            shortest_period=1,
-            trained_period=1,
-            longest_period=2,
-            num_symbols=2,
-            scored_tokens=1,
-            num_train_rows=1,
-            rows_per_period=1,
-            data_seed=0,
-        )
+        ones = ("shortest_period", "trained_period", "scored_tokens", "num_train_rows", "rows_per_period")
+        self._check_at_least(**dict.fromkeys(ones, 1), longest_period=2, num_symbols=2, data_seed=0)
         if not self.shortest_period <= self.trained_period < self.longest_period <= self.num_symbols:
             raise ConfigError(
                 "`shortest_period` <= `trained_period` < `longest_period` <= `num_symbols` must hold in the rule "

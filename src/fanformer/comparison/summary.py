@@ -70,24 +70,18 @@ _COUNTED_RATIOS = {
 
 def arms(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Arm]:
     """Return every architecture at every variant."""
-    return [
-        _arm(
-            spec,
-            variant,
-            [one for one in outcomes if one.trial.architecture == spec and one.variant in (variant, RATES)],
-        )
-        for spec, variant in comparison.cells
-    ]
+    return [_arm(spec, variant, outcomes) for spec, variant in comparison.cells]
 
 
-def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
+def _arm(spec: str, variant: int, everything: Sequence[Outcome]) -> Arm:
+    outcomes = [one for one in everything if one.trial.architecture == spec and one.variant in (variant, RATES)]
     rate = best_rate(outcomes, spec, variant)
     shown = [one for one in outcomes if one.variant == variant]
     sweep = {one.trial.learning_rate: _shown(one) for one in sweep_of(outcomes, spec, variant)}
     chosen = [one for one in shown if one.trial.learning_rate == rate and math.isfinite(one.loss)]
     figures = {}
     for name, unit in UNITS.items():
-        values = [one.result.figures[name] for one in chosen if one.result is not None and name in one.result.figures]
+        values = [one.figures[name] for one in chosen if name in one.figures]
         if values:
             figures[name] = interval_over_seeds(values, unit)
     troubles = [
@@ -101,9 +95,9 @@ def _arm(spec: str, variant: int, outcomes: list[Outcome]) -> Arm:
 
 def _shown(outcome: Outcome) -> float:
     """Return the figure of a training of the sweep that a reader is shown."""
-    figures = outcome.result.figures if outcome.result is not None else {}
-    name = "hole_accuracy" if outcome.variant == RATES else "bits_per_byte" if "bits_per_byte" in figures else "loss"
-    return figures.get(name, math.inf)
+    language = "bits_per_byte" in outcome.figures
+    name = "hole_accuracy" if outcome.variant == RATES else "bits_per_byte" if language else "loss"
+    return outcome.figures.get(name, math.inf)
 
 
 def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
@@ -131,33 +125,30 @@ def _budgets(found: Sequence[Arm], arm: Arm) -> list[Arm]:
 
 
 def _pair_figures(one: Arm, other: Arm, mine: Sequence[Arm], theirs: Sequence[Arm]) -> dict[str, Figure]:
-    seeds = {outcome.trial.seed: outcome for outcome in one.outcomes}
-    matched = [(seeds[base.trial.seed], base) for base in other.outcomes if base.trial.seed in seeds]
+    own = {outcome.trial.seed: outcome.figures for outcome in one.outcomes}
+    theirs_by_seed = {outcome.trial.seed: outcome.figures for outcome in other.outcomes}
+    matched = {seed: (own[seed], figures) for seed, figures in theirs_by_seed.items() if seed in own}
     if not matched:
         return {}
-    results = [(mine.result, base.result) for mine, base in matched if mine.result and base.result]
-    if "hole_accuracy" in results[0][0].figures:
-        of_series = judged_by(results[0][0].figures) == "error_beyond_window"
+
+    def difference(name: str) -> Figure:
+        return interval_over_seeds([a[name] - b[name] for a, b in matched.values()], UNITS[name])
+
+    first, base = next(iter(matched.values()))
+    if "hole_accuracy" in first:
+        of_series = judged_by(first) == "error_beyond_window"
         names = ("error_beyond_window", "error_within_window") if of_series else ("hole_accuracy", "train_accuracy")
-        return {
-            f"{name}_difference": interval_over_seeds(
-                [a.figures[name] - b.figures[name] for a, b in results], UNITS[name]
-            )
-            for name in names
-        }
-    first, base = results[0]
+        return {f"{name}_difference": difference(name) for name in names}
     figures = {
-        name: Figure(first.figures[counted] / base.figures[counted], "ratio", interval=EXACT)
+        name: Figure(first[counted] / base[counted], "ratio", interval=EXACT)
         for name, counted in _COUNTED_RATIOS.items()
     }
-    differences = [a.figures["bits_per_byte"] - b.figures["bits_per_byte"] for a, b in results]
-    figures["bits_per_byte_difference"] = interval_over_seeds(differences, "bits per byte")
-    speeds = [a.figures["tokens_per_second"] / b.figures["tokens_per_second"] for a, b in results]
+    figures["bits_per_byte_difference"] = difference("bits_per_byte")
+    speeds = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in matched.values()]
     figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
-    seeds_in_common = [base.trial.seed for _, base in matched]
-    curves = [(_over_tokens(mine, seed), _over_tokens(theirs, seed)) for seed in seeds_in_common]
+    curves = [(_over_tokens(mine, seed), _over_tokens(theirs, seed)) for seed in matched]
     ratios = [ratio for a, b in curves if (ratio := tokens_ratio(a, b)) is not None]
-    if len(ratios) == len(results):
+    if len(ratios) == len(matched):
         figures["tokens_ratio"] = ratio_over_seeds(ratios)
     return figures
 
@@ -240,8 +231,7 @@ def parameters_ratio(
 
 def _by_seed(arm: Arm, key: str) -> dict[int, tuple[float, float]]:
     """Return parameters and bits per byte by seed."""
-    finished = [(one.trial.seed, one.result.figures) for one in arm.outcomes if one.result is not None]
-    return {seed: (float(figures[key]), figures["bits_per_byte"]) for seed, figures in finished}
+    return {one.trial.seed: (float(one.figures[key]), one.figures["bits_per_byte"]) for one in arm.outcomes}
 
 
 def _ratio_at(baseline: tuple[float, float], ladder: Sequence[tuple[float, float]]) -> float | None:

@@ -122,14 +122,10 @@ class MeasuredFiles:
         everything = DocumentSums.join(self.by_file.values())
         result: dict[str, Any] = everything.figures().to_dict()
         result |= {"sequence_length": self._length}
-        result |= {"files": {path: _figures(sums) for path, sums in self.by_file.items()}}
+        result |= {"files": {path: sums.figures().to_dict() for path, sums in self.by_file.items()}}
         if self._field is not None:
             labels = np.array(["" if source is None else source for source in self._sources])
             names = sorted({source for source in self._sources if source is not None})
-            sources = {name: _figures(everything.select(labels == name)) for name in names}
+            sources = {name: everything.select(labels == name).figures().to_dict() for name in names}
             result |= {"by": self._field, "sources": sources}
         return result
-
-
-def _figures(sums: "DocumentSums") -> dict[str, Any]:
-    return sums.figures().to_dict()

@@ -173,11 +173,8 @@ def run_tasks(
         if data_dir is not None:
             manager = local_task_manager(names, data_dir, Path(folder), bool(num_fewshot))
         else:
-            homes = {
-                name: LOCAL_TASKS[name].definition.split("/")[0] if name in LOCAL_TASKS else GROUP_FOLDERS[name]
-                for name in names
-            }
-            paths = [str(definitions_folder() / home) for home in sorted(set(homes.values()))]
+            homes = {GROUP_FOLDERS.get(name) or LOCAL_TASKS[name].definition.split("/")[0] for name in names}
+            paths = [str(definitions_folder() / home) for home in sorted(homes)]
             manager = _HubManager(include_path=paths, include_defaults=False)
         results = simple_evaluate(
             adapter,

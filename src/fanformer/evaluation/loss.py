@@ -200,38 +200,31 @@ def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) ->
 @torch.no_grad()
 def surprise_by_document(
     model: PreTrainedModel,
-    rows: PackedRows,
-    documents_before: np.ndarray,
-    indices: list[int],
+    stream: TokenStream,
+    sequence_length: int,
     batch_size: int,
-    num_documents: int,
+    max_tokens: int | None = None,
     autocast_dtype: torch.dtype | None = None,
     share: Share = Share(),  # frozen
     between_batches: Callable[[], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the surprise of the labels of the given rows, document by document.
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sum the surprise of a stream's tokens document by document; arguments as in `held_out_loss`.
 
     Batches always have `batch_size` rows, the last one filled up with repetitions that do not count, so that the
-    result does not depend on how the rows divide. Every process does as many of them.
-
-    Args:
-        model: a causal language model; its training mode is restored.
-        rows: rows of a stream, with labels that are shifted already, IGNORED_LABEL where nothing is predicted.
-        documents_before: for every row, how many documents start before it.
-        indices: which rows.
-        batch_size: rows per forward pass.
-        num_documents: N, documents of the stream.
-        autocast_dtype: dtype for matrix products, or None for the weights' own.
-        share: which batches this process does.
-        between_batches: called before every batch; may raise to end the evaluation.
+    result does not depend on how the rows divide. Every process does as many of them. The model's training mode is
+    restored.
 
     Returns:
-        Nats (N,) and number of predicted tokens (N,) of every document, of all processes together.
+        Nats (N,) and number of predicted tokens (N,) of every document, of all processes together, and which share of
+        the text that is.
     """
+    rows = PackedRows(stream, sequence_length, keep_partial=True)
+    indices = every_nth(len(rows), len(rows) if max_tokens is None else max_tokens // sequence_length)
+    documents_before = _documents_before_rows(stream, rows)
     was_training = model.training
     model.eval()
     device = model.device
-    sums = torch.zeros(2, num_documents, dtype=torch.float64)
+    sums = torch.zeros(2, stream.num_documents, dtype=torch.float64)
     autocast = (
         torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
     )
@@ -255,8 +248,9 @@ def surprise_by_document(
             sums[0].index_add_(0, documents, torch.round(nats * _UNITS_PER_NAT))
             sums[1].index_add_(0, documents, torch.ones_like(nats))
     model.train(was_training)
-    both = np.array(share.sum(sums.flatten().tolist())).reshape(2, num_documents)
-    return both[0] / _UNITS_PER_NAT, both[1].astype(np.int64)
+    both = np.array(share.sum(sums.flatten().tolist())).reshape(2, -1)
+    measured = len(indices) / len(rows)  # of the text, in equal rows but for the last
+    return both[0] / _UNITS_PER_NAT, both[1].astype(np.int64), measured
 
 
 def _documents_before_rows(stream: TokenStream, rows: PackedRows) -> np.ndarray:
@@ -267,27 +261,6 @@ def _documents_before_rows(stream: TokenStream, rows: PackedRows) -> np.ndarray:
         for row in range(len(rows))
     ]
     return np.cumsum([0, *starts[:-1]])
-
-
-def _measure(
-    model: PreTrainedModel,
-    stream: TokenStream,
-    sequence_length: int,
-    batch_size: int,
-    max_tokens: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    share: Share = Share(),  # frozen
-    between_batches: Callable[[], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return nats and tokens of every document, and which share of the text they are; arguments as held_out_loss."""
-    rows = PackedRows(stream, sequence_length, keep_partial=True)
-    wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
-    indices = every_nth(len(rows), wanted)
-    before = _documents_before_rows(stream, rows)
-    nats, tokens = surprise_by_document(
-        model, rows, before, indices, batch_size, stream.num_documents, autocast_dtype, share, between_batches
-    )
-    return nats, tokens, len(indices) / len(rows)  # of the text, in equal rows but for the last
 
 
 def held_out_loss(
@@ -312,7 +285,7 @@ def held_out_loss(
         share: which batches this process does.
         between_batches: called before every batch; may raise to end the evaluation.
     """
-    nats, tokens, measured = _measure(
+    nats, tokens, measured = surprise_by_document(
         model, stream, sequence_length, batch_size, max_tokens, autocast_dtype, share, between_batches
     )
     num_bytes = stream.num_bytes if measured == 1 else max(1, round(stream.num_bytes * measured))
@@ -330,8 +303,6 @@ def evaluate_documents(
     texts: Iterable[str],
     sequence_length: int | None = None,
     batch_size: int = 8,
-    autocast_dtype: torch.dtype | None = None,
-    between_batches: Callable[[], None] | None = None,
 ) -> DocumentSums:
     """Measure what a model makes of texts, each a document of its own.
 
@@ -341,8 +312,6 @@ def evaluate_documents(
         texts: the documents.
         sequence_length: longest context a token is predicted from; default: `default_sequence_length`.
         batch_size: rows per forward pass.
-        autocast_dtype: dtype for matrix products, or None for the weights' own.
-        between_batches: called before every batch; may raise to end the evaluation.
 
     Raises:
         DataError: if there is no text.
@@ -358,24 +327,5 @@ def evaluate_documents(
     # a short text needs no row as long as the model's context, and no more rows than it fills
     length = min(sequence_length or default_sequence_length(model), len(tokens) - 1)
     rows = math.ceil((len(tokens) - 1) / length)
-    nats, predicted, _ = _measure(
-        model,
-        stream,
-        length,
-        min(batch_size, rows),
-        autocast_dtype=autocast_dtype,
-        between_batches=between_batches,
-    )
+    nats, predicted, _ = surprise_by_document(model, stream, length, min(batch_size, rows))
     return DocumentSums(nats, predicted, num_bytes)
-
-
-def evaluate_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    sequence_length: int | None = None,
-    batch_size: int = 8,
-    autocast_dtype: torch.dtype | None = None,
-) -> dict[str, float | int | None]:
-    """Return loss, perplexity, bits per byte and their standard errors; arguments as in `evaluate_documents`."""
-    return evaluate_documents(model, tokenizer, texts, sequence_length, batch_size, autocast_dtype).figures().to_dict()

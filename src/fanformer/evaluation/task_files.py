@@ -26,15 +26,14 @@ class LocalTask:
         name: upstream's name of the task.
         definition: upstream's YAML, relative to its folder of tasks.
         evaluated: the split that is measured, and the names its file may have.
-        examples: the split that few-shot examples come from, and the names its file may have; None where upstream
-            takes none.
+        examples: the split that few-shot examples come from, and its file; None where upstream takes none.
         read: yields the rows of a file.
     """
 
     name: str
     definition: str
     evaluated: tuple[str, tuple[str, ...]]
-    examples: tuple[str, tuple[str, ...]] | None
+    examples: tuple[str, str] | None
     read: Callable[[Path], Iterable[Row]]
 
 
@@ -87,11 +86,6 @@ def _lambada(path: Path) -> Iterator[Row]:
         yield {"text": row["text"] if "text" in row else f"{row['context']} {row['continuation']}"}
 
 
-def _blimp(path: Path) -> Iterator[Row]:
-    for row in _json_lines(path):
-        yield {name: row[name] for name in ("sentence_good", "sentence_bad")}
-
-
 def _mmlu(path: Path) -> Iterator[Row]:
     """Rows of question, four choices and the letter of the right one, without a header."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -113,58 +107,28 @@ def _sciq(path: Path) -> Iterator[Row]:
         yield {name: row[name] for name in names}
 
 
-def _winogrande(path: Path) -> Iterator[Row]:
-    for row in _json_lines(path):
-        yield {name: row[name] for name in ("sentence", "option1", "option2", "answer")}
+def _fields(*names: str) -> Callable[[Path], Iterable[Row]]:
+    """Return what yields these fields of every line of a file."""
+    return lambda path: ({name: row[name] for name in names} for row in _json_lines(path))
 
 
+_HELLASWAG = ("hellaswag/hellaswag_val.jsonl", "hellaswag/hellaswag_val_1000.jsonl")
 LOCAL_TASKS = {
-    task.name: task
-    for task in (
-        *(
-            LocalTask(
-                f"arc_{name.lower()}",
-                f"arc/arc_{name.lower()}.yaml",
-                ("test", (f"arc/ARC-{name}-Test.jsonl",)),
-                ("train", (f"arc/ARC-{name}-Train.jsonl",)),
-                _ai2_questions,
-            )
-            for name in ("Easy", "Challenge")
-        ),
-        LocalTask("sciq", "sciq/sciq.yaml", ("test", ("sciq/test.json",)), ("train", ("sciq/train.json",)), _sciq),
-        LocalTask(
-            "piqa", "piqa/piqa.yaml", ("validation", ("piqa/valid.jsonl",)), ("train", ("piqa/train.jsonl",)), _piqa
-        ),
-        LocalTask(
-            "hellaswag",
-            "hellaswag/hellaswag.yaml",
-            ("validation", ("hellaswag/hellaswag_val.jsonl", "hellaswag/hellaswag_val_1000.jsonl")),
-            ("train", ("hellaswag/hellaswag_train.jsonl",)),
-            _hellaswag,
-        ),
-        LocalTask(
-            "winogrande",
-            "winogrande/default.yaml",
-            ("validation", ("winogrande/dev.jsonl",)),
-            ("train", ("winogrande/train_xl.jsonl",)),
-            _winogrande,
-        ),
-        LocalTask(
-            "openbookqa",
-            "openbookqa/openbookqa.yaml",
-            ("test", ("openbookqa/test.jsonl",)),
-            ("train", ("openbookqa/train.jsonl",)),
-            _ai2_questions,
-        ),
-        LocalTask(
-            "lambada_openai",
-            "lambada/lambada_openai.yaml",
-            ("test", ("lambada/lambada_openai.jsonl",)),
-            None,
-            _lambada,
-        ),
+    name: LocalTask(name, f"{definition}.yaml", (split, files), ("train", shown) if shown else None, read)
+    for name, definition, split, files, shown, read in (
+        ("arc_easy", "arc/arc_easy", "test", ("arc/ARC-Easy-Test.jsonl",), "arc/ARC-Easy-Train.jsonl", _ai2_questions),
+        ("arc_challenge", "arc/arc_challenge", "test", ("arc/ARC-Challenge-Test.jsonl",),
+         "arc/ARC-Challenge-Train.jsonl", _ai2_questions),
+        ("sciq", "sciq/sciq", "test", ("sciq/test.json",), "sciq/train.json", _sciq),
+        ("piqa", "piqa/piqa", "validation", ("piqa/valid.jsonl",), "piqa/train.jsonl", _piqa),
+        ("hellaswag", "hellaswag/hellaswag", "validation", _HELLASWAG, "hellaswag/hellaswag_train.jsonl", _hellaswag),
+        ("winogrande", "winogrande/default", "validation", ("winogrande/dev.jsonl",), "winogrande/train_xl.jsonl",
+         _fields("sentence", "option1", "option2", "answer")),
+        ("openbookqa", "openbookqa/openbookqa", "test", ("openbookqa/test.jsonl",), "openbookqa/train.jsonl",
+         _ai2_questions),
+        ("lambada_openai", "lambada/lambada_openai", "test", ("lambada/lambada_openai.jsonl",), None, _lambada),
     )
-}
+}  # fmt: skip
 """Tasks of one file by upstream's name; the groups are read from upstream's YAML."""
 
 GROUP_FOLDERS = {"blimp": "blimp", "mmlu": "mmlu/default"}
@@ -182,9 +146,10 @@ def _group_tasks(name: str, definitions: Path) -> list[LocalTask]:
         subset, definition = content["dataset_name"], f"{folder}/{path.name}"
         if name == "blimp":
             files = ("train", (f"blimp/{subset}.jsonl",))
-            tasks.append(LocalTask(content["task"], definition, files, None, _blimp))
+            read = _fields("sentence_good", "sentence_bad")
+            tasks.append(LocalTask(content["task"], definition, files, None, read))
         else:
-            tested, shown = ("test", (f"mmlu/test/{subset}_test.csv",)), ("dev", (f"mmlu/dev/{subset}_dev.csv",))
+            tested, shown = ("test", (f"mmlu/test/{subset}_test.csv",)), ("dev", f"mmlu/dev/{subset}_dev.csv")
             tasks.append(LocalTask(content["task"], definition, tested, shown, _mmlu))
     return tasks
 
@@ -218,7 +183,7 @@ def write_local_tasks(
 def _write_task(task: LocalTask, data_dir: Path, definitions: Path, folder: Path, with_examples: bool) -> None:
     splits = [task.evaluated]
     if with_examples and task.examples is not None:
-        splits.append(task.examples)
+        splits.append((task.examples[0], task.examples[1:]))
     data_files = {}
     for split, files in splits:
         source = _find(data_dir, files, task.name)

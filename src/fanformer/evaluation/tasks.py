@@ -14,16 +14,9 @@ if TYPE_CHECKING:
     from fanformer.evaluation.scoring import Scorer
 
 TASKS = {
-    "arc_easy": "arc_easy",
-    "arc_challenge": "arc_challenge",
-    "sciq": "sciq",
-    "piqa": "piqa",
-    "hellaswag": "hellaswag",
-    "winogrande": "winogrande",
-    "openbookqa": "openbookqa",
+    **{name: name for name in ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag", "winogrande", "openbookqa")},
     "lambada": "lambada_openai",
-    "blimp": "blimp",
-    "mmlu": "mmlu",
+    **{name: name for name in ("blimp", "mmlu")},
 }
 """Names of the tasks and groups -> upstream's."""
 
@@ -77,9 +70,31 @@ def check_tasks(names: Sequence[str], data_dir: Path | None, limit: int | None, 
         raise DataError(f"`--data-dir`: no folder {data_dir.absolute()}: expected the layout of docs/evaluation.md.")
 
 
-def default_cache_folder() -> Path:
-    """Return where finished requests are kept: fanformer/eval in XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fanformer" / "eval"
+def what_to_measure(
+    words: str,
+    data_dir: str | os.PathLike[str] | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    cache_dir: str | None = None,
+) -> dict[str, Any]:
+    """Return arguments of `evaluate_tasks`, checked before a model is loaded.
+
+    Args:
+        words: as `parse_tasks` takes them.
+        data_dir: local files; None reads the hub.
+        limit: documents of each task.
+        num_fewshot: examples in front of each question.
+        cache_dir: where finished requests are kept; None is fanformer/eval in XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+        ConfigError, DataError, DependencyError: as `parse_tasks` and `check_tasks`.
+    """
+    names = parse_tasks(words)
+    folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
+    check_tasks(names, folder, limit, num_fewshot)
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fanformer" / "eval"
+    cache = usual if cache_dir is None else Path(cache_dir).expanduser().absolute()
+    return {"names": names, "data_dir": folder, "cache_folder": cache, "limit": limit, "num_fewshot": num_fewshot}
 
 
 def evaluate_tasks(

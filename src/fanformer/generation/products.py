@@ -5,6 +5,7 @@ each costs the time of calling it. The weights stay the model's own, under
 their own names: they are laid out one after another in memory, and the product reads them as one matrix.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -127,7 +128,7 @@ def joined_products(model: nn.Module) -> Iterator[None]:
 
 def joined(readers: Sequence[nn.Module]) -> nn.Linear | None:
     """Return the layers that read one input as one, of the same weights in memory; None where they cannot be."""
-    plain = [reader for reader in readers if is_plain(reader) and not _hooks(reader)]
+    plain = [one for one in readers if is_plain(one) and not (one._forward_hooks or one._forward_pre_hooks)]
     if len(plain) < len(readers) or len({(one.weight.dtype, one.weight.device, one.in_features) for one in plain}) > 1:
         return None
     if plain[0].weight.is_meta or any(type(one.weight.data) is not torch.Tensor for one in plain):  # spread by FSDP2
@@ -146,23 +147,13 @@ def joined(readers: Sequence[nn.Module]) -> nn.Linear | None:
 
 def _side_by_side(weights: list[nn.Parameter]) -> Tensor:
     """Return the rows of all in one matrix whose memory they share, moving them there unless they are there."""
-    width, rows = weights[0].shape[1], sum(len(weight) for weight in weights)
-    at = weights[0].storage_offset()
-    storage = weights[0].untyped_storage().data_ptr()
-    for weight in weights:
-        if not weight.is_contiguous() or (weight.untyped_storage().data_ptr(), weight.storage_offset()) != (
-            storage,
-            at,
-        ):
-            break
-        at += weight.numel()
-    else:
-        return weights[0].detach().as_strided((rows, width), (width, 1))
+    first, width, rows = weights[0], weights[0].shape[1], sum(len(weight) for weight in weights)
+    ends = itertools.accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
+    places = [(weight.untyped_storage().data_ptr(), weight.storage_offset()) for weight in weights]
+    wanted = [(first.untyped_storage().data_ptr(), at) for at in list(ends)[:-1]]
+    if places == wanted and all(weight.is_contiguous() for weight in weights):
+        return first.detach().as_strided((rows, width), (width, 1))
     matrix = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, matrix.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
     return matrix
-
-
-def _hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, overload
 
@@ -67,13 +67,21 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are continued together."""
+    """Prompts that are continued together, and how."""
 
     rows: Sequence[list[int]]
-    """Their token ids."""
+    """Their token ids; a single one where there is `on_text` or `remembered`."""
     beginnings: Sequence[str]
     """What the text of each row's first new token must begin with."""
-    seeds: Sequence[int]
+    settings: GenerationSettings
+    """Lengths and sampling."""
+    on_text: Callable[[str], None] | None
+    """Is handed the text as it comes."""
+    interruption: Interruption
+    """Ends all rows when requested."""
+    remembered: Remembered | None = None
+    """What was read before, and takes over what is read now."""
+    seeds: Sequence[int] = ()
     """Of each row's random numbers."""
 
 
@@ -110,23 +118,8 @@ class TextModel(ABC):
         """
 
     @abstractmethod
-    def continue_batch(
-        self,
-        batch: Batch,
-        settings: GenerationSettings,
-        on_text: Callable[[str], None] | None,
-        interruption: Interruption,
-        remembered: Remembered | None,
-    ) -> list[list[int]]:
-        """Return the new token ids of each row, up to an end token, which is included, or the longest length.
-
-        Args:
-            batch: the rows; a single one where `on_text` or `remembered` is given.
-            settings: lengths and sampling.
-            on_text: is handed the text as it comes.
-            interruption: ends all rows when requested.
-            remembered: what was read before, and takes over what is read now.
-        """
+    def continue_batch(self, batch: Batch) -> list[list[int]]:
+        """Return the new token ids of each row, up to an end token, which is included, or the longest length."""
 
     @abstractmethod
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
@@ -241,7 +234,8 @@ class TextModel(ABC):
             check_length(self.positions, prompt, ids, settings.max_length)
         cut = [withhold_spaces(self.tokenizer, ids) for ids in encoded]
         rows, spaces = [ids for ids, _ in cut], [withheld for _, withheld in cut]
-        return self._in_batches(prompts, rows, spaces, settings, on_text, batch_size, interruption or Interruption())
+        whole = Batch(rows, spaces, settings, on_text, interruption or Interruption())
+        return self._in_batches(prompts, whole, batch_size)
 
     def complete_ids(
         self,
@@ -257,36 +251,25 @@ class TextModel(ABC):
 
         With `remembered` it is read from where it differs from the text before it.
         """
-        stop = interruption or Interruption()
-        return next(self._in_batches([prompt], [ids], [""], settings, on_text, 1, stop, remembered))
+        whole = Batch([ids], [""], settings, on_text, interruption or Interruption(), remembered)
+        return next(self._in_batches([prompt], whole, 1))
 
-    def _in_batches(
-        self,
-        prompts: Sequence[str],
-        rows: Sequence[list[int]],
-        beginnings: Sequence[str],
-        settings: GenerationSettings,
-        on_text: Callable[[str], None] | None,
-        batch_size: int,
-        interruption: Interruption,
-        remembered: Remembered | None = None,
-    ) -> Iterator[Completion]:
-        """Continue `rows`, the token ids of `prompts` without the `beginnings` that their new text has to have."""
+    def _in_batches(self, prompts: Sequence[str], whole: Batch, batch_size: int) -> Iterator[Completion]:
+        """Continue the rows of `whole`, so many at a time; they lack the beginnings that their new text has to have."""
+        settings = whole.settings
         seed = secrets.randbits(32) if settings.seed is None else settings.seed
-        for start in range(0, len(rows), batch_size):
-            if interruption.requested:
+        for start in range(0, len(prompts), batch_size):
+            if whole.interruption.requested:
                 return
-            end = min(start + batch_size, len(rows))
-            seeds = [row_seed(seed, index) for index in range(start, end)]
-            batch = Batch(rows[start:end], beginnings[start:end], seeds)
+            part = slice(start, start + batch_size)
+            seeds = [row_seed(seed, index) for index in range(len(prompts))[part]]
+            batch = replace(whole, rows=whole.rows[part], beginnings=whole.beginnings[part], seeds=seeds)
             began = time.perf_counter()
-            outputs = self.continue_batch(batch, settings, on_text, interruption, remembered)
+            outputs = self.continue_batch(batch)
             seconds = time.perf_counter() - began
-            for prompt, row, beginning, new in zip(
-                prompts[start:end], batch.rows, batch.beginnings, outputs, strict=True
-            ):
+            for prompt, row, beginning, new in zip(prompts[part], batch.rows, batch.beginnings, outputs, strict=True):
                 ended = bool(new) and new[-1] in self.end_ids
-                cut_short = interruption.requested and len(new) < settings.max_length
+                cut_short = whole.interruption.requested and len(new) < settings.max_length
                 yield Completion(
                     prompt=prompt,
                     text=decode_new(self.tokenizer, row, new)[len(beginning) :],

@@ -1,6 +1,6 @@
 """Text by a model of `transformers`: sampling that a seed reproduces, batches, streaming."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TopKLogitsWarper,
@@ -27,7 +26,6 @@ from fanformer.errors import CheckpointError
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text
 
 
@@ -97,27 +95,19 @@ class GumbelNoise(LogitsProcessor):
 
 
 class TextStreamer(BaseStreamer):
-    """Hands the text of one sequence to a function while `generate` makes it, as a TextWriter does."""
+    """Hands the tokens of one sequence to a TextWriter while `generate` makes them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], skip: int = 0):
-        self._tokenizer = tokenizer
-        self._skip = skip
-        self._on_text = on_text
-        self._writer: TextWriter | None = None
+    def __init__(self, writer: TextWriter):
+        self._writer = writer
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt (1, T) at the first call, and the next token (1,) at every other."""
-        ids = value.flatten().tolist()
-        if self._writer is None:
-            self._writer = TextWriter(self._tokenizer, ids, self._on_text, self._skip)
-            return
-        for token_id in ids:
+        """Take the next token (1,); the prompt (1, T), which comes first, is the writer's already."""
+        for token_id in value.tolist() if value.dim() == 1 else ():
             self._writer.push(token_id)
 
     def end(self) -> None:
         """Hand over what was held back."""
-        if self._writer is not None:
-            self._writer.finish()
+        self._writer.finish()
 
 
 class StopWhenInterrupted(StoppingCriteria):
@@ -158,29 +148,49 @@ class TorchModel(TextModel):
         """Do what `TextModel.encode` says."""
         return encode_prompt(self.tokenizer, prompt)
 
-    def continue_batch(
-        self,
-        batch: Batch,
-        settings: GenerationSettings,
-        on_text: Callable[[str], None] | None,
-        interruption: Interruption,
-        remembered: Remembered | None,
-    ) -> list[list[int]]:
+    @torch.inference_mode()
+    def continue_batch(self, batch: Batch) -> list[list[int]]:
         """Do what `TextModel.continue_batch` says."""
-        streamer = TextStreamer(self.tokenizer, on_text, len(batch.beginnings[0])) if on_text is not None else None
-        positions = max(map(len, batch.rows)) + settings.max_length
+        model, tokenizer, rows, settings, compiling = self.model, self.tokenizer, batch.rows, batch.settings, {}
+        on_text, remembered = batch.on_text, batch.remembered
+        writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
+        width = max(map(len, rows))
         cache: Cache | None = None
         if self.compiled:
-            from fanformer.machine.compiling import fixed_cache
+            from fanformer.machine.compiling import compiled_decoding, fixed_cache
 
-            cache = fixed_cache(self.model, positions)
-        if remembered is not None and not self.compiled:
-            cache = _cache_of(self.model, batch.rows[0], remembered)
-        found = _continue_batch(
-            self.model, self.tokenizer, batch, settings, self.end_ids, streamer, interruption, cache, self.join
-        )
+            cache = fixed_cache(model, width + settings.max_length)
+            compiling = compiled_decoding(model.device.type)
+        elif remembered is not None:
+            cache = _cache_of(model, rows[0], remembered)
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else [*self.end_ids, 0][0]
+        input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
+        present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        with fast_decoding(model, self.join):
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=present,
+                generation_config=GenerationConfig(
+                    max_new_tokens=settings.max_length,
+                    min_new_tokens=settings.min_length,
+                    do_sample=False,  # the noise that _processors adds makes the most likely token a sample
+                    num_beams=1,
+                    use_cache=True,
+                    pad_token_id=padding,
+                    eos_token_id=list(self.end_ids) or None,
+                    **compiling,
+                ),
+                logits_processor=_processors(tokenizer, batch, width),
+                stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(batch.interruption)]),
+                streamer=TextStreamer(writer) if writer is not None else None,
+                past_key_values=cache,
+            )
+        found = []
+        for new_ids in output[:, width:].tolist():
+            end = next((index for index, token_id in enumerate(new_ids) if token_id in self.end_ids), len(new_ids))
+            found.append(new_ids[: end + 1])
         if remembered is not None and isinstance(cache, DynamicCache):
-            remembered.keep(batch.rows[0], found[0], cache.get_seq_length(), cache)
+            remembered.keep(rows[0], found[0], cache.get_seq_length(), cache)
         return found
 
     @torch.inference_mode()
@@ -213,58 +223,8 @@ def _cache_of(model: PreTrainedModel, ids: list[int], remembered: Remembered) ->
     return cache
 
 
-@torch.inference_mode()
-def _continue_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    batch: Batch,
-    settings: GenerationSettings,
-    end_ids: Sequence[int],
-    streamer: TextStreamer | None,
-    interruption: Interruption,
-    cache: Cache | None,
-    join: bool,
-) -> list[list[int]]:
-    """Return for each row its new token ids, an end token included; with a fixed cache the step is compiled."""
-    compiling: dict[str, Any] = {}
-    if isinstance(cache, StaticCache):
-        from fanformer.machine.compiling import compiled_decoding
-
-        compiling = compiled_decoding(model.device.type)
-    rows = batch.rows
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
-    present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    with fast_decoding(model, join):
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=present,
-            generation_config=GenerationConfig(
-                max_new_tokens=settings.max_length,
-                min_new_tokens=settings.min_length,
-                do_sample=False,  # the noise that _processors adds makes the most likely token a sample
-                num_beams=1,
-                use_cache=True,
-                pad_token_id=padding,
-                eos_token_id=list(end_ids) or None,
-                **compiling,
-            ),
-            logits_processor=_processors(tokenizer, batch, width, settings),
-            stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interruption)]),
-            streamer=streamer,
-            past_key_values=cache,
-        )
-    results = []
-    for new_ids in output[:, width:].tolist():
-        end = next((index for index, token_id in enumerate(new_ids) if token_id in end_ids), len(new_ids))
-        results.append(new_ids[: end + 1])
-    return results
-
-
-def _processors(
-    tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int, settings: GenerationSettings
-) -> LogitsProcessorList:
+def _processors(tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int) -> LogitsProcessorList:
+    settings = batch.settings
     processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
     if any(batch.beginnings):
         processors.append(BeginsWith(tokenizer, batch.beginnings, width))

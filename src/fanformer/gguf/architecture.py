@@ -6,10 +6,9 @@ Ranks, P, biases, norms and gates are read off the tensors, so that no rule of t
 
 import math
 import re
-from collections.abc import Container
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from fanformer.errors import CheckpointError
 from fanformer.gguf.file import ARCHITECTURE, GGUFFile
@@ -78,19 +77,6 @@ _CHOICES = {
 }
 
 
-class Header(Protocol):
-    """What an architecture is read from, such as a `GGUFFile`."""
-
-    metadata: dict[str, Any]
-
-    @property
-    def tensors(self) -> Container[str]:
-        """Names of the tensors."""
-
-    def fail(self, reason: str) -> CheckpointError:
-        """Return an error that names the file."""
-
-
 class Architecture(SimpleNamespace):
     """The fields of a `FANformerConfig` that decide the tensors and the arithmetic, as a file has them.
 
@@ -99,8 +85,8 @@ class Architecture(SimpleNamespace):
     """
 
     @classmethod
-    def from_file(cls, file: Header) -> "Architecture":
-        """Return the architecture that a file's metadata and the presence of its head tell.
+    def from_file(cls, file: GGUFFile) -> "Architecture":
+        """Return the architecture that a file's `metadata`, and whether its `tensors` have a head, tell.
 
         Raises:
             CheckpointError: if a key is missing, of the wrong type or out of the range that the engine computes.
@@ -131,7 +117,7 @@ def metadata(config: Any) -> dict[str, tuple[int, Any]]:
     return {f"{ARCHITECTURE}.{key}": (_STORED_AS[kind], v) for (key, kind), v in values.items() if v is not None}
 
 
-def _check(model: Architecture, file: Header) -> None:
+def _check(model: Architecture, file: GGUFFile) -> None:
     """Raise CheckpointError where the engine could not compute with what the fields say."""
     fields = {**vars(model), **model.rope_parameters}
     keys = {name: f"{ARCHITECTURE}.{key}" for name, (key, _) in {**_KEYS, **_SINCE_RANKS, **_ROPE_KEYS}.items()}
@@ -151,20 +137,17 @@ def _check(model: Architecture, file: Header) -> None:
         raise file.fail(f"`{keys['head_dim']}` must be even, got {model.head_dim}: RoPE turns pairs of channels.")
 
 
-def _read(file: Header, name: str, kind: str) -> Any:
+def _read(file: GGUFFile, name: str, kind: str) -> Any:
     """Return the value of a key of our architecture, checked to be of its kind."""
     key = f"{ARCHITECTURE}.{name}"
     value = file.metadata.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "count":
-        right = isinstance(value, int) and is_number and 1 <= value <= _LARGEST
-    elif kind == "flag":
-        right = isinstance(value, bool)
-    elif kind == "text":
-        right = isinstance(value, str)
-    else:
-        right = is_number and math.isfinite(value or 0)
-    if not right:
+    right = {
+        "count": type(value) is int and 1 <= value <= _LARGEST,
+        "flag": isinstance(value, bool),
+        "text": isinstance(value, str),
+    }
+    if not right.get(kind, is_number and math.isfinite(value or 0)):
         expected = {"count": f"a whole number from 1 to {_LARGEST}", "flag": "true or false", "text": "a text"}
         got = "nothing" if value is None else repr(value)[:40]
         raise file.fail(f"`{key}` must be {expected.get(kind, 'a finite number')}, got {got}.")

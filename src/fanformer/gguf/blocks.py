@@ -3,6 +3,7 @@
 Source: ggml's block layouts (ggml-common.h) and their dequantization (ggml-quants.c), version 0.15.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ class BlockType:
         """Return the bytes of a row of `row_length` numbers, which must be whole blocks."""
         assert row_length % self.block_elements == 0, (row_length, self.name)
         return row_length // self.block_elements * self.block_bytes
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor of a shape, the row length last."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
 
 TYPES = {
@@ -138,10 +143,5 @@ def _q6_k(blocks: Bytes) -> Floats:
 
 
 _DECODERS: dict[str, Callable[[Bytes], Floats]] = {
-    "q8_0": _q8_0,
-    "q4_0": _q4_0,
-    "iq4_nl": _iq4_nl,
-    "q4_k": _q4_k,
-    "q5_k": _q5_k,
-    "q6_k": _q6_k,
+    decoder.__name__.removeprefix("_"): decoder for decoder in (_q8_0, _q4_0, _iq4_nl, _q4_k, _q5_k, _q6_k)
 }

@@ -5,7 +5,7 @@ this file says which versions have them in this form.
 """
 
 from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -45,20 +45,13 @@ def register_gguf() -> None:
         GGUF_TOKENIZER_TYPES["gpt2"] = _ByteLevel(known)
 
 
-class _MetadataOnly:
-    """What `transformers` has read of a file, in the form that `Architecture` takes."""
-
-    def __init__(self, metadata: dict[str, Any], names: tuple[str, ...]) -> None:
-        self.metadata, self.tensors = metadata, names
-        self.path = Path(str(metadata.get("general.name", "this GGUF file")))
-
-    def fail(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"GGUF file of {self.path}: {reason}")
-
-
 def _config(metadata: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Return config.json for a file's metadata."""
-    model = Architecture.from_file(_MetadataOnly(metadata, names))
+    name = metadata.get("general.name", "this GGUF file")
+    # what `transformers` has read stands for the file
+    read: Any = SimpleNamespace(metadata=metadata, tensors=names)
+    read.fail = lambda reason: CheckpointError(f"GGUF file of {name}: {reason}")
+    model = Architecture.from_file(read)
     ends = metadata.get(END_IDS, metadata.get("tokenizer.ggml.eos_token_id"))
     return {
         **vars(model),

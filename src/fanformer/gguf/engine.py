@@ -59,12 +59,9 @@ class Engine:
                 f"the engine turns positions of the RoPE types default and linear, got {rope['rope_type']!r} in "
                 f"{file.path}: load the file with fanformer.loading.load."
             )
-        read = sum(
-            info.num_bytes
-            for name, info in file.tensors.items()
-            if name != "token_embd.weight" or model.tie_word_embeddings
-        )
-        self.threads = choose_threads(threads, useful=read // _BYTES_A_THREAD)
+        sizes = {name: info.num_bytes for name, info in file.tensors.items()}
+        unread = 0 if model.tie_word_embeddings else sizes["token_embd.weight"]
+        self.threads = choose_threads(threads, useful=(sum(sizes.values()) - unread) // _BYTES_A_THREAD)
         self._runtime = Runtime(self.threads)
         self._weights = Weights(self._runtime, file, self.model)
         self._embedding = Embedding(file.path, file.tensors["token_embd.weight"])
@@ -113,8 +110,7 @@ class Engine:
         cells = bucket(positions)
         if self._state is None or self._state.streams != streams or self._state.cells < cells:
             self._state = None  # frees the old cache before the new one is made
-            parts = self.model, self._weights, self._embedding, self._runtime
-            self._state = _State(*parts, self._cache_kind, streams, cells)
+            self._state = _State(self, streams, cells)
             keep = 0
         assert not keep or (streams == 1 and keep <= self._state.lengths[0])
         self._state.lengths = [keep] * streams
@@ -124,12 +120,6 @@ class Engine:
     def length(self, stream: int) -> int:
         """Return how many tokens a stream has."""
         return self._begun().lengths[stream]
-
-    def forget(self, stream: int, length: int) -> None:
-        """Keep only the first `length` tokens of a stream."""
-        state = self._begun()
-        assert 0 <= length <= state.lengths[stream]
-        state.lengths[stream] = length
 
     def forward(self, tokens: Sequence[Sequence[int]], every: bool = False) -> list[Floats]:
         """Add tokens to the streams and return logits.
@@ -187,19 +177,12 @@ def _check_tokens(tokens: Sequence[Sequence[int]], state: "_State", vocab_size: 
 class _State:
     """Keys and values of B streams, and the graphs that read and write them."""
 
-    def __init__(
-        self,
-        model: Architecture,
-        weights: Weights,
-        embedding: Embedding,
-        runtime: Runtime,
-        kind: int,
-        streams: int,
-        cells: int,
-    ) -> None:
+    def __init__(self, engine: Engine, streams: int, cells: int) -> None:
         self.streams, self.cells = streams, cells
         self.lengths = [0] * streams
-        self._model, self._weights, self._embedding, self._runtime = model, weights, embedding, runtime
+        # not the engine itself, which would keep the memory of both until the next collection of garbage
+        model, kind, runtime = engine.model, engine._cache_kind, engine._runtime
+        self._model, self._weights, self._embedding, self._runtime = model, engine._weights, engine._embedding, runtime
         self._width = model.num_key_value_heads * model.head_dim
         # behind the cells that are read, a place for the keys and values of tokens that only fill up a graph
         self._all_cells = cells + CHUNK

@@ -1,5 +1,6 @@
 """A model folder as one GGUF file: metadata, tokenizer and tensors, with a report of what each tensor lost."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,12 +17,12 @@ from fanformer.files.staging import check_free, staged
 from fanformer.generation.loading import load
 from fanformer.generation.torch_model import end_token_ids
 from fanformer.gguf import architecture
-from fanformer.gguf.blocks import BlockType, Bytes, Floats, dequantize
+from fanformer.gguf.blocks import TYPES, BlockType, Bytes, Floats, dequantize
 from fanformer.gguf.file import ARCHITECTURE, ARRAY, STRING
 from fanformer.gguf.importance import importance
 from fanformer.gguf.plan import Plan, PlannedTensor, make_plan
 from fanformer.gguf.runtime import library, quantize
-from fanformer.gguf.tokenizer import END_IDS, MERGES, TEMPLATE, TOKEN_TYPES, TOKENS, WHOLE, split_json
+from fanformer.gguf.tokenizer import END_IDS, MERGES, SPECIAL, TEMPLATE, TOKEN_TYPES, TOKENS, WHOLE, split_json
 from fanformer.gguf.writer import Value, write_gguf
 
 _UINT32, _INT32, _BOOL = 4, 5, 7
@@ -116,7 +117,12 @@ def export_gguf(
     if any(item.kind.block_elements > 1 for item in plan.tensors):
         library()  # a missing extra shows before the work begins
     tell = on_progress or (lambda what, done, total: None)
-    weights = _importance(model, tokenizer, plan, settings, lambda done, total: tell("calibration", done, total))
+    weights: dict[str, Floats] = {}
+    if settings.calibration is not None:
+        if not any(item.kind.name in _WEIGHTED for item in plan.tensors):
+            raise ConfigError(f"`--calibration` has no effect on the type {settings.type}: leave it out.")
+        text, tokens = settings.calibration, settings.calibration_tokens
+        weights = importance(model, tokenizer, text, tokens, functools.partial(tell, "calibration"))
     metadata = _metadata(Path(folder), model, tokenizer, plan, settings.type)
     reports: list[TensorReport] = []
 
@@ -153,20 +159,6 @@ def output_file(output: str | Path, kind: str) -> Path:
 def report_file(path: Path) -> Path:
     """Return where the report of a GGUF file is."""
     return path.with_suffix(".json")
-
-
-def _importance(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: Plan,
-    settings: Settings,
-    on_progress: Callable[[int, int], None],
-) -> dict[str, Floats]:
-    if settings.calibration is None:
-        return {}
-    if not any(item.kind.name in _WEIGHTED for item in plan.tensors):
-        raise ConfigError(f"`--calibration` has no effect on the type {settings.type}: leave it out.")
-    return importance(model, tokenizer, settings.calibration, settings.calibration_tokens, on_progress)
 
 
 def _encode(item: PlannedTensor, parameter: torch.Tensor, weights: Floats | None) -> tuple[Bytes, TensorReport]:
@@ -220,10 +212,8 @@ def _metadata(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, plan: Plan, kind: str
 ) -> dict[str, Value]:
     """Return the file's metadata: llama.cpp's keys where it has one, ours below `fanformer.`."""
-    from fanformer.gguf.blocks import TYPES
-
     millions = model.num_parameters() / 1e6
-    found: dict[str, Value] = {
+    return {
         "general.architecture": (STRING, ARCHITECTURE),
         "general.type": (STRING, "model"),
         "general.name": (STRING, folder.absolute().name),
@@ -231,8 +221,8 @@ def _metadata(
         "general.file_type": (_UINT32, TYPES[kind].file_type),
         "general.quantization_version": (_UINT32, _QUANTIZATION_VERSION),
         **architecture.metadata(plan.config),
+        **_tokenizer_metadata(model, tokenizer),
     }
-    return found | _tokenizer_metadata(model, tokenizer)
 
 
 def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
@@ -249,14 +239,10 @@ def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
         "tokenizer.ggml.add_space_prefix": (_BOOL, False),
         WHOLE: (STRING, json.dumps(content, ensure_ascii=False, separators=(",", ":"))),
     }
-    for key, number in (
-        ("bos", tokenizer.bos_token_id),
-        ("eos", tokenizer.eos_token_id),
-        ("padding", tokenizer.pad_token_id),
-        ("unknown", tokenizer.unk_token_id),
-    ):
+    for name, key in SPECIAL.items():
+        number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
-            found[f"tokenizer.ggml.{key}_token_id"] = _UINT32, number
+            found[f"tokenizer.ggml.{key}"] = _UINT32, number
     ends = end_token_ids(model, tokenizer)
     if ends:
         found[END_IDS] = ARRAY, (_UINT32, ends)

@@ -3,6 +3,7 @@
 Source: the GGUF specification, version 3 (docs/gguf.md of ggml).
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,19 +29,7 @@ _LARGEST_ALIGNMENT = 1 << 16
 _LARGEST_TENSOR = 1 << 48
 
 STRING, ARRAY = 8, 9
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Numbers of the types of a value that have a fixed size, with their `struct` formats."""
 _WIDTHS = {number: struct.calcsize("<" + code) for number, code in SCALARS.items()}
 _LEAST_BYTES = {**_WIDTHS, STRING: 8}
@@ -266,10 +255,7 @@ class _Header:
         if not 1 <= rank <= MOST_DIMENSIONS:
             raise self._file.fail(f"is damaged: `{name}` has {rank} dimensions, expected 1 to {MOST_DIMENSIONS}.")
         shape = struct.unpack(f"<{rank}Q", self._take(8 * rank, f"the shape of `{name}`"))[::-1]
-        elements = 1
-        for length in shape:
-            elements *= length
-        if not 0 < elements <= _LARGEST_TENSOR:
+        if not 0 < math.prod(shape) <= _LARGEST_TENSOR:
             raise self._file.fail(f"is damaged: `{name}` has the shape {shape}.")
         number = self._number("I", f"the type of `{name}`")
         if number not in BY_NUMBER:
@@ -296,9 +282,7 @@ class _Header:
                 raise self._file.fail(f"is damaged: it has the tensor `{name}` twice.")
             if offset != expected:
                 raise self._file.fail(f"is damaged: `{name}` is said to begin at {offset}, expected {expected}.")
-            num_bytes = kind.row_bytes(shape[-1])
-            for length in shape[:-1]:
-                num_bytes *= length
+            num_bytes = kind.num_bytes(shape)
             self._file.tensors[name] = TensorInfo(name, shape, kind, base + offset, num_bytes)
             end = offset + num_bytes
             expected = -(-end // alignment) * alignment

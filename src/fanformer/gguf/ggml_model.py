@@ -2,16 +2,14 @@
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.generation.decoding import TextWriter
-from fanformer.generation.interruption import Interruption
-from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text
+from fanformer.generation.text_model import Batch, TextModel, check_text
 from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
 from fanformer.gguf.sampling import Sampler
@@ -45,16 +43,10 @@ class GgmlModel(TextModel):
         check_text(prompt)
         return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
 
-    def continue_batch(
-        self,
-        batch: Batch,
-        settings: GenerationSettings,
-        on_text: Callable[[str], None] | None,
-        interruption: Interruption,
-        remembered: Remembered | None,
-    ) -> list[list[int]]:
+    def continue_batch(self, batch: Batch) -> list[list[int]]:
         """Do what `TextModel.continue_batch` says."""
-        tokenizer, engine, rows = self.tokenizer, self.engine, batch.rows
+        tokenizer, engine, rows, settings = self.tokenizer, self.engine, batch.rows, batch.settings
+        on_text, remembered = batch.on_text, batch.remembered
         writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
         samplers = [
             Sampler(settings, seed, tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, beginning))
@@ -75,7 +67,7 @@ class GgmlModel(TextModel):
                     writer.push(token)
                 if token not in tokenizer.end_ids:
                     following[stream] = [token]
-            if interruption.requested or not any(following):
+            if batch.interruption.requested or not any(following):
                 break
         if writer is not None:
             writer.finish()

@@ -11,7 +11,7 @@ from fanformer.errors import CheckpointError
 from fanformer.gguf.architecture import Architecture, open_model
 from fanformer.gguf.file import GGUFFile
 from fanformer.gguf.parameters import check_parameters
-from fanformer.gguf.tokenizer import GGUFTokenizer
+from fanformer.gguf.tokenizer import GGUFTokenizer, special_ids
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 
 
@@ -63,15 +63,10 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def _config(file: GGUFFile, model: Architecture) -> FANformerConfig:
-    tokenizer = GGUFTokenizer.special_ids(file, model.vocab_size)
-    ends: Any = tokenizer.end_ids
+    ids, ends = special_ids(file, model.vocab_size)
+    end: Any = ends[0] if len(ends) == 1 else ends or None
     try:
-        return FANformerConfig(
-            **vars(model),
-            bos_token_id=tokenizer.bos,
-            eos_token_id=(ends[0] if len(ends) == 1 else ends) if ends else None,
-            pad_token_id=tokenizer.pad,
-        )
+        return FANformerConfig(**vars(model), bos_token_id=ids["bos"], eos_token_id=end, pad_token_id=ids["pad"])
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise CheckpointError(f"{file.path.absolute()}: {reason}") from error

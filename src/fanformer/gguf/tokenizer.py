@@ -6,7 +6,6 @@ is in `tokenizer.huggingface.json`, a key of the GGUF specification: the folder'
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,19 +23,8 @@ TEMPLATE = "tokenizer.chat_template"
 TOKENS, TOKEN_TYPES, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of a token, in llama.cpp's numbers."""
-_SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids of a file's special tokens, None for one that it does not have."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None
-    unk: int | None
-    end_ids: list[int]
-    """The ids that end a text."""
+SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+"""Special tokens as `transformers` names them -> the ends of their keys."""
 
 
 class GGUFTokenizer:
@@ -57,11 +45,9 @@ class GGUFTokenizer:
         used = np.flatnonzero(file.metadata[TOKEN_TYPES] != UNUSED)
         self.known: int = int(used.max(initial=-1)) + 1
         """One more than the largest id that stands for text; those from here on only fill up the vocabulary."""
-        special = self.special_ids(file, vocab_size)
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = special.bos, special.eos, special.pad
-        self.end_ids = special.end_ids
+        ids, self.end_ids = special_ids(file, vocab_size)
         """The ids that end a text."""
-        ids = {"bos": special.bos, "eos": special.eos, "pad": special.pad, "unk": special.unk}
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = ids["bos"], ids["eos"], ids["pad"]
         self.special_tokens: dict[str, str] = {}
         for name, number in ids.items():
             if number is not None:
@@ -74,16 +60,6 @@ class GGUFTokenizer:
         if template is not None and not isinstance(template, str):
             raise file.fail(f"is damaged: `{TEMPLATE}` must be a text, got {type(template).__name__}.")
         self.chat_template: str | None = template
-
-    @staticmethod
-    def special_ids(file: GGUFFile, vocab_size: int) -> SpecialIds:
-        """Return the ids of a file's special tokens without building its tokenizer.
-
-        Raises:
-            CheckpointError: if one is not among the model's ids.
-        """
-        ids = {name: _special_id(file, key, vocab_size) for name, key in _SPECIAL.items()}
-        return SpecialIds(**ids, end_ids=_end_ids(file, ids["eos"], vocab_size))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of `text`, without start and end tokens.
@@ -157,8 +133,7 @@ def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bo
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda p: datetime.now().strftime(p)}
     try:
         return environment.from_string(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **special
@@ -168,26 +143,28 @@ def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bo
         raise CheckpointError(f"{name}: its chat template fails: {reason}.") from error
 
 
-def _special_id(file: GGUFFile, key: str, vocab_size: int) -> int | None:
-    name = f"tokenizer.ggml.{key}"
-    number = file.metadata.get(name)
-    if number is None:
-        return None
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
-        raise file.fail(f"is damaged: `{name}` must be in [0, {vocab_size}), got {str(number)[:40]}.")
-    return number
+def special_ids(file: GGUFFile, vocab_size: int) -> tuple[dict[str, int | None], list[int]]:
+    """Return the ids of a file's special tokens, those of SPECIAL, None for one that it lacks; and what ends a text.
 
-
-def _end_ids(file: GGUFFile, eos: int | None, vocab_size: int) -> list[int]:
-    numbers = file.metadata.get(END_IDS)
-    if numbers is None:
-        return [] if eos is None else [eos]
-    if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in "iu":
+    Raises:
+        CheckpointError: if one is not among the model's ids.
+    """
+    ids: dict[str, int | None] = {}
+    for name, key in SPECIAL.items():
+        number = file.metadata.get(f"tokenizer.ggml.{key}")
+        if number is not None and not (type(number) is int and 0 <= number < vocab_size):
+            got = str(number)[:40]
+            raise file.fail(f"is damaged: `tokenizer.ggml.{key}` must be in [0, {vocab_size}), got {got}.")
+        ids[name] = number
+    ends = file.metadata.get(END_IDS)
+    if ends is None:
+        return ids, [] if ids["eos"] is None else [ids["eos"]]
+    if not isinstance(ends, np.ndarray) or ends.dtype.kind not in "iu":
         raise file.fail(f"is damaged: `{END_IDS}` must be an array of whole numbers.")
-    found = [int(number) for number in numbers]
+    found: list[int] = ends.tolist()
     if not all(0 <= number < vocab_size for number in found):
         raise file.fail(f"is damaged: `{END_IDS}` must be in [0, {vocab_size}), got {found[:8]}.")
-    return found
+    return ids, found
 
 
 def _texts(file: GGUFFile, key: str) -> Texts:

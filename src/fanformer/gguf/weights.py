@@ -124,21 +124,10 @@ class _Run:
 
     name: str
     infos: list[TensorInfo]
-
-    @property
-    def kind(self) -> BlockType:
-        """The type in memory."""
-        return _stored(self.infos[0].kind)
-
-    @property
-    def row_length(self) -> int:
-        """Inputs."""
-        return self.infos[0].shape[1]
-
-    @property
-    def rows(self) -> int:
-        """Outputs."""
-        return sum(info.shape[0] for info in self.infos)
+    kind: BlockType
+    """The type in memory."""
+    row_length: int
+    rows: int
 
 
 class _Group:
@@ -149,8 +138,11 @@ class _Group:
         found = [file.tensors.get(f"{item}.weight") for item in names]
         self.widths = tuple(0 if info is None else info.shape[0] for info in found)
         self.biased = any(f"{item}.bias" in file.tensors for item in names)
-        runs = itertools.groupby((info for info in found if info is not None), lambda info: info.kind.number)
-        self.runs = [_Run(f"{name}/{number}", list(infos)) for number, (_, infos) in enumerate(runs)]
+        self.runs: list[_Run] = []
+        for _, run in itertools.groupby((info for info in found if info is not None), lambda info: info.kind.number):
+            infos = list(run)
+            kind, rows = _stored(infos[0].kind), sum(info.shape[0] for info in infos)
+            self.runs.append(_Run(f"{name}/{len(self.runs)}", infos, kind, infos[0].shape[1], rows))
 
 
 def _stored(kind: BlockType) -> BlockType:

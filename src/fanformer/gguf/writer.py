@@ -33,16 +33,9 @@ def write_gguf(
         stream.write(_header(metadata, tensors))
         for (name, shape, kind), raw in zip(tensors, content, strict=True):
             stream.write(bytes(-stream.tell() % DEFAULT_ALIGNMENT))
-            assert raw.nbytes == _num_bytes(shape, kind), name
+            assert raw.nbytes == kind.num_bytes(shape), name
             stream.write(raw.data)
         stream.write(bytes(-stream.tell() % DEFAULT_ALIGNMENT))
-
-
-def _num_bytes(shape: tuple[int, ...], kind: BlockType) -> int:
-    count = kind.row_bytes(shape[-1])
-    for length in shape[:-1]:
-        count *= length
-    return count
 
 
 def _header(metadata: Mapping[str, Value], tensors: Sequence[tuple[str, tuple[int, ...], BlockType]]) -> bytes:
@@ -53,7 +46,7 @@ def _header(metadata: Mapping[str, Value], tensors: Sequence[tuple[str, tuple[in
     for name, shape, block in tensors:
         parts += [_text(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *reversed(shape))]
         parts.append(struct.pack("<IQ", block.number, offset))
-        offset += -(-_num_bytes(shape, block) // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        offset += -(-block.num_bytes(shape) // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
     header = b"".join(parts)
     return header + bytes(-len(header) % DEFAULT_ALIGNMENT)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.loading import load
-from fanformer.quantization.linear_layers import fill_intermediate, matrices_by_part
+from fanformer.quantization.linear_layers import fill_intermediate
 from fanformer.quantization.quantized_folder import (
     LayerReport,
     Report,
@@ -25,7 +25,7 @@ from fanformer.quantization.quantized_folder import (
     calibration_batches,
     check,
     check_library,
-    layer_report,
+    layer_reports,
     planned_groups,
     relative_errors,
     update_config,
@@ -160,29 +160,16 @@ def _run(
     missing = [name for name, size in groups.items() if size is not None and name not in measured]
     if missing:
         raise CheckpointError(f"the calibration text never reached `{missing[0]}`: the layer was not quantized.")
-    return tuple(_layer_reports(model, groups, settings, measured, scaled, set(gptq._rtn_fallback_module_names)))
 
+    def describe(name: str, module: nn.Module) -> tuple[str, tuple[float, float], list[str]]:
+        method, notes = "gptq", []
+        if name in gptq._rtn_fallback_module_names:
+            method, notes = "round-to-nearest", ["GPTQ's matrix could not be inverted"]
+        if name in scaled:
+            method, notes = f"awq+{method}", [*notes, f"scale folded into {scaled[name]}"]
+        return method, measured.get(name, (0.0, 0.0)), notes
 
-def _layer_reports(
-    model: PreTrainedModel,
-    groups: dict[str, int | None],
-    settings: Settings,
-    measured: dict[str, tuple[float, float]],
-    scaled: dict[str, str],
-    fallback: set[str],
-) -> Iterator[LayerReport]:
-    for part, modules in matrices_by_part(model).items():
-        for name, module in modules.items():
-            notes = []
-            method = "round-to-nearest" if name in fallback else "gptq"
-            if name in fallback:
-                notes.append("GPTQ's matrix could not be inverted")
-            if name in scaled:
-                method = f"awq+{method}"
-                notes.append(f"scale folded into {scaled[name]}")
-            size, errors = groups.get(name), measured.get(name, (0.0, 0.0))
-            shape = module.weight.shape[0], module.weight.shape[1]
-            yield layer_report(name, part, shape, settings, size, method, errors, notes)
+    return layer_reports(model, groups, settings, describe)
 
 
 def _exactly(name: str) -> str:

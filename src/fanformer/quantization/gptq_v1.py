@@ -9,7 +9,7 @@ Source: GPTQ, arXiv:2210.17323.
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import CheckpointError, ConfigError
@@ -34,7 +34,7 @@ from fanformer.quantization.quantized_folder import (
     calibration_batches,
     check,
     check_library,
-    layer_report,
+    layer_reports,
     planned_groups,
     relative_errors,
     update_config,
@@ -101,7 +101,16 @@ def export_gptq_v1(
             for code in Path(whole).glob("*.py"):
                 shutil.copy(code, aside)
         (aside / "quant_log.csv").unlink(missing_ok=True)  # says less than the report
-        return tuple(_layer_reports(model, aside, groups, used, squares))
+
+        def describe(name: str, module: nn.Module) -> tuple[str, tuple[float, float], list[str]]:
+            weight, size, errors, notes = module.weight.detach(), groups.get(name), (0.0, 0.0), []
+            if size is not None:
+                errors = relative_errors(weight, stored_weight(aside, name, settings.bits), squares[name])
+            elif name in groups and weight.shape[0] % _OUTPUTS:
+                notes = [f"{weight.shape[0]} outputs, and the kernels have {_OUTPUTS} at a time"]
+            return "gptq", errors, notes
+
+        return layer_reports(model, groups, used, describe)
 
     notes = ["what is kept as it is becomes bfloat16", *([filled] if filled else [])]
     if group_size != settings.group_size:
@@ -215,27 +224,6 @@ def _module_tree(names: Sequence[str]) -> list[Any]:
         branches.setdefault(branch, {})[path] = None
     steps = {branch: tuple(f"{path}:{at}" for at, path in enumerate(paths)) for branch, paths in branches.items()}
     return ["model", "layers", "#", steps]
-
-
-@torch.no_grad()
-def _layer_reports(
-    model: PreTrainedModel,
-    folder: Path,
-    groups: Mapping[str, int | None],
-    settings: Settings,
-    squares: Mapping[str, Tensor],
-) -> Iterator[LayerReport]:
-    """Yield what every matrix of `model` became in `folder`."""
-    for part, modules in matrices_by_part(model).items():
-        for name, module in modules.items():
-            weight, size = module.weight, groups.get(name)
-            odd = name in groups and size is None and weight.shape[0] % _OUTPUTS > 0
-            notes = [f"{weight.shape[0]} outputs, and the kernels have {_OUTPUTS} at a time"] if odd else []
-            errors = (0.0, 0.0)
-            if size is not None:
-                errors = relative_errors(weight, stored_weight(folder, name, settings.bits), squares[name])
-            shape = weight.shape[0], weight.shape[1]
-            yield layer_report(name, part, shape, settings, size, "gptq", errors, notes)
 
 
 def stored_weight(folder: Path, name: str, bits: int) -> Tensor:

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.data.held_out import DEFAULT_TOKENS, held_out_stream
@@ -183,37 +183,33 @@ def _root(lost: Tensor, total: Tensor) -> float:
     return float((lost / total).clamp_min(0).sqrt()) if total > 0 else 0.0
 
 
-def layer_report(
-    name: str,
-    part: str,
-    shape: tuple[int, int],
+def layer_reports(
+    model: PreTrainedModel,
+    groups: Mapping[str, int | None],
     settings: Settings,
-    group_size: int | None,
-    method: str,
-    errors: tuple[float, float],
-    notes: Sequence[str] = (),
-) -> LayerReport:
-    """Return what became of a matrix, with what every format says in front of `notes`."""
-    kept = group_size is None
-    if part in KEPT_HIGH:
-        common = ["kept as it is"]
-    elif kept:
-        common = ["kept as it is"] if notes else [f"kept as it is: no group that there is fills rows of {shape[1]}"]
-    elif group_size != settings.group_size:
-        common = [f"groups of {settings.group_size} do not fill rows of {shape[1]}"]
-    else:
-        common = []
-    return LayerReport(
-        name=name,
-        part=part,
-        shape=shape,
-        method="none" if kept else method,
-        bits=None if kept else settings.bits,
-        group_size=group_size,
-        weight_error=errors[0],
-        output_error=errors[1],
-        note="; ".join([*common, *notes]),
-    )
+    describe: Callable[[str, nn.Module], tuple[str, tuple[float, float], list[str]]],
+) -> tuple[LayerReport, ...]:
+    """Return what became of every matrix of `model`.
+
+    Args:
+        model: that was quantized.
+        groups: as `planned_groups` returned them.
+        settings: how.
+        describe: returns the method, the errors and what the format notes of a matrix, by name and module.
+    """
+    found = []
+    for part, modules in matrices_by_part(model).items():
+        for name, module in modules.items():
+            (rows, length), size = module.weight.shape, groups.get(name)
+            method, errors, notes = describe(name, module)
+            if size is None:
+                told = not notes and part not in KEPT_HIGH
+                notes.insert(0, f"kept as it is{f': no group that there is fills rows of {length}' if told else ''}")
+            elif size != settings.group_size:
+                notes.insert(0, f"groups of {settings.group_size} do not fill rows of {length}")
+            how, bits = ("none", None) if size is None else (method, settings.bits)
+            found.append(LayerReport(name, part, (rows, length), how, bits, size, *errors, "; ".join(notes)))
+    return tuple(found)
 
 
 def write_folder(

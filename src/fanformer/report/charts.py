@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,9 +73,9 @@ def chart(
         level: a value that a horizontal line shows.
         edge: a position that a vertical line shows.
     """
-    values = [value for line in lines for value in line.y if math.isfinite(value)]
-    beyond = any(value > top for line in lines for value in line.y) if top is not None else False
-    beyond = beyond or any(not math.isfinite(value) for line in lines for value in line.y)
+    given = [value for line in lines for value in line.y]
+    values = [value for value in given if math.isfinite(value)]
+    beyond = len(values) < len(given) or (top is not None and max(values, default=top) > top)
     rows = math.ceil(len([line for line in lines if line.label]) / _columns(lines))
     with _figure(rows, name) as figure:
         axes = figure.subplots()
@@ -103,16 +103,16 @@ def chart(
     return f'<figure role="img" aria-label="{text(title)}">{svg}{caption}</figure>'
 
 
-def clip_above(values: Iterable[float]) -> float | None:
+def clip_above(lines: Sequence[Line]) -> float | None:
     """Return the highest value that is still drawn to scale, so that what diverged does not flatten the rest.
 
     Args:
-        values: of a chart; those that are not finite do not count.
+        lines: of a chart; values that are not finite do not count.
 
     Returns:
         The highest value that is at most half again as high as the lowest, or None where all are.
     """
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for line in lines for value in line.y if math.isfinite(value)]
     drawn = [value for value in finite if value <= (1 + _RISE) * min(finite)]
     return max(drawn) if len(drawn) < len(finite) else None
 
@@ -166,15 +166,9 @@ def _add_legend(axes: "Axes", drawn: Sequence[Any], lines: Sequence[Line]) -> No
     named = [(handle, line.label) for handle, line in zip(drawn, lines, strict=True) if line.label]
     if not named:
         return
-    legend = axes.figure.legend(
-        [handle for handle, _ in named],
-        [str(number) for number in range(len(named))],
-        loc="outside lower center",
-        ncols=_columns(lines),
-        frameon=False,
-        fontsize=8,
-        labelcolor=_NEUTRAL,
-    )
+    handles, numbers = [handle for handle, _ in named], [str(number) for number in range(len(named))]
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "labelcolor": _NEUTRAL}
+    legend = axes.figure.legend(handles, numbers, ncols=_columns(lines), **style)
     for entry, (_, label) in zip(legend.get_texts(), named, strict=True):
         entry.set_text(label)  # given at once, a label that begins with "_" would be left out
 

@@ -52,27 +52,24 @@ def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) 
     """
     # "<" cannot end the element early when it is written as an escape, which JSON reads back as itself
     raw = _json(record).replace("<", "\\u003c")
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{text(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            f'<p><a id="save" download="{text(name)}" hidden>Save the numbers as JSON</a></p>',
-            "<noscript><p>The numbers are in this file: the JSON in its element <code>record</code>.</p></noscript>",
-            f'<script type="application/json" id="record">{raw}</script>',
-            f"<script>{_SAVE}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    content = "\n".join(body)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{text(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{content}
+<p><a id="save" download="{text(name)}" hidden>Save the numbers as JSON</a></p>
+<noscript><p>The numbers are in this file: the JSON in its element <code>record</code>.</p></noscript>
+<script type="application/json" id="record">{raw}</script>
+<script>{_SAVE}</script>
+</body>
+</html>
+"""
 
 
 def _json(record: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ class Shown:
         """Return the chart of what learning rates were chosen by, where several were tried."""
         if max((len(line.x) for line in lines), default=0) < 2:
             return []
-        top = clip_above(value for line in lines for value in line.y) if top is None else top
+        top = clip_above(lines) if top is None else top
         return [chart(lines, title, "peak learning rate", what, name, top=top, markers=True)]
 
     def trainings_table(self, variant: str, figures: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fanformer.comparison.pages.figures import NOT_FINISHED, Shown, figure_text, interval_of, swept, verdict
+from fanformer.comparison.pages.figures import DIGITS, NOT_FINISHED, Shown, figure_text, interval_of, swept, verdict
 from fanformer.comparison.summary import tokens_at
 from fanformer.report.charts import Line, chart, clip_above
 from fanformer.report.page import bullets, table, text
@@ -82,8 +82,7 @@ class LanguageParts:
         found = []
         for name, title, x_label, scale in _CURVES:
             lines = [self._curve(arm, scale) for arm in arms]
-            top = clip_above(value for line in lines for value in line.y)
-            found.append(chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=top))
+            found.append(chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=clip_above(lines)))
         found += [*self._equal_loss_charts({arm["architecture"]: arm for arm in arms}), *self._sweeps()]
         found += self._size_charts(arms)
         if len(self.shown.variants) > 1:
@@ -131,17 +130,11 @@ class LanguageParts:
         if lines:
             found.append(chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
                                "candidate's tokens over the baseline's", "equal-tokens", level=1.0))  # fmt: skip
-        lines = [
-            Line(
-                key.replace("_", " "),
-                index,
-                0,
-                [self._counted(arms[name], key) for name in named],
-                [figure["value"] for figure in named.values()],
-            )
-            for index, (key, named) in enumerate(self.record["parameters_to_equal_loss"].items())
-            if named
-        ]
+        lines = []
+        for index, (key, named) in enumerate(self.record["parameters_to_equal_loss"].items()):
+            if named:
+                x, y = [self._counted(arms[name], key) for name in named], [one["value"] for one in named.values()]
+                lines.append(Line(key.replace("_", " "), index, 0, x, y))
         if lines:
             found.append(chart(lines, "Parameters to equal loss", "the baseline's parameters",
                                "candidate's parameters, times the baseline's", "equal-parameters", level=1.0,
@@ -150,17 +143,11 @@ class LanguageParts:
 
     def _token_ratios(self, candidate: Mapping[str, Any], baseline: Mapping[str, Any]) -> Line:
         """Return, over a baseline's tokens, the share of them that the candidate needs to come as low."""
-        mine, theirs = (
-            [{"tokens": x, "val_loss": y} for x, y in zip(line.x, line.y, strict=True)]
-            for line in (self._curve(candidate, "tokens"), self._curve(baseline, "tokens"))
-        )
-        reached = [point for point in theirs if mine[-1]["val_loss"] <= point["val_loss"] <= mine[0]["val_loss"]]
-        line = self.shown.line(
-            baseline["architecture"],
-            [point["tokens"] for point in reached],
-            [tokens_at(mine, point["val_loss"]) / point["tokens"] for point in reached],
-        )
-        return replace(line, label=f"{candidate['architecture']} against {baseline['architecture']}")
+        own, other = self._curve(candidate, "tokens"), self._curve(baseline, "tokens")
+        mine = [{"tokens": x, "val_loss": y} for x, y in zip(own.x, own.y, strict=True)]
+        reached = [(x, y) for x, y in zip(other.x, other.y, strict=True) if own.y[-1] <= y <= own.y[0]]
+        x, y = [tokens for tokens, _ in reached], [tokens_at(mine, loss) / tokens for tokens, loss in reached]
+        return replace(other, x=x, y=y, low=None, high=None, label=f"{own.label} against {other.label}")
 
     def _curve(self, arm: Mapping[str, Any], scale: str) -> Line:
         """Return an arm's held-out loss, the mean over its seeds with their range."""
@@ -194,19 +181,11 @@ class LanguageParts:
                 rows.append([*begin, NOT_FINISHED, *[""] * 7])
                 continue
             first = best[0]["result"]["figures"]
-            rows.append(
-                [
-                    *begin,
-                    f"{first['parameters']:,}",
-                    f"{first['parameters_without_embeddings']:,}",
-                    f"{arm['learning_rate']:g}",
-                    ", ".join(str(training["seed"]) for training in best),
-                    figure_text(figures.get("loss")),
-                    figure_text(figures.get("bits_per_byte")),
-                    figure_text(figures.get("tokens_per_second"), 0),
-                    f"{first['training_operations_per_token']:.4g}",
-                ]
-            )
+            counted = [f"{first[name]:,}" for name in ("parameters", "parameters_without_embeddings")]
+            asked = [f"{arm['learning_rate']:g}", ", ".join(str(training["seed"]) for training in best)]
+            names = ("loss", "bits_per_byte", "tokens_per_second")
+            measured = [figure_text(figures.get(name), DIGITS[name]) for name in names]
+            rows.append([*begin, *counted, *asked, *measured, f"{first['training_operations_per_token']:.4g}"])
         return table(header, rows)
 
     def _equal_loss(self) -> list[str]:
@@ -233,5 +212,4 @@ def _in_words(pair: Mapping[str, Any]) -> str:
 
 def _points(lines: Sequence[Line], title: str, x_label: str, name: str) -> str:
     """Return a chart of final losses, with those far above the others at its upper edge."""
-    top = clip_above(value for line in lines for value in line.y)
-    return chart(lines, title, x_label, _UNIT, name, top=top, markers=True)
+    return chart(lines, title, x_label, _UNIT, name, top=clip_above(lines), markers=True)

@@ -29,8 +29,7 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
     body = [
         f"<h1>{text(title)}</h1>",
         f'<p class="quiet">{text(_summary(record))}</p>',
-        *_unfinished(record),
-        *_edge(record),
+        *_warnings(record),
         "<h2>Architectures</h2>",
         table(["name here", "architecture"], [[name, spec] for spec, name in shown.names.items()]),
         *content.parts(),
@@ -48,23 +47,15 @@ def _summary(record: Mapping[str, Any]) -> str:
     return ", ".join([what, several, *([str(when)] if when else [])])
 
 
-def _unfinished(record: Mapping[str, Any]) -> list[str]:
-    planned, finished = record.get("planned"), record.get("finished", len(record["trainings"]))
-    if planned is None or finished >= planned:
-        return []
-    return [
-        f'<p class="warn">{finished} of {planned} trainings have ended; the same command goes on with the others.</p>'
-    ]
-
-
-def _edge(record: Mapping[str, Any]) -> list[str]:
+def _warnings(record: Mapping[str, Any]) -> list[str]:
+    found, planned, finished = [], record.get("planned"), record.get("finished", len(record["trainings"]))
+    if planned is not None and finished < planned:
+        found.append(f"{finished} of {planned} trainings have ended; the same command goes on with the others.")
     edges, arms = sum(arm["at_edge"] for arm in record["arms"]), len(record["arms"])
-    if not edges:
-        return []
-    return [
-        f'<p class="warn">{edges} of {arms} results have their best learning rate at an end of the sweep, so that a '
-        "better one may lie beyond: named below.</p>"
-    ]
+    if edges:
+        told = "have their best learning rate at an end of the sweep, so that a better one may lie beyond: named below."
+        found.append(f"{edges} of {arms} results {told}")
+    return [f'<p class="warn">{line}</p>' for line in found]
 
 
 def _troubles(shown: Shown) -> list[str]:
@@ -93,13 +84,9 @@ def _configuration(record: Mapping[str, Any]) -> list[str]:
         if value not in (None, [])
     ]
     shown = json.dumps(record["comparison"], indent=2)
-    return [
-        "<h2>Configuration</h2>",
-        *command,
-        f"<details><summary>All settings</summary><pre>{text(shown)}</pre></details>",
-        *(
-            [f"<details><summary>Data, hardware and versions</summary>{table(['what', 'value'], rows)}</details>"]
-            if rows
-            else []
-        ),
-    ]
+    found = ["<h2>Configuration</h2>", *command]
+    found.append(f"<details><summary>All settings</summary><pre>{text(shown)}</pre></details>")
+    if rows:
+        about_run = table(["what", "value"], rows)
+        found.append(f"<details><summary>Data, hardware and versions</summary>{about_run}</details>")
+    return found

@@ -109,17 +109,10 @@ class RuleParts:
             doubt = f"does not count: train accuracy below 99% ({', '.join(doubtful)})"
             if trainings:
                 rule = trainings[0]["result"]["details"]["rule"]
-                rows.append(
-                    [
-                        arm["architecture"],
-                        _left_out(rule),
-                        f"{rule['block_parameters']:,}",
-                        f"{arm['learning_rate']:g}",
-                        str(len(trainings)),
-                        *(figure_text(arm["figures"].get(name), 1, times=100) for name in _ACCURACIES),
-                        doubt if doubtful else "yes",
-                    ]
-                )
+                size, rate = f"{rule['block_parameters']:,}", f"{arm['learning_rate']:g}"
+                shares = [figure_text(arm["figures"].get(name), 1, times=100) for name in _ACCURACIES]
+                told = [arm["architecture"], _left_out(rule), size, rate, str(len(trainings)), *shares]
+                rows.append([*told, doubt if doubtful else "yes"])
         return table(header, rows)
 
     def _pairs(self) -> list[str]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -22,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fanformer import __version__
 from fanformer.data.preparation.deduplication import SeenTexts
 from fanformer.data.preparation.encoding import document_encoder
 from fanformer.data.preparation.journal import Journal
@@ -54,6 +51,7 @@ from fanformer.data.tokenizer import end_token_id, load_tokenizer, start_token_i
 from fanformer.errors import ConfigError, DataError, FANformerError
 from fanformer.files.durable import error_number, hash_files, is_disk_full, read_json, replace_json, sync
 from fanformer.files.locking import hold
+from fanformer.machine.versions import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,15 +141,7 @@ def prepare(
     with hold(lock_place(output_dir), str(output_dir)):
         refuse_existing(output_dir)  # another process may have completed it meanwhile
         preparation = _Preparation(
-            selection,
-            partial,
-            tokenizer,
-            vocab_size=vocab_size,
-            held_out_fraction=held_out_fraction,
-            shard_tokens=shard_tokens,
-            licence=licence,
-            workers=workers,
-            progress=progress,
+            selection, partial, tokenizer, vocab_size, held_out_fraction, shard_tokens, licence, workers, progress
         )
         with preparation.kept_or_deleted():
             preparation.run()
@@ -241,10 +231,8 @@ class _Preparation:
 
     def __post_init__(self) -> None:
         self._work = self.partial / "work"
-        # fanformer may lie on the path, not installed
-        self._versions = {"python": platform.python_version(), "fanformer": __version__} | {
-            name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")
-        }
+        found = versions()
+        self._versions = {name: found[name] for name in ("python", "fanformer", "tokenizers", "transformers")}
         self._asked = {
             "source": self.selection.description,
             "max_bytes": self.selection.max_bytes,

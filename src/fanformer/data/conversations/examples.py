@@ -1,7 +1,7 @@
 """A row of instruction data in any of the five forms that the ecosystem writes, as one type.
 
 The forms: `messages`; `prompt` and `completion`; `prompt`, `chosen` and `rejected`; `conversations`, with `from` and
-`value`; `instruction`, `input` and `output`. Prompt, completion, chosen and rejected answer are each a text or messages.
+`value`; `instruction`, `input` and `output`. Prompt, completion, chosen and rejected answer are text or messages.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ _ROLES: dict[str, Role] = {
     "model": "assistant",
 }
 """What rows call a role, and what it is."""
-_CHANGES_MEANING = {"tool_calls": (None, []), "function_call": (None,), "weight": (None, 1)}
+_CHANGES_MEANING: dict[str, tuple[Any, ...]] = {"tool_calls": (None, []), "function_call": (None,), "weight": (None, 1)}
 """Fields of a message that say something which is not read here, and values of them that say nothing."""
 _OTHER_THAN_TEXT = ("images", "image", "audio", "audios", "videos", "tools")
 

@@ -88,6 +88,17 @@ class ChatML:
             self._header(found, "assistant")
         return found
 
+    def count(self, message: Message) -> int:
+        """Return how many tokens a message adds to a conversation."""
+        found = EncodedConversation([], [])
+        self._append(found, message, False)
+        return len(found.ids)
+
+    @property
+    def line_end_tokens(self) -> int:
+        """How many tokens stand behind the last END."""
+        return len(self.encode_plain("\n"))
+
     def _append(self, found: EncodedConversation, message: Message, trained: bool) -> None:
         self._header(found, message.role)
         said = [*self.encode_plain(message.content), self.end_id]

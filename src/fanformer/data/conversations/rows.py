@@ -1,0 +1,263 @@
+"""Rows for training on answers: conversations packed whole, each with its own positions and its own labels."""
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fanformer.data.conversations.chatml import ChatML
+from fanformer.data.conversations.examples import Example, Message
+from fanformer.data.packing import IGNORED_LABEL
+from fanformer.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class MaskedDocument:
+    """A conversation up to the last token that is learnt.
+
+    Attributes:
+        ids: (N + 1,) int32: N inputs, and the label of the last of them.
+        trained: (N,) bool, whether the token after each input is learnt.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+    def __len__(self) -> int:
+        """Return N, how many places of a row it takes."""
+        return len(self.trained)
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """Examples as tokens, and what became of those that do not fit.
+
+    Attributes:
+        documents: one for each example that is learnt from.
+        sources: the index of each document's example.
+        too_long: examples left out, since the last question with its answer fills more than a row.
+        unanswered: examples left out, since nothing of them is learnt.
+        shortened: examples that lost their oldest questions and answers.
+        forgotten: messages that these lost.
+    """
+
+    documents: tuple[MaskedDocument, ...]
+    sources: tuple[int, ...]
+    too_long: int
+    unanswered: int
+    shortened: int
+    forgotten: int
+
+
+def masked_document(chatml: ChatML, messages: Sequence[Message], given: int = 0) -> MaskedDocument | None:
+    """Return a conversation's tokens as inputs and labels, or None where nothing of it is learnt.
+
+    Args:
+        chatml: writes it.
+        messages: the conversation.
+        given: how many of its first messages hold nothing to learn.
+    """
+    encoded = chatml.encode(messages, given)
+    trained = np.array(encoded.trained, dtype=bool)
+    if not trained.any():
+        return None
+    last = int(np.flatnonzero(trained)[-1])
+    return MaskedDocument(np.array(encoded.ids[: last + 1], dtype=np.int32), trained[1 : last + 1])
+
+
+def shorten(chatml: ChatML, example: Example, sequence_length: int) -> Example | None:
+    """Return an example without as many of its oldest questions and answers as a row cannot hold.
+
+    What is left begins with the system message, if there is one, and a question; its end is never cut. Where it is a
+    preference, the longer of both ends counts.
+
+    Args:
+        chatml: writes it.
+        example: a conversation.
+        sequence_length: T, the tokens of a row.
+
+    Returns:
+        The example itself where it fits, and None where the last question and answer do not.
+    """
+    system, ends = 1 if example.messages[0].role == "system" else 0, [example.messages[example.given :]]
+    if example.rejected:
+        ends.append(example.rejected)
+    prompt = example.messages[: example.given]
+    whole = max(_places(chatml, (*prompt, *end)) for end in ends)
+    # a prompt ends with its question, a conversation that is learnt from with question and answer
+    droppable = len(example.messages) - system - 2 if not prompt else len(prompt) - system - 1
+    for dropped in range(0, droppable + 1, 2):
+        if whole <= sequence_length:
+            kept = (*example.messages[:system], *example.messages[system + dropped :])
+            return example if not dropped else _without(example, kept, dropped)
+        whole -= sum(chatml.count(one) for one in example.messages[system + dropped : system + dropped + 2])
+    return None
+
+
+def _without(example: Example, kept: tuple[Message, ...], dropped: int) -> Example:
+    return Example(kept, max(example.given - dropped, 0), example.rejected, example.place)
+
+
+def _places(chatml: ChatML, messages: Sequence[Message]) -> int:
+    """Return how many inputs a conversation takes up to its last answer's end."""
+    return len(chatml.encode(messages).ids) - 1 - chatml.line_end_tokens
+
+
+def tokenize_examples(
+    chatml: ChatML, examples: Sequence[Example], sequence_length: int, note: Callable[[str], None]
+) -> TokenizedExamples:
+    """Return what of the examples is learnt from, as tokens; of a preference, the chosen answer.
+
+    Args:
+        chatml: writes them.
+        examples: the conversations.
+        sequence_length: T, the tokens of a row.
+        note: is told in one line of each example that is left out, and at the end how many were shortened.
+
+    Raises:
+        DataError: if none is left.
+    """
+    documents, sources = [], []
+    too_long = unanswered = shortened = forgotten = 0
+    for index, example in enumerate(examples):
+        short = shorten(chatml, Example(example.messages, example.given, place=example.place), sequence_length)
+        if short is None:
+            too_long += 1
+            note(
+                f"{example.place or f'example {index + 1}'}: its last question and answer fill more than a row of "
+                f"{sequence_length} tokens; left out"
+            )
+            continue
+        document = masked_document(chatml, short.messages, short.given)
+        if document is None:
+            unanswered += 1
+            note(f"{example.place or f'example {index + 1}'}: nothing of it is an answer to learn; left out")
+            continue
+        lost = len(example.messages) - len(short.messages)
+        shortened, forgotten = shortened + bool(lost), forgotten + lost
+        documents.append(document)
+        sources.append(index)
+    if shortened:
+        note(f"{shortened} examples lost their oldest {forgotten} messages to fit rows of {sequence_length} tokens")
+    if not documents:
+        raise DataError(
+            f"none of {len(examples)} examples can be learnt from in rows of {sequence_length} tokens, {too_long} are "
+            "too long: use a larger `--sequence-length` or other data"
+        )
+    return TokenizedExamples(tuple(documents), tuple(sources), too_long, unanswered, shortened, forgotten)
+
+
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Put things into as few rows as best-fit decreasing finds: the longest first, each where least room is left over.
+
+    Args:
+        lengths: of each, from 1 to `room`.
+        room: of a row.
+
+    Returns:
+        For each row which things it holds, by their indices.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the room that is left in them
+    rooms: list[int] = []  # that some row has left, ascending
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            row, left = len(rows), room - length
+            rows.append([])
+        else:
+            row, left = with_room[rooms[place]].pop(), rooms[place] - length
+            if not with_room[rooms[place]]:
+                rooms.pop(place)
+        rows[row].append(index)
+        if left:
+            if not with_room[left]:
+                insort(rooms, left)
+            with_room[left].append(row)
+    return rows
+
+
+class ConversationRows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of T tokens, each holding one or several whole conversations and a rest of filler.
+
+    `labels` are shifted already: `labels[t]` is what follows `input_ids[t]` where that is learnt, and IGNORED_LABEL
+    elsewhere; every row has one that counts. `position_ids` begin at 0 with every conversation and with the filler, so
+    that a model that derives its mask from them keeps them apart.
+    """
+
+    def __init__(self, documents: Iterable[MaskedDocument], sequence_length: int, filler_id: int) -> None:
+        """Pack the conversations; equal ones in equal order give equal rows.
+
+        Args:
+            documents: the conversations.
+            sequence_length: T, tokens per row.
+            filler_id: what fills rows up; never a label.
+
+        Raises:
+            ConfigError: if `sequence_length` is not positive.
+            DataError: if there is nothing to learn, or a conversation is longer than a row.
+        """
+        if sequence_length < 1:
+            raise ConfigError(f"`sequence_length` must be at least 1, got {sequence_length}")
+        kept = list(documents)
+        self.left_out = sum(not document.trained.any() for document in kept)
+        """Conversations without a token to learn."""
+        kept = [document for document in kept if document.trained.any()]
+        lengths = [len(document) for document in kept]
+        if not kept or max(lengths) > sequence_length:
+            got = f"one of {max(lengths)}" if kept else "none"
+            raise DataError(
+                f"`documents` must be conversations of 1 to {sequence_length} tokens with some to learn, got {got}: "
+                "shorten them, or use a larger `--sequence-length`"
+            )
+        self.tokens_per_row = sequence_length
+        self.num_labels = sum(int(document.trained.sum()) for document in kept)
+        """Tokens that the rows teach."""
+        self._filler_id = filler_id
+        self._ids = np.concatenate([document.ids for document in kept])
+        self._trained = np.concatenate([document.trained for document in kept])
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._rows = best_fit(lengths, sequence_length)
+        self.fraction_filled = sum(lengths) / (len(self._rows) * sequence_length)
+        """Share of the places that hold conversations; the rest is filler."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all rows: equal where they are."""
+        digest = hashlib.sha256(f"{self.tokens_per_row},{self._filler_id},{self._starts.tolist()}".encode())
+        digest.update(self._ids.astype("<i4").tobytes())
+        digest.update(self._trained.tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `labels` and `position_ids` of a row, each (T,) int64."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row must be in [0, {len(self)}), got {index}")
+        length = self.tokens_per_row
+        inputs = np.full(length, self._filler_id, dtype=np.int64)
+        labels = np.full(length, IGNORED_LABEL, dtype=np.int64)
+        positions = np.empty(length, dtype=np.int64)
+        place = 0
+        for number in self._rows[index]:
+            start, end = int(self._starts[number]), int(self._starts[number + 1])
+            here = slice(place, place + end - start)
+            ids = self._ids[start + number : end + number + 1]  # each has one id more than places
+            inputs[here] = ids[:-1]
+            labels[here] = np.where(self._trained[start:end], ids[1:], IGNORED_LABEL)
+            positions[here] = np.arange(end - start)
+            place = here.stop
+        positions[place:] = np.arange(length - place)
+        return {
+            "input_ids": torch.from_numpy(inputs),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(positions),
+        }

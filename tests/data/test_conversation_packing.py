@@ -85,7 +85,7 @@ def test_rows_hold_every_conversation_once_with_its_labels(prepared, examples):
             for token, label in zip(ids[1:], labels, strict=False):
                 assert label in (token, IGNORED_LABEL)
             found.append((*ids, labels[-1]))
-    assert sorted(found) == sorted(tuple(document.ids.tolist()) for document in tokenized.documents)
+    assert sorted(found) == sorted(tuple(document.ids.tolist()) for (document,) in tokenized.documents)
     assert rows.num_labels == sum(int((rows[i]["labels"] != IGNORED_LABEL).sum()) for i in range(len(rows)))
     assert rows.num_labels == sum(
         sum(prepared.chatml.encode(example.messages, example.given).trained) for example in examples
@@ -110,7 +110,7 @@ def test_packed_loss_is_that_of_each_conversation_alone(prepared, model, example
         for row in (rows[index] for index in range(len(rows)))
     )
     alone = 0.0
-    for document in documents:
+    for (document,) in documents:
         ids = torch.from_numpy(document.ids.astype(np.int64))
         alone += total(ids[:-1], ids[1:].where(torch.from_numpy(document.trained), IGNORED_LABEL))
     assert packed == pytest.approx(alone, rel=1e-5)  # sums of some thousand float32 numbers in another order
@@ -166,13 +166,37 @@ def test_over_long_conversations_lose_whole_oldest_turns_and_keep_their_end(prep
     assert shorten(prepared.chatml, example, whole) is example
 
 
-def test_both_ends_of_a_preference_must_fit(prepared):
-    longer = (Message("assistant", "a much longer answer than the chosen one " * 2),)
-    example = Example(turns(4), 3, longer)
-    room = len(masked_document(prepared.chatml, (*turns(4)[:3], *longer), 3))
+def pair(number, rejected="no"):
+    return Example(turns(2 * number), 2 * number - 1, (Message("assistant", rejected),))
+
+
+def test_a_pair_is_shortened_until_a_row_holds_both_ends(prepared):
+    example = pair(2, "a much longer answer than the chosen one")
+    ends = (example.messages, (*example.messages[:3], *example.rejected))
+    room = sum(len(masked_document(prepared.chatml, end, 3)) for end in ends)
     assert shorten(prepared.chatml, example, room) is example
-    assert shorten(prepared.chatml, example, room - 1).messages == turns(4)[2:]
-    assert shorten(prepared.chatml, example, room - 1).given == 1
+    short = shorten(prepared.chatml, example, room - 1)
+    assert (short.messages, short.given, short.rejected) == (turns(4)[2:], 1, example.rejected)
+
+
+def test_rows_of_pairs_tell_chosen_from_rejected(prepared):
+    examples = [pair(1), pair(2, "never ever"), pair(3)]
+    tokenized = tokenize_examples(prepared.chatml, examples, 512, pytest.fail, preference=True)
+    rows = ConversationRows(tokenized.documents, 512, 0)
+    assert (len(rows), rows.examples_of(0)) == (1, [2, 1, 0])
+    row = rows[0]
+    for place, number in enumerate(rows.examples_of(0)):
+        example = examples[number]
+        for part, end in ((0, example.messages[-1:]), (1, example.rejected)):
+            here = row["document_ids"] == 2 * place + part
+            document = masked_document(prepared.chatml, (*example.messages[: example.given], *end), example.given)
+            assert row["input_ids"][here].tolist() == document.ids[:-1].tolist()
+            assert row["position_ids"][here].tolist() == list(range(len(document)))
+            learnt = [label for label in row["labels"][here].tolist() if label != IGNORED_LABEL]
+            assert prepared.tokenizer.decode(learnt) == f"{end[0].content}{END}"
+    assert set(row["labels"][row["document_ids"] == -1].tolist()) == {IGNORED_LABEL}
+    chosen = tokenize_examples(prepared.chatml, examples, 512, pytest.fail).documents
+    assert "document_ids" not in ConversationRows(chosen, 512, 0)[0]
 
 
 def test_what_does_not_fit_or_teaches_nothing_is_told_and_counted(prepared):
@@ -184,7 +208,7 @@ def test_what_does_not_fit_or_teaches_nothing_is_told_and_counted(prepared):
     )
     assert tokenized.sources == (0, 3)
     counts = (tokenized.too_long, tokenized.unanswered, tokenized.shortened, tokenized.forgotten)
-    assert counts == (1, 1, 1, 8 - 2 * sum(tokenized.documents[1].ids == prepared.chatml.start_id) // 2)
+    assert counts == (1, 1, 1, 8 - 2 * sum(tokenized.documents[1][0].ids == prepared.chatml.start_id) // 2)
     assert notes[0] == "a.jsonl:7: its last question and answer fill more than a row of 64 tokens; left out"
     assert notes[1] == "example 3: nothing of it is an answer to learn; left out"
     assert notes[2] == f"1 examples lost their oldest {tokenized.forgotten} messages to fit rows of 64 tokens"
@@ -195,20 +219,22 @@ def test_what_does_not_fit_or_teaches_nothing_is_told_and_counted(prepared):
 def test_documents_without_a_label_are_left_out_and_counted():
     silent = MaskedDocument(np.arange(4, dtype=np.int32), np.zeros(3, dtype=bool))
     good = MaskedDocument(np.arange(4, dtype=np.int32), np.array([False, True, True]))
-    rows = ConversationRows([silent, good, silent], 8, 0)
+    rows = ConversationRows([[silent], [good], [silent]], 8, 0)
     assert (rows.left_out, len(rows), rows.num_labels) == (2, 1, 2)
-    with pytest.raises(DataError, match=r"conversations of 1 to 8 tokens with some to learn, got none"):
-        ConversationRows([silent], 8, 0)
-    with pytest.raises(DataError, match=r"conversations of 1 to 2 tokens with some to learn, got one of 3"):
-        ConversationRows([good], 2, 0)
+    with pytest.raises(DataError, match=r"`examples` must have 1 to 8 tokens with some to learn, got none"):
+        ConversationRows([[silent]], 8, 0)
+    with pytest.raises(DataError, match=r"`examples` must have 1 to 2 tokens with some to learn, got one of 3"):
+        ConversationRows([[good]], 2, 0)
     with pytest.raises(ConfigError, match=r"`sequence_length` must be at least 1, got 0"):
-        ConversationRows([good], 0, 0)
+        ConversationRows([[good]], 0, 0)
+    with pytest.raises(DataError, match=r"must all have one document or all two, got \{1, 2\}"):
+        ConversationRows([[good], [good, good]], 8, 0)
 
 
 def test_a_shown_row_marks_exactly_what_is_learnt(prepared):
     first = [Message("user", "the cat\x1b[2J\u009b"), Message("assistant", "sat\ndown")]
     documents = [masked_document(prepared.chatml, first), masked_document(prepared.chatml, turns(4), given=2)]
-    row = ConversationRows(documents, 160, 0)[0]
+    row = ConversationRows([[document] for document in documents], 160, 0)[0]
     shown = marked_row(prepared.tokenizer, row, colour=False)
     plain = as_text(turns(4)).rstrip("\n").replace(f"the cat 3{END}", f"[[the cat 3{END}]]")
     assert plain in shown

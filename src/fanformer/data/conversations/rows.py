@@ -3,7 +3,7 @@
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,15 +37,15 @@ class TokenizedExamples:
     """Examples as tokens, and what became of those that do not fit.
 
     Attributes:
-        documents: one for each example that is learnt from.
-        sources: the index of each document's example.
+        documents: of each example that is learnt from: one, or two of a preference, chosen and rejected.
+        sources: the index of each of these examples.
         too_long: examples left out, since the last question with its answer fills more than a row.
         unanswered: examples left out, since nothing of them is learnt.
         shortened: examples that lost their oldest questions and answers.
         forgotten: messages that these lost.
     """
 
-    documents: tuple[MaskedDocument, ...]
+    documents: tuple[tuple[MaskedDocument, ...], ...]
     sources: tuple[int, ...]
     too_long: int
     unanswered: int
@@ -73,7 +73,7 @@ def shorten(chatml: ChatML, example: Example, sequence_length: int) -> Example |
     """Return an example without as many of its oldest questions and answers as a row cannot hold.
 
     What is left begins with the system message, if there is one, and a question; its end is never cut. Where it is a
-    preference, the longer of both ends counts.
+    preference, a row holds the prompt twice, with either end.
 
     Args:
         chatml: writes it.
@@ -87,19 +87,20 @@ def shorten(chatml: ChatML, example: Example, sequence_length: int) -> Example |
     if example.rejected:
         ends.append(example.rejected)
     prompt = example.messages[: example.given]
-    whole = max(_places(chatml, (*prompt, *end)) for end in ends)
+    whole = sum(_places(chatml, (*prompt, *end)) for end in ends)
     # a prompt ends with its question, a conversation that is learnt from with question and answer
     droppable = len(example.messages) - system - 2 if not prompt else len(prompt) - system - 1
     for dropped in range(0, droppable + 1, 2):
         if whole <= sequence_length:
             kept = (*example.messages[:system], *example.messages[system + dropped :])
             return example if not dropped else _without(example, kept, dropped)
-        whole -= sum(chatml.count(one) for one in example.messages[system + dropped : system + dropped + 2])
+        oldest = example.messages[system + dropped : system + dropped + 2]
+        whole -= len(ends) * sum(chatml.count(one) for one in oldest)
     return None
 
 
 def _without(example: Example, kept: tuple[Message, ...], dropped: int) -> Example:
-    return Example(kept, max(example.given - dropped, 0), example.rejected, example.place)
+    return replace(example, messages=kept, given=max(example.given - dropped, 0))
 
 
 def _places(chatml: ChatML, messages: Sequence[Message]) -> int:
@@ -108,15 +109,21 @@ def _places(chatml: ChatML, messages: Sequence[Message]) -> int:
 
 
 def tokenize_examples(
-    chatml: ChatML, examples: Sequence[Example], sequence_length: int, note: Callable[[str], None]
+    chatml: ChatML,
+    examples: Sequence[Example],
+    sequence_length: int,
+    note: Callable[[str], None],
+    *,
+    preference: bool = False,
 ) -> TokenizedExamples:
-    """Return what of the examples is learnt from, as tokens; of a preference, the chosen answer.
+    """Return what of the examples is learnt from, as tokens.
 
     Args:
         chatml: writes them.
         examples: the conversations.
         sequence_length: T, the tokens of a row.
         note: is told in one line of each example that is left out, and at the end how many were shortened.
+        preference: whether the rejected answers are wanted too; else only the chosen ones are learnt.
 
     Raises:
         DataError: if none is left.
@@ -124,22 +131,22 @@ def tokenize_examples(
     documents, sources = [], []
     too_long = unanswered = shortened = forgotten = 0
     for index, example in enumerate(examples):
-        short = shorten(chatml, Example(example.messages, example.given, place=example.place), sequence_length)
+        where = example.place or f"example {index + 1}"
+        wanted = example if preference else replace(example, rejected=())
+        short = shorten(chatml, wanted, sequence_length)
         if short is None:
             too_long += 1
-            note(
-                f"{example.place or f'example {index + 1}'}: its last question and answer fill more than a row of "
-                f"{sequence_length} tokens; left out"
-            )
+            note(f"{where}: its last question and answer fill more than a row of {sequence_length} tokens; left out")
             continue
-        document = masked_document(chatml, short.messages, short.given)
-        if document is None:
+        ends = [short.messages] + ([(*short.messages[: short.given], *short.rejected)] if short.rejected else [])
+        found = [document for end in ends if (document := masked_document(chatml, end, short.given)) is not None]
+        if len(found) < len(ends):
             unanswered += 1
-            note(f"{example.place or f'example {index + 1}'}: nothing of it is an answer to learn; left out")
+            note(f"{where}: nothing of it is an answer to learn; left out")
             continue
         lost = len(example.messages) - len(short.messages)
         shortened, forgotten = shortened + bool(lost), forgotten + lost
-        documents.append(document)
+        documents.append(tuple(found))
         sources.append(index)
     if shortened:
         note(f"{shortened} examples lost their oldest {forgotten} messages to fit rows of {sequence_length} tokens")
@@ -183,45 +190,50 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class ConversationRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of T tokens, each holding one or several whole conversations and a rest of filler.
+    """Rows of T tokens, each holding one or several whole examples and a rest of filler.
 
     `labels` are shifted already: `labels[t]` is what follows `input_ids[t]` where that is learnt, and IGNORED_LABEL
     elsewhere; every row has one that counts. `position_ids` begin at 0 with every conversation and with the filler, so
-    that a model that derives its mask from them keeps them apart.
+    that a model that derives its mask from them keeps them apart. Rows of preferences have `document_ids` besides: 2n
+    where the chosen answer of the row's n-th pair is with its prompt, 2n + 1 where the rejected one is, -1 at filler.
     """
 
-    def __init__(self, documents: Iterable[MaskedDocument], sequence_length: int, filler_id: int) -> None:
-        """Pack the conversations; equal ones in equal order give equal rows.
+    def __init__(self, examples: Iterable[Sequence[MaskedDocument]], sequence_length: int, filler_id: int) -> None:
+        """Pack the examples; equal ones in equal order give equal rows.
 
         Args:
-            documents: the conversations.
+            examples: the documents of each, as `tokenize_examples` gives them: one of each, or two of each.
             sequence_length: T, tokens per row.
             filler_id: what fills rows up; never a label.
 
         Raises:
             ConfigError: if `sequence_length` is not positive.
-            DataError: if there is nothing to learn, or a conversation is longer than a row.
+            DataError: if there is nothing to learn, an example is longer than a row, or pairs are mixed with others.
         """
         if sequence_length < 1:
             raise ConfigError(f"`sequence_length` must be at least 1, got {sequence_length}")
-        kept = list(documents)
-        self.left_out = sum(not document.trained.any() for document in kept)
-        """Conversations without a token to learn."""
-        kept = [document for document in kept if document.trained.any()]
-        lengths = [len(document) for document in kept]
+        given = [tuple(example) for example in examples]
+        kept = [example for example in given if all(document.trained.any() for document in example)]
+        self.left_out = len(given) - len(kept)
+        """Examples without a token to learn."""
+        lengths = [sum(map(len, example)) for example in kept]
         if not kept or max(lengths) > sequence_length:
             got = f"one of {max(lengths)}" if kept else "none"
             raise DataError(
-                f"`documents` must be conversations of 1 to {sequence_length} tokens with some to learn, got {got}: "
+                f"`examples` must have 1 to {sequence_length} tokens with some to learn, got {got}: "
                 "shorten them, or use a larger `--sequence-length`"
             )
+        if len(sizes := {len(example) for example in kept}) > 1 or not sizes <= {1, 2}:
+            raise DataError(f"`examples` must all have one document or all two, got {sizes}: keep them in two files")
         self.tokens_per_row = sequence_length
-        self.num_labels = sum(int(document.trained.sum()) for document in kept)
-        """Tokens that the rows teach."""
         self._filler_id = filler_id
-        self._ids = np.concatenate([document.ids for document in kept])
-        self._trained = np.concatenate([document.trained for document in kept])
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._documents_each = sizes.pop()
+        documents = [document for example in kept for document in example]
+        self.num_labels = sum(int(document.trained.sum()) for document in documents)
+        """Tokens that the rows teach."""
+        self._ids = np.concatenate([document.ids for document in documents])
+        self._trained = np.concatenate([document.trained for document in documents])
+        self._starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
         self._rows = best_fit(lengths, sequence_length)
         self.fraction_filled = sum(lengths) / (len(self._rows) * sequence_length)
         """Share of the places that hold conversations; the rest is filler."""
@@ -233,31 +245,38 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
     @property
     def fingerprint(self) -> str:
         """A digest of all rows: equal where they are."""
-        digest = hashlib.sha256(f"{self.tokens_per_row},{self._filler_id},{self._starts.tolist()}".encode())
+        layout = (self.tokens_per_row, self._filler_id, self._documents_each, self._starts.tolist())
+        digest = hashlib.sha256(repr(layout).encode())
         digest.update(self._ids.astype("<i4").tobytes())
         digest.update(self._trained.tobytes())
         return digest.hexdigest()
 
+    def examples_of(self, index: int) -> list[int]:
+        """Return which examples a row holds, in its order, counted without those left out."""
+        return list(self._rows[index])
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` of a row, each (T,) int64."""
+        """Return `input_ids`, `labels` and `position_ids` of a row, each (T,) int64, and of pairs `document_ids`."""
         if not 0 <= index < len(self):
             raise IndexError(f"row must be in [0, {len(self)}), got {index}")
-        length = self.tokens_per_row
+        length, each = self.tokens_per_row, self._documents_each
         inputs = np.full(length, self._filler_id, dtype=np.int64)
         labels = np.full(length, IGNORED_LABEL, dtype=np.int64)
+        documents = np.full(length, -1, dtype=np.int64)
         positions = np.empty(length, dtype=np.int64)
         place = 0
-        for number in self._rows[index]:
+        numbers = [each * example + part for example in self._rows[index] for part in range(each)]
+        for within, number in enumerate(numbers):
             start, end = int(self._starts[number]), int(self._starts[number + 1])
             here = slice(place, place + end - start)
             ids = self._ids[start + number : end + number + 1]  # each has one id more than places
             inputs[here] = ids[:-1]
             labels[here] = np.where(self._trained[start:end], ids[1:], IGNORED_LABEL)
             positions[here] = np.arange(end - start)
+            documents[here] = within
             place = here.stop
         positions[place:] = np.arange(length - place)
-        return {
-            "input_ids": torch.from_numpy(inputs),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(positions),
-        }
+        row = {"input_ids": inputs, "labels": labels, "position_ids": positions}
+        if each == 2:
+            row["document_ids"] = documents
+        return {name: torch.from_numpy(values) for name, values in row.items()}

@@ -141,7 +141,9 @@ def titles(path: Path, most: int) -> Iterator[Row]:
     for _, text in zip(range(most), found, strict=False):
         title, _, abstract = text.partition("\n\n")
         if title.strip() and abstract.strip():
-            yield conversation(f"Give this abstract a title.\n\n{abstract.strip()}", title.strip(), references=[title.strip()])
+            yield conversation(
+                f"Give this abstract a title.\n\n{abstract.strip()}", title.strip(), references=[title.strip()]
+            )
 
 
 def instruction_rows(count: int, *, held_out: bool) -> Iterator[Row]:

@@ -1,10 +1,15 @@
 """Classes of texts and of tokens, by the Auto classes, from the folder of a language model."""
 
+import copy
+import re
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from fanformer.model import FANformerForSequenceClassification, FANformerForTokenClassification
+from tests.saved_models import tiny_tokenizer  # noqa: F401
 
 KINDS = pytest.mark.parametrize(
     ("auto", "kind"),
@@ -20,7 +25,7 @@ PAD = 0
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("classification")
-    tiny_model(pad_token_id=PAD).save_pretrained(path)
+    tiny_model(vocab_size=320, pad_token_id=PAD).save_pretrained(path)
     return path
 
 
@@ -30,7 +35,7 @@ def test_auto_classes_take_the_decoder_of_a_language_model(folder, tiny_model, t
     assert type(model) is kind
     expected = {"score.weight"}
     assert (report["missing_keys"], report["unexpected_keys"]) == (expected, set())
-    decoder = tiny_model(pad_token_id=PAD).model.state_dict()
+    decoder = tiny_model(vocab_size=320, pad_token_id=PAD).model.state_dict()
     assert all(torch.equal(value, decoder[name]) for name, value in model.model.state_dict().items())
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path)
@@ -59,6 +64,26 @@ def test_a_token_has_read_only_those_before_it(folder, token_ids):
         whole, start = model(ids).logits, model(ids[:, :5]).logits
     assert whole.shape == (1, 9, 3)
     torch.testing.assert_close(whole[:, :5], start, rtol=1e-4, atol=1e-5)  # other shapes, other orders of sums
+
+
+def test_the_example_of_the_page_trains(folder, tiny_tokenizer, repository, tmp_path, monkeypatch):  # noqa: F811
+    """The block itself, on texts whose class is their first word."""
+    shutil.copytree(folder, tmp_path / "folder")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "folder")
+    page = (repository / "docs" / "tuning.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Classification" in block]
+    words = ["mat", "small", "add", "things", "model"]
+    names = {
+        "texts": [f"{start} {one} {other}" for one in words for other in words for start in ("the", "a")],
+        "labels": [0, 1] * len(words) ** 2,
+    }
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(block, names)
+    assert names["loss"] < 0.1
+    assert AutoModelForSequenceClassification.from_pretrained("classifier").config.num_labels == 2
 
 
 def test_ten_lines_train_a_classifier_of_texts(folder):

@@ -87,6 +87,23 @@ def test_one_row_and_no_reserved_token_is_one_clear_error(tiny_model, tiny_token
         add_chat_tokens(tiny_model(vocab_size=301), tiny_tokenizer)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_full_vocabulary_may_grow_where_that_is_asked_for(tiny_model, tiny_tokenizer, tied):  # noqa: F811
+    model = tiny_model(vocab_size=301, tie_word_embeddings=tied)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3]])).logits
+    prepared = add_chat_tokens(model, tiny_tokenizer, grow=True)
+    assert model.config.vocab_size == len(model.lm_head.weight) == len(model.model.embed_tokens.weight) == 320
+    assert prepared.notes == ("the vocabulary grows from 301 to 320",)
+    assert sorted(prepared.new_ids) == [300, 301]
+    assert torch.equal(model.lm_head.weight[:300], before["lm_head.weight"][:300])
+    with torch.no_grad():
+        # the same products in a larger matrix
+        torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits[..., :300], logits[..., :300])
+    assert add_chat_tokens(tiny_model(vocab_size=320), tiny_tokenizer, grow=True).notes == ()
+
+
 def test_tokens_that_are_there_keep_their_rows(tiny_model, tiny_tokenizer):  # noqa: F811
     there = reserved(tiny_tokenizer, START, END)
     model = tiny_model(vocab_size=302)

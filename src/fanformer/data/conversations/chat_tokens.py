@@ -35,12 +35,13 @@ class ChatTokens:
     notes: tuple[str, ...]
 
 
-def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> ChatTokens:
+def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, grow: bool = False) -> ChatTokens:
     """Prepare a causal language model and its tokenizer for conversations; the model is changed in place.
 
-    What the tokenizer lacks of START and END takes rows that only fill up the model's vocabulary, or, where there are
-    none, reserved tokens. Texts end with END from then on, in the tokenizer, the configuration and the generation
-    settings; the padding stays another token. The rows of new tokens begin as follows, K being the known tokens:
+    What the tokenizer lacks of START and END takes rows that only fill up the model's vocabulary; where there are none,
+    reserved tokens; where there are none either and `grow` allows it, new rows, up to the next multiple of 64. Texts
+    end with END from then on, in the tokenizer, the configuration and the generation settings; the padding stays
+    another token. The rows of new tokens begin as follows, K being the known tokens:
 
     | row      | embedding                                  | LM head                                 |
     |----------|--------------------------------------------|-----------------------------------------|
@@ -55,24 +56,27 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) 
     Args:
         model: with an embedding and an LM head of `vocab_size` rows.
         tokenizer: the one that it was trained with.
+        grow: whether the model may get more rows: it is then of another size than the base.
 
     Raises:
         ConfigError: if the tokenizer has no token to begin or end a text with, or none to pad with beside END, or if
-            there is neither an unused row nor a reserved token for START or END.
+            there is neither an unused row nor a reserved token for START or END, and the model may not grow.
     """
     copied, opens, ends = copy.deepcopy(tokenizer), start_token_id(tokenizer), end_token_id(tokenizer)
     known = max(tokenizer.get_vocab().values()) + 1
     missing = [token for token in (START, END) if tokenizer.backend_tokenizer.token_to_id(token) is None]
     free = model.config.vocab_size - known
     notes = []
-    if len(missing) > free:
-        reserved = _reserved(tokenizer)[: len(missing)]
-        if len(reserved) < len(missing):
-            raise ConfigError(
-                f"`tokenizer` must leave room for {' and '.join(missing)}, got {known} tokens in a vocabulary of "
-                f"{model.config.vocab_size} and {len(reserved)} reserved ones: take a model that was trained with a "
-                "larger `vocab_size`, or a tokenizer that has them."
-            )
+    full = len(missing) > free
+    reserved = _reserved(tokenizer)[: len(missing)] if full else []
+    grows = full and len(reserved) < len(missing)
+    if grows and not grow:
+        raise ConfigError(
+            f"`tokenizer` must leave room for {' and '.join(missing)}, got {known} tokens in a vocabulary of "
+            f"{model.config.vocab_size} and {len(reserved)} reserved ones: let the vocabulary grow, or take "
+            "a model that was trained with a larger `vocab_size`."
+        )
+    if reserved and not grows:
         copied = _renamed(copied, dict(zip(reserved, missing, strict=True)))
         notes += [f"{new} takes the reserved token {old}" for old, new in zip(reserved, missing, strict=True)]
     _set_special(copied)
@@ -85,6 +89,10 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) 
             f"`tokenizer` must keep {START} and {END} apart from text, got one that does not: take one whose "
             "tokenizer.json lists both as special tokens."
         )
+    if grows:
+        before = model.config.vocab_size  # what only fills up begins as in a fresh model
+        model.resize_token_embeddings(known + len(missing), pad_to_multiple_of=64, mean_resizing=False)
+        notes.append(f"the vocabulary grows from {before} to {model.config.vocab_size}")
     rows = {START: chatml.start_id, END: chatml.end_id}
     _begin_rows(model, {token: rows[token] for token in missing}, opens, ends, known)
     for settings in (model.config, model.generation_config):

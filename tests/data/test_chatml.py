@@ -87,7 +87,11 @@ def test_encoding_is_not_disturbed_by_other_users_of_the_tokenizer(prepared):
     messages = conversation(*CLEAN[1])
     before = prepared.chatml.encode(messages)
     prepared.tokenizer(["a", "a much longer text"], padding=True, truncation=True, max_length=3)
+    prepared.tokenizer.backend_tokenizer.encode_special_tokens = False
     assert prepared.chatml.encode(messages) == before
+    forged = prepared.chatml.encode([Message("user", END)])
+    assert forged.ids.count(prepared.chatml.end_id) == 1
+    assert not prepared.tokenizer.backend_tokenizer.encode_special_tokens  # nor the other way round
     assert prepared.tokenizer(f"a{END}").input_ids[-1] == prepared.chatml.end_id
     assert encode_documents(prepared.tokenizer, [END])[0] == prepared.chatml.encode_plain(END)
 

@@ -209,7 +209,7 @@ def test_what_does_not_fit_or_teaches_nothing_is_told_and_counted(prepared):
     assert tokenized.sources == (0, 3)
     counts = (tokenized.too_long, tokenized.unanswered, tokenized.shortened, tokenized.forgotten)
     assert counts == (1, 1, 1, 8 - 2 * sum(tokenized.documents[1][0].ids == prepared.chatml.start_id) // 2)
-    assert notes[0] == "a.jsonl:7: its last question and answer fill more than a row of 64 tokens; left out"
+    assert notes[0] == "a.jsonl:7: its last question and answer have more tokens than a row, 64; left out"
     assert notes[1] == "example 3: nothing of it is an answer to learn; left out"
     assert notes[2] == f"1 examples lost their oldest {tokenized.forgotten} messages to fit rows of 64 tokens"
     with pytest.raises(DataError, match=r"none of 1 examples can be learnt from in rows of 64 tokens, 1 are too long"):
@@ -217,8 +217,8 @@ def test_what_does_not_fit_or_teaches_nothing_is_told_and_counted(prepared):
 
 
 def test_documents_without_a_label_are_left_out_and_counted():
-    silent = MaskedDocument(np.arange(4, dtype=np.int32), np.zeros(3, dtype=bool))
-    good = MaskedDocument(np.arange(4, dtype=np.int32), np.array([False, True, True]))
+    silent = MaskedDocument(np.arange(4, dtype=np.int32), np.zeros(3, dtype=bool), 0)
+    good = MaskedDocument(np.arange(4, dtype=np.int32), np.array([False, True, True]), 2)
     rows = ConversationRows([[silent], [good], [silent]], 8, 0)
     assert (rows.left_out, len(rows), rows.num_labels) == (2, 1, 2)
     with pytest.raises(DataError, match=r"`examples` must have 1 to 8 tokens with some to learn, got none"):

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
 from fanformer.errors import DataError
 from fanformer.evaluation.statistics import ratio_stderr
+
+if TYPE_CHECKING:
+    from fanformer.data.conversations.rows import ConversationRows
 
 LONGEST_DEFAULT_CONTEXT = 2048
 """Tokens of context above which a model's own longest context is no longer the default."""
@@ -195,7 +199,7 @@ def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) ->
 @torch.no_grad()
 def surprise_by_document(
     model: PreTrainedModel,
-    rows: PackedRows,
+    rows: "PackedRows | ConversationRows",
     documents_before: np.ndarray,
     indices: list[int],
     batch_size: int,
@@ -211,7 +215,8 @@ def surprise_by_document(
 
     Args:
         model: a causal language model; its training mode is restored.
-        rows: rows of a stream, with labels that are shifted already, IGNORED_LABEL where nothing is predicted.
+        rows: rows of a stream or of conversations, with labels that are shifted already, IGNORED_LABEL where nothing
+            is predicted.
         documents_before: for every row, how many documents start before it.
         indices: which rows.
         batch_size: rows per forward pass.
@@ -242,7 +247,7 @@ def surprise_by_document(
             items = [rows[index] for index in padded]
             batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
             before = torch.from_numpy(documents_before[padded])[:, None]
-            batch["documents"] = before + (batch["input_ids"] == rows.start_id).cumsum(1) - 1
+            batch["documents"] = before + rows.document_starts(batch).cumsum(1) - 1
             batch["labels"][len(chosen) :] = IGNORED_LABEL
             if not packed and not (batch["labels"] != IGNORED_LABEL).any():
                 continue
@@ -312,6 +317,37 @@ def held_out_loss(
     )
     num_bytes = stream.num_bytes if measured == 1 else max(1, round(stream.num_bytes * measured))
     return summarize(nats, tokens, num_bytes)
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    rows: "ConversationRows",
+    batch_size: int,
+    max_tokens: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    share: Share = Share(),  # frozen
+    between_batches: Callable[[], None] | None = None,
+) -> HeldOutLoss:
+    """Measure the loss on answers and the tokens that end them, given the questions; bytes are those of the answers.
+
+    Args:
+        model: a causal language model.
+        rows: conversations.
+        batch_size: rows per forward pass.
+        max_tokens: measure on rows of about this many tokens, evenly spread, questions among them; None is all.
+        autocast_dtype: dtype for matrix products, or None for the weights' own.
+        share: which batches this process does.
+        between_batches: called before every batch; may raise to end the evaluation.
+    """
+    in_rows = rows.document_bytes()
+    before = np.cumsum([0, *map(len, in_rows)])
+    indices = every_nth(len(rows), len(rows) if max_tokens is None else max_tokens // rows.tokens_per_row)
+    nats, tokens = surprise_by_document(
+        model, rows, before[:-1], indices, batch_size, int(before[-1]), autocast_dtype, share, between_batches
+    )
+    measured = tokens > 0
+    num_bytes = np.array(list(itertools.chain.from_iterable(in_rows)), dtype=np.int64)[measured]
+    return summarize(nats[measured], tokens[measured], int(num_bytes.sum()), num_bytes)
 
 
 def default_sequence_length(model: PreTrainedModel) -> int:

@@ -5,13 +5,14 @@ tokens by itself, so that what a prompt ends with is what a learnt answer begins
 plain text even where it spells a control token.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
-from fanformer.data.conversations.examples import Message
+from fanformer.data.conversations.examples import Message, Role
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -62,12 +63,16 @@ class ChatML:
     Attributes:
         start_id: id of START.
         end_id: id of END.
+        headers: ids in front of what each role says.
+        line_end: ids behind END.
         default_system: what the template has a system message say where there is none; None leaves it out.
         encode_plain: returns the ids of a text in which nothing is a control token.
     """
 
     start_id: int
     end_id: int
+    headers: Mapping[Role, list[int]]
+    line_end: list[int]
     default_system: str | None
     encode_plain: Callable[[str], list[int]]
 
@@ -94,20 +99,14 @@ class ChatML:
         self._append(found, message, False)
         return len(found.ids)
 
-    @property
-    def line_end_tokens(self) -> int:
-        """How many tokens stand behind the last END."""
-        return len(self.encode_plain("\n"))
-
     def _append(self, found: EncodedConversation, message: Message, trained: bool) -> None:
         self._header(found, message.role)
         said = [*self.encode_plain(message.content), self.end_id]
-        line_end = self.encode_plain("\n")
-        found.ids.extend([*said, *line_end])
-        found.trained.extend([trained] * len(said) + [False] * len(line_end))
+        found.ids.extend([*said, *self.line_end])
+        found.trained.extend([trained] * len(said) + [False] * len(self.line_end))
 
-    def _header(self, found: EncodedConversation, role: str) -> None:
-        header = [self.start_id, *self.encode_plain(f"{role}\n")]
+    def _header(self, found: EncodedConversation, role: Role) -> None:
+        header = self.headers[role]
         found.ids.extend(header)
         found.trained.extend([False] * len(header))
 
@@ -123,11 +122,13 @@ def chatml_of(tokenizer: ChatTokenizer) -> ChatML | None:
     if not tokenizer.chat_template or start_id is None or end_id is None:
         return None
 
+    plain = copy.deepcopy(backend)  # its own: what others set theirs to, meanwhile or before, must not let tokens in
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+
     def encode_plain(text: str) -> list[int]:
-        backend.encode_special_tokens = True  # whoever encodes otherwise sets it back, as with the next two
-        backend.no_truncation()
-        backend.no_padding()
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(plain.encode(text, add_special_tokens=False).ids)
 
     def written(messages: Sequence[Message], prompt: bool) -> str:
         rows = [vars(message) for message in messages]
@@ -147,8 +148,14 @@ def chatml_of(tokenizer: ChatTokenizer) -> ChatML | None:
     before = without_system.removesuffix(rest)
     if not exact or not without_system.endswith(rest) or (before and not before.startswith(opening)):
         return None
+    roles: tuple[Role, ...] = ("system", "user", "assistant")
     return ChatML(
-        start_id, end_id, before.removeprefix(opening).removesuffix(closing) if before else None, encode_plain
+        start_id,
+        end_id,
+        headers={role: [start_id, *encode_plain(f"{role}\n")] for role in roles},
+        line_end=encode_plain("\n"),
+        default_system=before.removeprefix(opening).removesuffix(closing) if before else None,
+        encode_plain=encode_plain,
     )
 
 

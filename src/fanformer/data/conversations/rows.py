@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,10 +22,12 @@ class MaskedDocument:
     Attributes:
         ids: (N + 1,) int32: N inputs, and the label of the last of them.
         trained: (N,) bool, whether the token after each input is learnt.
+        num_bytes: UTF-8 bytes of the answers that are learnt.
     """
 
     ids: np.ndarray
     trained: np.ndarray
+    num_bytes: int
 
     def __len__(self) -> int:
         """Return N, how many places of a row it takes."""
@@ -66,7 +68,9 @@ def masked_document(chatml: ChatML, messages: Sequence[Message], given: int = 0)
     if not trained.any():
         return None
     last = int(np.flatnonzero(trained)[-1])
-    return MaskedDocument(np.array(encoded.ids[: last + 1], dtype=np.int32), trained[1 : last + 1])
+    learnt = [message.content for message in messages[given:] if message.role == "assistant"]
+    num_bytes = sum(len(content.encode()) for content in learnt)
+    return MaskedDocument(np.array(encoded.ids[: last + 1], dtype=np.int32), trained[1 : last + 1], num_bytes)
 
 
 def shorten(chatml: ChatML, example: Example, sequence_length: int) -> Example | None:
@@ -105,7 +109,7 @@ def _without(example: Example, kept: tuple[Message, ...], dropped: int) -> Examp
 
 def _places(chatml: ChatML, messages: Sequence[Message]) -> int:
     """Return how many inputs a conversation takes up to its last answer's end."""
-    return len(chatml.encode(messages).ids) - 1 - chatml.line_end_tokens
+    return len(chatml.encode(messages).ids) - 1 - len(chatml.line_end)
 
 
 def tokenize_examples(
@@ -133,20 +137,20 @@ def tokenize_examples(
     for index, example in enumerate(examples):
         where = example.place or f"example {index + 1}"
         wanted = example if preference else replace(example, rejected=())
-        short = shorten(chatml, wanted, sequence_length)
-        if short is None:
-            too_long += 1
-            note(f"{where}: its last question and answer fill more than a row of {sequence_length} tokens; left out")
-            continue
-        ends = [short.messages] + ([(*short.messages[: short.given], *short.rejected)] if short.rejected else [])
-        found = [document for end in ends if (document := masked_document(chatml, end, short.given)) is not None]
-        if len(found) < len(ends):
+        found, lost = _documents(chatml, wanted), 0
+        if sum(map(len, found)) > sequence_length:
+            short = shorten(chatml, wanted, sequence_length)
+            if short is None:
+                too_long += 1
+                note(f"{where}: its last question and answer have more tokens than a row, {sequence_length}; left out")
+                continue
+            found, lost = _documents(chatml, short), len(example.messages) - len(short.messages)
+        if not found:
             unanswered += 1
             note(f"{where}: nothing of it is an answer to learn; left out")
             continue
-        lost = len(example.messages) - len(short.messages)
         shortened, forgotten = shortened + bool(lost), forgotten + lost
-        documents.append(tuple(found))
+        documents.append(found)
         sources.append(index)
     if shortened:
         note(f"{shortened} examples lost their oldest {forgotten} messages to fit rows of {sequence_length} tokens")
@@ -156,6 +160,15 @@ def tokenize_examples(
             "too long: use a larger `--sequence-length` or other data"
         )
     return TokenizedExamples(tuple(documents), tuple(sources), too_long, unanswered, shortened, forgotten)
+
+
+def _documents(chatml: ChatML, example: Example) -> tuple[MaskedDocument, ...]:
+    """Return an example with each of its ends, or nothing where one of them has nothing to learn."""
+    ends = [example.messages]
+    if example.rejected:
+        ends.append((*example.messages[: example.given], *example.rejected))
+    found = [masked_document(chatml, end, example.given) for end in ends]
+    return tuple(document for document in found if document is not None) if None not in found else ()
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -234,6 +247,7 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
         self._ids = np.concatenate([document.ids for document in documents])
         self._trained = np.concatenate([document.trained for document in documents])
         self._starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
+        self._bytes = np.array([document.num_bytes for document in documents], dtype=np.int64)
         self._rows = best_fit(lengths, sequence_length)
         self.fraction_filled = sum(lengths) / (len(self._rows) * sequence_length)
         """Share of the places that hold conversations; the rest is filler."""
@@ -245,11 +259,28 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
     @property
     def fingerprint(self) -> str:
         """A digest of all rows: equal where they are."""
-        layout = (self.tokens_per_row, self._filler_id, self._documents_each, self._starts.tolist())
-        digest = hashlib.sha256(repr(layout).encode())
+        digest = hashlib.sha256(f"{self.tokens_per_row},{self._filler_id},{self._documents_each}".encode())
+        digest.update(self._starts.astype("<i8").tobytes())
         digest.update(self._ids.astype("<i4").tobytes())
         digest.update(self._trained.tobytes())
         return digest.hexdigest()
+
+    def document_starts(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return where documents begin in rows of this, the filler being one too: (B, T) bool.
+
+        Args:
+            batch: `position_ids` among them, (B, T).
+        """
+        return batch["position_ids"] == 0
+
+    def document_bytes(self) -> list[list[int]]:
+        """Return for each row the bytes of the answers in each of its documents, 0 for the filler at its end."""
+        each, found = self._documents_each, []
+        for examples in self._rows:
+            numbers = [each * example + part for example in examples for part in range(each)]
+            used = sum(int(self._starts[number + 1] - self._starts[number]) for number in numbers)
+            found.append([int(self._bytes[number]) for number in numbers] + [0] * (used < self.tokens_per_row))
+        return found
 
     def examples_of(self, index: int) -> list[int]:
         """Return which examples a row holds, in its order, counted without those left out."""

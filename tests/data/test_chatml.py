@@ -55,7 +55,8 @@ def test_ids_and_trained_tokens_are_those_of_the_template(prepared, pairs):
 
 def test_learnt_are_answers_and_the_tokens_that_end_them(prepared):
     messages = conversation(("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))
-    for given, said in ((0, f"first{END}second{END}"), (2, f"second{END}"), (4, "")):
+    both, last = f"first{END}second{END}", f"second{END}"
+    for given, said in ((0, both), (1, both), (2, last), (3, last), (4, "")):
         encoded = prepared.chatml.encode(messages, given)
         learnt = [number for number, trained in zip(encoded.ids, encoded.trained, strict=True) if trained]
         assert prepared.tokenizer.decode(learnt) == said

@@ -177,6 +177,13 @@ def test_a_pair_is_shortened_until_a_row_holds_both_ends(prepared):
     assert shorten(prepared.chatml, example, room) is example
     short = shorten(prepared.chatml, example, room - 1)
     assert (short.messages, short.given, short.rejected) == (turns(4)[2:], 1, example.rejected)
+    for length in range(20, room + 1):  # as few as must be are dropped
+        short = shorten(prepared.chatml, pair(2, example.rejected[0].content), length)
+        needed = sum(
+            len(masked_document(prepared.chatml, (*turns(4)[2:3], *end), 1))
+            for end in (example.messages[3:], example.rejected)
+        )
+        assert (short is None) == (length < needed)
 
 
 def test_rows_of_pairs_tell_chosen_from_rejected(prepared):

@@ -1,15 +1,17 @@
 """The tokenizer in a GGUF file: a whole tokenizer.json, and what files had before it."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from fanformer.data.conversations.chatml import TEMPLATE
 from fanformer.errors import CheckpointError
 from fanformer.gguf.file import GGUFFile, Texts
-from fanformer.gguf.tokenizer import UNUSED, WHOLE, GGUFTokenizer, put_together, split_json
-from tests.gguf_models import export
+from fanformer.gguf.tokenizer import UNUSED, WHOLE, GGUFTokenizer, put_together, split_json, without_generation_tags
+from tests.gguf_models import export, save
 
 
 @pytest.fixture
@@ -70,3 +72,45 @@ def test_tokens_that_differ_from_the_tokenizers_or_are_there_twice_are_refused(s
     )
     with pytest.raises(CheckpointError, match=r"has other tokens than `tokenizer.ggml.tokens`|out of vocabulary"):
         GGUFTokenizer(file, 320)
+
+
+TAGGED = {
+    "ours": TEMPLATE,
+    "tags on lines of their own": """{% for m in messages %}
+  {% if m.role == 'assistant' %}
+    {% generation %}
+    {{ m.content }} .
+    {% endgeneration %}
+  {% endif %}
+
+  {{ m.role }}
+{% endfor %}""",
+    "trimmed on both sides": "{% for m in messages %}a \n {%- generation -%} \n\n {{ m.content }} \n"
+    "{%- endgeneration %}\n\nb{% endfor %}",
+    "kept on both sides": "{% for m in messages %}a\n  {%+ generation +%}\n{{ m.content }}"
+    "{%+endgeneration+%}\nb{% endfor %}",
+    "after another tag": "{% for m in messages %}{% generation %}\n\n{{ m.content }}{%endgeneration%}{% endfor %}\nend",
+    "at the ends": "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+}
+
+
+@pytest.mark.parametrize("template", TAGGED.values(), ids=TAGGED)
+def test_a_template_without_its_generation_tags_writes_the_same(saved_model, loaded, template):
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    tokenizer.chat_template = without_generation_tags(template)
+    assert "generation %" not in tokenizer.chat_template
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+    file = GGUFFile(export(saved_model))
+    file.metadata["tokenizer.chat_template"] = template  # as another program may have written it
+    theirs = GGUFTokenizer(file, 320).apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+    assert theirs == expected
+
+
+def test_a_written_file_has_the_template_without_the_tags(loaded, tmp_path):
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    template = GGUFFile(export(save(tmp_path / "model", loaded.model, tokenizer))).metadata["tokenizer.chat_template"]
+    assert template == TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")

@@ -173,6 +173,8 @@ def test_saved_folder_names_the_class_behind_every_auto_class(tiny_model, tmp_pa
             "AutoConfig": "configuration_fanformer.FANformerConfig",
             "AutoModel": "modeling_fanformer.FANformerModel",
             "AutoModelForCausalLM": "modeling_fanformer.FANformerForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_fanformer.FANformerForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_fanformer.FANformerForTokenClassification",
         }
         code = {file.name for file in path.glob("*.py")}
         assert code == {"configuration_fanformer.py", "modeling_fanformer.py"}
@@ -200,6 +202,7 @@ WITHOUT_OUR_PACKAGE = """
     from pathlib import Path
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     folder, again = Path(sys.argv[1]), Path(sys.argv[2])
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -213,6 +216,12 @@ WITHOUT_OUR_PACKAGE = """
     generated = model.generate(io["input_ids"], max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(generated, io["generated"])
     model.save_pretrained(again)
+    for kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        classifier = kind.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+        assert classifier(io["input_ids"]).logits.shape[-1] == 3
+        assert torch.equal(classifier.model.embed_tokens.weight, model.model.embed_tokens.weight)
+        classifier.save_pretrained(again / "classifier")
+        kind.from_pretrained(again / "classifier", trust_remote_code=True)
     print("loaded without our package")
 """
 

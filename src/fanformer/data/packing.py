@@ -1,5 +1,7 @@
 """Rows of a fixed length cut from a token stream: nothing padded, nothing dropped but the last partial row."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -54,6 +56,14 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     def start_id(self) -> int:
         """The token that opens every document."""
         return self._stream.start_id
+
+    def document_starts(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return where documents begin in rows of this: (B, T) bool.
+
+        Args:
+            batch: `input_ids` among them, (B, T).
+        """
+        return batch["input_ids"] == self.start_id
 
     @property
     def num_labels(self) -> int:

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
 from fanformer.errors import DataError
 from fanformer.evaluation.statistics import ratio_stderr
+
+if TYPE_CHECKING:
+    from fanformer.data.conversations.rows import ConversationRows
 
 LONGEST_DEFAULT_CONTEXT = 2048
 """Tokens of context above which a model's own longest context is no longer the default."""
@@ -200,31 +204,39 @@ def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) ->
 @torch.no_grad()
 def surprise_by_document(
     model: PreTrainedModel,
-    stream: TokenStream,
-    sequence_length: int,
+    rows: "PackedRows | ConversationRows",
+    documents_before: np.ndarray,
+    indices: list[int],
     batch_size: int,
-    max_tokens: int | None = None,
+    num_documents: int,
     autocast_dtype: torch.dtype | None = None,
     share: Share = Share(),  # frozen
     between_batches: Callable[[], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Sum the surprise of a stream's tokens document by document; arguments as in `held_out_loss`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the surprise of the labels of the given rows, document by document.
 
     Batches always have `batch_size` rows, the last one filled up with repetitions that do not count, so that the
-    result does not depend on how the rows divide. Every process does as many of them. The model's training mode is
-    restored.
+    result does not depend on how the rows divide. Every process does as many of them.
+
+    Args:
+        model: a causal language model; its training mode is restored.
+        rows: rows of a stream or of conversations, with labels that are shifted already, IGNORED_LABEL where nothing
+            is predicted.
+        documents_before: for every row, how many documents start before it.
+        indices: which rows.
+        batch_size: rows per forward pass.
+        num_documents: N, documents of the stream.
+        autocast_dtype: dtype for matrix products, or None for the weights' own.
+        share: which batches this process does.
+        between_batches: called before every batch; may raise to end the evaluation.
 
     Returns:
-        Nats (N,) and number of predicted tokens (N,) of every document, of all processes together, and which share of
-        the text that is.
+        Nats (N,) and number of predicted tokens (N,) of every document, of all processes together.
     """
-    rows = PackedRows(stream, sequence_length, keep_partial=True)
-    indices = every_nth(len(rows), len(rows) if max_tokens is None else max_tokens // sequence_length)
-    documents_before = _documents_before_rows(stream, rows)
     was_training = model.training
     model.eval()
     device = model.device
-    sums = torch.zeros(2, stream.num_documents, dtype=torch.float64)
+    sums = torch.zeros(2, num_documents, dtype=torch.float64)
     autocast = (
         torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
     )
@@ -240,7 +252,7 @@ def surprise_by_document(
             items = [rows[index] for index in padded]
             batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
             before = torch.from_numpy(documents_before[padded])[:, None]
-            batch["documents"] = before + (batch["input_ids"] == rows.start_id).cumsum(1) - 1
+            batch["documents"] = before + rows.document_starts(batch).cumsum(1) - 1
             batch["labels"][len(chosen) :] = IGNORED_LABEL
             if not packed and not (batch["labels"] != IGNORED_LABEL).any():
                 continue
@@ -248,9 +260,8 @@ def surprise_by_document(
             sums[0].index_add_(0, documents, torch.round(nats * _UNITS_PER_NAT))
             sums[1].index_add_(0, documents, torch.ones_like(nats))
     model.train(was_training)
-    both = np.array(share.sum(sums.flatten().tolist())).reshape(2, -1)
-    measured = len(indices) / len(rows)  # of the text, in equal rows but for the last
-    return both[0] / _UNITS_PER_NAT, both[1].astype(np.int64), measured
+    both = np.array(share.sum(sums.flatten().tolist())).reshape(2, num_documents)
+    return both[0] / _UNITS_PER_NAT, both[1].astype(np.int64)
 
 
 def _documents_before_rows(stream: TokenStream, rows: PackedRows) -> np.ndarray:
@@ -261,6 +272,27 @@ def _documents_before_rows(stream: TokenStream, rows: PackedRows) -> np.ndarray:
         for row in range(len(rows))
     ]
     return np.cumsum([0, *starts[:-1]])
+
+
+def _measure(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    share: Share = Share(),  # frozen
+    between_batches: Callable[[], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return nats and tokens of every document, and which share of the text they are; arguments as held_out_loss."""
+    rows = PackedRows(stream, sequence_length, keep_partial=True)
+    wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
+    indices = every_nth(len(rows), wanted)
+    before = _documents_before_rows(stream, rows)
+    nats, tokens = surprise_by_document(
+        model, rows, before, indices, batch_size, stream.num_documents, autocast_dtype, share, between_batches
+    )
+    return nats, tokens, len(indices) / len(rows)  # of the text, in equal rows but for the last
 
 
 def held_out_loss(
@@ -285,11 +317,42 @@ def held_out_loss(
         share: which batches this process does.
         between_batches: called before every batch; may raise to end the evaluation.
     """
-    nats, tokens, measured = surprise_by_document(
+    nats, tokens, measured = _measure(
         model, stream, sequence_length, batch_size, max_tokens, autocast_dtype, share, between_batches
     )
     num_bytes = stream.num_bytes if measured == 1 else max(1, round(stream.num_bytes * measured))
     return summarize(nats, tokens, num_bytes)
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    rows: "ConversationRows",
+    batch_size: int,
+    max_tokens: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    share: Share = Share(),  # frozen
+    between_batches: Callable[[], None] | None = None,
+) -> HeldOutLoss:
+    """Measure the loss on answers and the tokens that end them, given the questions; bytes are those of the answers.
+
+    Args:
+        model: a causal language model.
+        rows: conversations.
+        batch_size: rows per forward pass.
+        max_tokens: measure on rows of about this many tokens, evenly spread, questions among them; None is all.
+        autocast_dtype: dtype for matrix products, or None for the weights' own.
+        share: which batches this process does.
+        between_batches: called before every batch; may raise to end the evaluation.
+    """
+    in_rows = rows.document_bytes()
+    before = np.cumsum([0, *map(len, in_rows)])
+    indices = every_nth(len(rows), len(rows) if max_tokens is None else max_tokens // rows.tokens_per_row)
+    nats, tokens = surprise_by_document(
+        model, rows, before[:-1], indices, batch_size, int(before[-1]), autocast_dtype, share, between_batches
+    )
+    measured = tokens > 0
+    num_bytes = np.array(list(itertools.chain.from_iterable(in_rows)), dtype=np.int64)[measured]
+    return summarize(nats[measured], tokens[measured], int(num_bytes.sum()), num_bytes)
 
 
 def default_sequence_length(model: PreTrainedModel) -> int:
@@ -327,5 +390,5 @@ def evaluate_documents(
     # a short text needs no row as long as the model's context, and no more rows than it fills
     length = min(sequence_length or default_sequence_length(model), len(tokens) - 1)
     rows = math.ceil((len(tokens) - 1) / length)
-    nats, predicted, _ = surprise_by_document(model, stream, length, min(batch_size, rows))
+    nats, predicted, _ = _measure(model, stream, length, min(batch_size, rows))
     return DocumentSums(nats, predicted, num_bytes)

@@ -60,9 +60,9 @@ class Conversation:
 
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
         """Return the ids of `messages` without as many of the oldest as do not fit, and their number."""
-        positions, tokenizer = self._model.positions, self._model.tokenizer
+        positions = self._model.positions
         for start in range(0, len(messages), 2):  # a question goes with its answer
-            ids = tokenizer.apply_chat_template(messages[start:], add_generation_prompt=True, return_dict=False)
+            ids = self._model.encode_messages(messages[start:])
             if positions is None or len(ids) + self._settings.max_length <= positions:
                 return ids, start
         raise ConfigError(

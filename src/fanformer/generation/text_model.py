@@ -6,15 +6,19 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from fanformer.errors import ConfigError, did_you_mean
 from fanformer.generation.decoding import Decoder, decode_new
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from fanformer.data.conversations.chatml import ChatML
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,26 @@ class TextModel(ABC):
     def has_chat_template(self) -> bool:
         """Whether the tokenizer knows how a conversation is written."""
         return bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def chatml(self) -> "ChatML | None":
+        """What encodes conversations where the chat template is ChatML, as training does; None where it is not."""
+        from fanformer.data.conversations.chatml import chatml_of  # a text that is continued needs none of it
+
+        return chatml_of(self.tokenizer)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of a conversation whose next answer is to be written.
+
+        Args:
+            messages: `role` and `content` of each. Under a ChatML template a control token that one spells is text.
+
+        Raises:
+            CheckpointError: if the template of a GGUF file refuses the messages.
+        """
+        from fanformer.data.conversations.chatml import encode_messages
+
+        return encode_messages(self.tokenizer, self.chatml, messages)
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...

@@ -22,7 +22,17 @@ from fanformer.gguf.file import ARCHITECTURE, ARRAY, STRING
 from fanformer.gguf.importance import importance
 from fanformer.gguf.plan import Plan, PlannedTensor, make_plan
 from fanformer.gguf.runtime import library, quantize
-from fanformer.gguf.tokenizer import END_IDS, MERGES, SPECIAL, TEMPLATE, TOKEN_TYPES, TOKENS, WHOLE, split_json
+from fanformer.gguf.tokenizer import (
+    END_IDS,
+    MERGES,
+    SPECIAL,
+    TEMPLATE,
+    TOKEN_TYPES,
+    TOKENS,
+    WHOLE,
+    split_json,
+    without_generation_tags,
+)
 from fanformer.gguf.writer import Value, write_gguf
 
 _UINT32, _INT32, _BOOL = 4, 5, 7
@@ -249,7 +259,7 @@ def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     if tokenizer.chat_template:
         if not isinstance(tokenizer.chat_template, str):
             raise ConfigError("the tokenizer has several chat templates, expected one: a GGUF file holds no more.")
-        found[TEMPLATE] = STRING, tokenizer.chat_template
+        found[TEMPLATE] = STRING, without_generation_tags(tokenizer.chat_template)
     return found
 
 

@@ -5,6 +5,7 @@ is in `tokenizer.huggingface.json`, a key of the GGUF specification: the folder'
 """
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -96,9 +97,13 @@ class GGUFTokenizer:
         raise ConfigError(f"{self.name_or_path} names neither a bos nor an eos token, and texts begin with one.")
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True, return_dict: bool = False
-    ) -> list[int]:
-        """Return the ids of a conversation; the arguments are those of `transformers`.
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        return_dict: bool = False,
+        tokenize: bool = True,
+    ) -> list[int] | str:
+        """Return the ids of a conversation, or its text; the arguments are those of `transformers`.
 
         Raises:
             ConfigError: if a dictionary is asked for, or if the file has no template.
@@ -110,7 +115,7 @@ class GGUFTokenizer:
                 f"{'none' if self.chat_template is None else 'one'} in {self.name_or_path}."
             )
         text = _render(self.chat_template, self.name_or_path, messages, add_generation_prompt, self.special_tokens)
-        return self.encode(text, special=True)
+        return self.encode(text, special=True) if tokenize else text
 
 
 def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bool, special: dict[str, str]) -> str:
@@ -132,6 +137,7 @@ def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bo
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    template = without_generation_tags(template)
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda p: datetime.now().strftime(p)}
     try:
@@ -141,6 +147,24 @@ def _render(template: str, name: str, messages: list[dict[str, str]], prompt: bo
     except (TemplateError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise CheckpointError(f"{name}: its chat template fails: {reason}.") from error
+
+
+_GENERATION = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+"""The two tags by which `transformers` knows what of a template is the assistant's; Jinja itself has none of them."""
+
+
+def without_generation_tags(template: str) -> str:
+    """Return a chat template that writes the same and that any Jinja can read.
+
+    A tag beside which spaces or line ends may be trimmed leaves an empty comment, for which the same are.
+    """
+
+    def replaced(tag: re.Match[str]) -> str:
+        before, after = template[: tag.start()][-1:], template[tag.end() :][:1]
+        plain = not tag[1] and not tag[2] and before.strip() and after.strip()
+        return "" if plain else f"{{#{tag[1]} {tag[2]}#}}"
+
+    return _GENERATION.sub(replaced, template)
 
 
 def special_ids(file: GGUFFile, vocab_size: int) -> tuple[dict[str, int | None], list[int]]:

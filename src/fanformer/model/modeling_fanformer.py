@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers import modeling_layers as layers
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -385,7 +385,7 @@ class FANformerResidual(nn.Module):
         return x + branch if self.gate is None else x + self.gate.sigmoid() * branch
 
 
-class FANformerDecoderLayer(GradientCheckpointingLayer):
+class FANformerDecoderLayer(layers.GradientCheckpointingLayer):
     """One block: y = x + attention(h), z = Norm(y), x' = z + FFN(z), both sums gated; h = Norm(x) in the first block.
 
     Source: HybridNorm, arXiv:2503.04598, eq. 6-7. "hybrid" takes h = x in the first block too; "pre" takes
@@ -420,6 +420,8 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_fanformer.FANformerConfig",
     "AutoModel": "modeling_fanformer.FANformerModel",
     "AutoModelForCausalLM": "modeling_fanformer.FANformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_fanformer.FANformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_fanformer.FANformerForTokenClassification",
 }
 
 
@@ -444,6 +446,8 @@ class FANformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FANformerDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # folders of the language model have it, which expects it itself; no other key of its head is
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -498,9 +502,6 @@ def packed_documents(position_ids: Tensor, attention_mask: Tensor | None) -> Ten
 
 class FANformerModel(FANformerPreTrainedModel):
     """The decoder without its LM head: embedding, L blocks, final norm."""
-
-    # folders of the whole model have it; that model takes this over, and expects this key but no other of its head
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__(config)
@@ -670,4 +671,30 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["FANformerForCausalLM", "FANformerModel", "FANformerPreTrainedModel"]
+class FANformerForSequenceClassification(FANformerPreTrainedModel, layers.GenericForSequenceClassification):
+    """The decoder and a linear layer to `num_labels` classes of a text, read at its last token that is no padding."""
+
+    forward = layers.GenericForSequenceClassification.forward
+
+    def __init__(self, config: FANformerConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FANformerModel(config)
+        self.dropout = nn.Dropout(config.dropout)  # what classifies tokens uses it
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class FANformerForTokenClassification(FANformerForSequenceClassification):
+    """The same for every token, each of which has read those before it only."""
+
+    forward = layers.GenericForTokenClassification.forward
+
+
+__all__ = [
+    "FANformerForCausalLM",
+    "FANformerForSequenceClassification",
+    "FANformerForTokenClassification",
+    "FANformerModel",
+    "FANformerPreTrainedModel",
+]

@@ -125,7 +125,8 @@ def field_names(path: Path) -> list[str]:
                 return list(parquet.read_schema(source).names)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{path}: not a complete parquet file: fetch it again") from error
-    _, record = next(_jsonl_values(path), ("", {}))
+    number, line = next(jsonl_lines(path), (0, "{}"))
+    record = _parse(line, f"{path}:{number}")
     return list(record) if isinstance(record, dict) else []
 
 
@@ -189,18 +190,36 @@ def _cut_position(text: str) -> int:
 
 
 def _jsonl_records(path: Path, fields: Fields) -> Iterator[Record]:
-    for number, record in _jsonl_values(path):
+    for number, line in jsonl_lines(path):
         where = f"{path}:{number}"
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: expected a JSON object on every line, got {type(record).__name__}")
-        yield record_of(record, fields, number, where)
+        yield record_of(parse_object(line, where), fields, number, where)
 
 
-def _jsonl_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield every line that is not blank, parsed, with its number from 1."""
+def jsonl_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield every line of a file that is not blank with its number from 1; bytes that are not UTF-8 as surrogates.
+
+    Raises:
+        DataError: if the file cannot be read, is damaged or binary, or a line is longer than LONGEST_LINE.
+    """
     for number, line in enumerate(_lines(_decode(path, read_chunks(path)), str(path)), start=1):
         if line.strip():
-            yield number, _parse(line, f"{path}:{number}")
+            yield number, line
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """Return the JSON object on a line.
+
+    Args:
+        line: of a jsonl file.
+        where: its file and number, for messages.
+
+    Raises:
+        DataError: if it is something else, or cannot be read.
+    """
+    value = _parse(line, where)
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object on every line, got {type(value).__name__}")
+    return value
 
 
 def _parse(line: str, where: str) -> Any:

@@ -1,0 +1,1 @@
+"""Instruction data: rows of messages, how they become token ids, and which of these are learnt."""

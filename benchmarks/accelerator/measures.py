@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from fanformer.comparison.architectures import SMOLLM2_135M
 from fanformer.data.packing import IGNORED_LABEL
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.training.attention import choose_attention, document_bounds
 from fanformer.training.chunked_loss import skip_logits
-from fanformer.training.packed_attention import choose_attention, document_bounds
 
 FLOPS_FORMULA = (
     "forward, per token: 2 * weights of matrix products (LM head included, embedding lookup not) + 4 * H * K * T / 2 "

@@ -24,7 +24,7 @@ from fanformer.machine.compiling import compile_options
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.footprint import footprint
-from fanformer.training.blocked_attention import attend_in_blocks
+from fanformer.training.attention import attend_in_blocks
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import load_preset
 from fanformer.training.environment import keep_freed_memory

@@ -22,11 +22,10 @@ from typing import Any
 
 import yaml
 
-from fanformer.data.preparation.places import require_utf8_name
+from fanformer.data.preparation.journal import require_utf8_name
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.files.durable import replace_text
+from fanformer.files.durable import delete, replace_text
 from fanformer.files.locking import hold
-from fanformer.files.staging import delete
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
 from fanformer.training.fields import CorpusConfig, OutputConfig, RunConfig
 

@@ -27,6 +27,7 @@ from fanformer.machine.launch import is_restarted
 from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
+from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
@@ -48,10 +49,8 @@ from fanformer.training.folder import (
     read_run_file,
     write_run_file,
 )
-from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
 from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push, title
-from fanformer.training.recompute import set_recompute
 from fanformer.training.run_model import (
     ModelBuilder,
     build_fanformer,
@@ -304,7 +303,10 @@ class Run:
         asked, measured = self.config.machine, self.config.evaluation
         options = compile_options(machine.device, machine.threads)
         skip_logits(self.model, {"options": options} if machine.compile else None)
-        set_recompute(self.model, asked.recompute)
+        if asked.recompute != "none":
+            from fanformer.training.recompute import set_recompute
+
+            set_recompute(self.model, asked.recompute)
         why = choose_attention(self.model, asked.attention, machine.device, machine.precision, machine.compile)
         self._note(f"attention {asked.attention} ({why})")
         if machine.compile:

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from fanformer.data.order import rows_of_run
-from fanformer.data.packing import IGNORED_LABEL
+from fanformer.data.packing import IGNORED_LABEL, rows_of_run
 from fanformer.errors import CheckpointError, DivergenceError
 from fanformer.evaluation.loss import HeldOutLoss
+from fanformer.training.attention import document_bounds
 from fanformer.training.checkpoint import (
     CheckpointWriter,
     Fill,
@@ -36,15 +36,12 @@ from fanformer.training.checkpoint import (
     step_of,
     write_state,
 )
-from fanformer.training.clock import Due, RunClock
 from fanformer.training.environment import Environment
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import read_records
 from fanformer.training.optimizers import create_optimizer
-from fanformer.training.packed_attention import document_bounds
 from fanformer.training.parallel import Processes, whole
-from fanformer.training.schedule import RunLength, learning_rate_factor
-from fanformer.training.signals import StopRequest
+from fanformer.training.schedule import Due, RunClock, RunLength, StopRequest, learning_rate_factor
 from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass
 
 _SPIKE_WINDOW = 32

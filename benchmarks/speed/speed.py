@@ -53,12 +53,6 @@ def random_ids(batch: int, length: int) -> Tensor:
     return torch.randint(49152, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def operations(model: PreTrainedModel, context: float) -> float:
-    """Return the operations of a forward pass for one token that attends to `context` tokens."""
-    measured = footprint(model.config)
-    return 2 * measured.matrix_weights + measured.attention_operations / measured.sequence_length * context
-
-
 def bytes_a_token(model: PreTrainedModel, context: float) -> float:
     """Return the bytes that decoding a token in float32 reads: weights but a lookup table's, keys and values."""
     measured = footprint(model.config)

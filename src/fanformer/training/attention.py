@@ -144,10 +144,6 @@ def varlen_attention(
     return output.view(batch, length, heads, -1), None
 
 
-AttentionInterface.register(_VARLEN, varlen_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_VARLEN, sdpa_mask)
-
-
 _BLOCK = 64
 _SHORTEST, _LONGEST = 257, 1024
 """Rows that gain: shorter ones do not; for longer ones the weights kept for the backward pass, H T^2 / 2 numbers a row,
@@ -201,8 +197,9 @@ def blocked_sdpa(
     return torch.cat(blocks, dim=3).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_BLOCKED, blocked_sdpa)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_BLOCKED, sdpa_mask)
+for _name, _function in ((_VARLEN, varlen_attention), (_BLOCKED, blocked_sdpa)):
+    AttentionInterface.register(_name, _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, sdpa_mask)
 
 
 def attend_in_blocks(model: PreTrainedModel) -> None:

@@ -114,11 +114,7 @@ def _tokenizer_so_far(run: Path, data: Path) -> "PreTrainedTokenizerBase":
 
 
 def _open(
-    config: RunConfig,
-    folder: str,
-    asked: str | None,
-    known: "PreTrainedTokenizerBase | None",
-    progress: Any,
+    config: RunConfig, folder: str, asked: str | None, known: "PreTrainedTokenizerBase | None", progress: Any
 ) -> PreparedData:
     """Prepare data inside the run's folder, or open prepared ones.
 

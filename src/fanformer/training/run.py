@@ -31,12 +31,7 @@ from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
-from fanformer.training.environment import (
-    Environment,
-    decide,
-    use_deterministic_operations,
-    what_sums_depend_on,
-)
+from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
 from fanformer.training.events import Event, Listener, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import (
@@ -263,7 +258,7 @@ class Run:
                 "fraction_used": self.rows.fraction_used,
                 "metadata": self.data.metadata,
             },
-            "environment": self.environment.to_dict(),
+            "environment": dataclasses.asdict(self.environment),
             "machine": what_sums_depend_on(),
             "processes": {"count": self.processes.count, "spread": self.processes.spread},
             "versions": versions(),
@@ -409,10 +404,7 @@ class Run:
             publish(outcome.checkpoint, self.folder)
             for record in read_records(self.folder):
                 self.latest |= record
-            self.latest |= {
-                "step": outcome.step,
-                "tokens": outcome.step * self.config.batch.tokens_per_step,
-            }
+            self.latest |= {"step": outcome.step, "tokens": outcome.step * self.config.batch.tokens_per_step}
             self._write_card(self.folder, self.latest, finished=outcome.reached_end)
             plot_loss(self.folder, f"{title(self.content)}, {self.model.num_parameters():,} parameters")
             if self.config.output.push_to_hub is not None and outcome.reached_end:

@@ -452,15 +452,13 @@ class Trainer:
 
     def _close_window(self) -> Record:
         """Return the figures since the last record and begin anew."""
-        state, seconds = self.state, self.clock.elapsed_seconds
+        state, seconds, tokens = self.state, self.clock.elapsed_seconds, self.config.batch.tokens_per_step
         last_step, last_seconds = self.last_log
         record: Record = {
             "step": state.step,
-            "tokens": state.step * self.config.batch.tokens_per_step,
+            "tokens": state.step * tokens,
             "learning_rate": self.learning_rate,
-            "tokens_per_second": (state.step - last_step)
-            * self.config.batch.tokens_per_step
-            / max(1e-9, seconds - last_seconds),
+            "tokens_per_second": (state.step - last_step) * tokens / max(1e-9, seconds - last_seconds),
             "elapsed_seconds": seconds,
             "rows": f"{state.window_rows:010x}",
         }

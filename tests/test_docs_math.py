@@ -8,6 +8,7 @@ import torch
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RANKS
+from fanformer.model.footprint import OPERATIONS, footprint
 from fanformer.model.modeling_fanformer import _ACTIVATIONS
 
 
@@ -75,6 +76,16 @@ def test_counts_are_the_models(page):
     expected["blocks"] = total("", prefix="layers.") - expected["first_norm"]
     expected["total"] = model.num_parameters()
     assert {part: count for part, (_, count) in count_rows(page).items()} == expected
+
+
+def test_operations_per_token_are_those_of_the_model(page):
+    text = page.read_text(encoding="utf-8")
+    formula, total = re.search(r"`([\d*+ ]+)`, ([\d,]+) forward", text).groups()
+    counted = footprint(FANformerConfig())
+    assert eval(formula) == int(total.replace(",", "")) == counted.forward_operations
+    assert f"2*{counted.matrix_weights} " in formula
+    assert "4 L H K T" in OPERATIONS
+    assert "4 L H K T" in text
 
 
 def test_numbers_in_the_text_are_the_codes(page):

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RANKS
-from fanformer.training.packed_attention import choose_attention, document_bounds
+from fanformer.training.attention import choose_attention, document_bounds
 
 # Distances are |out - reference| / |reference| over all elements. Float32 sums in another order move logits by about
 # 1e-6; a tf32 product would move them by 3e-4, and must not pass. Gradients of gates and biases are sums that cancel.

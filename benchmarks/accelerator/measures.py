@@ -24,13 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from fanformer.comparison.architectures import SMOLLM2_135M
 from fanformer.data.packing import IGNORED_LABEL
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.footprint import OPERATIONS, footprint
+from fanformer.training.attention import choose_attention, document_bounds
 from fanformer.training.chunked_loss import skip_logits
-from fanformer.training.packed_attention import choose_attention, document_bounds
-
-FLOPS_FORMULA = (
-    "forward, per token: 2 * weights of matrix products (LM head included, embedding lookup not) + 4 * H * K * T / 2 "
-    "for each layer's causal attention; training: 3 * forward"
-)
 
 
 @dataclass(frozen=True)
@@ -110,16 +106,6 @@ def random_ids(model: PreTrainedModel, shape: tuple[int, ...], device: str) -> T
     """Return token ids of `model`, always the same."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
-
-
-def forward_flops_per_token(model: PreTrainedModel, length: int) -> int:
-    """Return the operations of a forward pass per token, as FLOPS_FORMULA counts them."""
-    config = model.config
-    lookup = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and (p is not lookup or p is head))
-    attention = 4 * config.num_attention_heads * config.head_dim * length // 2
-    return 2 * matrices + config.num_hidden_layers * attention
 
 
 def synchronize(device: str) -> None:
@@ -272,7 +258,7 @@ def _ready(name: str, context: Context, workload: Workload, whole: bool) -> tupl
     first_loss = trainee.loss.item()
     allocated(context.device)  # compiling may have taken more than a step does
     trainee.train(1)
-    flops = 3 * forward_flops_per_token(model, workload.length)
+    flops = 3 * footprint(model.config).forward_operations_at(workload.length)
     return trainee, {
         "parameters": model.num_parameters(),
         "flops_per_token": flops,
@@ -331,7 +317,7 @@ def training(context: Context, whole: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "compiled": "no (dry run)" if context.dry_run else "whole model" if whole else "each layer",
         "batch": [workload.batch, workload.length],
-        "flops_formula": FLOPS_FORMULA,
+        "flops_formula": OPERATIONS,
     }
     trainees: dict[str, Trainee] = {}
     for name in NAMES:

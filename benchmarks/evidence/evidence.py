@@ -59,7 +59,9 @@ GROUPS = {
         "tokens-to-equal-loss",
     ),
     "speed": Group(
-        "Is it faster?", "Ratios to a baseline that took turns with it; more in [performance.md](performance.md)."
+        "Is it faster?",
+        "Ratios to a baseline that took turns with it, and a share of a GPU's peak; [performance.md](performance.md) "
+        "has more, and says which operations are counted.",
     ),
     "reliability": Group("Can it be relied on?", "Kills, restarts and damage; zero and one are counts, and exact."),
     "quantization": Group("What do fewer bits cost?", "Held-out loss over that of the folder it was made from."),

@@ -16,6 +16,10 @@ Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
 with the lowest and the highest; above 1 ours is faster. *Of the limit* is, for training, operations over those of a
 large product in the same time, and for decoding the bytes that must be read over the measured bandwidth.
 
+Operations count every query against a whole row of keys (`footprint.OPERATIONS`, as PaLM does). Shares of a CPU's rate
+that are dated up to 2026-11-28 counted half of these pairs; the GPU's are recounted, and so is their aim: 0.366 is 0.3
+where causal attention counts half.
+
 What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
 `fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
 """

@@ -24,7 +24,7 @@ from fanformer.machine.compiling import compile_options
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.footprint import footprint
-from fanformer.training.blocked_attention import attend_in_blocks
+from fanformer.training.attention import attend_in_blocks
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.configuration import load_preset
 from fanformer.training.environment import keep_freed_memory
@@ -51,12 +51,6 @@ def build(name: str, **fields: Any) -> PreTrainedModel:
 def random_ids(batch: int, length: int) -> Tensor:
     """Return token ids (batch, length), always the same."""
     return torch.randint(49152, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def operations(model: PreTrainedModel, context: float) -> float:
-    """Return the operations of a forward pass for one token that attends to `context` tokens."""
-    measured = footprint(model.config)
-    return 2 * measured.matrix_weights + measured.attention_operations / measured.sequence_length * context
 
 
 def bytes_a_token(model: PreTrainedModel, context: float) -> float:

@@ -3,7 +3,8 @@
     python benchmarks/speed/training.py [--batch 2] [--length 512] [--rounds 5] [--write]
 
 The same loss code, fused AdamW, attention and compiled blocks for all, float32, steps in turns. Beside the ratios it
-says how much of the machine each step reaches: its operations over those of a large matrix product in the same time.
+says how much of the machine each step reaches: its operations, as `footprint.OPERATIONS` counts them, over those of a
+large matrix product in the same time.
 """
 
 from speed import (
@@ -16,12 +17,12 @@ from speed import (
     ceilings,
     finish,
     in_turns,
-    operations,
     random_ids,
     times_faster,
 )
 
 from fanformer.comparison.ledger import Figure, range_of
+from fanformer.model.footprint import footprint
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     }
     for name, measured in seconds.items():
         rates = [ids.numel() / value for value in measured]
-        work = 3 * operations(trainees[name].model, arguments.length / 2)
+        work = 3 * footprint(trainees[name].model.config).forward_operations_at(arguments.length)
         key = name.replace("-", "_")
         result[f"tokens_per_second_{key}"] = range_of(rates, "tokens/s")
         result[f"share_of_product_rate_{key}"] = range_of(

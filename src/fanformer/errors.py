@@ -4,7 +4,9 @@
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class FANformerError(Exception):
@@ -63,3 +65,18 @@ def refuse_unknown(given: Iterable[str], valid: Iterable[str], what: str, where:
     for name in given:
         if name not in names:
             raise ConfigError(f"{where}`{name}` is not {what}: {did_you_mean(str(name), names)}")
+
+
+def import_extra(module: str, purpose: str, extra: str = "data") -> ModuleType:
+    """Import an optional package of an extra.
+
+    Raises:
+        DependencyError: if it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DependencyError(
+            f"{purpose} needs the package `{module.partition('.')[0]}`, which is not installed: "
+            f"pip install 'fanformer[{extra}]'"
+        ) from error

@@ -169,7 +169,9 @@ def test_closing_line_of_pytest_is_read(accelerator):
 
 
 def test_operations_are_counted_as_the_formula_says(accelerator):
-    from measures import FULL, forward_flops_per_token
+    from measures import FULL
+
+    from fanformer.model.footprint import footprint
 
     with torch.device("meta"):
         ours = FANformerForCausalLM(FANformerConfig(**FULL.ours))
@@ -181,6 +183,6 @@ def test_operations_are_counted_as_the_formula_says(accelerator):
     attention = 512 * 384 + 384 * (1536 - 224 + 2 * (768 - 112)) + 1536 * 256 + 256 * 512
     ffn = 512 * 256 + 256 * 2 * 2048 + 2048 * 224 + 224 * 512
     matrices = 12 * (attention + ffn) + 512 * 49152
-    assert forward_flops_per_token(ours, 1024) == 2 * matrices + 12 * 4 * 12 * 128 * 512
+    assert footprint(ours.config).forward_operations_at(1024) == 2 * matrices + 12 * 4 * 12 * 128 * 1024
     llama = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536) + 576 * 49152  # the tied embedding is the head
-    assert forward_flops_per_token(theirs, 1024) == 2 * llama + 30 * 4 * 9 * 64 * 512
+    assert footprint(theirs.config).forward_operations_at(1024) == 2 * llama + 30 * 4 * 9 * 64 * 1024

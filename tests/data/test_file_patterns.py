@@ -59,7 +59,7 @@ def test_a_loop_of_links_gives_every_file_once_under_its_own_name(tree):
 
 
 def test_text_is_not_trained_on_and_held_out_at_once_because_of_links(tmp_path):
-    from fanformer.data.preparation.splitting import choose_split
+    from fanformer.data.preparation.selection import choose_split
 
     folder = tmp_path / "dir"
     folder.mkdir()

@@ -9,9 +9,9 @@ import sqlite3
 import pytest
 
 from fanformer.data.preparation import journal, selection
-from fanformer.data.preparation.deduplication import SeenTexts
-from fanformer.data.preparation.places import delete_partial
+from fanformer.data.preparation.journal import delete_partial
 from fanformer.data.preparation.prepare import identity, open_prepared, prepare
+from fanformer.data.preparation.selection import SeenTexts
 from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import load_tokenizer, train_tokenizer
 from fanformer.errors import ConfigError, DataError

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fanformer.data.order import rows_at, rows_of_run
+from fanformer.data.packing import rows_at, rows_of_run
 
 
 def epoch_order(seed, epoch, length):

@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fanformer.data.preparation import outputs
-from fanformer.data.preparation.deduplication import SeenTexts
-from fanformer.data.preparation.filters import FILTERS, clean_urls, min_words
 from fanformer.data.preparation.prepare import prepare
+from fanformer.data.preparation.selection import FILTERS, SeenTexts, clean_urls, min_words
 from fanformer.data.sources.documents import open_source
 from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.files.locking import hold

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fanformer.data import token_files
-from fanformer.data.preparation import compression, journal, selection, splitting
+from fanformer.data.preparation import journal, outputs, selection
 from fanformer.data.preparation import prepare as shards
 from fanformer.data.preparation.prepare import open_prepared, prepare
-from fanformer.data.preparation.splitting import is_held_out
+from fanformer.data.preparation.selection import is_held_out
 from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import encode_documents
 from fanformer.errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def test_a_fraction_of_zero_holds_out_nothing(tmp_path, tokenizer):
 
 
 def test_large_source_without_held_out_documents_is_refused(tmp_path, tokenizer):
-    source = Texts(["x"] * (splitting.SURVEYED_DOCUMENTS + 1))
+    source = Texts(["x"] * (selection.SURVEYED_DOCUMENTS + 1))
     with pytest.raises(DataError, match=r"none of the documents fell into the split heldout: use another `held_out_fr"):
         prepare(source, tmp_path / "out", tokenizer=tokenizer, vocab_size=0, held_out_fraction=1e-9)
     assert os.listdir(tmp_path) == []
@@ -134,7 +134,7 @@ def test_compressed_sizes_are_those_of_the_commands(tmp_path, tokenizer):
 
 
 def test_compression_of_a_large_held_out_part_is_not_measured(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(compression, "LARGEST_COMPRESSED", 100)
+    monkeypatch.setattr(outputs, "LARGEST_COMPRESSED", 100)
     data = prepare(Texts(MANY), tmp_path / "out", tokenizer=tokenizer, vocab_size=0)
     entry = data.metadata["splits"]["heldout"]
     assert entry["gzip_bytes"] is entry["xz_bytes"] is None

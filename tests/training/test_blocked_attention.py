@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fanformer.training import blocked_attention
-from fanformer.training.blocked_attention import attend_in_blocks, blocked_sdpa
+from fanformer.training import attention as training_attention
+from fanformer.training.attention import attend_in_blocks, blocked_sdpa
 
 LENGTH = 300  # no multiple of a block
 
@@ -57,7 +57,7 @@ def test_what_does_not_gain_is_left_to_sdpa(monkeypatch, case):
         calls.append(case)
         return sdpa_attention_forward(*arguments, **options)
 
-    monkeypatch.setattr(blocked_attention, "sdpa_attention_forward", counted)
+    monkeypatch.setattr(training_attention, "sdpa_attention_forward", counted)
     attend = torch.compile(blocked_sdpa, dynamic=False, backend="eager") if case != "not compiled" else blocked_sdpa
     length = 256 if case == "short" else LENGTH
     with torch.set_grad_enabled(case != "evaluation"):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fanformer.errors import ConfigError, DependencyError
-from fanformer.training import packed_attention
-from fanformer.training.packed_attention import choose_attention, document_bounds
+from fanformer.training import attention
+from fanformer.training.attention import choose_attention, document_bounds
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]])
 
@@ -39,9 +39,9 @@ def test_bounds_are_where_documents_begin_and_the_last_ends(tiny_model):
 
 @pytest.mark.parametrize(("autocast", "grouped"), [(False, True), (True, True), (False, False)])
 def test_attention_by_bounds_is_attention_by_mask(tiny_model, token_ids, monkeypatch, autocast, grouped):
-    monkeypatch.setattr(packed_attention, "varlen_attn", flash_of_documents)
+    monkeypatch.setattr(attention, "varlen_attn", flash_of_documents)
     if not grouped:
-        monkeypatch.setattr(packed_attention, "_VARLEN_KNOWS", {"window_size", "scale"})
+        monkeypatch.setattr(attention, "_VARLEN_KNOWS", {"window_size", "scale"})
     ids = token_ids(2, 8)
 
     def outcome(implementation):
@@ -91,7 +91,7 @@ def test_auto_takes_flex_attention_only_where_it_runs(tiny_model, fields):
 
 
 def test_what_is_asked_for_is_taken(tiny_model, monkeypatch):
-    monkeypatch.setattr(packed_attention, "varlen_attn", flash_of_documents)
+    monkeypatch.setattr(attention, "varlen_attn", flash_of_documents)
     for wanted, expected in (("sdpa", "sdpa"), ("flex_attention", "flex_attention"), ("varlen", "varlen")):
         model = tiny_model()
         assert choose_attention(model, wanted, "cuda", "bfloat16", True) == "as asked"
@@ -113,15 +113,13 @@ def test_what_cannot_run_is_refused(tiny_model, wanted, monkeypatch):
 def test_what_is_not_installed_is_named(tiny_model, monkeypatch):
     with pytest.raises(DependencyError, match="`attention` flash_attention_2 is not installed: "):
         choose_attention(tiny_model(), "flash_attention_2", "cuda", "bfloat16", True)
-    monkeypatch.setattr(packed_attention, "_VARLEN_KNOWS", {"is_causal"})
+    monkeypatch.setattr(attention, "_VARLEN_KNOWS", {"is_causal"})
     with pytest.raises(DependencyError, match=r"`attention` varlen needs torch 2\.11 or later, got "):
         choose_attention(tiny_model(), "varlen", "cuda", "bfloat16", True)
 
 
 def test_torchs_function_takes_what_it_is_given():
-    assert packed_attention.varlen_attn is not None, "torch 2.13 is pinned"
+    assert attention.varlen_attn is not None, "torch 2.13 is pinned"
     import inspect
 
-    inspect.signature(packed_attention.varlen_attn).bind(
-        1, 2, 3, 4, 5, 6, 7, scale=1.0, window_size=(-1, 0), enable_gqa=True
-    )
+    inspect.signature(attention.varlen_attn).bind(1, 2, 3, 4, 5, 6, 7, scale=1.0, window_size=(-1, 0), enable_gqa=True)

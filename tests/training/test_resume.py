@@ -242,7 +242,7 @@ def test_the_system_clock_may_jump_between_and_during_the_parts_of_a_run(run, mo
 
 
 def test_resuming_costs_the_same_at_any_position(run_config):
-    from fanformer.data.order import rows_of_run
+    from fanformer.data.packing import rows_of_run
 
     reached = []
     for place in (0, 10**6, 10**12):

@@ -76,7 +76,7 @@ def prepare(
         )
     limit = parse_count(max_bytes) if max_bytes is not None else None
     from fanformer.data.preparation import prepare as shards
-    from fanformer.data.preparation.places import lock_place, output_place, partial_place
+    from fanformer.data.preparation.journal import lock_place, output_place, partial_place
     from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import load_tokenizer
 

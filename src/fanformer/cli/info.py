@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
     from fanformer.model.footprint import Footprint
 
-FORMULA = (
-    "2 x weights of all matrix products + 4 L H K T for attention (every query against T keys); training is 3 x that"
-)
-
 
 @click.command(cls=Verb, example="fanformer info nano")
 @click.argument("model", metavar="[PRESET|DIR]", default="92m")
@@ -30,7 +26,7 @@ def info(model: str, as_json: bool) -> None:
     tokenizer may be smaller than a preset's vocabulary; DIR shows the model as it is.
     """
     config = _configuration(model)
-    from fanformer.model.footprint import footprint
+    from fanformer.model.footprint import OPERATIONS, footprint
 
     measured = footprint(config)
     if as_json:
@@ -44,7 +40,7 @@ def info(model: str, as_json: bool) -> None:
     console.print(f"[bold]{model}[/bold]: {config.model_type}, {measured.total:,} parameters\n")
     console.print(parts_table(config, measured))
     console.print(costs_table(config, measured))
-    console.print(f"Operations: {FORMULA}.")
+    console.print(f"Operations: {OPERATIONS}.")
 
 
 def _configuration(model: str) -> "PreTrainedConfig":
@@ -63,6 +59,8 @@ def _configuration(model: str) -> "PreTrainedConfig":
 
 def to_record(name: str, config: "PreTrainedConfig", measured: "Footprint") -> dict[str, Any]:
     """Return what `--json` prints."""
+    from fanformer.model.footprint import OPERATIONS
+
     length = measured.sequence_length
     return {
         "name": name,
@@ -79,7 +77,7 @@ def to_record(name: str, config: "PreTrainedConfig", measured: "Footprint") -> d
             "forward": measured.forward_operations,
             "training": measured.training_operations,
             "sequence_length": length,
-            "formula": FORMULA,
+            "formula": OPERATIONS,
         },
         "memory_bytes": {
             "weights": measured.weight_bytes,

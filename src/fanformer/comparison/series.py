@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fanformer.comparison.rule_base import IGNORED, Examples, RuleTask
-from fanformer.data.sources.extras import import_extra
-from fanformer.errors import ConfigError, DataError, did_you_mean
+from fanformer.errors import ConfigError, DataError, did_you_mean, import_extra
 
 LIMIT = 3.0
 """Standard deviations from the mean that the levels reach; what lies beyond is written as the outermost level."""

@@ -113,7 +113,6 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
     """
     # what encodes text for a model that is loaded needs none of these
     from fanformer.data.sources.decompression import require_regular
-    from fanformer.data.sources.hub import require_hub
     from fanformer.files.durable import printable
 
     folder = Path(name_or_folder).expanduser().absolute()
@@ -133,6 +132,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerBase:
     try:
         return _load(name_or_folder, local_files_only=True)
     except ConfigError:
+        from fanformer.data.sources.hub import require_hub
+
         require_hub(
             f"tokenizer `{name_or_folder}` is not in the local cache; it",
             "go on offline with --tokenizer FOLDER, or without --tokenizer to train one on the data",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -99,3 +100,11 @@ def error_number(error: BaseException) -> int | None:
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error means a full disk or quota."""
     return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; of a link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

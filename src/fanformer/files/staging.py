@@ -29,14 +29,6 @@ def check_free(*files: Path, overwrite: bool) -> None:
             raise ConfigError(f"{file.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
 
 
-def delete(path: Path) -> None:
-    """Delete a file or a folder with all that is in it; of a link the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 @contextmanager
 def staged(*files: Path) -> Iterator[tuple[Path, ...]]:
     """Give a path beside each file to write to; after the block all are synced, and then take their names in order.

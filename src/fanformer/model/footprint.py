@@ -9,6 +9,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import fanformer.model  # noqa: F401  registers the Auto classes
 
+OPERATIONS = (
+    "2 x weights of all matrix products + 4 L H K T for attention (every query against T keys); training is 3 x that"
+)
+"""What every figure of floating-point operations per token counts, a multiply-add as 2; T is the sequence length.
+
+The head is a matrix product, the embedding's lookup is none. Causal attention counts whole, as in the field's tables of
+model FLOPs utilisation, so that they compare: of its T keys a query at position t attends to t + 1, (T + 1) / 2 on
+average, and a kernel that skips the others does about half of it.
+
+Source: PaLM, arXiv:2204.02311, appendix B: 12 L H K T a token for attention, forward and backward.
+"""
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _NAMES = {
     **{name: name for name in ("qkv_input", "gate_up_input", "fan_layer")},
@@ -22,7 +33,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """Counts of one model; parameters are numbers, memory is in bytes, operations count a multiply-add as 2."""
+    """Counts of one model; parameters are numbers, memory is in bytes, operations are those of OPERATIONS."""
 
     total: int
     trainable: int
@@ -49,10 +60,14 @@ class Footprint:
         """Parameters of the last block."""
         return sum(self.layer_parts.values())
 
+    def forward_operations_at(self, length: int) -> int:
+        """Return the operations of a forward pass per token in rows of `length` tokens."""
+        return 2 * self.matrix_weights + self.attention_operations * length // self.sequence_length
+
     @property
     def forward_operations(self) -> int:
         """Operations of a forward pass per token, at sequence length T."""
-        return 2 * self.matrix_weights + self.attention_operations
+        return self.forward_operations_at(self.sequence_length)
 
     @property
     def training_operations(self) -> int:

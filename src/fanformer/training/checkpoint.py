@@ -299,5 +299,4 @@ class CheckpointWriter:
 
     def collect(self) -> Sequence[Written]:
         """Return what was finished since the last call."""
-        done = [self._done.pop(0) for _ in range(len(self._done))]
-        return done
+        return [self._done.pop(0) for _ in range(len(self._done))]

@@ -83,12 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    count: float | Tensor,
-    rows: int | None = None,
-    part: Part = _part,
+    x: Tensor, weight: Tensor, labels: Tensor, count: float | Tensor, rows: int | None = None, part: Part = _part
 ) -> Tensor:
     """Return the cross entropy of softmax(x W^T) summed over the labels that count, over `count`, in float32 or wider.
 

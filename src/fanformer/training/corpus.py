@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanformer.data.preparation.journal import OtherArgumentsError
-from fanformer.data.preparation.places import partial_place
+from fanformer.data.preparation.journal import OtherArgumentsError, partial_place
 from fanformer.data.preparation.prepare import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
 from fanformer.data.sources.documents import DocumentSource, is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
@@ -115,11 +114,7 @@ def _tokenizer_so_far(run: Path, data: Path) -> "PreTrainedTokenizerBase":
 
 
 def _open(
-    config: RunConfig,
-    folder: str,
-    asked: str | None,
-    known: "PreTrainedTokenizerBase | None",
-    progress: Any,
+    config: RunConfig, folder: str, asked: str | None, known: "PreTrainedTokenizerBase | None", progress: Any
 ) -> PreparedData:
     """Prepare data inside the run's folder, or open prepared ones.
 

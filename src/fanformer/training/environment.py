@@ -6,7 +6,6 @@ sums in another order than one that chose the same number by itself.
 """
 
 import ctypes
-import dataclasses
 import os
 import statistics
 import sys
@@ -39,10 +38,6 @@ class Environment:
     threads: int
     keep_freed_memory: bool
     reasons: dict[str, str]
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the decisions as plain values."""
-        return dataclasses.asdict(self)
 
     def apply(self) -> None:
         """Set this process up as decided; every process of a run does, whether it decided or was told."""

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from fanformer.errors import ConfigError, did_you_mean
 
@@ -36,42 +37,13 @@ class _Fields:
             if isinstance(value, int | float):
                 _check_number(item, value)
 
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
-        """Return what these fields, by their flat names, say; a field that is not among them has its default."""
-        values = {}
-        for item in dataclasses.fields(cls):
-            kind: Any = item.type
-            if _is_group(kind):
-                values[item.name] = kind.from_fields(fields)
-            elif item.name in fields:
-                values[item.name] = fields[item.name]
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields by their flat names, `model` as a plain dictionary."""
-        flat: dict[str, Any] = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, _Fields):
-                flat |= value.to_dict()
-            else:
-                flat[item.name] = dict(value) if isinstance(value, Mapping) else value
-        return flat
-
-
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, _Fields)
-
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ConfigError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}.")
         return
-    allowed = tuple(
-        get_origin(part) or part for part in (get_args(hint) if get_origin(hint) is not Mapping else ())
-    ) or (get_origin(hint) or hint,)
+    allowed = tuple(get_origin(part) or part for part in (get_args(hint) if isinstance(hint, UnionType) else [hint]))
     if float in allowed:
         allowed += (int,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
@@ -93,18 +65,14 @@ def _check_number(item: Any, value: float) -> None:
 class CorpusConfig(_Fields):
     """What is trained and measured on, and in which tokens."""
 
-    data: str = _setting(
-        "stdlib", "stdlib, a file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or a prepared folder"
-    )
+    data: str = _setting("stdlib", "stdlib, file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or prepared folder")
     eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
     held_out_fraction: float = _setting(
         0.05, "share of the documents that is held out", ("between 0 and 1", lambda value: 0 < value < 1)
     )
     max_data_bytes: int | None = _setting(None, "read documents only until they hold this many bytes", _ABOVE_0)
     tokenizer: str | None = _setting(None, "folder or hub name of a tokenizer; default: train one on the data")
-    vocab_size: int | None = _setting(
-        None, "size of the tokenizer to train; default: the preset's vocabulary", _ABOVE_0
-    )
+    vocab_size: int | None = _setting(None, "size of the tokenizer to train; default: the preset's", _ABOVE_0)
 
 
 @dataclass(frozen=True)
@@ -161,9 +129,7 @@ class BatchConfig(_Fields):
 
     sequence_length: int = _setting(1024, "tokens per row", _FROM_1)
     batch_size: int = _setting(16, "rows per optimizer step, over all processes", _FROM_1)
-    micro_batch_size: int | None = _setting(
-        None, "rows per forward pass and process; default: the whole batch", _ABOVE_0
-    )
+    micro_batch_size: int | None = _setting(None, "rows per pass and process; default: the whole batch", _ABOVE_0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -318,7 +284,15 @@ class RunConfig(_Fields):
         """
         for name in fields:
             run_field(name)
-        return super().from_fields(fields)
+        own = {name: fields[name] for name in _OWN if name in fields}
+        for group, kind in _GROUPS.items():
+            own[group] = kind(**{name: fields[name] for name in kind.__dataclass_fields__ if name in fields})
+        return cls(**own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields by their flat names, `model` as a plain dictionary."""
+        own = {name: getattr(self, name) for name in _OWN} | {"model": dict(self.model)}
+        return own | {name: value for group in _GROUPS for name, value in vars(getattr(self, group)).items()}
 
     def replace(self, **fields: Any) -> "RunConfig":
         """Return this run with some fields changed, by their flat names."""
@@ -330,14 +304,13 @@ class RunConfig(_Fields):
         return Path(self.output.output_dir or f"runs/{self.preset}")
 
 
-def _flat(kind: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        found |= _flat(item.type) if _is_group(item.type) else {item.name: item}
-    return found
-
-
-FIELDS: Mapping[str, Any] = _flat(RunConfig)
+_GROUPS: Mapping[str, Any] = {
+    name: type(value) for name, value in vars(RunConfig()).items() if isinstance(value, _Fields)
+}
+_OWN = [name for name in RunConfig.__dataclass_fields__ if name not in _GROUPS]
+FIELDS: Mapping[str, Any] = {name: RunConfig.__dataclass_fields__[name] for name in _OWN} | {
+    name: item for kind in _GROUPS.values() for name, item in kind.__dataclass_fields__.items()
+}
 """Every field of a run, a `dataclasses.Field`, by its flat name."""
 
 

@@ -22,11 +22,10 @@ from typing import Any
 
 import yaml
 
-from fanformer.data.preparation.places import require_utf8_name
+from fanformer.data.preparation.journal import require_utf8_name
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.files.durable import replace_text
+from fanformer.files.durable import delete, replace_text
 from fanformer.files.locking import hold
-from fanformer.files.staging import delete
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
 from fanformer.training.fields import CorpusConfig, OutputConfig, RunConfig
 
@@ -43,7 +42,7 @@ EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_s
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
 _FIXED = ("batch_size", "sequence_length", "seed", "optimizer", "init_from")
 """Fields that decide which rows make up a step, or what the optimizer's state means."""
-DATA_FIELDS = tuple(CorpusConfig().to_dict())
+DATA_FIELDS = tuple(CorpusConfig.__dataclass_fields__)
 MACHINE_FIELDS = ("device", "precision", "compile", "threads")
 """Fields whose change makes a run decide anew about the machine."""
 
@@ -295,7 +294,7 @@ def changed_fields(before: Mapping[str, Any], config: RunConfig) -> dict[str, tu
     changed = {
         name: (before[name], now[name])
         for name in now
-        if name in before and before[name] != now[name] and name not in OutputConfig().to_dict()
+        if name in before and before[name] != now[name] and name not in OutputConfig.__dataclass_fields__
     }
     for name in _FIXED:
         if name in changed:

@@ -20,7 +20,7 @@ from fanformer.errors import ConfigError
 from fanformer.machine.launch import is_restarted, launched_processes, launched_rank
 from fanformer.training.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, checkpoint_name, checkpoints
 from fanformer.training.events import Event
-from fanformer.training.fields import RunConfig
+from fanformer.training.fields import LENGTHS, RunConfig
 from fanformer.training.folder import read_records, read_run_file
 from fanformer.training.run import train
 
@@ -139,10 +139,8 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
     output, first = _folder(folder, training), folder / "straight"
     fields = config.to_dict() | {
         "output_dir": str(output),
+        **dict.fromkeys(LENGTHS),
         "max_steps": steps,
-        "tokens": None,
-        "epochs": None,
-        "max_time": None,
         "log_steps": 1,
         "save_steps": max(1, steps // 4),
         "eval_steps": max(1, steps // 2),

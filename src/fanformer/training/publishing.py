@@ -18,15 +18,7 @@ TRIES = 4
 WAIT_SECONDS = 5.0
 """Wait before the second try; each further one doubles it."""
 
-FILES_THAT_STAY = (
-    "optimizer*",
-    "training_state*",
-    "manifest.json",
-    "*.lock",
-    "*.new",
-    "*.tmp",
-    "*.partial",
-)
+FILES_THAT_STAY = ("optimizer*", "training_state*", "manifest.json", "*.lock", "*.new", "*.tmp", "*.partial")
 """Files of a model folder that serve only to go on training here, or are not finished."""
 
 

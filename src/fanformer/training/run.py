@@ -27,15 +27,11 @@ from fanformer.machine.launch import is_restarted
 from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
+from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
-from fanformer.training.environment import (
-    Environment,
-    decide,
-    use_deterministic_operations,
-    what_sums_depend_on,
-)
+from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
 from fanformer.training.events import Event, Listener, Record, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import (
@@ -48,10 +44,8 @@ from fanformer.training.folder import (
     read_run_file,
     write_run_file,
 )
-from fanformer.training.packed_attention import choose_attention
 from fanformer.training.parallel import Processes
 from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push, title
-from fanformer.training.recompute import set_recompute
 from fanformer.training.run_model import (
     ModelBuilder,
     build_fanformer,
@@ -265,7 +259,7 @@ class Run:
                 "fraction_used": self.rows.fraction_used,
                 "metadata": self.data.metadata,
             },
-            "environment": self.environment.to_dict(),
+            "environment": dataclasses.asdict(self.environment),
             "machine": what_sums_depend_on(),
             "processes": {"count": self.processes.count, "spread": self.processes.spread},
             "versions": versions(),
@@ -305,7 +299,10 @@ class Run:
         asked, measured = self.config.machine, self.config.evaluation
         options = compile_options(machine.device, machine.threads)
         skip_logits(self.model, {"options": options} if machine.compile else None)
-        set_recompute(self.model, asked.recompute)
+        if asked.recompute != "none":
+            from fanformer.training.recompute import set_recompute
+
+            set_recompute(self.model, asked.recompute)
         why = choose_attention(self.model, asked.attention, machine.device, machine.precision, machine.compile)
         self._note(f"attention {asked.attention} ({why})")
         if machine.compile:
@@ -409,10 +406,7 @@ class Run:
             publish(outcome.checkpoint, self.folder)
             for record in read_records(self.folder):
                 self.latest |= record
-            self.latest |= {
-                "step": outcome.step,
-                "tokens": outcome.step * self.config.batch.tokens_per_step,
-            }
+            self.latest |= {"step": outcome.step, "tokens": outcome.step * self.config.batch.tokens_per_step}
             self._write_card(self.folder, self.latest, finished=outcome.reached_end)
             plot_loss(self.folder, f"{title(self.content)}, {self.model.num_parameters():,} parameters")
             if self.config.output.push_to_hub is not None and outcome.reached_end:

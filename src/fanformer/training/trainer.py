@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.data.order import rows_of_run
-from fanformer.data.packing import IGNORED_LABEL
+from fanformer.data.packing import IGNORED_LABEL, rows_of_run
 from fanformer.errors import CheckpointError, DivergenceError
+from fanformer.training.attention import document_bounds
 from fanformer.training.checkpoint import (
     CheckpointWriter,
     checkpoint_name,
@@ -33,16 +33,13 @@ from fanformer.training.checkpoint import (
     step_of,
     write_state,
 )
-from fanformer.training.clock import Due, RunClock
 from fanformer.training.environment import Environment
 from fanformer.training.events import Observer, Record, Rows
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import read_records
 from fanformer.training.optimizers import create_optimizer
-from fanformer.training.packed_attention import document_bounds
 from fanformer.training.parallel import Processes, whole
-from fanformer.training.schedule import RunLength, learning_rate_factor
-from fanformer.training.signals import StopRequest
+from fanformer.training.schedule import Due, RunClock, RunLength, StopRequest, learning_rate_factor
 from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass
 
 _SPIKE_WINDOW = 32
@@ -416,15 +413,13 @@ class Trainer:
 
     def _close_window(self) -> Record:
         """Return the figures since the last record and begin anew."""
-        state, seconds = self.state, self.clock.elapsed_seconds
+        state, seconds, tokens = self.state, self.clock.elapsed_seconds, self.config.batch.tokens_per_step
         last_step, last_seconds = self.last_log
         record: Record = {
             "step": state.step,
-            "tokens": state.step * self.config.batch.tokens_per_step,
+            "tokens": state.step * tokens,
             "learning_rate": self.learning_rate,
-            "tokens_per_second": (state.step - last_step)
-            * self.config.batch.tokens_per_step
-            / max(1e-9, seconds - last_seconds),
+            "tokens_per_second": (state.step - last_step) * tokens / max(1e-9, seconds - last_seconds),
             "elapsed_seconds": seconds,
             "rows": f"{state.window_rows:010x}",
         }

@@ -22,7 +22,7 @@ _READ = """<ul>
 architecture is shown at the learning rate with the lowest held-out loss at the first seed. Lines are means over the
 seeds, bands their lowest and highest.</li>
 <li>Bits per byte do not depend on the tokenizer; lower is better. Operations per token count every matrix product,
-forward and backward, the output head included.</li>
+forward and backward, the output head included, and in attention every query against a whole row of keys.</li>
 <li>Tokens to equal loss: the tokens that the candidate needs for the worse one's final loss, over those that the
 baseline needs. Where it was trained for several budgets, read off the ends of those trainings. Else read off its
 curve: before the learning rate has decayed it lies above what a training of that length would reach, so a ratio below 1

@@ -1,17 +1,19 @@
 """What a preparation has written so far: both streams, counts, attribution, and the text to compress."""
 
+import lzma
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fanformer.data.preparation import compression
 from fanformer.data.preparation.workers import Encoded
 from fanformer.data.prepared import SPLITS
 from fanformer.data.sources.documents import Document
 from fanformer.data.token_files import StreamWriter
 from fanformer.errors import ConfigError
+from fanformer.files.durable import read_pieces
 
 MOST_SOURCES = 10_000
 """Most rows of the attribution: every one is in memory and in the journal."""
@@ -89,7 +91,7 @@ class Outputs:
         }
         empty = {"documents": 0, "bytes": 0, "replaced_bytes": 0}
         self.counts = {name: dict(state["counts"].get(name, empty)) for name in SPLITS}
-        kept = state["text_bytes"] if state["text_bytes"] <= compression.LARGEST_COMPRESSED else 0
+        kept = state["text_bytes"] if state["text_bytes"] <= LARGEST_COMPRESSED else 0
         text = {"shards": [], "open_bytes": kept, "open_sha256": state["text_sha256"]}
         self._text_path = work / "heldout.txt"
         self._text = StreamWriter(work, self._text_path.name, np.dtype("u1"), _ONE_SHARD, text)
@@ -113,7 +115,7 @@ class Outputs:
             counts["bytes"] += size
             counts["replaced_bytes"] += document.replaced_bytes
             self.attribution.add(document, size, length)
-            if held_out and counts["bytes"] <= compression.LARGEST_COMPRESSED:
+            if held_out and counts["bytes"] <= LARGEST_COMPRESSED:
                 self._text.write(document.text.encode())
         return any(completed)
 
@@ -144,12 +146,29 @@ class Outputs:
                 stream.write(closing)
             entries[name] = self.counts[name] | stream.finish()
         self._text.finish()
-        if entries["heldout"]["bytes"] > compression.LARGEST_COMPRESSED:
+        if entries["heldout"]["bytes"] > LARGEST_COMPRESSED:
             self._text_path.unlink(missing_ok=True)
-        entries["heldout"] |= compression.compressed_sizes(self._text_path)
+        entries["heldout"] |= compressed_sizes(self._text_path)
         return entries
 
     def close(self) -> None:
         """Close all files as they are."""
         for stream in (*self._streams.values(), self._text):
             stream.close()
+
+
+LARGEST_COMPRESSED = 8 * 10**6
+"""Bytes of text above which gzip and xz, a model's marks to beat, are not measured: xz -9 would take longer than
+encoding everything else."""
+
+
+def compressed_sizes(path: Path) -> dict[str, int | None]:
+    """Return gzip_bytes and xz_bytes: a file's size under `gzip -9` and `xz -9`, None where it is empty or missing."""
+    if not path.is_file() or not path.stat().st_size:
+        return {"gzip_bytes": None, "xz_bytes": None}
+    gzip, xz = zlib.compressobj(9, zlib.DEFLATED, wbits=31), lzma.LZMACompressor(preset=9)
+    gzip_bytes = xz_bytes = 0
+    for content in read_pieces(path):
+        gzip_bytes += len(gzip.compress(content))
+        xz_bytes += len(xz.compress(content))
+    return {"gzip_bytes": gzip_bytes + len(gzip.flush()), "xz_bytes": xz_bytes + len(xz.flush())}

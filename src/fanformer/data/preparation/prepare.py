@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fanformer.data.preparation.deduplication import SeenTexts
 from fanformer.data.preparation.encoding import document_encoder
-from fanformer.data.preparation.journal import Journal
-from fanformer.data.preparation.outputs import Attribution, Outputs
-from fanformer.data.preparation.places import (
+from fanformer.data.preparation.journal import (
+    Journal,
     delete_beginnings,
     delete_partial,
     lock_place,
@@ -32,8 +30,8 @@ from fanformer.data.preparation.places import (
     partial_place,
     refuse_existing,
 )
-from fanformer.data.preparation.selection import Position, Selection
-from fanformer.data.preparation.splitting import Split, choose_split
+from fanformer.data.preparation.outputs import Attribution, Outputs
+from fanformer.data.preparation.selection import Position, SeenTexts, Selection, Split, choose_split
 from fanformer.data.preparation.workers import BatchEncoder, encode_in_order, peak_bytes
 from fanformer.data.prepared import (
     ATTRIBUTION,
@@ -114,7 +112,7 @@ def prepare(
         held_out_fraction: share of the text that is held out, in [0, 0.5].
         max_bytes: read documents of the source only until they hold this many UTF-8 bytes; None reads all.
         progress: called with the UTF-8 bytes read so far, and their expected total where it is known.
-        filters: names of `fanformer.data.preparation.filters.FILTERS`, in the order they are applied.
+        filters: names of `fanformer.data.preparation.selection.FILTERS`, in the order they are applied.
         deduplicate: whether to drop texts that were there before.
         licence: of documents that name none, for the attribution.
         workers: processes that encode large sources; the result does not depend on them. More than one needs a main

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from fanformer.data.sources.extras import import_extra
-from fanformer.errors import DataError
+from fanformer.errors import DataError, import_extra
 
 CHUNK_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".xz", ".zst")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.data.sources.decompression import COMPRESSIONS, require_regular
-from fanformer.data.sources.file_patterns import matching_files
 from fanformer.data.sources.readers import (
     Fields,
     file_kind,
@@ -251,6 +250,8 @@ def open_source(
 
 
 def _open_glob(spec: str, pattern: Path, fields: Fields, leave_out: set[Path]) -> FileSource:
+    from fanformer.data.sources.file_patterns import matching_files
+
     files = [path for path in matching_files(pattern) if leave_out.isdisjoint((path, *path.parents))]
     if not files:
         raise DataError(f"data `{spec}`: no file matches {pattern}: quote the pattern and check the folder")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from fanformer.data.sources.documents import Document, DocumentSource
-from fanformer.data.sources.extras import import_extra
 from fanformer.data.sources.readers import (
     Fields,
     Record,
@@ -16,7 +15,7 @@ from fanformer.data.sources.readers import (
     replace_undecodable,
     require_columns,
 )
-from fanformer.errors import DataError, FANformerError, did_you_mean
+from fanformer.errors import DataError, FANformerError, did_you_mean, import_extra
 
 HUB_TIMEOUT_SECONDS = 5.0
 """How long to wait for the hub's first answer; the packages themselves would retry for 25 seconds and more."""

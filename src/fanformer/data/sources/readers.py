@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fanformer.data.sources.decompression import COMPRESSIONS, open_seekable, read_chunks, unreadable
-from fanformer.data.sources.extras import import_extra
-from fanformer.errors import DataError
+from fanformer.errors import DataError, import_extra
 
 LONGEST_TEXT = 1 << 20
 """Characters of a text file above which it is cut into several documents."""

@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 
 from fanformer.training.configuration import resolve
 from fanformer.training.optimizers import BlockMuon, create_optimizer, orthogonalize, split_parameters
 from fanformer.training.state import Snapshot, restore_model, restore_optimizer
+from tests.tiny_models import TUNED
 
 
 def test_orthogonalize_brings_singular_values_near_one():
@@ -69,7 +72,7 @@ def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
             (roles["head"], model.lm_head.weight),
         )
     ] == [True, True]
-    blocks = {id(parameter): count for parameter, count in roles["matrices"]}
+    blocks = {id(parameter): count for parameter, count in roles["factors"]}
     layer = model.model.layers[0]
     assert blocks[id(layer.self_attn.qkv_input.factor.weight)] == 6
     assert blocks[id(layer.mlp.gate_up_input.factor.weight)] == 2
@@ -79,6 +82,35 @@ def test_parameters_are_sorted_by_role_and_counted_by_block(tiny_model):
     assert sum(len(members) for members in roles.values()) == len(list(model.parameters()))
     shared = tiny_model().model.layers[0].self_attn.qkv_input
     assert shared.count == 1
+
+
+def test_the_factors_of_low_rank_layers_have_a_rate_of_their_own(tiny_model):
+    """In the tuned block O and down are whole; in the default no matrix is; with one scale both are one group."""
+    fields = {"learning_rate": 0.01, "muon_learning_rate_scale": 4.0, "muon_factor_scale": 0.5}
+    config = resolve("nano", overrides={"optimizer": "muon", **fields}).optimizer
+    for block in (TUNED, {}):
+        model = tiny_model(**block)
+        rates = {id(p): g["lr"] for g in create_optimizer(model, config).param_groups for p in g["params"]}
+        attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+        whole = [attention.o_proj.weight, mlp.down_proj.weight] if block else []
+        factors = [
+            *(
+                part.weight
+                for part in (attention.qkv_input.factor, mlp.gate_up_input.factor, mlp.gate_proj, mlp.up_proj)
+            ),
+            *(
+                p
+                for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+                for p in one.parameters()
+                if p.ndim == 2
+            ),
+            *(p for one in (attention.o_proj, mlp.down_proj) if not block for p in one.parameters() if p.ndim == 2),
+        ]
+        assert {rates[id(weight)] for weight in whole} == ({0.04} if block else set())
+        assert {rates[id(weight)] for weight in factors} == {0.02}
+        assert len(factors) == (7 if block else 14)
+    one = dataclasses.replace(config, muon_factor_scale=1.0)
+    assert [g["lr"] for g in create_optimizer(model, one).param_groups if "blocks" in g] == [0.04]
 
 
 def test_tied_embeddings_are_one_parameter_of_one_group(tiny_model):

@@ -163,6 +163,9 @@ class OptimizerConfig(_Fields):
         "sqrt(m / n)",
     )
     muon_learning_rate_scale: float = _setting(1.0, "Muon's learning rate over AdamW's", _ABOVE_0)
+    muon_factor_scale: float = _setting(
+        1.0, "the rate of a low-rank layer's two factors over Muon's; their product moves by both", _ABOVE_0
+    )
     embedding_learning_rate_scale: float = _setting(
         1.0, "the embedding's learning rate over the head's; 1 where they are tied", _ABOVE_0
     )

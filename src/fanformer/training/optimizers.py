@@ -22,6 +22,14 @@ _SCALINGS: dict[str, Callable[[int, int], float]] = {
 }
 
 
+_READERS = {
+    "qkv_input": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_input": ("gate_proj", "up_proj"),
+    "input": ("output",),
+}
+"""What holds a first factor, and the layers beside it that read what that gives."""
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix near 1 by five Newton-Schulz iterations.
 
@@ -126,7 +134,8 @@ def split_parameters(model: PreTrainedModel) -> dict[str, list[tuple[nn.Paramete
     """Sort the parameters by role, each with the number of matrices stacked in it.
 
     Returns:
-        "embedding", "head" (empty when tied), "matrices" of the blocks, and "vectors" (norms, biases, gates).
+        "embedding", "head" (empty when tied), of the blocks "matrices" and "factors" of low-rank layers, and "vectors"
+        (norms, biases, gates).
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
@@ -135,7 +144,10 @@ def split_parameters(model: PreTrainedModel) -> dict[str, list[tuple[nn.Paramete
         for module in model.modules()
         if hasattr(module, "factor") and module.factor is not None
     }
-    roles: dict[str, list[tuple[nn.Parameter, int]]] = {"embedding": [], "head": [], "matrices": [], "vectors": []}
+    factors = _factors(model)
+    roles: dict[str, list[tuple[nn.Parameter, int]]] = {
+        role: [] for role in ("embedding", "head", "matrices", "factors", "vectors")
+    }
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -143,10 +155,24 @@ def split_parameters(model: PreTrainedModel) -> dict[str, list[tuple[nn.Paramete
             role = "embedding"
         elif parameter is head:
             role = "head"
+        elif parameter.ndim != 2:
+            role = "vectors"
         else:
-            role = "matrices" if parameter.ndim == 2 else "vectors"
+            role = "factors" if id(parameter) in factors else "matrices"
         roles[role].append((parameter, blocks.get(id(parameter), 1)))
     return roles
+
+
+def _factors(model: nn.Module) -> set[int]:
+    """Return the ids of all parameters of low-rank layers: of the first factor, and of whatever reads its output."""
+    found: set[int] = set()
+    for module in model.modules():
+        for name, readers in _READERS.items():
+            source = getattr(module, name, None)
+            if source is not None and getattr(source, "factor", None) is not None:
+                parts = [source, *(getattr(module, reader) for reader in readers)]
+                found |= {id(parameter) for part in parts for parameter in part.parameters()}
+    return found
 
 
 def create_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -162,18 +188,25 @@ def create_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.o
         {"params": plain["vectors"], "lr": rate, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        groups.append({"params": plain["matrices"], "lr": rate, "weight_decay": decay})
+        groups.append({"params": plain["matrices"] + plain["factors"], "lr": rate, "weight_decay": decay})
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":
         return adamw
-    stacks: dict[int, list[nn.Parameter]] = defaultdict(list)
-    for parameter, count in roles["matrices"]:
-        stacks[count].append(parameter)
+    muon_rate = rate * config.muon_learning_rate_scale
+    scales = {"matrices": 1.0, "factors": config.muon_factor_scale}
+    members = {id(parameter): (scales[role], count) for role in scales for parameter, count in roles[role]}
+    stacks: dict[tuple[float, int], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if id(parameter) in members:
+            stacks[members[id(parameter)]].append(parameter)
     muon = BlockMuon(
-        [{"params": members, "blocks": count} for count, members in sorted(stacks.items())],
+        [
+            {"params": stack, "blocks": count, "lr": muon_rate * scale}
+            for (scale, count), stack in sorted(stacks.items(), key=lambda item: item[0])
+        ],
         config.muon_scaling,
-        lr=rate * config.muon_learning_rate_scale,
+        lr=muon_rate,
         weight_decay=decay,
         momentum=config.muon_momentum,
     )

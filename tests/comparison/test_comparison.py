@@ -15,7 +15,7 @@ from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, 
 from fanformer.comparison.entries import Provenance, write_comparison
 from fanformer.comparison.ledger import read_ledger
 from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
-from fanformer.comparison.trial import RESULT_FILE, Result, Trial
+from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import RANKS
@@ -365,6 +365,19 @@ def test_what_a_name_builds_is_not_taken_for_what_it_built_before(monkeypatch):
     specs = ["fanformer@1m", "nano", "llama@1m", "cola-llama@1m", "1b", "llama@1m:initialisation=library"]
     assert [architecture(spec).block for spec in specs] == [7, 7, 6, 6, 7, 1]
     assert len({replace(default, block=block).name for block in (1, 2, 7)}) == 3
+
+
+def test_the_rate_of_factors_is_the_defaults_own_and_in_its_name_alone(corpus, tmp_path):
+    """What the preset sets for its own block reaches no other; names of trainings from before hold."""
+    comparison, rates, named = small(corpus), {}, {}
+    for spec in ("fanformer@60k", "fanformer-tuned@60k", "cola-llama@60k", "llama@60k"):
+        trial = Trial(spec, 0.01, 0, comparison.settings(spec, 1280), block=architecture(spec).block)
+        rates[spec] = language_config(trial, tmp_path).optimizer.muon_factor_scale
+        named[spec] = "muon_factor_scale" in trial.settings
+    assert rates == dict.fromkeys(rates, 1.0) | {"fanformer@60k": 0.55}
+    assert named == dict.fromkeys(named, False) | {"fanformer@60k": True}
+    asked = small(corpus, run={**comparison.run, "muon_factor_scale": 0.7})
+    assert asked.settings("fanformer@60k", 1280)["muon_factor_scale"] == 0.7
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,7 @@ TUNED_BLOCK = {**TUNED, "qkv_rank": 24, "gate_up_rank": 24}
 def test_fifty_steps_follow_the_golden_curve(run, curve, block):
     """Regenerate after a wanted change: FANFORMER_WRITE_GOLDEN=1 python -m pytest -k golden_curve tests/training."""
     fields = {"max_steps": 50, "eval_steps": 50, "save_steps": 50, "log_steps": 1, "learning_rate": 0.004}
+    fields["muon_factor_scale"] = 1.0  # older than the field
     model = {f"model.{name}": value for name, value in {"dropout": 0.0, **block}.items()}
     result, _ = run(**fields, optimizer=curve.partition("-")[0], threads=1, **model)
     losses = [record["loss"] for record in read_records(result.folder)]

@@ -90,6 +90,7 @@ class Family:
         ranks: fields that hold a rank, with its share of hidden_size in scaled shapes.
         ranks_fit: whether it is the ranks that make up a size, intermediate_size being `ffn_ratio` times the width, or
             intermediate_size, the ranks being their shares of the width.
+        recipe: fields of RunConfig with which it learns language, where they are not the preset's.
         block: number of what is built; raised with every change of its defaults or of its initialisation. Trainings of
             another number are not taken for those of this one; docs/experiments.md says what each number was.
     """
@@ -102,6 +103,7 @@ class Family:
     width_of: str | None = None
     ranks: Mapping[str, float] = field(default_factory=dict)
     ranks_fit: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     block: int = 2
 
     def ranks_at(self, fields: Mapping[str, Any]) -> dict[str, int]:
@@ -125,6 +127,7 @@ FAMILIES: dict[str, Family] = {
         "llama",
         {name: getattr(_DEFAULT, name) / _DEFAULT.hidden_size for name in RANKS},
         ranks_fit=True,
+        recipe={"muon_factor_scale": load_preset("nano").run["muon_factor_scale"]},
         block=6,
     ),
     # the block of 92m-tuned: FAN between the factors of gate and up, O and down full rank
@@ -212,10 +215,19 @@ class Architecture:
     @property
     def block(self) -> int:
         """The number of what its family builds; 1 where a file or another library chooses fields or initialisation."""
+        return 1 if self._named is None else self._named.block
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The fields of RunConfig that its family sets beside those of the comparison."""
+        return {} if self._named is None else self._named.recipe
+
+    @property
+    def _named(self) -> Family | None:
         if self.family == "file" or self.initialisation == "library":
-            return 1
+            return None
         name = "fanformer-tuned" if self.family == "92m-tuned" else self.family
-        return FAMILIES.get(name, FAMILIES["fanformer"]).block  # the other presets are of the default block
+        return FAMILIES.get(name, FAMILIES["fanformer"])  # the other presets are of the default block
 
 
 def initialise_scaled(model: PreTrainedModel) -> None:

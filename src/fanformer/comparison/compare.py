@@ -193,6 +193,10 @@ class Comparison:
             "tokens": tokens,
         }
 
+    def settings(self, spec: str, tokens: int) -> dict[str, Any]:
+        """Return the fields of RunConfig that an architecture is trained with, rate and machine aside."""
+        return {**architecture(spec).recipe, **self.shared_settings(tokens)}
+
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Comparison":
         """Return the comparison of an entry of a queue: lists may be single values, counts may be written 2M.
@@ -402,7 +406,7 @@ class _Sweep:
             task = self.comparison.rule_task(variant).to_dict()
             rule = {"task": task.pop("name"), **task}
             return Trial(spec, rate, seed, self.comparison.rule_settings(), rule=rule, block=block)
-        settings = {**self.comparison.shared_settings(variant), **self.machine}
+        settings = {**self.comparison.settings(spec, variant), **self.machine}
         return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
 
     def _train_all(self, asked: Sequence[tuple[str, int, float, int]]) -> None:

@@ -16,17 +16,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanformer.errors import DivergenceError, FANformerError
 from fanformer.files.durable import replace_json
 from fanformer.training.events import Event
+
+if TYPE_CHECKING:
+    from fanformer.training.fields import RunConfig
 
 TRIAL_FILE, RESULT_FILE, RUN_FOLDER = "trial.json", "result.json", "run"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SECONDS_BETWEEN_LINES = 0.5
 _NEEDED = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """What the data decide of a model's configuration."""
+_UNLESS_ASKED = {"muon_factor_scale": 1.0}
+"""Fields that a preset sets for its own block: a training of another one, whose name does not tell, has none of it."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,10 @@ def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
     return _train_rule(trial, folder, lines) if trial.rule is not None else _train_language(trial, folder, lines)
 
 
-def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
-    from fanformer.comparison.architectures import architecture
+def language_config(trial: Trial, folder: Path) -> "RunConfig":
+    """Return the run that trains a trial of language; its model is the architecture's."""
     from fanformer.training.configuration import resolve
-    from fanformer.training.folder import read_records, read_run_file
-    from fanformer.training.run import train
 
-    chosen = architecture(trial.architecture)
     own = {
         "data": trial.data_folder,
         "output_dir": str(folder / RUN_FOLDER),
@@ -142,7 +144,16 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "learning_rate": trial.learning_rate,
         "seed": trial.seed,
     }
-    config = resolve(overrides={**trial.settings, **own})
+    return resolve(overrides={**_UNLESS_ASKED, **trial.settings, **own})
+
+
+def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
+    from fanformer.comparison.architectures import architecture
+    from fanformer.training.folder import read_records, read_run_file
+    from fanformer.training.run import train
+
+    chosen = architecture(trial.architecture)
+    config = language_config(trial, folder)
     size = {name: value for name, value in config.model.items() if name == "vocab_size"}
     config = config.replace(model={**size, "max_position_embeddings": 1})
     run_folder = config.folder

@@ -3,10 +3,13 @@
 import functools
 import json
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from fanformer.errors import ConfigError
 from fanformer.generation.text_model import TextModel, withhold_spaces
@@ -15,6 +18,7 @@ from fanformer.server.scheduler import Scheduler
 from fanformer.server.slots import Slots
 
 _DEFAULT_POSITIONS = 2048
+_TEMPLATE_ERRORS = ("TemplateError", "UndefinedError", "TemplateRuntimeError", "SecurityError", "CheckpointError")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -28,6 +32,23 @@ class SlotSettings:
     """Tokens that each may have; None is what the model has, at most 2,048."""
     queue_size: int = 256
     """Requests that may wait for a slot."""
+
+
+class TokenReader:
+    """Turns token ids into text, in any thread.
+
+    It has a `tokenizers` tokenizer of its own: encoding changes settings of its, for which nobody may be decoding.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        """Copy a tokenizer."""
+        self.backend_tokenizer = Tokenizer.from_str(backend.to_str())
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Return the text of token ids; spaces are left as they are."""
+        return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 class ServedModel:
@@ -44,9 +65,11 @@ class ServedModel:
             queue_size: most requests that wait for a slot.
         """
         self.name, self.text_model, self.slots, self.known = name, text_model, slots, known
-        self.tokenizer: Any = text_model.tokenizer
-        self.scheduler = Scheduler(slots, self.tokenizer, known, text_model.end_ids, queue_size)
-        self._token_bytes = functools.lru_cache(maxsize=65536)(_byte_reader(self.tokenizer))
+        self._tokenizer: Any = text_model.tokenizer
+        self._encoding = threading.Lock()
+        self.reader = TokenReader(self._tokenizer.backend_tokenizer)
+        self.scheduler = Scheduler(slots, self.reader, known, text_model.end_ids, queue_size)
+        self._token_bytes = functools.lru_cache(maxsize=65536)(_byte_reader(self.reader))
 
     @classmethod
     def open(
@@ -103,21 +126,50 @@ class ServedModel:
         """Memory of weights, keys and values."""
         return self.slots.weight_bytes + self.slots.cache_bytes
 
+    @property
+    def chat_template(self) -> str | None:
+        """How a conversation is written, as a template; None for a base model."""
+        return self._tokenizer.chat_template or None
+
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """Ids of the special tokens by their short names."""
+        return {name: getattr(self._tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, the start token in front; what looks like a special token is plain text.
 
         Raises:
             ConfigError: if it is no valid Unicode.
         """
-        return self.text_model.encode(text)
+        with self._encoding:
+            return self.text_model.encode(text)
 
     def encode_to_continue(self, text: str) -> tuple[list[int], str]:
         """Return the ids of a text to continue, and the spaces at its end, which belong to the first new token."""
-        return withhold_spaces(self.tokenizer, self.encode(text))
+        return withhold_spaces(self.reader, self.encode(text))
+
+    def encode_conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of messages up to where the answer begins.
+
+        Raises:
+            ConfigError: if the model has no chat template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ConfigError(f"`{self.name}` is a base model without a chat template: use /v1/completions.")
+        try:
+            with self._encoding:
+                found = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:
+            if type(error).__name__ not in _TEMPLATE_ERRORS:
+                raise
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise ConfigError(f"the model's chat template refuses the messages: {reason}.") from error
+        return list(found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self.reader.decode(ids, skip_special_tokens=True)
 
     def token_bytes(self, number: int) -> bytes:
         """Return the bytes that a token stands for; a special token's are its name."""
@@ -128,9 +180,9 @@ class ServedModel:
         self.scheduler.close()
 
 
-def _byte_reader(tokenizer: Any) -> Any:
+def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:
     """Return a function from a token's id to its bytes."""
-    backend = tokenizer.backend_tokenizer
+    backend = reader.backend_tokenizer
     special = set(backend.get_added_tokens_decoder())
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     kinds = {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
@@ -144,7 +196,7 @@ def _byte_reader(tokenizer: Any) -> Any:
             return bytes(table[character] for character in token)
         if "ByteFallback" in kinds and (found := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(found.group(1), 16)])
-        return str(tokenizer.decode([number])).encode(errors="replace")
+        return reader.decode([number]).encode(errors="replace")
 
     return read
 

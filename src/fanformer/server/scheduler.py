@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fanformer.errors import CheckpointError, ConfigError, FANformerError
 from fanformer.gguf.blocks import Floats
+from fanformer.server.refusal import log_failure
 from fanformer.server.sampling import Sampling, TokenSampler, likeliest, log_probabilities
 from fanformer.server.slots import Slots
 from fanformer.server.stopping import OutgoingText, Token, Written
@@ -310,7 +311,7 @@ class Scheduler:
             found = self.slots.forward(tokens, every)
         except Exception as error:
             self._failures += 1
-            _log.error("a step failed: %s", type(error).__name__, exc_info=error)
+            log_failure(_log, "a step failed", error)
             for slot in tokens:
                 self._fail(self._active[slot], "the model failed to compute: see the server's log")
             return
@@ -323,7 +324,7 @@ class Scheduler:
             except CheckpointError as error:
                 self._fail(ticket, str(error))
             except Exception as error:
-                _log.error("a request failed: %s", type(error).__name__, exc_info=error)
+                log_failure(_log, "a request failed", error)
                 self._fail(ticket, "internal error: see the server's log")
 
     def _fail(self, ticket: Ticket, message: str) -> None:

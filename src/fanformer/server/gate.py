@@ -26,7 +26,7 @@ ROUTES = (
     "/health",
     "/metrics",
 )
-_DISCARDED, _DISCARD_SECONDS = 4, 5.0
+_DISCARDED, _DISCARD_SECONDS = 4, 2.0
 """How many times the largest body, and for how long, is read on of one that is too large."""
 _log = logging.getLogger("fanformer.server")
 
@@ -151,17 +151,13 @@ class Gate:
         parts, size = [], 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                while True:
+                while size <= most:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise RefusalError(400, "the connection ended within the request.", code="disconnected")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    if size > most:
-                        parts.clear()
-                        await _discard(receive, _DISCARDED * most)
-                        raise _too_large(most)
-                    if not message.get("more_body", False):
+                    if size <= most and not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError as error:
             raise RefusalError(
@@ -170,6 +166,9 @@ class Gate:
                 code="timeout",
                 headers={"connection": "close"},
             ) from error
+        parts.clear()
+        await _discard(receive, _DISCARDED * most)
+        raise _too_large(most)
 
     def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin")

@@ -21,6 +21,8 @@ from fanformer.server.refusal import RefusalError
 
 _log = logging.getLogger("fanformer.server")
 _GRACE_SECONDS = 2
+_SEND_BYTES = 256 << 10
+"""What the system keeps of answers that a client does not read; by itself it would be megabytes a connection."""
 
 
 class Connection(H11Protocol):
@@ -137,6 +139,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)  # of connections too
         bound.bind(address)
     except (OSError, OverflowError) as error:
         raise ConfigError(

@@ -15,6 +15,9 @@ FILES = (
     "tests/gguf/test_file.py",
     "tests/gguf/test_export.py",
     "tests/gguf/test_fuzzing.py",
+    "tests/server/test_slots.py",
+    "tests/server/test_scheduler.py",
+    "tests/server/test_completions.py",
 )
 FUZZED_ENGINE = "tests/gguf/test_fuzzing.py::test_mutated_gguf_files_never_end_the_engines_process"
 

@@ -5,7 +5,7 @@ import pytest
 
 from fanformer.errors import CheckpointError
 from fanformer.gguf.sampling import most_likely, nucleus
-from fanformer.server.sampling import Sampling, TokenSampler, _head_nucleus, likeliest, log_probabilities
+from fanformer.server.sampling import Sampling, TokenSampler, _nucleus, likeliest, log_probabilities
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 3.0], dtype=np.float32)
 KNOWN = 4
@@ -90,11 +90,11 @@ def test_logits_that_are_no_numbers_are_an_error():
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 0.9999])
 @pytest.mark.parametrize("scale", [0.1, 3.0])
-def test_the_head_alone_gives_the_nucleus_of_all(share, scale):
+def test_bins_give_the_nucleus_that_sorting_gives(share, scale):
     scores = (np.random.default_rng(0).standard_normal(6000) * scale).astype(np.float32)
     scores -= scores.max()
     ids = most_likely(scores, 5000)
-    np.testing.assert_array_equal(_head_nucleus(ids, scores, share), nucleus(ids, scores, share))
+    np.testing.assert_array_equal(_nucleus(ids, scores, share), nucleus(ids, scores, share))
 
 
 def test_log_probabilities_sum_to_one_and_the_likeliest_come_best_first():

@@ -62,6 +62,33 @@ def test_a_hang_up_frees_its_slot_while_it_writes(model, monkeypatch, stream, en
         begun.close()
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_hang_up_behind_a_next_request_is_seen_too(model, monkeypatch, at_once):
+    slowed(model, monkeypatch, 0.02)
+    with running({"tiny": model}) as client:
+        before = model.scheduler.counters.finished["cancelled"]
+        data = json.dumps(LONG).encode()
+        request, following = HEAD + b"content-length: %d\r\n\r\n" % len(data) + data, b"GET /health HTTP/1.1\r\n"
+        begun = client.socket()
+        begun.sendall(request + following if at_once else request)
+        wait_for(lambda: model.scheduler.running == 1)
+        begun.sendall(following)
+        begun.close()
+        wait_for(lambda: model.scheduler.counters.finished["cancelled"] == before + 1)
+
+
+def test_a_next_request_sent_too_early_ends_the_connection_with_the_answer(model, monkeypatch):
+    slowed(model, monkeypatch, 0.02)
+    with running({"tiny": model}) as client:
+        data = json.dumps(SHORT).encode()
+        with client.socket() as begun:
+            begun.sendall((HEAD + b"content-length: %d\r\n\r\n" % len(data) + data) * 2)
+            answer = b""
+            while more := begun.recv(65536):
+                answer += more
+        assert answer.count(b"HTTP/1.1 200 ") == 1
+
+
 def test_a_hang_up_while_it_waits_or_is_read_leaves_nothing_behind(model, monkeypatch):
     monkeypatch.setattr(model.slots, "chunk_tokens", 2)
     slowed(model, monkeypatch, 0.02)

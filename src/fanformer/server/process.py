@@ -45,9 +45,19 @@ class Connection(H11Protocol):
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes of a request."""
-        super().data_received(data)
-        self._watch_head()
+        """Take bytes of a request.
+
+        What comes after a whole request and before its answer is dropped, and the connection ends with the answer: a
+        next request waiting there would hide a hang-up.
+        """
+        in_work = self.cycle is not None and not self.cycle.response_complete
+        if not (in_work and self.conn.their_state is h11.DONE):
+            super().data_received(data)
+            self._watch_head()
+            if self.conn.their_state is not h11.DONE or not self.flow.read_paused:
+                return
+            self.flow.resume_reading()
+        self.cycle.keep_alive = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""

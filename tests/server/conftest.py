@@ -135,7 +135,7 @@ class Client:
         connection.close()
         found = {name.lower(): value for name, value in response.getheaders()}
         is_json = found.get("content-type", "").startswith("application/json")
-        return response.status, found, json.loads(data) if is_json else data.decode()
+        return response.status, found, json.loads(data) if is_json and data else data.decode()
 
     def complete(self, **fields):
         """Return the response of /v1/completions, which must be good."""

@@ -137,6 +137,7 @@ def test_a_second_turn_reads_only_what_is_new(both):
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]", "no `text`"),
         ({"messages": [*HELLO, {"role": "system", "content": "b"}]}, "messages", "system must be first"),
         ({"messages": [{"role": "user", "content": "the cat " * 200}]}, "messages", "positions"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "UTF-8"),
         ({"tools": [{"type": "function"}]}, "tools", "does not call tools"),
         ({"tool_choice": "required"}, "tool_choice", "cannot be honoured"),
         ({"response_format": {"type": "json_object"}}, "response_format", "cannot be enforced"),

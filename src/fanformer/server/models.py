@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fanformer.errors import ConfigError
-from fanformer.generation.text_model import TextModel, withhold_spaces
+from fanformer.generation.text_model import TextModel, check_text, withhold_spaces
 from fanformer.loading import is_gguf, load_text_model
 from fanformer.server.scheduler import Scheduler
 from fanformer.server.slots import Slots
@@ -153,10 +153,12 @@ class ServedModel:
         """Return the ids of messages up to where the answer begins.
 
         Raises:
-            ConfigError: if the model has no chat template, or it refuses the messages.
+            ConfigError: if the model has no chat template, it refuses the messages, or one is no valid Unicode.
         """
         if self.chat_template is None:
             raise ConfigError(f"`{self.name}` is a base model without a chat template: use /v1/completions.")
+        for message in messages:
+            check_text(message["content"])
         try:
             with self._encoding:
                 found = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -227,6 +227,19 @@ def gap(model: TextModel, case: Case, found: list[int]) -> float:
     return abs(values[0] - values[1])
 
 
+def generate_batch_rate(model: Any, cases: list[Case], new: int) -> float:
+    """Return the tokens a second of transformers' own continuous batching, greedy, for as many prompts as one load has.
+
+    Nothing else runs meanwhile, and there is no HTTP: the comparison is to its advantage.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    began = time.perf_counter()
+    found = model.generate_batch(inputs=[case.ids for case in cases], generation_config=settings, progress_bar=False)
+    return sum(len(one.generated_tokens) for one in found.values()) / (time.perf_counter() - began)
+
+
 def start_server(path: Path, arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
     """Start `fanformer serve`; return the process and its port."""
     words = [f"model={path}", "--port", "0", "--slots", arguments.slots, "--queue-size", 4096, "--log-file", os.devnull]
@@ -276,10 +289,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=16, help="default 16")
     parser.add_argument("--bad-share", type=float, default=0.2, help="malformed or hung up on; default 0.2")
     parser.add_argument("--margin", type=float, default=0.01, help="of a near tie, in nats; default 0.01")
+    parser.add_argument("--generate-batch", action="store_true", help="also transformers' own batching, on torch")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model and little load")
     parser.add_argument("--part", help="what is measured of it: the entry is then NAME-PART-DATE")
     parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
+    if arguments.generate_batch and arguments.engine != "torch":
+        parser.error("--generate-batch is for --engine torch")
     if arguments.dry_run:
         small = {"clients": [1, 4], "requests": 48, "prompts": 6, "prompt_tokens": 24, "new": 12, "slots": 3}
         vars(arguments).update(small)
@@ -309,6 +325,9 @@ def main() -> int:
         finally:
             process.terminate()
             process.wait(60)
+        if arguments.generate_batch:
+            rate = generate_batch_rate(model.model, cases, arguments.new)  # type: ignore[attr-defined]
+            result["tokens_per_second_generate_batch"] = Figure(rate, "tokens/s")
     finish(f"serve-{arguments.engine}", "the server under load on loopback", arguments, result)
     return 1 if wrong else 0
 

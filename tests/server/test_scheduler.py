@@ -236,6 +236,24 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(served, monkeypa
     assert run(served, ask(served, "the cat"))
 
 
+def test_what_is_no_number_does_not_stay_in_the_slot(tmp_path, saved_model):
+    """A token whose embedding is spoilt ends its own request; the next text of the slot, a shorter one, is right."""
+    import torch
+
+    from fanformer.loading import load_text_model
+    from fanformer.server.models import ServedModel, SlotSettings
+
+    model = ServedModel.open(saved_model, "tiny", SlotSettings(1, 100, queue_size=8), device="cpu")
+    model.offline = load_text_model(saved_model, device="cpu")
+    with torch.no_grad():
+        model.text_model.model.model.embed_tokens.weight[7] = torch.nan
+    [heard], _ = submit(model, Request([0, *[9] * 20, 7, *[9] * 20], 5))
+    assert "no numbers" in heard.wait().message
+    expected = offline(model, ["the cat"], temperature=0, max_length=8)[0].text
+    assert run(model, ask(model, "the cat", 8))[0].text == expected
+    model.close()
+
+
 def test_many_threads_lose_and_mix_nothing(served):
     settle(served.scheduler)
     expected = [completion.text for completion in offline(served, PROMPTS, temperature=0, max_length=8)]
@@ -275,6 +293,9 @@ class Still:
 
     def cut(self, slot, length):
         self.kept = length
+
+    def wipe(self, slot):
+        self.kept = 0
 
     def noise(self, seed):
         return lambda: np.ones(300, dtype=np.float32)

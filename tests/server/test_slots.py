@@ -1,5 +1,8 @@
 """Slots of both engines: what one holds is its own, wherever it lies and whoever shares its step."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -56,6 +59,42 @@ def test_a_slot_that_was_cut_goes_on_from_there(slots, loaded):
     np.testing.assert_allclose(found, expected(loaded, [*IDS[0][:2], 11, 12])[2:], **TOLERANCE)
     found = slots.forward({1: [7]})[1]
     np.testing.assert_allclose(found, expected(loaded, [*IDS[2][:5], 7])[-1:], **TOLERANCE)
+
+
+def spoil(slots):
+    """Put what is no number into all keys and values."""
+    if hasattr(slots, "_layers"):
+        import torch
+
+        with torch.inference_mode():
+            for layer in slots._layers:
+                layer.keys.fill_(torch.nan)
+                layer.values.fill_(torch.nan)
+    else:
+        cache = slots._engine._state._cache
+        for name in cache.nodes:
+            cache.raw(name)[:] = 0xFF
+
+
+def test_a_slot_that_was_wiped_holds_nothing_and_the_others_what_they_held(slots, loaded):
+    for slot, ids in enumerate(IDS):
+        slots.forward({slot: ids})
+    slots.wipe(1)
+    assert [slots.length(slot) for slot in range(4)] == [5, 0, 7, 1]
+    found = slots.forward({0: [7], 1: [7], 2: [7]})
+    for slot, ids in ((0, IDS[0]), (1, []), (2, IDS[2])):
+        np.testing.assert_allclose(found[slot], expected(loaded, [*ids, 7])[-1:], **TOLERANCE)
+    spoil(slots)
+    for slot in range(4):
+        slots.cut(slot, 0)
+    slots.wipe(3)
+    slots.forward({3: IDS[2]})
+    assert np.isnan(slots.forward({2: [0], 3: [7]})[2]).any()  # beside a longer text it reads places of its own
+    slots.wipe(2)
+    slots.cut(3, len(IDS[2]))
+    found = slots.forward({2: [0], 3: [7]})
+    np.testing.assert_allclose(found[2], expected(loaded, [0]), **TOLERANCE)
+    np.testing.assert_allclose(found[3], expected(loaded, [*IDS[2], 7])[-1:], **TOLERANCE)
 
 
 def test_the_memory_is_taken_at_the_start_and_stays(slots):
@@ -122,6 +161,30 @@ def test_a_block_of_streams_is_a_power_of_two_that_starts_at_a_multiple():
                 size = 1 << (count - 1).bit_length()
                 assert first % size == 0
                 assert count == 1 or low < first + size // 2 <= high
+
+
+@pytest.mark.ci
+@pytest.mark.skipif("ggml" not in ENGINES, reason="needs the extra `gguf` (ggml-python)")
+def test_a_file_is_served_without_torch(saved_model, tmp_path):
+    from tests.gguf_models import export
+
+    code = f"""
+import sys
+from fanformer.server.app import build
+from fanformer.server.models import ServedModel, SlotSettings
+from fanformer.server.scheduler import Request
+
+model = ServedModel.open({str(export(saved_model))!r}, "tiny", SlotSettings(2, 64))
+build({{"tiny": model}})
+events = []
+model.scheduler.submit([Request(model.encode("the cat"), 4)], [events.append])
+while not events or not hasattr(events[-1], "completion_tokens"):
+    pass
+model.close()
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif("ggml" not in ENGINES, reason="needs the extra `gguf` (ggml-python)")

@@ -131,6 +131,12 @@ class Engine:
         assert 0 <= length <= state.lengths[stream]
         state.lengths[stream] = length
 
+    def wipe(self, stream: int) -> None:
+        """Forget a stream, and put zeros where its keys and values were: one that is no number spoils what it meets."""
+        state = self._begun()
+        state.lengths[stream] = 0
+        state.wipe(stream)
+
     def forward(self, tokens: Sequence[Sequence[int]], every: bool = False) -> list[Floats]:
         """Add tokens to the streams and return logits.
 
@@ -245,6 +251,13 @@ class _State:
             inputs["outputs"] = last
         logits = self._graph(first, count, width, used, every).run(inputs)
         return first, logits.reshape(count, width if every else 1, -1)
+
+    def wipe(self, stream: int) -> None:
+        """Put zeros where the keys and values of a stream are."""
+        for name in self._cache.nodes:
+            raw = self._cache.raw(name)
+            size = len(raw) // self.streams
+            raw[size * stream : size * (stream + 1)] = 0
 
     def _places(self, first: int, cells: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return where keys (rows) and values (single numbers) of tokens at `cells` (B, T) go."""

@@ -53,6 +53,10 @@ class GgmlSlots(Slots):
         """Keep only the first `length` tokens of a slot."""
         self._engine.forget(slot, length)
 
+    def wipe(self, slot: int) -> None:
+        """Do what `Slots.wipe` says."""
+        self._engine.wipe(slot)
+
     def noise(self, seed: int) -> Noise:
         """Return the random stream of a seed, as `fanformer.gguf.sampling.Sampler` has it."""
         random = np.random.Generator(np.random.PCG64(seed))

@@ -31,7 +31,7 @@ class Plan:
     requests: list[Request]
     """For each prompt, `drawn` in a row."""
     prompts: list[str]
-    """The text of each prompt, for `echo`."""
+    """The text of each prompt where it is to be told; else empty."""
     drawn: int
     """Answers that are written for each prompt."""
     told: int
@@ -73,7 +73,7 @@ def plan_completion(fields: CompletionFields, model: ServedModel) -> Plan:
     for prompt in prompts:
         # what is scored or echoed stays as it was cut: only a text to continue lends its spaces to the next token
         ids, beginning = _encode(model, prompt, moves_spaces=not echo)
-        texts.append(prompt if isinstance(prompt, str) else model.decode(prompt))
+        texts.append("" if not echo else prompt if isinstance(prompt, str) else model.decode(prompt))
         for _ in range(drawn):
             requests.append(
                 Request(

@@ -94,8 +94,7 @@ class TokenSampler:
         Raises:
             CheckpointError: if a logit is no number, which would otherwise come out as arbitrary text.
         """
-        if np.isnan(logits).any():
-            raise CheckpointError("the model computes values that are no numbers: its weights or dtype are of no use.")
+        check_numbers(logits)
         scores = self._adjusted(logits[: self._known].astype(np.float32))
         self._drawn += 1
         token = int(scores.argmax()) if self._sampling.is_greedy else self._sample(scores)
@@ -157,6 +156,12 @@ def _nucleus(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray[np
     before = (masses[last - 1] if last else 0.0) + np.cumsum(weights[places], dtype=np.float64) - weights[places]
     kept[places[before < wanted]] = True
     return ids[kept]
+
+
+def check_numbers(logits: Floats) -> None:
+    """Raise CheckpointError if one of `logits` (V) is no number, which would otherwise come out as arbitrary text."""
+    if np.isnan(logits).any():
+        raise CheckpointError("the model computes values that are no numbers: its weights or dtype are of no use.")
 
 
 def log_probabilities(logits: Floats) -> Floats:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fanformer.errors import CheckpointError, ConfigError, FANformerError
 from fanformer.gguf.blocks import Floats
 from fanformer.server.refusal import log_failure
-from fanformer.server.sampling import Sampling, TokenSampler, likeliest, log_probabilities
+from fanformer.server.sampling import Sampling, TokenSampler, check_numbers, likeliest, log_probabilities
 from fanformer.server.slots import Slots
 from fanformer.server.stopping import OutgoingText, Token, Written
 
@@ -329,12 +329,13 @@ class Scheduler:
 
     def _fail(self, ticket: Ticket, message: str) -> None:
         self._held[ticket.slot].clear()
-        self.slots.cut(ticket.slot, 0)
+        self.slots.wipe(ticket.slot)
         ticket.tell(Failure(message))
         self._release(ticket, "failed")
 
     def _have_read(self, ticket: Ticket, row: list[int], logits: Floats) -> None:
         request = ticket.request
+        check_numbers(logits[-1])
         if request.scores_prompt:
             self._score_prompt(ticket, logits)
         ticket.read += len(row)

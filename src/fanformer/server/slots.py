@@ -51,6 +51,13 @@ class Slots(ABC):
         """Keep only the first `length` tokens of a slot."""
 
     @abstractmethod
+    def wipe(self, slot: int) -> None:
+        """Forget a slot's text, and put zeros where its keys and values were.
+
+        What is no number among them would reach later texts of the slot: a masked place counts 0 times its value.
+        """
+
+    @abstractmethod
     def noise(self, seed: int) -> Noise:
         """Return the random stream of a seed; `TextModel.complete` draws the same one on this engine."""
 

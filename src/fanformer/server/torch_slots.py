@@ -165,6 +165,15 @@ class TorchSlots(Slots):
         assert 0 <= length <= self._lengths[slot]
         self._lengths[slot] = length
 
+    @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """Do what `Slots.wipe` says."""
+        self._lengths[slot] = 0
+        for layer in self._layers:
+            for kept in (layer.keys, layer.values):
+                assert kept is not None
+                kept[slot].zero_()
+
     def noise(self, seed: int) -> Noise:
         """Return the random stream of a seed, as `GumbelNoise` has it."""
         generator = torch.Generator().manual_seed(seed)

@@ -203,5 +203,9 @@ def test_the_schema_names_every_route_and_field(both):
     status, _, schema = both("GET", "/openapi.json")
     assert status == 200
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(schema["paths"])
+    responses = schema["paths"]["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "404", "413", "429", "503"} <= set(responses)
+    assert "422" not in responses
+    assert responses["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorEnvelope")
     fields = schema["components"]["schemas"]["CompletionFields"]["properties"]
     assert {"prompt", "best_of", "echo", "logprobs", "min_p", "repetition_penalty", "logit_bias", "seed"} <= set(fields)

@@ -26,13 +26,13 @@ from fanformer.server.limits import Access, Limits
 from fanformer.server.metrics import CONTENT_TYPE, render
 from fanformer.server.models import ServedModel
 from fanformer.server.planning import Plan, encode_conversation, plan_chat, plan_completion
-from fanformer.server.refusal import RefusalError, invalid
+from fanformer.server.refusal import ErrorEnvelope, RefusalError, invalid
 
 _STARTED = 1767225600
 """When the models say they were made: the same at every start, for replicas must not differ."""
 _CLIENT_GONE = 499
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "model": ErrorEnvelope}
     for status, text in (
         (400, "The request cannot be answered."),
         (401, "The API key is missing or wrong."),
@@ -89,7 +89,22 @@ def build(
     _add_models(app, service)
     _add_tokenizer(app, service)
     _add_state(app, service, lost_log_lines)
+    _mend_schema(app)
     return service
+
+
+def _mend_schema(app: FastAPI) -> None:
+    """Take what FastAPI says of wrong fields out of the schema: here they are a 400 like any other."""
+    whole = app.openapi
+
+    def mended() -> dict[str, Any]:
+        schema = whole()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+    app.openapi = mended
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -5,6 +5,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from fanformer.errors import FANformerError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -37,6 +39,21 @@ class RefusalError(FANformerError):
     def body(self) -> dict[str, Any]:
         """What is sent."""
         return {"error": error_object(self.status, str(self), self.param, self.code)}
+
+
+class ErrorObject(BaseModel):
+    """An error of OpenAI's shape, for the schema."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """What is sent instead of an answer."""
+
+    error: ErrorObject
 
 
 def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

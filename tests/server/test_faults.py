@@ -148,7 +148,7 @@ def test_a_client_that_never_reads_is_cut_off_and_holds_up_nobody(saved_model):
 
 def test_an_answer_that_takes_too_long_is_ended(model, monkeypatch):
     slowed(model, monkeypatch, 0.05)
-    with running({"tiny": model}, None, Limits(answer_seconds=0.5)) as client:
+    with running({"tiny": model}, None, Limits(answer_seconds=1)) as client:
         status, _, body = client("POST", "/v1/completions", LONG)
         assert check_error(status, body) == (503, body["error"])
         assert body["error"]["code"] == "timeout"
@@ -180,7 +180,7 @@ def test_a_failing_step_is_an_error_to_its_clients_and_broken_health_after_three
 
 def test_draining_finishes_what_is_in_work_and_sends_newcomers_away(saved_model, monkeypatch):
     model = ServedModel.open(saved_model, "tiny", SlotSettings(2, 100), device="cpu")
-    slowed(model, monkeypatch, 0.02)
+    slowed(model, monkeypatch, 0.05)
     with running({"tiny": model}) as client:
         begun = streaming(client)
         client.server.handle_exit(signal.SIGTERM, None)

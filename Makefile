@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev demo test test-ci test-all check check-lifecycle check-resume bench evidence clean
+.PHONY: setup setup-dev demo test test-ci test-all check check-lifecycle check-resume check-serve bench evidence clean
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
@@ -49,6 +49,10 @@ check-lifecycle: setup-dev
 # The proof of resuming bit for bit under other kernels and numbers of threads.
 check-resume: setup-dev
 	$(BIN)/python benchmarks/proofs/resume_settings.py --write
+
+# The server under load, every answer checked.
+check-serve: setup-dev
+	$(BIN)/python benchmarks/serve.py --generate-batch --write
 
 bench: setup-dev
 	$(BIN)/python benchmarks/speed/malloc.py --write

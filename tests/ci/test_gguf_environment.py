@@ -15,7 +15,11 @@ FILES = (
     "tests/gguf/test_file.py",
     "tests/gguf/test_export.py",
     "tests/gguf/test_fuzzing.py",
+    "tests/server/test_slots.py",
+    "tests/server/test_scheduler.py",
+    "tests/server/test_completions.py",
 )
+SERVED_FILE = "tests/server/test_slots.py::test_a_file_is_served_without_torch"
 FUZZED_ENGINE = "tests/gguf/test_fuzzing.py::test_mutated_gguf_files_never_end_the_engines_process"
 
 
@@ -27,7 +31,7 @@ def python(python_with):
 
 @pytest.mark.timeout(3600)
 def test_everything_that_needs_the_extra_passes_and_nothing_is_skipped(fanformer, repository):
-    for chosen in (["-m", "not ci", *FILES], [FUZZED_ENGINE]):
+    for chosen in (["-m", "not ci", *FILES], [FUZZED_ENGINE, SERVED_FILE]):
         words = ["-q", "-p", "no:cacheprovider", "-rs", *chosen]
         assert "SKIPPED" not in fanformer(*words, program=("-m", "pytest"), folder=repository, timeout=1700)
 

@@ -20,6 +20,7 @@ VERBS = {
     "data": ("fanformer.cli.data:data", "Prepare training data."),
     "generate": ("fanformer.cli.generate:generate", "Continue prompts."),
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),
+    "serve": ("fanformer.cli.serve:serve", "Serve models to clients of OpenAI's API."),
     "eval": ("fanformer.cli.eval:evaluate", "Measure a model on text and on benchmark tasks."),
     "compare": ("fanformer.cli.compare:compare", "Train architectures on the same tokens and compare them."),
     "quantize": ("fanformer.cli.quantize:quantize", "Write a model as a smaller file."),

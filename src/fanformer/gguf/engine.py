@@ -121,6 +121,18 @@ class Engine:
         """Return how many tokens a stream has."""
         return self._begun().lengths[stream]
 
+    def forget(self, stream: int, length: int) -> None:
+        """Keep only the first `length` tokens of a stream."""
+        state = self._begun()
+        assert 0 <= length <= state.lengths[stream]
+        state.lengths[stream] = length
+
+    def wipe(self, stream: int) -> None:
+        """Forget a stream, and put zeros where its keys and values were: one that is no number spoils what it meets."""
+        state = self._begun()
+        state.lengths[stream] = 0
+        state.wipe(stream)
+
     def forward(self, tokens: Sequence[Sequence[int]], every: bool = False) -> list[Floats]:
         """Add tokens to the streams and return logits.
 
@@ -141,12 +153,12 @@ class Engine:
         for start in range(0, longest, CHUNK):
             parts = [row[start : start + CHUNK] for row in tokens]
             ends = [not every and 0 < len(row) - start <= CHUNK for row in tokens]
-            logits = state.step(parts, every)
+            first, logits = state.step(parts, every)
             for stream, part in enumerate(parts):
-                if every:
-                    found[stream].append(logits[stream, : len(part)])
+                if every and part:
+                    found[stream].append(logits[stream - first, : len(part)])
                 elif ends[stream]:
-                    found[stream].append(logits[stream, :1])
+                    found[stream].append(logits[stream - first, :1])
         empty = np.empty((0, self.model.vocab_size), dtype=np.float32)
         return [np.concatenate(rows) if rows else empty for rows in found]
 
@@ -193,58 +205,83 @@ class _State:
             shapes[f"v{layer}"] = kind, (1, self._all_cells * self._width * streams)
         self._cache = Memory(runtime, shapes)
         self.num_bytes = self._cache.total_bytes
-        self._graphs: dict[tuple[int, int, bool], Graph] = {}
-        self._graph(CHUNK, cells, False)  # the largest first: it decides how much memory the others share
+        self._graphs: dict[tuple[int, int, int, int, bool], Graph] = {}
+        self._graph(0, streams, CHUNK, cells, False)  # the largest first: it decides how much memory the others share
 
-    def step(self, parts: Sequence[Sequence[int]], every: bool) -> Floats:
-        """Add at most CHUNK tokens to each stream; return logits (B, T, V), T padded, or (B, 1, V) of the last."""
+    def step(self, parts: Sequence[Sequence[int]], every: bool) -> tuple[int, Floats]:
+        """Add at most CHUNK tokens to each stream; only a block of streams that has all which get some is computed.
+
+        Returns:
+            The first stream of the block, and logits (B, T, V), B its streams, T padded, or (B, 1, V) of the last.
+        """
+        busy = [stream for stream, part in enumerate(parts) if part]
+        first, count = _block(busy[0], busy[-1], self.streams)
         longest = max(map(len, parts))
         width = 1 << (longest - 1).bit_length()
         used = bucket(max(length + len(part) for length, part in zip(self.lengths, parts, strict=True)))
         used = min(used, self.cells)
-        shape = (self.streams, width)
+        shape = (count, width)
         tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         cells = np.broadcast_to(self.cells + np.arange(width), shape).copy()
-        last = np.zeros(self.streams, np.int32)
-        for stream, (length, part) in enumerate(zip(self.lengths, parts, strict=True)):
-            count = len(part)
-            tokens[stream, :count] = part
-            positions[stream, :count] = cells[stream, :count] = np.arange(length, length + count)
-            last[stream] = stream * width + max(count - 1, 0)
-            self.lengths[stream] = length + count
+        last = np.arange(count, dtype=np.int32) * width
+        for stream in busy:
+            row, length, new = stream - first, self.lengths[stream], len(parts[stream])
+            tokens[row, :new] = parts[stream]
+            positions[row, :new] = cells[row, :new] = np.arange(length, length + new)
+            last[row] += new - 1
+            self.lengths[stream] = length + new
         inputs = {
             "embedded": self._embedding.rows(tokens.ravel()),
             "positions": positions,
             "mask": np.where(np.arange(used) <= positions[..., None], np.float32(0), np.float32(-np.inf)),
-            **self._places(cells),
+            **self._places(first, cells),
         }
         if not every:
             inputs["outputs"] = last
-        logits = self._graph(width, used, every).run(inputs)
-        return logits.reshape(self.streams, width if every else 1, -1)
+        logits = self._graph(first, count, width, used, every).run(inputs)
+        return first, logits.reshape(count, width if every else 1, -1)
 
-    def _places(self, cells: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    def wipe(self, stream: int) -> None:
+        """Put zeros where the keys and values of a stream are."""
+        for name in self._cache.nodes:
+            raw = self._cache.raw(name)
+            size = len(raw) // self.streams
+            raw[size * stream : size * (stream + 1)] = 0
+
+    def _places(self, first: int, cells: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Return where keys (rows) and values (single numbers) of tokens at `cells` (B, T) go."""
-        stream = np.arange(self.streams)[:, None]
+        stream = first + np.arange(len(cells))[:, None]
         channels = np.arange(self._width)
-        first = (stream[..., None] * self._width + channels) * self._all_cells
-        return {"k_rows": stream * self._all_cells + cells, "v_rows": first + cells[..., None]}
+        starts = (stream[..., None] * self._width + channels) * self._all_cells
+        return {"k_rows": stream * self._all_cells + cells, "v_rows": starts + cells[..., None]}
 
-    def _graph(self, width: int, used: int, every: bool) -> Graph:
-        graph = self._graphs.get((width, used, every))
+    def _graph(self, first: int, count: int, width: int, used: int, every: bool) -> Graph:
+        key = first, count, width, used, every
+        graph = self._graphs.get(key)
         while graph is None or not graph.usable:
-            graph = _Builder(self, width, used).build(every)
-            self._graphs[width, used, every] = graph
+            self._graphs[key] = graph = _Builder(self, first, count, width, used).build(every)
         return graph
 
 
-class _Builder:
-    """Builds the graph for T tokens of each stream that see the first S cached positions."""
+def _block(low: int, high: int, streams: int) -> tuple[int, int]:
+    """Return start and length of the smallest block of streams with both: a power of two that starts at a multiple.
 
-    def __init__(self, state: _State, width: int, used: int) -> None:
-        self._state, self._t, self._s = state, width, used
+    So that few graphs are made; the last block ends with the last stream.
+    """
+    size = 1
+    while low // size != high // size:
+        size *= 2
+    first = low // size * size
+    return first, min(size, streams - first)
+
+
+class _Builder:
+    """Builds the graph for T tokens of each of B streams from `first` on that see the first S cached positions."""
+
+    def __init__(self, state: _State, first: int, count: int, width: int, used: int) -> None:
+        self._state, self._first, self._b, self._t, self._s = state, first, count, width, used
         self._model, self._weights = state._model, state._weights
-        self._n = state.streams * width
+        self._n = count * width
         self._graph = Graph(state._runtime, 32 + _NODES_PER_LAYER * self._model.num_hidden_layers)
 
     def build(self, every: bool) -> Graph:
@@ -252,13 +289,13 @@ class _Builder:
         g, model, kv = self._graph, self._model, self._state._width
         x = g.input("embedded", F32, model.hidden_size, self._n)  # [D, N]
         self._positions = g.input("positions", I32, self._n)
-        self._mask = g.input("mask", F32, self._s, self._t, 1, self._state.streams)
+        self._mask = g.input("mask", F32, self._s, self._t, 1, self._b)
         self._k_rows = g.input("k_rows", I64, self._n)
         self._v_rows = g.input("v_rows", I64, self._n * kv)
         for layer in range(model.num_hidden_layers):
             x = self._layer(x, layer)
         if not every:
-            x = g.rows(x, g.input("outputs", I32, self._state.streams))
+            x = g.rows(x, g.input("outputs", I32, self._b))
         x = self._norm(x, "output_norm")
         head = "token_embd" if model.tie_word_embeddings else "output"
         g.finish(self._linear(x, head))
@@ -340,7 +377,7 @@ class _Builder:
         scale = 1.0 / rope["factor"] if rope["rope_type"] == "linear" else 1.0
         q, k = (g.rope(x, self._positions, rope["rope_theta"], scale) for x in (q, k))
         keys, values = self._remember(k, v, layer)  # [K, S, G, B], [S, K, G, B]
-        q = g.permute(g.reshape(q, width, heads, self._t, self._state.streams), 0, 2, 1, 3)  # [K, T, H, B]
+        q = g.permute(g.reshape(q, width, heads, self._t, self._b), 0, 2, 1, 3)  # [K, T, H, B]
         weights = g.softmax(g.matmul(keys, q), self._mask, width**-0.5)  # [S, T, H, B]
         attended = g.permute(g.matmul(values, weights), 0, 2, 1, 3)  # [K, H, T, B]
         attended = g.reshape(g.contiguous(attended), width * heads, self._n)
@@ -396,13 +433,14 @@ class _Builder:
     def _remember(self, k: Node, v: Node, layer: int) -> tuple[Node, Node]:
         """Write keys and values `[K, G, N]` to the cache; return what is visible, `[K, S, G, B]` and `[S, K, G, B]`."""
         g, model, state = self._graph, self._model, self._state
-        streams, cells, width = state.streams, state._all_cells, state._width
+        cells, width = state._all_cells, state._width
         keys, values = state._cache.nodes[f"k{layer}"], state._cache.nodes[f"v{layer}"]
         g.put_rows(keys, g.reshape(g.contiguous(k), width, self._n), self._k_rows)
         g.put_rows(values, g.reshape(g.contiguous(v), 1, width * self._n), self._v_rows)
         size = keys.strides[0]
-        shape = (model.head_dim, self._s, model.num_key_value_heads, streams)
-        seen = g.view(keys, shape, (size * width, size * model.head_dim, size * width * cells), 0)
-        shape = (self._s, model.head_dim, model.num_key_value_heads, streams)
+        start = size * width * cells * self._first
+        shape = (model.head_dim, self._s, model.num_key_value_heads, self._b)
+        seen = g.view(keys, shape, (size * width, size * model.head_dim, size * width * cells), start)
+        shape = (self._s, model.head_dim, model.num_key_value_heads, self._b)
         strides = (size * cells, size * cells * model.head_dim, size * cells * width)
-        return seen, g.view(values, shape, strides, 0)
+        return seen, g.view(values, shape, strides, start)

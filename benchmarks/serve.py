@@ -1,0 +1,364 @@
+"""The server under load on loopback: tokens a second, time to the first one, and whether every answer is right.
+
+    python benchmarks/serve.py [--engine torch|ggml] [--clients 1 8 16 32 64] [--requests 2000] [--write]
+    python benchmarks/serve.py --dry-run
+
+A model with random weights (`92m`, in float32 on torch, in q8_0 on ggml) is served by `fanformer serve` in a process of
+its own. For each number of clients, with streams and without, each client asks again and again: half of it greedy, half
+sampled with a seed, of prompts that were continued offline before; a share of requests is malformed, or hung up on.
+An answer must have all its tokens, and be the offline one. Where it differs, the first other token is looked at: at a
+near tie (log-probabilities that differ by less than --margin, offline) rounding decides, and it is counted apart.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
+
+from speed import finish
+
+from fanformer.comparison.ledger import Figure
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.text_model import TextModel
+
+_TOKEN = re.compile(r"w(\d+);")
+SAMPLED = {"temperature": 0.8, "top_p": 0.95}
+
+
+@dataclasses.dataclass
+class Case:
+    """A prompt with what must come of it."""
+
+    ids: list[int]
+    seed: int | None
+    """None is greedy."""
+    expected: list[int]
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came of one load."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    first: list[float] = dataclasses.field(default_factory=list)
+    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
+    differing: list[tuple[Case, list[int]]] = dataclasses.field(default_factory=list)
+
+
+def save_model(folder: Path, dry: bool) -> None:
+    """Save a model with random weights, and a tokenizer whose every token can be told from the text."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from fanformer.model import FANformerConfig, FANformerForCausalLM
+
+    small: dict[str, Any] = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "qkv_rank": 48, "o_rank": 32, "gate_up_rank": 32,
+        "down_rank": 48,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = FANformerConfig(dropout=0.0, eos_token_id=0, bos_token_id=0, **(small if dry else {}))
+    model = FANformerForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # branches end in zeros, and such a model says the same whatever it read
+            if parameter.ndim == 2 and not parameter.any():
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+        model.lm_head.weight.mul_(10)  # fewer near ties
+    model.save_pretrained(folder)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    words = ["<|endoftext|>", *sorted(letters)]
+    words += [f"w{number};" for number in range(len(words), config.vocab_size)]
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(words[0], special=True)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=words[0], eos_token=words[0]).save_pretrained(folder)
+
+
+def make_cases(model: TextModel, count: int, prompt_tokens: int, new: int, vocabulary: int) -> list[Case]:
+    """Continue `count` prompts offline, every second one sampled."""
+    # single bytes are no whole characters: they are kept out of prompts and answers
+    draw, cases = random.Random(0), []
+    for index in range(count):
+        ids = [0, *(draw.randrange(257, vocabulary) for _ in range(prompt_tokens - 1))]
+        seed = index if index % 2 else None
+        sampling = {"temperature": 0.0} if seed is None else SAMPLED
+        how = {"top_p": 1.0, **sampling}
+        settings = GenerationSettings(max_length=new, min_length=new, top_k=0, seed=seed or 0, **how)
+        cases.append(Case(ids, seed, tokens_of(model.complete_ids(ids, "", settings).text)))
+    return cases
+
+
+def tokens_of(text: str) -> list[int]:
+    """Return the ids that a text of the benchmark's tokenizer stands for; -1 stands for what is none."""
+    found = [int(number) for number in _TOKEN.findall(text)]
+    return found if "".join(f"w{number};" for number in found) == text else [*found, -1]
+
+
+class Load:
+    """Clients that ask one server."""
+
+    def __init__(self, port: int, cases: list[Case], new: int, bad_share: float) -> None:
+        self.port, self.cases, self.new, self.bad_share = port, cases, new, bad_share
+        self._load = ""
+
+    async def run(self, clients: int, requests: int, stream: bool) -> Tally:
+        """Let so many clients send so many requests in all."""
+        tally, turns = Tally(), iter(range(requests))
+        self._load = f"{clients} {stream}"
+        began = time.perf_counter()
+        await asyncio.gather(*(self._client(turns, stream, tally) for _ in range(clients)))
+        tally.seconds = time.perf_counter() - began
+        return tally
+
+    async def _client(self, turns: Any, stream: bool, tally: Tally) -> None:
+        for turn in turns:
+            draw = random.Random(f"{self._load} {turn}")
+            case = self.cases[turn % len(self.cases)]
+            bad = draw.random() < self.bad_share
+            if bad and draw.random() < 0.5:
+                tally.outcomes["malformed " + str(await self._malformed(draw))] += 1
+            elif bad:
+                await self._ask(case, stream, tally, leave_after=draw.random() * 0.5)
+            else:
+                await self._ask(case, stream, tally)
+
+    async def _send(self, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 22)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        await writer.drain()
+        status = int((await reader.readline()).split()[1])
+        while (await reader.readline()).strip():
+            pass
+        return reader, writer, status
+
+    async def _malformed(self, draw: random.Random) -> int:
+        body = draw.choice([b"{", b"[]", b'{"model": "none"}', b'{"model": "model", "n": "two"}', b"\xff" * 100])
+        _, writer, status = await self._send(body)
+        writer.close()
+        return status
+
+    async def _ask(self, case: Case, stream: bool, tally: Tally, leave_after: float | None = None) -> None:
+        fields: dict[str, Any] = {"model": "model", "prompt": case.ids, "max_tokens": self.new, "min_tokens": self.new}
+        fields |= {"temperature": 0} if case.seed is None else {**SAMPLED, "seed": case.seed}
+        began, text, first = time.perf_counter(), "", 0.0
+        try:
+            reader, writer, status = await asyncio.wait_for(
+                self._send(json.dumps({**fields, "stream": stream}).encode()), leave_after
+            )
+        except TimeoutError:
+            tally.outcomes["left"] += 1
+            return
+        if status != 200:
+            tally.outcomes[f"refused {status}"] += 1
+            writer.close()
+            return
+        if leave_after is not None:
+            await reader.read(64)
+            writer.close()
+            tally.outcomes["left"] += 1
+            return
+        data = b""
+        while piece := await reader.read(1 << 16):
+            first = first or time.perf_counter() - began
+            data += piece
+        writer.close()
+        text = streamed_text(data) if stream else json.loads(unchunked(data))["choices"][0]["text"]
+        found = tokens_of(text)
+        tally.tokens += len(found)
+        if stream:
+            tally.first.append(first)
+        if found == case.expected:
+            tally.outcomes["right"] += 1
+        elif len(found) != self.new or -1 in found:
+            tally.outcomes["lost, mixed or repeated"] += 1
+        else:
+            tally.differing.append((case, found))
+
+
+def unchunked(data: bytes) -> bytes:
+    """Return a body that was sent in chunks, or as it is."""
+    if not re.match(rb"[0-9a-f]+\r\n", data):
+        return data
+    parts, rest = [], data
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        if not int(size, 16):
+            break
+        parts.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+    return b"".join(parts)
+
+
+def streamed_text(data: bytes) -> str:
+    """Return the text of a stream; what ends without [DONE] is none."""
+    events = [event[6:] for event in unchunked(data).decode().split("\n\n") if event.startswith("data: ")]
+    if not events or events.pop() != "[DONE]":
+        return "cut off"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def gap(model: TextModel, case: Case, found: list[int]) -> float:
+    """Return by how much the log-probabilities of the expected and the found token differ where they first do."""
+    place = next(index for index, pair in enumerate(zip(case.expected, found, strict=True)) if pair[0] != pair[1])
+    before = [*case.ids, *case.expected[:place]]
+    values = [model.log_likelihoods([*before, token])[-1] for token in (case.expected[place], found[place])]
+    return abs(values[0] - values[1])
+
+
+def generate_batch_rate(model: Any, cases: list[Case], new: int) -> float:
+    """Return the tokens a second of transformers' own continuous batching, greedy, for as many prompts as one load has.
+
+    Nothing else runs meanwhile, and there is no HTTP: the comparison is to its advantage.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    began = time.perf_counter()
+    found = model.generate_batch(inputs=[case.ids for case in cases], generation_config=settings, progress_bar=False)
+    return sum(len(one.generated_tokens) for one in found.values()) / (time.perf_counter() - began)
+
+
+def start_server(path: Path, arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
+    """Start `fanformer serve`; return the process and its port."""
+    words = [f"model={path}", "--port", "0", "--slots", arguments.slots, "--queue-size", 4096, "--log-file", os.devnull]
+    if arguments.engine == "torch":
+        words += ["--device", "cpu"]
+    command = [sys.executable, "-m", "fanformer.cli.main", "serve", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("listening at "):
+            return process, int(line.rpartition(":")[2].removesuffix("/v1\n"))
+    raise SystemExit("the server did not start")
+
+
+def judge(tally: Tally, model: TextModel, margin: float) -> None:
+    """Tell near ties from other answers. A sampled token has noise too, so its tie is as wide as its temperature."""
+    for case, found in tally.differing:
+        if case.seed is not None:
+            tally.outcomes["sampled otherwise"] += 1
+        else:
+            tally.outcomes["near tie" if gap(model, case, found) < margin else "wrong"] += 1
+
+
+def figures_of(name: str, tally: Tally) -> dict[str, Figure]:
+    """Return what is told of one load."""
+    found = {f"tokens_per_second_{name}": Figure(tally.tokens / tally.seconds, "tokens/s")}
+    if tally.first:
+        seconds = sorted(tally.first)
+        found[f"first_token_p50_{name}"] = Figure(statistics.median(seconds), "s")
+        found[f"first_token_p99_{name}"] = Figure(seconds[min(int(0.99 * len(seconds)), len(seconds) - 1)], "s")
+    for outcome in ("right", "near tie", "wrong", "lost, mixed or repeated", "sampled otherwise"):
+        key = outcome.replace(",", "").replace(" ", "_")
+        found[f"{key}_{name}"] = Figure(tally.outcomes[outcome], "answers", interval="exact")
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """Read the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("torch", "ggml"), default="torch")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--requests", type=int, default=2000, help="in all, spread over the loads; default 2000")
+    parser.add_argument("--prompts", type=int, default=32, help="different ones; default 32")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="default 128")
+    parser.add_argument("--new", type=int, default=64, help="tokens of an answer; default 64")
+    parser.add_argument("--slots", type=int, default=16, help="default 16")
+    parser.add_argument("--bad-share", type=float, default=0.2, help="malformed or hung up on; default 0.2")
+    parser.add_argument("--margin", type=float, default=0.01, help="of a near tie, in nats; default 0.01")
+    parser.add_argument("--generate-batch", action="store_true", help="also transformers' own batching, on torch")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model and little load")
+    parser.add_argument("--part", help="what is measured of it: the entry is then NAME-PART-DATE")
+    parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
+    arguments = parser.parse_args()
+    if arguments.generate_batch and arguments.engine != "torch":
+        parser.error("--generate-batch is for --engine torch")
+    if arguments.dry_run:
+        small = {"clients": [1, 4], "requests": 48, "prompts": 6, "prompt_tokens": 24, "new": 12, "slots": 3}
+        vars(arguments).update(small)
+    return arguments
+
+
+def main() -> int:
+    """Measure and print; return 1 where an answer was wrong or lost."""
+    arguments = parse()
+    from fanformer.loading import load_config, load_text_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        save_model(path, arguments.dry_run)
+        vocabulary = load_config(path).vocab_size
+        if arguments.engine == "ggml":
+            from fanformer.gguf.export import Settings, export_gguf
+
+            file = path / "model-q8_0.gguf"
+            export_gguf(path, file, Settings("q8_0"))
+            path = file
+        model = load_text_model(path, device="cpu")
+        cases = make_cases(model, arguments.prompts, arguments.prompt_tokens, arguments.new, vocabulary)
+        process, port = start_server(path, arguments)
+        try:
+            result, wrong = measure(Load(port, cases, arguments.new, arguments.bad_share), model, process, arguments)
+        finally:
+            process.terminate()
+            process.wait(60)
+        if arguments.generate_batch:
+            rate = generate_batch_rate(model.model, cases, arguments.new)  # type: ignore[attr-defined]
+            result["tokens_per_second_generate_batch"] = Figure(rate, "tokens/s")
+    finish(f"serve-{arguments.engine}", "the server under load on loopback", arguments, result)
+    return 1 if wrong else 0
+
+
+def measure(
+    load: Load, model: TextModel, process: subprocess.Popen[str], arguments: argparse.Namespace
+) -> tuple[dict[str, Figure], int]:
+    """Run every load; return the figures, and how many answers were wrong or lost."""
+    result: dict[str, Figure] = {}
+    outcomes: Counter[str] = Counter()
+    memory = psutil.Process(process.pid)
+    each = max(arguments.requests // (2 * len(arguments.clients)), 1)
+    asyncio.run(load.run(max(arguments.clients), 2 * max(arguments.clients), True))  # graphs and buffers are made
+    before = memory.memory_info().rss
+    for clients in arguments.clients:
+        for stream in (True, False):
+            tally = asyncio.run(load.run(clients, each, stream))
+            judge(tally, model, arguments.margin)
+            name = f"{clients}_clients_{'stream' if stream else 'whole'}"
+            result |= figures_of(name, tally)
+            outcomes += tally.outcomes
+            print(f"{name}: {tally.tokens / tally.seconds:.1f} tokens/s, {dict(tally.outcomes)}", flush=True)
+    single, many = (result.get(f"tokens_per_second_{count}_clients_stream") for count in (1, 16))
+    if single is not None and many is not None:
+        result["times_one_client_16_clients"] = Figure(many.value / single.value, "times")
+    result["memory_growth"] = Figure((memory.memory_info().rss - before) / 2**20, "MiB")
+    result["requests"] = Figure(sum(outcomes.values()), "requests", interval="exact")
+    lost = outcomes["wrong"] + outcomes["lost, mixed or repeated"]
+    lost += sum(count for outcome, count in outcomes.items() if outcome.startswith("refused 5"))
+    return result, lost
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Models behind HTTP: requests that share steps, the OpenAI wire, limits."""

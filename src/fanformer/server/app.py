@@ -1,0 +1,257 @@
+"""The routes: what each takes and answers, behind the gate."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from fanformer import __version__
+from fanformer.errors import ConfigError
+from fanformer.server.answering import Answering, ClientGoneError, EventStream, unless_gone
+from fanformer.server.fields import (
+    ChatFields,
+    CompletionFields,
+    DetokenizeFields,
+    TokenizeFields,
+    refuse_what_is_not_honoured,
+)
+from fanformer.server.gate import Gate
+from fanformer.server.limits import Access, Limits
+from fanformer.server.metrics import CONTENT_TYPE, render
+from fanformer.server.models import ServedModel
+from fanformer.server.planning import Plan, encode_conversation, plan_chat, plan_completion
+from fanformer.server.refusal import ErrorEnvelope, RefusalError, invalid
+
+_STARTED = 1767225600
+"""When the models say they were made: the same at every start, for replicas must not differ."""
+_CLIENT_GONE = 499
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "model": ErrorEnvelope}
+    for status, text in (
+        (400, "The request cannot be answered."),
+        (401, "The API key is missing or wrong."),
+        (403, "The Host or Origin header is not allowed."),
+        (404, "There is no such model."),
+        (408, "The request came too slowly."),
+        (413, "The request is too large."),
+        (429, "Too many requests wait."),
+        (500, "The server failed."),
+        (503, "The server is shutting down, or took too long."),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server that is ready to be run."""
+
+    models: Mapping[str, ServedModel]
+    gate: Gate
+    limits: Limits
+
+    def close(self) -> None:
+        """End all requests."""
+        for model in self.models.values():
+            model.close()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether every model computes."""
+        return all(model.scheduler.is_healthy for model in self.models.values())
+
+
+def build(
+    models: Mapping[str, ServedModel],
+    access: Access | None = None,
+    limits: Limits | None = None,
+    lost_log_lines: Callable[[], int] = lambda: 0,
+) -> Service:
+    """Return the application.
+
+    Args:
+        models: by the names that requests call them.
+        access: who may ask.
+        limits: how much.
+        lost_log_lines: tells how many lines of the log could not be written.
+    """
+    access, limits = access or Access(), limits or Limits()
+    app = FastAPI(title="FANformer", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+    gate = Gate(app, access, limits)
+    service = Service(models, gate, limits)
+    _handle_errors(app)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_tokenizer(app, service)
+    _add_state(app, service, lost_log_lines)
+    _mend_schema(app)
+    return service
+
+
+def _mend_schema(app: FastAPI) -> None:
+    """Take what FastAPI says of wrong fields out of the schema: here they are a 400 like any other."""
+    whole = app.openapi
+
+    def mended() -> dict[str, Any]:
+        schema = whole()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+    app.openapi = mended
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RefusalError)
+    async def refused(request: HTTPRequest, error: RefusalError) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_fields(request: HTTPRequest, error: RequestValidationError) -> Response:
+        return await refused(request, _field_refusal(error))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: HTTPRequest, error: HTTPException) -> Response:
+        messages = {404: "there is no such path.", 405: "the path does not take this method."}
+        refusal = RefusalError(
+            error.status_code, messages.get(error.status_code, "the body cannot be read: expected JSON.")
+        )
+        return JSONResponse(refusal.body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: HTTPRequest, error: Exception) -> Response:  # the gate logs it
+        return await refused(request, RefusalError(500, "internal error: see the server's log", code="internal"))
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: HTTPRequest, error: ClientGoneError) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+
+def _field_refusal(error: RequestValidationError) -> RefusalError:
+    """Return what is wrong with the first wrong field."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return invalid("the body is no JSON: send an object with Content-Type: application/json.", None, "invalid_json")
+    place = [str(part) for part in first["loc"][1:]]
+    if not place:
+        return invalid("the body must be a JSON object, with Content-Type: application/json.", None, "invalid_json")
+    name = place[0][:64]
+    got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    return invalid(f"`{name}` is wrong: {reason}{got}.", name, "invalid_value")
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; no text that may be part of a prompt."""
+    if isinstance(value, bool | int | float) or value is None:
+        return repr(value)[:40]
+    return "a string" if isinstance(value, str) else "an array" if isinstance(value, list) else "an object"
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    async def answer(request: HTTPRequest, model: ServedModel, plan: Plan, is_chat: bool) -> Response:
+        answering = Answering(model, plan, is_chat, service.limits.answer_seconds)
+        if plan.stream:
+            return EventStream(answering)
+        return JSONResponse(await unless_gone(request, answering.whole()))
+
+    @app.post("/v1/completions", responses=_ERRORS)
+    async def completions(request: HTTPRequest, fields: Annotated[CompletionFields, Body()]) -> Response:
+        """Continue texts."""
+        model = _find(service, fields.model)
+        return await answer(request, model, await asyncio.to_thread(plan_completion, fields, model), False)
+
+    @app.post("/v1/chat/completions", responses=_ERRORS)
+    async def chat_completions(request: HTTPRequest, fields: Annotated[ChatFields, Body()]) -> Response:
+        """Answer a conversation."""
+        model = _find(service, fields.model)
+        return await answer(request, model, await asyncio.to_thread(plan_chat, fields, model), True)
+
+
+def _find(service: Service, name: str | None) -> ServedModel:
+    """Return the model of that name; without a name the first."""
+    if name is None:
+        return next(iter(service.models.values()))
+    if name not in service.models:
+        raise RefusalError(
+            404, f"there is no such model, expected one of: {', '.join(service.models)}.", "model", "model_not_found"
+        )
+    return service.models[name]
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def described(model: ServedModel) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": _STARTED,
+            "owned_by": "fanformer",
+            "max_model_len": model.positions,
+        }
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> dict[str, Any]:
+        """List the models."""
+        return {"object": "list", "data": [described(model) for model in service.models.values()]}
+
+    @app.get("/v1/models/{name:path}", responses=_ERRORS)
+    async def model(name: str) -> dict[str, Any]:
+        """Describe a model."""
+        return described(_find(service, name))
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", responses=_ERRORS)
+    def tokenize(fields: Annotated[TokenizeFields, Body()]) -> dict[str, Any]:
+        """Return the token ids of a text, or of a conversation up to where the answer begins."""
+        refuse_what_is_not_honoured(fields)
+        model = _find(service, fields.model)
+        if (fields.prompt is None) == (fields.messages is None):
+            raise invalid("exactly one of `prompt` and `messages` must be given, got both or neither.", "prompt")
+        try:
+            if fields.messages is not None:
+                ids = encode_conversation(model, fields.messages)
+            else:
+                ids = model.encode(fields.prompt or "")[0 if fields.add_special_tokens else 1 :]
+        except ConfigError as error:
+            raise invalid(str(error), "prompt") from error
+        return {"count": len(ids), "max_model_len": model.positions, "tokens": ids}
+
+    @app.post("/detokenize", responses=_ERRORS)
+    def detokenize(fields: Annotated[DetokenizeFields, Body()]) -> dict[str, Any]:
+        """Return the text of token ids."""
+        refuse_what_is_not_honoured(fields)
+        model = _find(service, fields.model)
+        if max(fields.tokens, default=0) >= model.known:
+            raise invalid(f"`tokens` has the id {max(fields.tokens)}, expected ids below {model.known}.", "tokens")
+        return {"prompt": model.reader.decode(fields.tokens)}
+
+    @app.get("/tokenizer_info", responses=_ERRORS)
+    async def tokenizer_info() -> dict[str, Any]:
+        """Tell the special tokens and the chat template of the first model."""
+        model = _find(service, None)
+        names = {
+            f"{name}_token": None if number is None else model.token_bytes(number).decode(errors="replace")
+            for name, number in model.special_ids.items()
+        }
+        return {"chat_template": model.chat_template, "model_max_length": model.positions, **names}
+
+
+def _add_state(app: FastAPI, service: Service, lost_log_lines: Callable[[], int]) -> None:
+    @app.get("/health", responses=_ERRORS)
+    async def health() -> Response:
+        """Tell whether new requests are welcome."""
+        status = "draining" if service.gate.draining else "ok" if service.is_healthy else "broken"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics", responses=_ERRORS)
+    async def metrics() -> Response:
+        """Tell numbers for Prometheus."""
+        text = render(service.models.values(), service.gate, lost_log_lines())
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)

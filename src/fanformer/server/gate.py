@@ -1,0 +1,231 @@
+"""What a request passes before the application sees it: who asks, by which name, how much, how fast."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fanformer.server.limits import Access, Limits
+from fanformer.server.refusal import RefusalError, log_failure
+
+ROUTES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/health",
+    "/metrics",
+)
+_DISCARDED, _DISCARD_SECONDS = 4, 2.0
+"""How many times the largest body, and for how long, is read on of one that is too large."""
+_log = logging.getLogger("fanformer.server")
+
+
+class Gate:
+    """The outermost part of the application, in front of all routes."""
+
+    def __init__(self, app: ASGIApp, access: Access, limits: Limits) -> None:
+        """Stand before `app`."""
+        self._app, self._access, self._limits = app, access, limits
+        self._keys = [key.encode() for key in access.keys]
+        self.draining = False
+        """Whether newcomers are sent away."""
+        self.in_work = 0
+        """Requests that are being answered; asking for health and metrics does not count."""
+        self._clients: Counter[str] = Counter()
+        self.responses: Counter[tuple[str, int]] = Counter()
+        """How many responses there were, by route and status."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        headers = Headers(scope=scope)
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], *self._cors(headers)]}
+            await send(message)
+
+        try:
+            await self._pass(scope, headers, receive, told)
+        except RefusalError as refusal:
+            await _response(refusal)(scope, receive, told)
+        except Exception as error:  # not its message: a prompt could stand in it
+            log_failure(_log, "a request failed", error)
+            if not status:
+                internal = RefusalError(500, "internal error: see the server's log", code="internal")
+                await _response(internal)(scope, receive, told)
+        finally:
+            route = route_of(scope["path"])
+            self.responses[route, status] += 1
+            _log.info("%s %s %d %.3f s", scope["method"][:8], route, status, time.monotonic() - began)
+
+    async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        self._check_names(headers)
+        if scope["method"] == "OPTIONS" and "origin" in headers:
+            await _preflight(headers)(scope, receive, send)
+            return
+        path = scope["path"]
+        is_watching = path == "/health" or path == "/metrics"
+        if path != "/health" and not (path == "/metrics" and self._access.is_loopback):
+            self._check_key(headers)
+        if is_watching:
+            await self._app(scope, receive, send)
+            return
+        if self.draining:
+            raise _draining()
+        client = self._client(scope, headers)
+        if self._clients[client] >= self._limits.requests_per_client:
+            raise RefusalError(
+                429,
+                f"a client may have {self._limits.requests_per_client} requests in work: wait for one to end.",
+                code="rate_limit_exceeded",
+                headers={"retry-after": "1"},
+            )
+        self._clients[client] += 1
+        self.in_work += 1
+        try:
+            body = await self._body(headers, receive)
+            await self._app(scope, _replayed(body, receive), send)
+        finally:
+            self.in_work -= 1
+            self._clients[client] -= 1
+            self._clients += Counter()  # drops those at 0
+
+    def _check_names(self, headers: Headers) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if len(headers.getlist("host")) != 1 or not self._access.allows_host(host):
+            raise RefusalError(
+                403, "the Host header does not name this server: name it with --allowed-host.", code="unknown_host"
+            )
+        if origin is not None and not self._access.allows_origin(origin, host):
+            raise RefusalError(
+                403, "web pages of that origin may not ask: name it with --allow-origin.", code="unknown_origin"
+            )
+
+    def _check_key(self, headers: Headers) -> None:
+        """Raise RefusalError unless the request has a key; the time it takes does not tell how much of one is right."""
+        if not self._keys:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise RefusalError(
+                401,
+                "the API key is missing or wrong: send `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    def _client(self, scope: Scope, headers: Headers) -> str:
+        if self._keys:
+            return hashlib.sha256(headers.get("authorization", "").encode()).hexdigest()
+        return str(scope["client"][0]) if scope.get("client") else ""
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """Read the body, within its limits.
+
+        Raises:
+            RefusalError: if it is too large or too slow.
+        """
+        most = self._limits.body_bytes
+        declared = headers.get("content-length", "0")
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > most):
+            await _discard(receive, _DISCARDED * most)
+            raise _too_large(most)
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while size <= most:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RefusalError(400, "the connection ended within the request.", code="disconnected")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size <= most and not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError as error:
+            raise RefusalError(
+                408,
+                f"the request's body took more than {self._limits.body_seconds:g} seconds: send it faster.",
+                code="timeout",
+                headers={"connection": "close"},
+            ) from error
+        parts.clear()
+        await _discard(receive, _DISCARDED * most)
+        raise _too_large(most)
+
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        origin = headers.get("origin")
+        if origin is None or origin not in self._access.origins:
+            return []
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+
+
+async def _discard(receive: Receive, most: int) -> None:
+    """Read on for a moment: a client that is cut off while it sends does not read why."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while most > 0:
+                message = await receive()
+                most -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+
+def _draining() -> RefusalError:
+    message = "the server is shutting down: ask another one, or this one again later."
+    return RefusalError(503, message, code="shutting_down", headers={"retry-after": "1", "connection": "close"})
+
+
+def _too_large(most: int) -> RefusalError:
+    message = f"a request's body may have {most} bytes: send less."
+    return RefusalError(413, message, code="request_too_large", headers={"connection": "close"})
+
+
+def _response(refusal: RefusalError) -> Response:
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+def _preflight(headers: Headers) -> Response:
+    """Return what tells a browser that the page of an allowed origin may send its request."""
+    allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
+    if "access-control-request-headers" in headers:
+        allowed["access-control-allow-headers"] = "authorization, content-type"
+    return Response(status_code=204, headers=allowed)
+
+
+def _replayed(body: bytes, receive: Receive) -> Callable[[], "asyncio.Future[Message]"]:
+    """Return a `receive` that tells the body at once, and then what the client does."""
+    has_told = False
+
+    async def replay() -> Message:
+        nonlocal has_told
+        if has_told:
+            return await receive()
+        has_told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay  # type: ignore[return-value]
+
+
+def route_of(path: str) -> str:
+    """Return the route that a path belongs to: nothing else of a path is logged or counted."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/{id}"
+    return path if path in ROUTES else "other"

@@ -1,0 +1,80 @@
+"""What the server allows: sizes, numbers, seconds, names."""
+
+import ipaddress
+from dataclasses import dataclass, field
+
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what clients can take of the server."""
+
+    body_bytes: int = 4 << 20
+    """Most bytes of a request's body."""
+    header_bytes: int = 32 << 10
+    """Most bytes of a request's head."""
+    header_seconds: float = 10.0
+    """Until a request's head is complete."""
+    body_seconds: float = 30.0
+    """Until its body is."""
+    idle_seconds: float = 30.0
+    """That a connection may be kept without a request."""
+    write_seconds: float = 30.0
+    """That a client may leave an answer unread."""
+    answer_seconds: float = 600.0
+    """Until an answer is complete, waiting included."""
+    drain_seconds: float = 30.0
+    """That answers in work are given after SIGTERM."""
+    connections: int = 512
+    requests_per_client: int = 128
+    """That a client (an API key, or else an address) may have in work."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, and from where."""
+
+    host: str = "127.0.0.1"
+    """The address that is bound."""
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    """API keys; without any, everyone who reaches the server may ask."""
+    hosts: frozenset[str] = frozenset()
+    """Names besides the loopback's that a Host header may have."""
+    origins: frozenset[str] = frozenset()
+    """Origins of other web pages that may ask, such as https://example.org."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return is_loopback(self.host)
+
+    def allows_host(self, header: str) -> bool:
+        """Return whether a Host header names this server: else a web page could reach it by a name of its own.
+
+        A server with a public address has keys, which such a page lacks: its names are checked where some are given.
+
+        Args:
+            header: name or address, with or without a port.
+        """
+        if not self.is_loopback and not self.hosts:
+            return True
+        name = header.lower()
+        if name.rpartition(":")[2].isdigit() and not name.endswith("]"):
+            name = name.rpartition(":")[0]
+        own = f"[{self.host}]" if ":" in self.host else self.host
+        return name in _LOOPBACK_NAMES or name == own.lower() or name in self.hosts
+
+    def allows_origin(self, origin: str, host: str) -> bool:
+        """Return whether a web page of `origin` may ask: one of this server itself, or one that is named."""
+        return origin in self.origins or origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address is this machine's own."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,213 @@
+"""The models that are served, by name: each with its tokenizer, its slots and its scheduler."""
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from fanformer.errors import ConfigError
+from fanformer.generation.text_model import TextModel, check_text, withhold_spaces
+from fanformer.loading import is_gguf, load_text_model
+from fanformer.server.scheduler import Scheduler
+from fanformer.server.slots import Slots
+
+_DEFAULT_POSITIONS = 2048
+_TEMPLATE_ERRORS = ("TemplateError", "UndefinedError", "TemplateRuntimeError", "SecurityError", "CheckpointError")
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """How much a model may do at once."""
+
+    slots: int = 16
+    """Texts that are written together."""
+    positions: int | None = None
+    """Tokens that each may have; None is what the model has, at most 2,048."""
+    queue_size: int = 256
+    """Requests that may wait for a slot."""
+
+
+class TokenReader:
+    """Turns token ids into text, in any thread.
+
+    It has a `tokenizers` tokenizer of its own: encoding changes settings of its, for which nobody may be decoding.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        """Copy a tokenizer."""
+        self.backend_tokenizer = Tokenizer.from_str(backend.to_str())
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Return the text of token ids; spaces are left as they are."""
+        return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+class ServedModel:
+    """A model under a name, computing in a thread of its own."""
+
+    def __init__(self, name: str, text_model: TextModel, slots: Slots, known: int, queue_size: int) -> None:
+        """Start serving.
+
+        Args:
+            name: what requests call it.
+            text_model: whose tokenizer and settings are used.
+            slots: of the same model.
+            known: how many ids the tokenizer has.
+            queue_size: most requests that wait for a slot.
+        """
+        self.name, self.text_model, self.slots, self.known = name, text_model, slots, known
+        self._tokenizer: Any = text_model.tokenizer
+        self._encoding = threading.Lock()
+        self.reader = TokenReader(self._tokenizer.backend_tokenizer)
+        self.scheduler = Scheduler(slots, self.reader, known, text_model.end_ids, queue_size)
+        self._token_bytes = functools.lru_cache(maxsize=65536)(_byte_reader(self.reader))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        name: str,
+        settings: SlotSettings,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int | None = None,
+    ) -> "ServedModel":
+        """Load a model folder or a GGUF file and take the memory of its slots.
+
+        Args:
+            path: of the folder or file.
+            name: what requests call it.
+            settings: how much it may do at once.
+            device: as `load_text_model` takes it, like the next two.
+            dtype: see there.
+            threads: see there.
+
+        Raises:
+            CheckpointError, ConfigError, DependencyError: as `load_text_model`, or if the slots cannot be made.
+        """
+        model = load_text_model(path, device, dtype, threads)
+        longest = model.positions or _DEFAULT_POSITIONS
+        positions = min(longest, _DEFAULT_POSITIONS) if settings.positions is None else settings.positions
+        if not 2 <= positions <= longest:
+            raise ConfigError(f"`context` must be from 2 to the {longest} positions of {name}, got {positions}.")
+        slots: Slots
+        if is_gguf(path):
+            from fanformer.gguf.ggml_model import GgmlModel
+            from fanformer.server.ggml_slots import GgmlSlots
+
+            assert isinstance(model, GgmlModel)
+            known = model.tokenizer.known
+            slots = GgmlSlots(model.engine, known, settings.slots, positions)
+        else:
+            from fanformer.generation.torch_model import TorchModel
+            from fanformer.server.torch_slots import TorchSlots
+
+            assert isinstance(model, TorchModel)
+            known = max(model.tokenizer.get_vocab().values()) + 1
+            slots = TorchSlots(model.model, known, settings.slots, positions)
+        return cls(name, model, slots, known, settings.queue_size)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a text may have."""
+        return self.slots.positions
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of weights, keys and values."""
+        return self.slots.weight_bytes + self.slots.cache_bytes
+
+    @property
+    def chat_template(self) -> str | None:
+        """How a conversation is written, as a template; None for a base model."""
+        return self._tokenizer.chat_template or None
+
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """Ids of the special tokens by their short names."""
+        return {name: getattr(self._tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, the start token in front; what looks like a special token is plain text.
+
+        Raises:
+            ConfigError: if it is no valid Unicode.
+        """
+        with self._encoding:
+            return self.text_model.encode(text)
+
+    def encode_to_continue(self, text: str) -> tuple[list[int], str]:
+        """Return the ids of a text to continue, and the spaces at its end, which belong to the first new token."""
+        return withhold_spaces(self.reader, self.encode(text))
+
+    def encode_conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of messages up to where the answer begins.
+
+        Raises:
+            ConfigError: if the model has no chat template, it refuses the messages, or one is no valid Unicode.
+        """
+        if self.chat_template is None:
+            raise ConfigError(f"`{self.name}` is a base model without a chat template: use /v1/completions.")
+        for message in messages:
+            check_text(message["content"])
+        try:
+            with self._encoding:
+                found = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:
+            if type(error).__name__ not in _TEMPLATE_ERRORS:
+                raise
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise ConfigError(f"the model's chat template refuses the messages: {reason}.") from error
+        return list(found)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        return self.reader.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self, number: int) -> bytes:
+        """Return the bytes that a token stands for; a special token's are its name."""
+        return self._token_bytes(number)
+
+    def close(self) -> None:
+        """End all requests."""
+        self.scheduler.close()
+
+
+def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:
+    """Return a function from a token's id to its bytes."""
+    backend = reader.backend_tokenizer
+    special = set(backend.get_added_tokens_decoder())
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    kinds = {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
+    table = _byte_table() if "ByteLevel" in kinds else None
+
+    def read(number: int) -> bytes:
+        token = backend.id_to_token(number) or ""
+        if number in special:
+            return token.encode()
+        if table is not None and all(character in table for character in token):
+            return bytes(table[character] for character in token)
+        if "ByteFallback" in kinds and (found := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(found.group(1), 16)])
+        return reader.decode([number]).encode(errors="replace")
+
+    return read
+
+
+def _byte_table() -> dict[str, int]:
+    """Return the byte of each character of a byte-level vocabulary.
+
+    Source: GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -1,0 +1,228 @@
+"""From the fields of a request to what the scheduler is asked: prompts, sampling, stops, lengths."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fanformer.errors import ConfigError
+from fanformer.generation.text_model import row_seed
+from fanformer.server.fields import (
+    MAX_SEQUENCES,
+    ChatFields,
+    CompletionFields,
+    GenerationFields,
+    Message,
+    message_text,
+    refuse_what_is_not_honoured,
+)
+from fanformer.server.models import ServedModel
+from fanformer.server.refusal import RefusalError, invalid
+from fanformer.server.sampling import Sampling
+from fanformer.server.scheduler import Request
+
+_MAX_STOP_CHARACTERS = 1024
+_DEFAULT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one HTTP request asks of a model."""
+
+    requests: list[Request]
+    """For each prompt, `drawn` in a row."""
+    prompts: list[str]
+    """The text of each prompt where it is to be told; else empty."""
+    drawn: int
+    """Answers that are written for each prompt."""
+    told: int
+    """Answers that are told of these."""
+    stream: bool
+    include_usage: bool
+    echo: bool = False
+    likeliest: int | None = None
+    """What was asked for of log-probabilities; None is none."""
+    prompt_tokens: int = field(init=False)
+    """Tokens of all prompts."""
+
+    def __post_init__(self) -> None:
+        total = sum(len(request.ids) for request in self.requests[:: self.drawn])
+        object.__setattr__(self, "prompt_tokens", total)
+
+
+def plan_completion(fields: CompletionFields, model: ServedModel) -> Plan:
+    """Return what a request to /v1/completions asks.
+
+    Raises:
+        RefusalError: if a field cannot be honoured.
+    """
+    refuse_what_is_not_honoured(fields)
+    told = fields.n or 1
+    drawn = fields.best_of or told
+    if drawn < told:
+        raise invalid(f"`best_of` must be at least n ({told}), got {drawn}.", "best_of")
+    if fields.stream and drawn > told:
+        raise invalid(f"`best_of` must be n ({told}) in a stream, got {drawn}: answers are compared whole.", "best_of")
+    echo, likeliest = bool(fields.echo), fields.logprobs
+    max_tokens = _DEFAULT_TOKENS if fields.max_tokens is None else fields.max_tokens
+    if max_tokens == 0 and not echo:
+        raise invalid("`max_tokens` must be at least 1 without `echo`, got 0: nothing would be told.", "max_tokens")
+    prompts = _prompts(fields.prompt)
+    _check_number(len(prompts), drawn)
+    requests: list[Request] = []
+    texts: list[str] = []
+    for prompt in prompts:
+        # what is scored or echoed stays as it was cut: only a text to continue lends its spaces to the next token
+        ids, beginning = _encode(model, prompt, moves_spaces=not echo)
+        texts.append("" if not echo else prompt if isinstance(prompt, str) else model.decode(prompt))
+        for _ in range(drawn):
+            requests.append(
+                Request(
+                    ids,
+                    max_tokens,
+                    _sampling(fields, model, len(requests)),
+                    _stops(fields),
+                    beginning,
+                    likeliest if likeliest is not None else 0 if drawn > told else None,
+                    scores_prompt=echo and likeliest is not None,
+                )
+            )
+    _check_lengths(model, requests, "prompt")
+    return Plan(requests, texts, drawn, told, bool(fields.stream), _usage(fields), echo, likeliest)
+
+
+def plan_chat(fields: ChatFields, model: ServedModel) -> Plan:
+    """Return what a request to /v1/chat/completions asks.
+
+    Raises:
+        RefusalError: if a field cannot be honoured, or the model has no chat template.
+    """
+    refuse_what_is_not_honoured(fields)
+    told = fields.n or 1
+    _check_number(1, told)
+    if fields.top_logprobs and not fields.logprobs:
+        raise invalid(f"`top_logprobs` needs `logprobs` true, got {fields.top_logprobs} without.", "top_logprobs")
+    given = {one for one in (fields.max_tokens, fields.max_completion_tokens) if one is not None}
+    if len(given) > 1:
+        raise invalid("`max_tokens` and `max_completion_tokens` differ: give one of them.", "max_completion_tokens")
+    ids = encode_conversation(model, fields.messages)
+    room = model.positions - len(ids)
+    max_tokens = given.pop() if given else max(room, 1)
+    if max_tokens == 0:
+        raise invalid("`max_tokens` must be at least 1, got 0: nothing would be told.", "max_tokens")
+    likeliest = (fields.top_logprobs or 0) if fields.logprobs else None
+    requests = [
+        Request(ids, max_tokens, _sampling(fields, model, index), _stops(fields), likeliest=likeliest)
+        for index in range(told)
+    ]
+    _check_lengths(model, requests, "messages")
+    return Plan(requests, [""], told, told, bool(fields.stream), _usage(fields), likeliest=likeliest)
+
+
+def encode_conversation(model: ServedModel, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation up to where the answer begins.
+
+    Raises:
+        RefusalError: if the model has no chat template, or it refuses the messages.
+    """
+    texts = [message_text(message, index) for index, message in enumerate(messages)]
+    try:
+        return model.encode_conversation(texts)
+    except ConfigError as error:
+        is_base = model.chat_template is None
+        raise invalid(
+            str(error), "model" if is_base else "messages", "no_chat_template" if is_base else None
+        ) from error
+
+
+def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise invalid("`prompt` must be a text, token ids, or a list of either, got an empty list.", "prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
+
+
+def _encode(model: ServedModel, prompt: str | list[int], moves_spaces: bool) -> tuple[list[int], str]:
+    try:
+        if isinstance(prompt, str):
+            return model.encode_to_continue(prompt) if moves_spaces else (model.encode(prompt), "")
+    except ConfigError as error:
+        raise invalid(str(error), "prompt") from error
+    if not prompt:
+        raise invalid("`prompt` has a list of no token ids: expected at least one.", "prompt")
+    return prompt, ""
+
+
+def _check_number(prompts: int, answers: int) -> None:
+    if prompts * answers > MAX_SEQUENCES:
+        raise invalid(f"a request may have {MAX_SEQUENCES} answers, got {prompts} prompts times {answers}.", "n")
+
+
+def _sampling(fields: GenerationFields, model: ServedModel, index: int) -> Sampling:
+    seed = secrets.randbits(48) if fields.seed is None else fields.seed
+    return Sampling(
+        temperature=_given(fields.temperature, 1.0),
+        top_k=max(fields.top_k or 0, 0),
+        top_p=_given(fields.top_p, 1.0),
+        min_p=fields.min_p or 0.0,
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
+        repetition_penalty=_given(fields.repetition_penalty, 1.0),
+        logit_bias=_bias(fields.logit_bias or {}, model.known),
+        min_tokens=fields.min_tokens or 0,
+        seed=row_seed(seed, index),
+    )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _bias(bias: dict[str, float], known: int) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for name, value in bias.items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < known):
+            raise invalid(f"`logit_bias` has the key {name[:16]!r}, expected ids in [0, {known}).", "logit_bias")
+        found[int(name)] = value
+    return found
+
+
+def _stops(fields: GenerationFields) -> tuple[str, ...]:
+    stop = fields.stop
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if isinstance(stop, str) and not stop:
+        return ()  # what some clients send for none
+    for one in stops:
+        if not 1 <= len(one) <= _MAX_STOP_CHARACTERS:
+            raise invalid(f"`stop` strings must have 1 to {_MAX_STOP_CHARACTERS} characters, got {len(one)}.", "stop")
+    return stops
+
+
+def _usage(fields: GenerationFields) -> bool:
+    options = fields.stream_options
+    if options is not None and not fields.stream:
+        raise invalid("`stream_options` is for streams, got it without `stream`: leave it out.", "stream_options")
+    return bool(options and options.include_usage)
+
+
+def _check_lengths(model: ServedModel, requests: Sequence[Request], param: str) -> None:
+    """Raise RefusalError where a prompt and its answer are longer than a slot, or ids are not the model's."""
+    for request in requests:
+        total = len(request.ids) + request.max_tokens
+        if total > model.positions:
+            raise RefusalError(
+                400,
+                f"this model has {model.positions} positions, and the prompt has {len(request.ids)} tokens with "
+                f"{request.max_tokens} more for the answer: shorten the prompt or lower max_tokens.",
+                param,
+                "context_length_exceeded",
+            )
+        if max(request.ids) >= model.known:
+            raise invalid(f"`prompt` has the id {max(request.ids)}, expected ids below {model.known}.", "prompt")
+        if request.sampling.min_tokens > request.max_tokens:
+            raise invalid(
+                f"`min_tokens` must be at most max_tokens ({request.max_tokens}), got {request.sampling.min_tokens}.",
+                "min_tokens",
+            )

@@ -1,0 +1,183 @@
+"""Which token comes next in one request, with settings of its own; numpy only, the noise is the engine's.
+
+Offline text (`TextModel.complete`) is drawn the same way: same order of filters, one number of noise for every known
+id, so that a request with the same settings and seed writes the same text.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fanformer.errors import CheckpointError
+from fanformer.gguf.blocks import Floats
+from fanformer.gguf.sampling import most_likely, nucleus
+
+_TINY = np.finfo(np.float32).tiny
+_SMALLEST_TEMPERATURE = 2.0**-126
+_FEW = 1024
+"""Up to so many scores are simply sorted."""
+_BINS, _BINS_PER_NAT = 4096, 128
+
+Noise = Callable[[], Floats]
+"""Returns positive numbers (known) float32 of the exponential distribution, new ones at every call."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request draws its tokens; the defaults take the model's distribution as it is."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token always."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the fewest likely tokens of this total probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the likeliest."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was written."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for every time that it was written."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or written."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids."""
+    min_tokens: int = 0
+    """The end token is not drawn before."""
+    seed: int = 0
+    """Of the noise."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken always."""
+        return self.temperature < _SMALLEST_TEMPERATURE
+
+
+class TokenSampler:
+    """Draws the tokens of one request."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        noise: Noise,
+        known: int,
+        end_ids: Sequence[int],
+        prompt_ids: Sequence[int],
+        excluded_first: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Begin a text.
+
+        Args:
+            sampling: how to draw.
+            noise: the random stream, of this text alone.
+            known: ids from here on only fill up the vocabulary and are never drawn.
+            end_ids: what ends a text.
+            prompt_ids: what the repetition penalty counts as written.
+            excluded_first: (known) True where a token cannot be the first one.
+        """
+        self._sampling, self._noise, self._known, self._excluded = sampling, noise, known, excluded_first
+        self._end_ids = [number for number in end_ids if number < known]
+        self._bias_ids = np.array([number for number in sampling.logit_bias if number < known], dtype=np.int64)
+        self._bias = np.array([sampling.logit_bias[int(number)] for number in self._bias_ids], dtype=np.float32)
+        self._counts: dict[int, int] = {}
+        self._seen = {number for number in prompt_ids if number < known} if sampling.repetition_penalty != 1 else set()
+        self._drawn = 0
+
+    def draw(self, logits: Floats) -> int:
+        """Return the next token.
+
+        Args:
+            logits: (V) float32.
+
+        Raises:
+            CheckpointError: if a logit is no number, which would otherwise come out as arbitrary text.
+        """
+        check_numbers(logits)
+        scores = self._adjusted(logits[: self._known].astype(np.float32))
+        self._drawn += 1
+        token = int(scores.argmax()) if self._sampling.is_greedy else self._sample(scores)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self._sampling.repetition_penalty != 1:
+            self._seen.add(token)
+        return token
+
+    def _adjusted(self, scores: Floats) -> Floats:
+        """Return `scores` (known) with bias and penalties, and minus infinity where a token cannot be drawn."""
+        sampling = self._sampling
+        if len(self._bias_ids):
+            scores[self._bias_ids] += self._bias
+        if self._seen:
+            seen = np.fromiter(self._seen, dtype=np.int64)
+            values, penalty = scores[seen], np.float32(sampling.repetition_penalty)
+            scores[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            written = np.fromiter(self._counts, dtype=np.int64)
+            counts = np.fromiter(self._counts.values(), dtype=np.float32)
+            scores[written] -= np.float32(sampling.presence_penalty) + counts * np.float32(sampling.frequency_penalty)
+        if self._drawn == 0 and self._excluded is not None:
+            scores[self._excluded] = -np.inf
+        if self._drawn < sampling.min_tokens:
+            scores[self._end_ids] = -np.inf
+        return scores
+
+    def _sample(self, scores: Floats) -> int:
+        sampling = self._sampling
+        with np.errstate(over="ignore", invalid="ignore"):  # only what is as good as impossible overflows, to -inf
+            scores = (scores - scores.max()) / np.float32(sampling.temperature)
+        kept = most_likely(scores, sampling.top_k)
+        if sampling.top_p < 1:
+            kept = _nucleus(kept, scores, sampling.top_p)
+        if sampling.min_p > 0:
+            kept = kept[scores[kept] >= np.log(sampling.min_p)]
+        # noise for every id, so that a token's noise does not depend on which others are kept
+        noise = self._noise()[kept]
+        return int(kept[(scores[kept] - np.log(np.maximum(noise, _TINY))).argmax()])
+
+
+def _nucleus(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray[np.int64]:
+    """Do what `nucleus` does, for scores of at most 0, and without sorting them all: 1.0 ms instead of 6 of 49,152.
+
+    Scores are counted into bins; what lies in bins above the one where `share` is reached is kept, and only that one
+    is sorted.
+    """
+    if len(ids) <= _FEW:
+        return nucleus(ids, scores, share)
+    values = scores[ids]
+    weights = np.exp(values)
+    bins = np.minimum(values * -_BINS_PER_NAT, _BINS).astype(np.int64)
+    masses = np.bincount(bins, weights, _BINS + 1).cumsum()  # float64, the most likely first
+    wanted = share * masses[-1]
+    last = int(np.searchsorted(masses, wanted))
+    kept = bins < last
+    places = np.flatnonzero(bins == last)
+    places = places[np.argsort(-values[places], kind="stable")]
+    before = (masses[last - 1] if last else 0.0) + np.cumsum(weights[places], dtype=np.float64) - weights[places]
+    kept[places[before < wanted]] = True
+    return ids[kept]
+
+
+def check_numbers(logits: Floats) -> None:
+    """Raise CheckpointError if one of `logits` (V) is no number, which would otherwise come out as arbitrary text."""
+    if np.isnan(logits).any():
+        raise CheckpointError("the model computes values that are no numbers: its weights or dtype are of no use.")
+
+
+def log_probabilities(logits: Floats) -> Floats:
+    """Return the logarithms of the probabilities that `logits` (T, V) stand for, (T, V) float32, in nats."""
+    largest = logits.max(axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):
+        normalizer = largest + np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True))
+    return logits - normalizer
+
+
+def likeliest(row: Floats, count: int, known: int) -> list[tuple[int, float]]:
+    """Return the `count` ids of highest log-probability in `row` (V) below `known`, best first, with it."""
+    values = row[:known]
+    count = min(count, known)
+    if count == 0:
+        return []
+    ids = np.argpartition(values, -count)[-count:]
+    ids = ids[np.lexsort((ids, -values[ids]))]
+    return [(int(number), float(values[number])) for number in ids]

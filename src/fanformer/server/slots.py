@@ -1,0 +1,65 @@
+"""Places for texts that are computed together and start and end when they like: what an engine offers the scheduler."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from fanformer.gguf.blocks import Floats
+from fanformer.server.sampling import Noise
+
+
+class Slots(ABC):
+    """A model with room for several texts, each in a slot that keeps its keys and values.
+
+    Attributes:
+        count: how many slots there are.
+        positions: tokens that each has room for.
+        chunk_tokens: most tokens of a prompt to read at once, between two steps of the others.
+    """
+
+    count: int
+    positions: int
+    chunk_tokens: int
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Memory of the weights."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values of all slots."""
+
+    @abstractmethod
+    def forward(self, tokens: Mapping[int, Sequence[int]], every: bool = False) -> dict[int, Floats]:
+        """Add tokens to slots and return logits.
+
+        Args:
+            tokens: for some slots the ids that follow what they have, equally many for each and at least one.
+            every: whether to return logits for all of them, or for the last of each slot.
+
+        Returns:
+            For each of these slots (T, V) float32, T its number of new tokens with `every`, else 1.
+        """
+
+    @abstractmethod
+    def length(self, slot: int) -> int:
+        """Return how many tokens a slot has."""
+
+    @abstractmethod
+    def cut(self, slot: int, length: int) -> None:
+        """Keep only the first `length` tokens of a slot."""
+
+    @abstractmethod
+    def wipe(self, slot: int) -> None:
+        """Forget a slot's text, and put zeros where its keys and values were.
+
+        What is no number among them would reach later texts of the slot: a masked place counts 0 times its value.
+        """
+
+    @abstractmethod
+    def noise(self, seed: int) -> Noise:
+        """Return the random stream of a seed; `TextModel.complete` draws the same one on this engine."""
+
+    def close(self) -> None:  # noqa: B027  most engines have nothing to put back
+        """Leave the model as it was."""

@@ -1,0 +1,46 @@
+"""docs/serving.md says what the code says: fields, routes, limits, defaults."""
+
+import pytest
+
+from fanformer.cli.serve import serve
+from fanformer.server.fields import ChatFields, CompletionFields
+from fanformer.server.gate import ROUTES
+from fanformer.server.ggml_slots import CHUNK
+from fanformer.server.limits import Limits
+from fanformer.server.scheduler import _FAILURES, _LEAST_SHARED
+from fanformer.server.torch_slots import _CHUNK
+
+
+@pytest.fixture(scope="module")
+def page(repository):
+    """The page as one line."""
+    return " ".join((repository / "docs/serving.md").read_text(encoding="utf-8").split())
+
+
+def test_every_field_and_route_is_named(page):
+    fields = {*CompletionFields.model_fields, *ChatFields.model_fields} - {"model", "prompt", "messages"}
+    assert [name for name in sorted(fields) if f"`{name}" not in page and f".{name}" not in page] == []
+    assert [route for route in ROUTES if f"{route}`" not in page] == []
+
+
+def test_every_option_of_the_command_is_a_known_one(page):
+    options = {option for parameter in serve.params for option in parameter.opts}
+    named = {word.strip("`,.;:()") for word in page.split() if word.startswith(("`--", "--"))}
+    assert named - options == {"--dry-run", "--write", "--policy", "--worker-urls"}  # the benchmark's, the router's
+
+
+def test_numbers_are_those_of_the_code(page):
+    limits, defaults = Limits(), {parameter.name: parameter.default for parameter in serve.params}
+    for words in (
+        f"are written at once ({defaults['slots']})",
+        f"requests wait ({defaults['queue_size']})",
+        f"{limits.requests_per_client} requests in work, and there may be {limits.connections} connections",
+        f"A head has {limits.header_seconds:g} seconds, a body {limits.body_seconds:g}, an idle connection "
+        f"{limits.idle_seconds:g}, an answer that is not read {limits.write_seconds:g}",
+        f"too large ({limits.body_bytes >> 20} MiB)",
+        f"({CHUNK} tokens on ggml, {_CHUNK} on torch)",
+        f"begins with at least {_LEAST_SHARED} of its tokens",
+    ):
+        assert words in page
+    assert _FAILURES == 3
+    assert "after three failed steps in a row" in page

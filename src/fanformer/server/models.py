@@ -161,13 +161,12 @@ class ServedModel:
             check_text(message["content"])
         try:
             with self._encoding:
-                found = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                return self.text_model.encode_messages(messages)
         except Exception as error:
             if type(error).__name__ not in _TEMPLATE_ERRORS:
                 raise
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise ConfigError(f"the model's chat template refuses the messages: {reason}.") from error
-        return list(found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

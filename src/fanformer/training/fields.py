@@ -65,6 +65,9 @@ def _check_number(item: Any, value: float) -> None:
 class CorpusConfig(_Fields):
     """What is trained and measured on, and in which tokens."""
 
+    objective: Literal["text", "answers"] = _setting(
+        "text", "what is learnt: text as it stands, or the assistant's part of conversations"
+    )
     data: str = _setting("stdlib", "stdlib, file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or prepared folder")
     eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
     held_out_fraction: float = _setting(

@@ -1,0 +1,45 @@
+"""`fanformer finetune`: one command from a folder and a file to a model that chats by its template."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["cat", "mat", "small", "model", "def", "add"]
+    path.write_text("".join(json.dumps({"prompt": f"{word}?", "completion": word}) + "\n" for word in words))
+    return path
+
+
+TINY = ("--max-steps", 2, "--batch-size", 2, "--device", "cpu", "--precision", "float32", "--compile", "off")
+
+
+def test_a_folder_is_tuned_chats_by_its_template_and_goes_on(command, saved_model, rows, tmp_path):
+    out = tmp_path / "tuned"
+    done = command("finetune", saved_model, "--data", rows, "--output-dir", out, *TINY)
+    assert done.code == 0, done.err
+    assert f"model: {out}" in done.out
+    assert "held-out loss" in done.out
+    talk = command("chat", out, "--device", "cpu", "--max-length", 4, "--seed", 1, text="cat?\n")
+    assert talk.code == 0
+    assert "base model" not in talk.err
+    assert "already holds a run" in command("finetune", saved_model, "--data", rows, "--output-dir", out).refusal()
+    more = command("finetune", saved_model, "--data", rows, "--output-dir", out, "--resume", "--max-steps", 3)
+    assert more.code == 0, more.err
+    assert "resuming from" in more.err
+
+
+def test_show_rows_marks_what_is_learnt_and_trains_nothing(command, saved_model, rows, tmp_path):
+    out = tmp_path / "tuned"
+    shown = command("finetune", saved_model, "--data", rows, "--output-dir", out, "--show-rows", 3)
+    assert shown.code == 0, shown.err
+    assert "[[cat<|im_end|>]]" in shown.out
+    assert not out.exists()
+
+
+def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows, tmp_path):
+    assert "nowhere" in command("finetune", tmp_path / "nowhere", "--data", rows).refusal()
+    refused = command("finetune", saved_model, "--data", rows, "--set", "objective=text").refusal()
+    assert "`objective` of a tuning must be another than text" in refused

@@ -43,3 +43,5 @@ def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows,
     assert "nowhere" in command("finetune", tmp_path / "nowhere", "--data", rows).refusal()
     refused = command("finetune", saved_model, "--data", rows, "--set", "objective=text").refusal()
     assert "`objective` of a tuning must be another than text" in refused
+    refused = command("finetune", saved_model, "--data", rows, "--lora-rank", 4).refusal()
+    assert "`lora_rank` has no effect without `--lora`, got 4" in refused

@@ -199,3 +199,45 @@ def test_a_micro_batch_without_labels_adds_nothing_and_no_nan(tiny_model):
     (plain + chunked).backward()
     assert plain == chunked == 0
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_adapters_merge_into_the_folder_and_load_by_peft(tune, saved_model):  # noqa: F811
+    peft = pytest.importorskip("peft", reason="needs the extra `lora`")
+    result, notebook = tune(max_steps=4, lora_rank=4, learning_rate=1e-2)
+    assert any("adapters of rank 4" in note for note in notebook.notes)
+    base, tuned = load(saved_model, device="cpu").model, load(result.folder, device="cpu")
+    ids = torch.tensor([tuned.tokenizer("the cat <|im_end|> sat<|im_start|>").input_ids])
+    known = len(tuned.tokenizer) - 2
+    before, after = base.state_dict(), tuned.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name][:known], after[name][:known])}
+    assert moved
+    assert all(name.endswith("weight") and before[name].ndim == 2 for name in moved)
+    assert not moved & {"lm_head.weight", "model.embed_tokens.weight"}
+    start, end = (tuned.tokenizer.convert_tokens_to_ids(token) for token in (START, END))
+    head = after["lm_head.weight"]
+    assert not torch.equal(head[end], head[0])  # END begins as the end of documents does, and learns
+    with torch.no_grad():
+        expected = tuned.model(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, result.folder / "adapter").eval()
+        # the same matrices, once summed before the product and once after
+        torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert (ids == start).any()
+
+
+def test_adapters_resume_bit_for_bit(tune):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    fields = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "keep_last": 9, "lora_rank": 4}
+    straight, _ = tune("straight", **fields)
+    broken, _ = tune("broken", **fields)
+    shutil.rmtree(broken.folder / "checkpoint-4")
+    resumed, notebook = tune("broken", **fields, resume=True)
+    assert any(note.endswith("checkpoint-2") for note in notebook.notes)
+    assert figures(resumed.folder) == figures(straight.folder)
+    assert same_weights(resumed.folder, straight.folder)
+    with pytest.raises(CheckpointError, match="`lora_rank` of a run cannot change on resume: it was 4, got 8"):
+        tune("broken", **{**fields, "lora_rank": 8}, resume=True)
+
+
+def test_adapters_without_a_base_are_refused(run_config):
+    with pytest.raises(ConfigError, match="`lora_rank` needs `init_from`, what adapters belong to, got 4 alone"):
+        train(run_config(lora_rank=4), Notebook())

@@ -24,6 +24,9 @@ def _tuning_flags(function: Any) -> Any:
     return function
 
 
+_LORA_RANK = 16
+
+
 @click.command(cls=Verb, example="fanformer finetune runs/nano --data questions.jsonl --output-dir runs/assistant")
 @click.argument("base", metavar="DIR")
 @click.option("--data", required=True, metavar="FILE", help="Conversations: a .jsonl file or a pattern of such.")
@@ -32,20 +35,29 @@ def _tuning_flags(function: Any) -> Any:
 )
 @click.option("--output-dir", metavar="OUT", help="Folder of the run.  [default: runs/DIR-tuned]")
 @_tuning_flags
+@click.option("--lora", is_flag=True, help="Train adapters; the folder has them merged, and apart in adapter/.")
+@click.option("--lora-rank", type=int, metavar="R", help=f"Rank of the adapters.  [default: {_LORA_RANK}]")
 @click.option("--show-rows", type=click.IntRange(min=1), metavar="N", help="Print N rows, what is learnt marked; end.")
 @click.option("--resume", is_flag=True, help="Go on from the last good checkpoint of the output folder.")
 @click.option("--allow-changed-data", is_flag=True, help="With --resume: go on with other rows than before.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that the output folder holds.")
 @click.option("--prove-resume", is_flag=True, help="Tune several times, straight and killed, and compare the bits.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run.")
-def finetune(base: str, show_rows: int | None, prove_resume: bool, settings: tuple[str, ...], **flags: Any) -> None:
+def finetune(
+    base: str, lora: bool, show_rows: int | None, prove_resume: bool, settings: tuple[str, ...], **flags: Any
+) -> None:
     """Teach the model saved in DIR to answer as the conversations of FILE do.
 
     A row has `messages`, `prompt` and `completion`, `prompt`, `chosen` and `rejected`, `conversations`, or
     `instruction` and `output`; a wrong one costs one line. OUT is then a complete `transformers` folder with a chat
     template, which `fanformer chat` talks by.
     """
-    config = resolve_tuning(base, lambda: _positions(base), parsed_fields(flags, settings))
+    fields = parsed_fields(flags, settings)
+    if lora:
+        fields = {"lora_rank": _LORA_RANK, **fields}
+    elif "lora_rank" in fields and not flags["resume"]:
+        raise ConfigError(f"`lora_rank` has no effect without `--lora`, got {fields['lora_rank']}: add it.")
+    config = resolve_tuning(base, lambda: _positions(base), fields)
     if config.corpus.objective == "text":
         raise ConfigError("`objective` of a tuning must be another than text: use `fanformer train --init-from DIR`.")
     if show_rows is not None:

@@ -56,7 +56,7 @@ def answer_corpus(opening: Opening) -> Corpus:
     """
     config = opening.config
     _check(config)
-    tokenizer, chatml = _speakers(opening)
+    tokenizer, chatml, new_ids = _speakers(opening)
     split = _split(config, opening.note)
     length, filler = config.batch.sequence_length, int(tokenizer.pad_token_id)
     train = tokenize_examples(chatml, split.train, length, opening.note)
@@ -78,7 +78,7 @@ def answer_corpus(opening: Opening) -> Corpus:
     return Corpus(
         tokenizer=tokenizer,
         rows=rows,
-        description=_description(digest, rows, held_out, train, measured, split.wrong),
+        description=_description(digest, rows, held_out, train, measured, split.wrong) | {"new_ids": list(new_ids)},
         used=f"{len(train.documents):,} conversations, {rows.num_labels:,} tokens of answers; "
         f"{rows.fraction_filled:.2%} of the places filled",
         measure=measure,
@@ -88,6 +88,7 @@ def answer_corpus(opening: Opening) -> Corpus:
         sample_prompt=f"{asked[-1].content} -> ",
         sample_tokens=len(question),
         continue_sample=continue_sample,
+        new_ids=new_ids,
     )
 
 
@@ -114,18 +115,18 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, ChatTokens]:
     return model, add_chat_tokens(model, tokenizer, grow=True)
 
 
-def _speakers(opening: Opening) -> tuple[PreTrainedTokenizerBase, ChatML]:
-    """Return the tokenizer and what writes conversations with it: the run's own where it has checkpoints."""
+def _speakers(opening: Opening) -> tuple[PreTrainedTokenizerBase, ChatML, tuple[int, ...]]:
+    """Return the tokenizer, what writes conversations with it, and its new ids: the run's own if it has checkpoints."""
     whole = checkpoints(opening.config.folder) if opening.before is not None else []
     if whole:  # what it began with may be gone since
         tokenizer = load_tokenizer(str(whole[-1]))
         chatml = chatml_of(tokenizer)
-        if chatml is not None:
-            return tokenizer, chatml
+        if chatml is not None and opening.before is not None:
+            return tokenizer, chatml, tuple(opening.before["data"]["new_ids"])
     tokens = _load_base(opening.config)[1]
     for line in tokens.notes:
         opening.note(line)
-    return tokens.tokenizer, tokens.chatml
+    return tokens.tokenizer, tokens.chatml, tokens.new_ids
 
 
 def _split(config: RunConfig, note: Callable[[str], None]) -> _Split:

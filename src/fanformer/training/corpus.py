@@ -70,6 +70,7 @@ class Corpus:
         sample_prompt: what is shown in front of the text that the model writes now and then.
         sample_tokens: of the prompt.
         continue_sample: returns that text.
+        new_ids: tokens that the base does not know.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -83,6 +84,7 @@ class Corpus:
     sample_prompt: str
     sample_tokens: int
     continue_sample: "Callable[[TorchModel, GenerationSettings], str]"
+    new_ids: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:

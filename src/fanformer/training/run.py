@@ -27,7 +27,7 @@ from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
 from fanformer.training.attention import choose_attention
-from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
+from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
@@ -103,6 +103,8 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
     started = time.monotonic()
     processes = Processes(config.machine.parallel, resolve_device(config.machine.device).type)
     _check_batch(config, processes.count)
+    if config.lora_rank is not None and processes.count > 1:
+        raise ConfigError(f"`lora_rank` needs a single process, got {processes.count}: start one, or leave it out.")
     try:
         with contextlib.ExitStack() as stack:
             going_on = False
@@ -291,6 +293,12 @@ class Run:
         )
         machine = self.environment
         asked, measured = self.config.machine, self.config.evaluation
+        if self.config.lora_rank is not None:
+            from fanformer.training.adapters import add_adapter
+
+            add_adapter(self.model, self.config.lora_rank, self.corpus.new_ids, self.config.seed)
+            learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            self._note(f"adapters of rank {self.config.lora_rank}: {learning:,} parameters learn")
         options = compile_options(machine.device, machine.threads)
         skip_logits(self.model, {"options": options} if machine.compile else None)
         if asked.recompute != "none":
@@ -382,10 +390,19 @@ class Run:
         def fill(folder: Path) -> None:
             for name, content in self.skeleton.items():
                 (folder / name).write_bytes(content)
-            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_file(self._plain(weights, folder), folder / WEIGHTS_FILE, metadata={"format": "pt"})
             self._write_card(folder, figures, finished=False)
 
         return fill
+
+    def _plain(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """Return weights without adapters, which are written into a folder of their own where there are some."""
+        if self.config.lora_rank is None:
+            return weights
+        from fanformer.training.adapters import merged, save_adapter
+
+        save_adapter(self.model, weights, str(self.config.init_from), folder / ADAPTER_FOLDER)
+        return merged(self.model, weights)
 
     def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:
         card = model_card(self.content, figures, self.corpus.held_out_sizes, finished)

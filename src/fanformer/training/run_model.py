@@ -37,6 +37,10 @@ def check_model_fields(config: RunConfig) -> None:
         ValueError: if a field of the model is wrong.
     """
     if config.init_from is None:
+        if config.lora_rank is not None:
+            raise ConfigError(
+                f"`lora_rank` needs `init_from`, what adapters belong to, got {config.lora_rank} alone: name it."
+            )
         FANformerConfig(**config.model)
         return
     positions = getattr(load_config(config.init_from), "max_position_embeddings", None)
@@ -70,7 +74,8 @@ def make_model(
     tokenizer = corpus.tokenizer
     if config.init_from is None:
         model = build_model(_fields(config, tokenizer, note))
-    elif before is not None and checkpoints(config.folder):  # what it began with may be gone since
+    elif before is not None and config.lora_rank is None and checkpoints(config.folder):
+        # what it began with may be gone since, but adapters need it
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**before["model"]))
     else:
         model = corpus.load_base()

@@ -45,3 +45,26 @@ def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows,
     assert "`objective` of a tuning must be another than text" in refused
     refused = command("finetune", saved_model, "--data", rows, "--lora-rank", 4).refusal()
     assert "`lora_rank` has no effect without `--lora`, got 4" in refused
+
+
+def test_an_adapter_on_its_base_writes_what_the_merged_folder_does(command, saved_model, rows, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    out = tmp_path / "tuned"
+    tuned = command("finetune", saved_model, "--data", rows, "--output-dir", out, *TINY, "--lora", "--lora-rank", 4)
+    assert tuned.code == 0, tuned.err
+    drawn = ("--device", "cpu", "--temperature", 0, "--max-length", 8, "--min-length", 8)
+    adapter = ("--adapter", out / "adapter")
+    merged, apart = (command("chat", *words, *drawn, text="cat?\n") for words in ((out,), (saved_model, *adapter)))
+    assert (apart.code, apart.out) == (0, merged.out)
+    assert "base model" not in apart.err
+    written = [command("generate", *words, "the cat", *drawn).out for words in ((out,), (saved_model, *adapter))]
+    assert written[0] == written[1]
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    losses = []
+    for words in ((out,), (saved_model, *adapter)):
+        measured = command("eval", *words, "--text", text, "--device", "cpu", "--json", "-")
+        losses.append(json.loads(measured.out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same sums, added by other code
+    assert "no adapter_config.json in" in command("generate", saved_model, "--adapter", tmp_path).refusal()
+    assert "`--adapter` is for model folders" in command("generate", "x.gguf", "--adapter", tmp_path).refusal()

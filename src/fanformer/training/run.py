@@ -402,6 +402,9 @@ class Run:
         from fanformer.training.adapters import merged, save_adapter
 
         save_adapter(self.model, weights, str(self.config.init_from), folder / ADAPTER_FOLDER)
+        for name, content in self.skeleton.items():
+            if name.startswith(("tokenizer", "chat_template")):
+                (folder / ADAPTER_FOLDER / name).write_bytes(content)
         return merged(self.model, weights)
 
     def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:

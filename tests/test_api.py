@@ -98,3 +98,14 @@ def test_wrong_requests_are_refused(saved_model, tmp_path):  # noqa: F811
         fanformer.train(max_step=3)
     with pytest.raises((DataError, OSError)):
         fanformer.evaluate(saved_model, [tmp_path / "nowhere.txt"])
+
+
+def test_a_tuning_is_the_command_s(saved_model, tmp_path):  # noqa: F811
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{word}?", "completion": word}) + "\n" for word in ("cat", "mat")))
+    fields = {"batch_size": 2, "device": "cpu", "precision": "float32", "compile": "off"}
+    result = fanformer.finetune(saved_model, data, output_dir=tmp_path / "tuned", max_steps=1, **fields)
+    assert (result.step, result.held_out.documents) == (1, 1)
+    assert fanformer.load(result.folder, device="cpu").has_chat_template
+    with pytest.raises(ConfigError, match="`epochs` must be"):
+        fanformer.finetune(saved_model, data, epochs="two")

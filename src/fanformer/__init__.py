@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fanformer.api import evaluate, train
+    from fanformer.api import evaluate, finetune, train
     from fanformer.loading import load_text_model as load
     from fanformer.model import FANformerConfig, FANformerForCausalLM, FANformerModel
 
@@ -16,6 +16,7 @@ __all__ = [
     "FANformerModel",
     "__version__",
     "evaluate",  # what `fanformer eval` does
+    "finetune",  # what `fanformer finetune` does
     "load",  # a folder or a GGUF file -> a TextModel with .generate(), .stream() and .score()
     "train",  # what `fanformer train` does
 ]
@@ -23,6 +24,7 @@ _WHERE = {
     "load": ("fanformer.loading", "load_text_model"),
     "train": ("fanformer.api", "train"),
     "evaluate": ("fanformer.api", "evaluate"),
+    "finetune": ("fanformer.api", "finetune"),
 }
 
 

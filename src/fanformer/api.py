@@ -1,4 +1,4 @@
-"""Training and evaluation as functions: what `fanformer train` and `fanformer eval` do, for programs."""
+"""Training, tuning and evaluation as functions: what `fanformer train`, `finetune` and `eval` do, for programs."""
 
 import os
 from collections.abc import Sequence
@@ -30,19 +30,56 @@ def train(data: str = "stdlib", *, listener: "Listener | None" = None, **fields:
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
         DivergenceError: if the loss or the gradients do not stay finite.
     """
-    from fanformer.training.configuration import PARSERS, resolve_run
+    from fanformer.training.configuration import resolve_run
     from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
-    given = {"data": data, **fields}
+    given = _parsed({"data": data, **fields})
+    for name, value in dict(given.pop("model", {})).items():
+        given[f"model.{name}"] = value
+    return run(resolve_run(None, given), listener or silent)
+
+
+def finetune(base: _PathLike, data: _PathLike, *, listener: "Listener | None" = None, **fields: Any) -> "RunResult":
+    """Teach a base model to answer and leave a complete `transformers` folder behind, as `fanformer finetune` does.
+
+    Args:
+        base: folder of the model.
+        data: a jsonl file of conversations, or a pattern of such.
+        listener: a function that hears every `Event` of the run; None is silence.
+        **fields: of the run, such as `output_dir="runs/assistant"`, `epochs=3`, `lora_rank=16` or `resume=True`.
+
+    Returns:
+        Where the folder is, the last step, and the held-out loss on answers.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, DependencyError: on bad input, before anything is written that would
+            stay.
+        DivergenceError: if the loss or the gradients do not stay finite.
+    """
+    from fanformer.loading import load_config
+    from fanformer.training.configuration import resolve_tuning
+    from fanformer.training.events import silent
+    from fanformer.training.run import train as run
+
+    def positions() -> int | None:
+        return getattr(load_config(os.fspath(base)), "max_position_embeddings", None)
+
+    given = _parsed({"data": os.fspath(data), **fields})
+    return run(resolve_tuning(os.fspath(base), positions, given), listener or silent)
+
+
+def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a run with what people write as text read, and the folder as text."""
+    from fanformer.training.configuration import PARSERS
+
+    given = dict(fields)
     for name, parse in PARSERS.items():
         if isinstance(given.get(name), str):
             given[name] = parse(given[name])
-    for name, value in dict(given.pop("model", {})).items():
-        given[f"model.{name}"] = value
     if "output_dir" in given:
         given["output_dir"] = os.fspath(given["output_dir"])
-    return run(resolve_run(None, given), listener or silent)
+    return given
 
 
 def evaluate(

@@ -18,7 +18,12 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def load_text_model(
-    path: str | Path, device: str = "auto", dtype: str = "auto", threads: int | None = None, compiled: bool = False
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    compiled: bool = False,
+    adapter: str | Path | None = None,
 ) -> "TextModel":
     """Load what writes text: a folder on torch, a .gguf file on ggml, for which torch is never imported.
 
@@ -28,6 +33,7 @@ def load_text_model(
         dtype: of a folder: auto (as saved), float32, bfloat16 or float16; a file has its own types.
         threads: of a file; None chooses the free cores.
         compiled: of a folder: whether the step from token to token is compiled, which pays for long texts.
+        adapter: of a folder: folder of an adapter that PEFT saved, merged into the weights.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
@@ -39,7 +45,8 @@ def load_text_model(
             raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")
         from fanformer.generation.torch_model import TorchModel
 
-        return TorchModel(*load(path, device, dtype), compiled)
+        return TorchModel(*load(path, device, dtype, adapter), compiled)
+    _refuse_adapter(path, adapter)
     if compiled:
         raise ConfigError(f"`--compile` is for model folders, got {path}: leave it out, ggml needs no compiling.")
     if device not in ("auto", "cpu"):
@@ -53,16 +60,30 @@ def load_text_model(
     return GgmlModel(path, threads)
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> "LoadedModel":
+def _refuse_adapter(path: str | Path, adapter: str | Path | None) -> None:
+    if adapter is not None:
+        raise ConfigError(f"`--adapter` is for model folders, got {adapter} for {path}: merge it before exporting.")
+
+
+def load(
+    path: str | Path, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+) -> "LoadedModel":
     """Load model and tokenizer for torch; of a GGUF file the numbers become float32.
 
-    Arguments and errors are those of `generation.loading.load`, which reads the folders.
+    Arguments and errors are those of `generation.loading.load`, which reads the folders; `adapter` is the folder of an
+    adapter that PEFT saved, merged into the weights, with a tokenizer of its own or not.
     """
     from fanformer.generation.loading import LoadedModel
     from fanformer.generation.loading import load as load_folder
 
     if not is_gguf(path):
-        return load_folder(path, device, dtype)
+        loaded = load_folder(path, device, dtype)
+        if adapter is None:
+            return loaded
+        from fanformer.generation.adapters import with_adapter
+
+        return with_adapter(loaded, adapter)
+    _refuse_adapter(path, adapter)
     model = load_model(path, device, dtype)
     return LoadedModel(model, load_tokenizer(path, model.config.vocab_size))
 

@@ -52,6 +52,8 @@ def spoiled(bad_passes, factor):
 class Rows(list):
     """Rows in a list, each a dictionary of (T,) tensors."""
 
+    digested = ("input_ids",)
+
     def batch(self, indices):
         return {name: torch.stack([self[index][name] for index in indices]) for name in self[0]}
 

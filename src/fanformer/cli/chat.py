@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fanformer.cli.generate import write_now
-from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
+from fanformer.cli.options import Verb, adapter_option, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
 
@@ -23,10 +23,11 @@ HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-
 @click.command(cls=Verb, example="fanformer chat runs/nano --max-length 60 --temperature 0.5")
 @click.argument("folder", metavar="DIR")
 @sampling_options()
+@adapter_option
 @threads_option
 @device_option
 @dtype_option
-def chat(folder: str, threads: int | None, device: str, dtype: str, **sampling: Any) -> None:
+def chat(folder: str, adapter: str | None, threads: int | None, device: str, dtype: str, **sampling: Any) -> None:
     """Talk with the model saved in DIR, or in a .gguf file, line by line.
 
     A tokenizer with a chat template keeps the conversation; a base model continues each line as a new text.
@@ -35,7 +36,7 @@ def chat(folder: str, threads: int | None, device: str, dtype: str, **sampling: 
     settings = GenerationSettings(**sampling)
     from fanformer.loading import load_text_model
 
-    converse(load_text_model(folder, device, dtype, threads), settings, name=folder)
+    converse(load_text_model(folder, device, dtype, threads, adapter=adapter), settings, name=folder)
 
 
 def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fanformer.cli.failure import writing
-from fanformer.cli.options import Verb, device_option, dtype_option
+from fanformer.cli.options import Verb, adapter_option, device_option, dtype_option
 from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 from fanformer.evaluation.files import MeasuredFiles, check_files, check_sizes
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     help="Finished requests, to go on from after a kill.  [default: ~/.cache/fanformer/eval]",
 )
 @click.option("--json", "json_file", metavar="OUT", help="Write the figures to this file; - is standard output.")
+@adapter_option
 @device_option
 @dtype_option
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
     batch_size: int,
     tasks: str | None,
     json_file: str | None,
+    adapter: str | None,
     device: str,
     dtype: str,
     **task_options: Any,
@@ -85,7 +87,7 @@ def evaluate(
 
     from fanformer.loading import load
 
-    loaded = load(folder, device, dtype)
+    loaded = load(folder, device, dtype, adapter)
     texts = MeasuredFiles(*loaded, field, sequence_length, batch_size)
     result: dict[str, Any] = {}
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fanformer.cli.interrupts import INTERRUPTED
-from fanformer.cli.options import Verb, device_option, dtype_option, sampling_options, threads_option
+from fanformer.cli.options import Verb, adapter_option, device_option, dtype_option, sampling_options, threads_option
 from fanformer.errors import ConfigError, DataError
 from fanformer.generation.settings import GenerationSettings
 
@@ -26,6 +26,7 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of text.")
 @sampling_options()
+@adapter_option
 @threads_option
 @device_option
 @dtype_option
@@ -36,6 +37,7 @@ def generate(
     batch_size: int,
     compiled: bool,
     as_json: bool,
+    adapter: str | None,
     threads: int | None,
     device: str,
     dtype: str,
@@ -54,7 +56,7 @@ def generate(
     from fanformer.generation.interruption import interruptible
     from fanformer.loading import load_text_model
 
-    model = load_text_model(folder, device, dtype, threads, compiled)
+    model = load_text_model(folder, device, dtype, threads, compiled, adapter)
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
         on_text = write_now if streamed else None

@@ -17,6 +17,7 @@ from fanformer.cli.options import VerbGroup
 VERBS = {
     "info": ("fanformer.cli.info:info", "Explain a preset or a saved model part by part."),
     "train": ("fanformer.cli.train:train", "Train a model."),
+    "finetune": ("fanformer.cli.finetune:finetune", "Teach a base model to answer."),
     "data": ("fanformer.cli.data:data", "Prepare training data."),
     "generate": ("fanformer.cli.generate:generate", "Continue prompts."),
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),

@@ -60,6 +60,9 @@ dtype_option = click.option(
     metavar="auto|float32|bfloat16|float16",
     help="Number format of the weights; auto takes the one they were saved in.",
 )
+adapter_option = click.option(
+    "--adapter", metavar="DIR", help="Folder of an adapter that PEFT saved for the model, to be merged into it."
+)
 threads_option = click.option(
     "--threads", type=int, metavar="N", help="Threads that run a .gguf file.  [default: the cores nobody else uses]"
 )

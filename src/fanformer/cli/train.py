@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -22,10 +22,13 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def _flag(name: str) -> Callable[[Any], Any]:
+def field_option(name: str, default: Any = None) -> Callable[[Any], Any]:
+    """Return the option of a field of the run; its help says `default` in the preset's place where that is given."""
     item = FIELDS[name]
     help_text = item.metadata["help"][:1].upper() + item.metadata["help"][1:]
-    if "default" not in help_text and item.default is not None:
+    if default is not None:
+        help_text = f"{help_text.split('; default')[0]}  [default: {default}]"
+    elif "default" not in help_text and item.default is not None:
         help_text += f"  [default: {item.default}, or the preset's]"
     hint = item.type
     types = (hint, *get_args(hint))
@@ -37,7 +40,7 @@ def _flag(name: str) -> Callable[[Any], Any]:
 
 def _training_flags(function: Any) -> Any:
     for name in reversed(_FLAGS):
-        function = _flag(name)(function)
+        function = field_option(name)(function)
     return function
 
 
@@ -77,9 +80,7 @@ def train(
 
     The folder holds safetensors weights, tokenizer, model card, run.yaml, metrics.jsonl and loss.png.
     """
-    given = {name: value for name, value in flags.items() if value is not None and value is not False}
-    overrides = {name: PARSERS[name](value) if name in PARSERS else value for name, value in given.items()}
-    overrides |= dict(map(parse_setting, settings))
+    overrides = parsed_fields(flags, settings)
     if preset is not None:
         overrides["preset"] = preset
     if fan_ratio is not None:
@@ -89,6 +90,13 @@ def train(
         prove_and_report(config)
     else:
         run_and_report(config)
+
+
+def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a run that flags and `--set` say; a flag that is None or False says nothing."""
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    fields = {name: PARSERS[name](value) if name in PARSERS else value for name, value in given.items()}
+    return fields | dict(map(parse_setting, settings))
 
 
 def run_and_report(config: RunConfig) -> None:

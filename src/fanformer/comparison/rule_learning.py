@@ -217,6 +217,8 @@ def _point(record: Mapping[str, Any]) -> RulePoint:
 class RuleRows:
     """A task's training examples as the trainer reads rows."""
 
+    digested = ("input_ids",)
+
     def __init__(self, task: RuleTask):
         self._examples = task.train
 

@@ -22,6 +22,9 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     IGNORED_LABEL. Where they are one, the token after a document's last is its end, and stays.
     """
 
+    digested = ("input_ids",)
+    """What tells two rows apart; the labels follow from it."""
+
     def __init__(self, stream: TokenStream, sequence_length: int, *, keep_partial: bool = False) -> None:
         """Count the rows.
 

@@ -25,6 +25,22 @@ OF_ONE_COMMAND = ("resume", "overwrite", "allow_changed_data")
 """Fields that say what one command does; the run's next command does it only where it is asked to again."""
 
 
+TUNING: Mapping[str, Any] = {
+    "objective": "answers",
+    "epochs": 2.0,
+    "batch_size": 8,
+    "optimizer": "adamw",
+    "learning_rate": 5e-4,
+    "embedding_learning_rate_scale": 1.0,
+    "weight_decay": 0.0,
+    "schedule": "cosine",
+    "sample_prompt": None,
+}
+"""Fields of a tuning in a preset's place; not chosen by measurement."""
+LONGEST_TUNING_ROW = 1024
+"""Tokens of a row above which the positions of a base are no longer the default."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """A named starting point: fields of FANformerConfig and fields of RunConfig that differ from their defaults."""
@@ -111,6 +127,27 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
             f"{config.init_from} have a shape of their own; leave it out."
         )
     return config if overrides.get("resume") else config.replace(resume=False)
+
+
+def resolve_tuning(base: str, positions: Callable[[], int | None], overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a tuning; what a run that goes on began with stays.
+
+    Args:
+        base: folder of the model to tune.
+        positions: returns the longest text that it takes, or None; asked for a new run only.
+        overrides: fields of RunConfig.
+
+    Raises:
+        ConfigError: if a key is unknown, or a value has the wrong type or range.
+    """
+    folder = overrides.get("output_dir") or f"runs/{Path(base).name}-tuned"
+    fields = {"output_dir": str(folder), "init_from": base, **overrides}
+    if overrides.get("resume") and (Path(folder) / RUN_FILE).is_file():
+        return resolve_run(None, fields)
+    recipe = {**TUNING, "sequence_length": min(positions() or LONGEST_TUNING_ROW, LONGEST_TUNING_ROW)}
+    if any(overrides.get(name) is not None for name in LENGTHS[:3]):
+        recipe.pop("epochs")
+    return resolve_run(None, {**recipe, **fields})
 
 
 def _without_replaced_length(from_file: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

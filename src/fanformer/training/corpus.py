@@ -1,4 +1,4 @@
-"""The data of a run: prepared in its folder or elsewhere, in the tokens that its weights know.
+"""What a run trains on: what it asks of any corpus, and text, prepared in its folder or elsewhere.
 
 A run goes on with the very data it began with, or with a refusal. Whatever the data, the tokenizer is that of the
 weights: those of the model that `init_from` names, or of the run's own checkpoints. Another one is taken only where
@@ -7,24 +7,133 @@ weights: those of the model that `init_from` names, or of the run's own checkpoi
 
 import glob
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fanformer.data.packing import PackedRows
 from fanformer.data.preparation.journal import OtherArgumentsError, partial_place
 from fanformer.data.preparation.prepare import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
 from fanformer.data.sources.documents import DocumentSource, is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.loading import load_config
+from fanformer.evaluation.loss import HeldOutLoss, held_out_loss
+from fanformer.generation.torch_model import encode_prompt
+from fanformer.loading import load_config, load_model
 from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
 from fanformer.training.checkpoint import checkpoints
+from fanformer.training.events import Rows
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import DATA_FIELDS, DATA_FOLDER, HELD_OUT_FOLDER, check_data, fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fanformer.generation.settings import GenerationSettings
+    from fanformer.generation.torch_model import TorchModel
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a corpus is opened with.
+
+    Attributes:
+        config: the run.
+        before: run.yaml of the run that goes on, None for a new one.
+        changed: fields that differ from those it began with, each with its old and new value.
+        note: is told one line.
+        progress: is told bytes done and in all; None hears nothing.
+    """
+
+    config: RunConfig
+    before: Mapping[str, Any] | None
+    changed: Mapping[str, tuple[Any, Any]]
+    note: Callable[[str], None]
+    progress: Callable[[int, int | None], None] | None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains on and is measured on, whatever it is made of.
+
+    Attributes:
+        tokenizer: that the model is saved with.
+        rows: what is learnt.
+        description: `data` of run.yaml, a `fingerprint` among it.
+        used: how much of the data the rows hold, in words.
+        measure: the held-out loss; its arguments are those of `held_out_loss` but for stream and sequence length.
+        held_out_tokens: tokens that it can be measured on.
+        held_out_sizes: bytes of the held-out text, plain and compressed, where known.
+        load_base: returns the model of `init_from` on the CPU in float32, ready for these rows.
+        sample_prompt: what is shown in front of the text that the model writes now and then.
+        sample_tokens: of the prompt.
+        continue_sample: returns that text.
+        new_ids: tokens that the base does not know.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: Rows
+    description: Mapping[str, Any]
+    used: str
+    measure: Callable[..., HeldOutLoss]
+    held_out_tokens: int
+    held_out_sizes: Mapping[str, int]
+    load_base: "Callable[[], PreTrainedModel]"
+    sample_prompt: str
+    sample_tokens: int
+    continue_sample: "Callable[[TorchModel, GenerationSettings], str]"
+    new_ids: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the data: equal where they are."""
+        return str(self.description["fingerprint"])
+
+
+def text_corpus(opening: Opening) -> Corpus:
+    """Open text: what `data` names, prepared where it is not yet.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `begin_data`, `resume_data` and `held_out_stream`.
+    """
+    config, before = opening.config, opening.before
+    if before is None:
+        data = begin_data(config, opening.progress)
+    else:
+        data = resume_data(config, before["data"], opening.changed, opening.progress)
+    tokenizer = data.tokenizer()
+    held_out = held_out_stream(config, data, tokenizer, before, opening.progress)
+    length, prompt = config.batch.sequence_length, config.evaluation.sample_prompt or ""
+    rows = PackedRows(data.split("train"), length)
+    inside = data.folder.is_relative_to(config.folder.absolute())
+
+    def measure(model: "PreTrainedModel", batch_size: int, **options: Any) -> HeldOutLoss:
+        return held_out_loss(model, held_out, length, batch_size, **options)
+
+    def continue_sample(writer: "TorchModel", settings: "GenerationSettings") -> str:
+        return next(writer.complete([prompt], settings)).text
+
+    return Corpus(
+        tokenizer=tokenizer,
+        rows=rows,
+        description={
+            "fingerprint": data.fingerprint,
+            "folder": str(data.folder.relative_to(config.folder.absolute()) if inside else data.folder),
+            "rows": len(rows),
+            "fraction_used": rows.fraction_used,
+            "metadata": data.metadata,
+        },
+        used=f"{rows.fraction_used:.2%} of all tokens used",
+        measure=measure,
+        held_out_tokens=len(held_out.tokens),
+        held_out_sizes=data.metadata["splits"]["heldout"] if config.corpus.eval_data is None else {},
+        load_base=lambda: load_model(str(config.init_from), device="cpu", dtype="float32"),
+        sample_prompt=prompt,
+        sample_tokens=len(encode_prompt(tokenizer, prompt)),
+        continue_sample=continue_sample,
+    )
 
 
 def refuse_own_sources(config: RunConfig) -> None:

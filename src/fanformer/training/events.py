@@ -1,6 +1,6 @@
 """What a run tells while it works, one kind of event heard by one function; and what the loop asks of its run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -58,6 +58,10 @@ def data_to(listener: Listener) -> Callable[[int, int | None], None]:
 
 class Rows(Protocol):
     """What is trained on, in an order of its own."""
+
+    @property
+    def digested(self) -> Sequence[str]:
+        """Names of the tensors of a batch that tell rows apart, for the records."""
 
     def __len__(self) -> int:
         """Return how many there are."""

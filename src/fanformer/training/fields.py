@@ -65,6 +65,9 @@ def _check_number(item: Any, value: float) -> None:
 class CorpusConfig(_Fields):
     """What is trained and measured on, and in which tokens."""
 
+    objective: Literal["text", "answers"] = _setting(
+        "text", "what is learnt: text as it stands, or the assistant's part of conversations"
+    )
     data: str = _setting("stdlib", "stdlib, file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or prepared folder")
     eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
     held_out_fraction: float = _setting(
@@ -264,6 +267,9 @@ class RunConfig(_Fields):
     preset: str = _setting("nano", "model and recipe to start from: nano, 92m, 92m-tuned or 1b")
     model: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "fields of the model configuration"})
     init_from: str | None = _setting(None, "folder of a saved model whose weights to start from")
+    lora_rank: int | None = _setting(
+        None, "rank of adapters that learn in place of the weights of `init_from`; default: the weights learn", _ABOVE_0
+    )
     seed: int = _setting(
         0, "seed of initialisation, data order and dropout", ("in [0, 2**32)", lambda value: 0 <= value < 1 << 32)
     )

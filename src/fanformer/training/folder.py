@@ -40,7 +40,7 @@ _PARTS_READ = ("configuration", "model", "data", "environment")
 """Parts of run.yaml without which a run cannot go on."""
 EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_stderr", "val_bits_per_byte"})
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
-_FIXED = ("batch_size", "sequence_length", "seed", "optimizer", "init_from")
+_FIXED = ("objective", "batch_size", "sequence_length", "seed", "optimizer", "init_from", "lora_rank")
 """Fields that decide which rows make up a step, or what the optimizer's state means."""
 DATA_FIELDS = tuple(CorpusConfig.__dataclass_fields__)
 MACHINE_FIELDS = ("device", "precision", "compile", "threads")

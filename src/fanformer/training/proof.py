@@ -117,7 +117,9 @@ def _can_run_two(config: RunConfig, note: Callable[[str], None]) -> bool:
 
     device = resolve_device(config.machine.device).type
     why = None
-    if config.batch.batch_size % 2:
+    if config.lora_rank is not None:
+        why = "adapters are trained by a single process"
+    elif config.batch.batch_size % 2:
         why = f"the batch of {config.batch.batch_size} rows cannot be halved"
     elif device == "mps" or (device == "cuda" and torch.cuda.device_count() < 2):
         why = f"there is one {device} device"
@@ -153,9 +155,9 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
     if output != first:  # the first training prepared the data and decided about the machine, for all
         decided = read_run_file(first)
         environment = decided["environment"]
+        if "folder" in decided["data"]:  # text, which is prepared
+            fields |= {"data": str(first / decided["data"]["folder"]), "tokenizer": None}
         fields |= {
-            "data": str(first / decided["data"]["folder"]),
-            "tokenizer": None,
             "compile": "on" if environment["compile"] else "off",
             "precision": environment["precision"] if training.dropout else "float32",
             "threads": environment["threads"] if training.dropout else max(1, environment["threads"] // 2),

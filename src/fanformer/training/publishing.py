@@ -43,8 +43,19 @@ def plot_loss(folder: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+_KINDS = {
+    "text": "A base language model (it continues text; it was not taught to follow instructions), trained with "
+    "`fanformer train`.",
+    "answers": "A language model taught to answer, as its chat template writes conversations, with "
+    "`fanformer finetune`. The loss is that of answers and their ends.",
+}
+"""What a card says of a model, by the `objective` of its run."""
+
+
 def title(run: Mapping[str, Any]) -> str:
     """Return what a trained model is called, given the content of its run.yaml."""
+    if _objective(run) != "text":
+        return f"{Path(run['configuration']['init_from']).name}, tuned"
     kind, preset = run["model"]["model_type"], run["configuration"]["preset"]
     return f"FANformer, preset {preset}" if kind == "fanformer" else f"{kind}, trained as preset {preset}"
 
@@ -87,7 +98,7 @@ tags: [{run["model"]["model_type"]}, causal-lm]
 
 # {title(run)}
 
-A base language model (it continues text; it was not taught to follow instructions), trained with `fanformer train`.
+{_KINDS[_objective(run)]}
 Written on {datetime.now(UTC):%Y-%m-%d}; every figure below was measured in this run.
 
 | | |
@@ -103,6 +114,10 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 
 `run.yaml` holds the whole configuration and every automatic decision; `metrics.jsonl` the curve.
 """
+
+
+def _objective(run: Mapping[str, Any]) -> str:
+    return str(run["configuration"].get("objective", "text"))
 
 
 def _figure(record: Mapping[str, float], key: str, unit: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
 
-from fanformer.data.packing import PackedRows
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.evaluation.loss import HeldOutLoss, Share, held_out_loss
+from fanformer.evaluation.loss import HeldOutLoss, Share
 from fanformer.files.durable import replace_text
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.torch_model import TorchModel
-from fanformer.loading import load_model
 from fanformer.machine.compiling import compile_options, keep_compiled_code
 from fanformer.machine.devices import resolve_device
 from fanformer.machine.launch import is_restarted
@@ -28,9 +27,9 @@ from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
 from fanformer.training.attention import choose_attention
-from fanformer.training.checkpoint import WEIGHTS_FILE, Fill, checkpoints, publish, step_of
+from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.chunked_loss import skip_logits
-from fanformer.training.corpus import begin_data, held_out_stream, refuse_own_sources, resume_data
+from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
 from fanformer.training.events import Event, Listener, Record, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
@@ -57,6 +56,11 @@ from fanformer.training.schedule import RunLength, run_length
 from fanformer.training.trainer import Outcome, Trainer, agreed_checkpoint
 
 _SAMPLE_LENGTH = 40
+_CORPORA = {
+    "text": ("fanformer.training.corpus", "text_corpus"),
+    "answers": ("fanformer.training.conversation_corpus", "answer_corpus"),
+}
+"""What opens the corpus of each `objective`, imported where it is wanted."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
     started = time.monotonic()
     processes = Processes(config.machine.parallel, resolve_device(config.machine.device).type)
     _check_batch(config, processes.count)
+    if config.lora_rank is not None and processes.count > 1:
+        raise ConfigError(f"`lora_rank` needs a single process, got {processes.count}: start one, or leave it out.")
     try:
         with contextlib.ExitStack() as stack:
             going_on = False
@@ -161,18 +167,15 @@ class Run:
             check_model_fields(config)
         self.changed = changed_fields(self.before["configuration"], config) if self.before is not None else {}
         with processes.main_first():
-            self.data = self._open_data()
-            self.tokenizer = self.data.tokenizer()
-            self.held_out = held_out_stream(config, self.data, self.tokenizer, self.before, data_to(listener))
-        self.rows = PackedRows(self.data.split("train"), config.batch.sequence_length)
-        self.length: RunLength = run_length(config, len(self.rows))
+            self.corpus = self._open_corpus()
+        self.length: RunLength = run_length(config, len(self.corpus.rows))
         if config.machine.deterministic and resolve_device(config.machine.device).type == "cuda":
             use_deterministic_operations()
         set_seed(config.seed)
-        self.model = make_model(config, self.tokenizer, build_model, self.before, self._note)
+        self.model = make_model(config, self.corpus, build_model, self.before, self._note)
         if self.before is not None:
             check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
-        self.skeleton = folder_without_weights(self.model, self.tokenizer) if processes.is_main else {}
+        self.skeleton = folder_without_weights(self.model, self.corpus.tokenizer) if processes.is_main else {}
         self.environment = self._decide()
         self.environment.apply()
         self.checkpoint = self._last_checkpoint(going_on or config.output.resume)
@@ -186,11 +189,12 @@ class Run:
         if self.processes.is_main:
             self.listener(Event("note", text))
 
-    def _open_data(self) -> Any:
+    def _open_corpus(self) -> Corpus:
         progress = data_to(self.listener) if self.processes.is_main else None
-        if self.before is None:
-            return begin_data(self.config, progress)
-        return resume_data(self.config, self.before["data"], self.changed, progress)
+        module, maker = _CORPORA[self.config.corpus.objective]
+        opening = Opening(self.config, self.before, self.changed, self._note, progress)
+        opened: Corpus = getattr(importlib.import_module(module), maker)(opening)
+        return opened
 
     def _last_checkpoint(self, resuming: bool) -> Path | None:
         """Return the checkpoint to go on from, the newest that is as it was written."""
@@ -205,7 +209,7 @@ class Run:
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
             if self.config.init_from is not None and had_some:  # which make_model left to be read, and are damaged
-                self.model.load_state_dict(load_model(self.config.init_from, "cpu", "float32").state_dict())
+                self.model.load_state_dict(self.corpus.load_base().state_dict())
         else:
             self._note(f"resuming from {found}")
         return found
@@ -245,20 +249,12 @@ class Run:
 
     def _describe(self) -> dict[str, Any]:
         """Return the content of run.yaml."""
-        inside = self.data.folder.is_relative_to(self.folder.absolute())
-        folder = self.data.folder.relative_to(self.folder.absolute()) if inside else self.data.folder
         content = {
             "configuration": self.config.to_dict(),
             "model": self.model.config.to_diff_dict(),
             "parameters": self.model.num_parameters(),
             "length": dataclasses.asdict(self.length),
-            "data": {
-                "fingerprint": self.data.fingerprint,
-                "folder": str(folder),
-                "rows": len(self.rows),
-                "fraction_used": self.rows.fraction_used,
-                "metadata": self.data.metadata,
-            },
+            "data": dict(self.corpus.description),
             "environment": dataclasses.asdict(self.environment),
             "machine": what_sums_depend_on(),
             "processes": {"count": self.processes.count, "spread": self.processes.spread},
@@ -270,8 +266,8 @@ class Run:
             for name in ("processes", "versions", "length", "machine"):
                 if name in self.before and self.before[name] != content[name]:
                     changes[name] = f"{self.before.get(name)} -> {content[name]}"
-            if self.before["data"]["fingerprint"] != self.data.fingerprint:
-                changes["data.fingerprint"] = f"{self.before['data']['fingerprint']} -> {self.data.fingerprint}"
+            if self.before["data"]["fingerprint"] != self.corpus.fingerprint:
+                changes["data.fingerprint"] = f"{self.before['data']['fingerprint']} -> {self.corpus.fingerprint}"
             if changes:
                 self._note(f"changed since the run began: {', '.join(changes)}")
             content["resumed"].append(
@@ -287,8 +283,8 @@ class Run:
         """Train to the end and write the finished folder."""
         reasons = self.environment.reasons
         self._note(
-            f"{self.model.num_parameters():,} parameters, {len(self.rows):,} rows of "
-            f"{self.config.batch.sequence_length} tokens ({self.rows.fraction_used:.2%} of all tokens used)"
+            f"{self.model.num_parameters():,} parameters, {len(self.corpus.rows):,} rows of "
+            f"{self.config.batch.sequence_length} tokens ({self.corpus.used})"
         )
         shared = f", {self.processes.count} processes ({self.processes.spread})" if self.processes.count > 1 else ""
         self._note(
@@ -297,6 +293,12 @@ class Run:
         )
         machine = self.environment
         asked, measured = self.config.machine, self.config.evaluation
+        if self.config.lora_rank is not None:
+            from fanformer.training.adapters import add_adapter
+
+            add_adapter(self.model, self.config.lora_rank, self.corpus.new_ids, self.config.seed)
+            learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            self._note(f"adapters of rank {self.config.lora_rank}: {learning:,} parameters learn")
         options = compile_options(machine.device, machine.threads)
         skip_logits(self.model, {"options": options} if machine.compile else None)
         if asked.recompute != "none":
@@ -314,24 +316,22 @@ class Run:
             self._compiling_since = time.monotonic()
         trainer = Trainer(
             self.model,
-            self.rows,
+            self.corpus.rows,
             config=self.config,
             length=self.length,
             environment=self.environment,
             processes=self.processes,
             observer=self,
-            held_out_tokens=min(len(self.held_out.tokens), measured.final_eval_tokens or len(self.held_out.tokens)),
+            held_out_tokens=min(self.corpus.held_out_tokens, measured.final_eval_tokens or self.corpus.held_out_tokens),
             started=self.started,
         )
         return self._finish(trainer.run(self.checkpoint))
 
     def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> HeldOutLoss:
-        """Measure the held-out loss, on all of the text or on a sample, and let the model write a little."""
+        """Measure the held-out loss, on all that is held out or on a sample, and let the model write a little."""
         asked = self.config.evaluation
-        figures = held_out_loss(
+        figures = self.corpus.measure(
             self.model,
-            self.held_out,
-            self.config.batch.sequence_length,
             self.config.batch.rows_per_pass(self.processes.count),
             max_tokens=asked.final_eval_tokens if everything else asked.eval_tokens,
             autocast_dtype=torch.bfloat16 if self.environment.precision == "bfloat16" else None,
@@ -345,13 +345,12 @@ class Run:
 
     def _sample(self) -> str:
         """Continue the sample prompt with the model as it is now."""
-        prompt = self.config.evaluation.sample_prompt or ""
-        writer = TorchModel(self.model, self.tokenizer, join=False)
-        room = self.model.config.max_position_embeddings - len(writer.encode(prompt))
+        writer = TorchModel(self.model, self.corpus.tokenizer, join=False)
+        room = self.model.config.max_position_embeddings - self.corpus.sample_tokens
         settings = GenerationSettings(max_length=max(1, min(_SAMPLE_LENGTH, room)), seed=self.config.seed)
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            text = next(writer.complete([prompt], settings)).text
+            text = self.corpus.continue_sample(writer, settings)
         self.model.train()
         return text
 
@@ -370,7 +369,7 @@ class Run:
         self.records.append(record)
         self.listener(Event("record", share=progress, figures=record))
         if "val_loss" in record:
-            self.listener(Event("sample", (self.config.evaluation.sample_prompt or "") + self.sample, progress))
+            self.listener(Event("sample", self.corpus.sample_prompt + self.sample, progress))
 
     def note(self, text: str) -> None:
         """Tell one line."""
@@ -391,13 +390,25 @@ class Run:
         def fill(folder: Path) -> None:
             for name, content in self.skeleton.items():
                 (folder / name).write_bytes(content)
-            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_file(self._plain(weights, folder), folder / WEIGHTS_FILE, metadata={"format": "pt"})
             self._write_card(folder, figures, finished=False)
 
         return fill
 
+    def _plain(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """Return weights without adapters, which are written into a folder of their own where there are some."""
+        if self.config.lora_rank is None:
+            return weights
+        from fanformer.training.adapters import merged, save_adapter
+
+        save_adapter(self.model, weights, str(self.config.init_from), folder / ADAPTER_FOLDER)
+        for name, content in self.skeleton.items():
+            if name.startswith(("tokenizer", "chat_template")):
+                (folder / ADAPTER_FOLDER / name).write_bytes(content)
+        return merged(self.model, weights)
+
     def _write_card(self, folder: Path, figures: Mapping[str, Any], finished: bool) -> None:
-        card = model_card(self.content, figures, self.data.metadata["splits"]["heldout"], finished)
+        card = model_card(self.content, figures, self.corpus.held_out_sizes, finished)
         replace_text(folder / CARD_FILE, card)
 
     def _finish(self, outcome: Outcome) -> RunResult:
@@ -412,7 +423,7 @@ class Run:
             if self.config.output.push_to_hub is not None and outcome.reached_end:
                 push(self.folder, self.config.output.push_to_hub)
         self.processes.wait()
-        sizes = self.data.metadata["splits"]["heldout"] if self.config.corpus.eval_data is None else {}
+        sizes = self.corpus.held_out_sizes
         gzip_bits, xz_bits = (
             8 * sizes[name] / sizes["bytes"] if sizes.get(name) else None for name in ("gzip_bytes", "xz_bytes")
         )

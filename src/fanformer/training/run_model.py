@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.torch_model import encode_prompt
-from fanformer.loading import load_config, load_model
+from fanformer.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
+from fanformer.training.corpus import Corpus
 from fanformer.training.fields import RunConfig
 
 _VOCABULARY_MULTIPLE = 64
@@ -37,6 +37,10 @@ def check_model_fields(config: RunConfig) -> None:
         ValueError: if a field of the model is wrong.
     """
     if config.init_from is None:
+        if config.lora_rank is not None:
+            raise ConfigError(
+                f"`lora_rank` needs `init_from`, what adapters belong to, got {config.lora_rank} alone: name it."
+            )
         FANformerConfig(**config.model)
         return
     positions = getattr(load_config(config.init_from), "max_position_embeddings", None)
@@ -49,7 +53,7 @@ def check_model_fields(config: RunConfig) -> None:
 
 def make_model(
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
     build_model: ModelBuilder,
     before: Mapping[str, Any] | None,
     note: Callable[[str], None],
@@ -58,7 +62,7 @@ def make_model(
 
     Args:
         config: the run.
-        tokenizer: of its data.
+        corpus: what it trains on.
         build_model: makes a model with fresh weights.
         before: run.yaml of the run that goes on, None for a new one.
         note: told what was chosen.
@@ -67,22 +71,24 @@ def make_model(
         CheckpointError: if the model to start from cannot be read.
         ConfigError: if it knows fewer tokens than the tokenizer has, or the sample prompt fills its positions.
     """
+    tokenizer = corpus.tokenizer
     if config.init_from is None:
         model = build_model(_fields(config, tokenizer, note))
-    elif before is not None and checkpoints(config.folder):  # what it began with may be gone since
+    elif before is not None and config.lora_rank is None and checkpoints(config.folder):
+        # what it began with may be gone since, but adapters need it
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**before["model"]))
     else:
-        model = load_model(config.init_from, device="cpu", dtype="float32")
+        model = corpus.load_base()
     if model.config.vocab_size < len(tokenizer):
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the weights of {config.init_from} only "
             f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    length = len(encode_prompt(tokenizer, config.evaluation.sample_prompt or ""))
-    if positions is not None and length >= positions:
+    if positions is not None and corpus.sample_tokens >= positions:
         raise ConfigError(
-            f"`sample_prompt` must leave room in the model's {positions} positions, got {length} tokens: shorten it."
+            f"`sample_prompt` must leave room in the model's {positions} positions, got {corpus.sample_tokens} tokens: "
+            "shorten it."
         )
     model.generation_config = _generation_config(model, tokenizer)
     return model
@@ -105,10 +111,11 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Return the defaults of `generate`; ids that pad the vocabulary are never drawn."""
     unknown = list(range(len(tokenizer), model.config.vocab_size))
     drawing = GenerationSettings()
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding,
         suppress_tokens=unknown or None,
         do_sample=True,
         max_new_tokens=drawing.max_length,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import CheckpointError
-from fanformer.training.checkpoint import OPTIMIZER_FILE
+from fanformer.training.checkpoint import ADAPTER_FOLDER, OPTIMIZER_FILE
 from fanformer.training.optimizers import inner_optimizers
 from fanformer.training.parallel import part_like, whole
 
@@ -154,6 +154,11 @@ def restore_model(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         CheckpointError: if they are those of another model.
     """
+    if (checkpoint / ADAPTER_FOLDER).is_dir():
+        from fanformer.training.adapters import restore_adapter
+
+        restore_adapter(model, checkpoint / ADAPTER_FOLDER)
+        return
     saved: dict[str, Tensor] = {}
     for path in sorted(checkpoint.glob("model*.safetensors")):
         saved |= load_file(path)

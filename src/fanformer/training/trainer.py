@@ -76,6 +76,14 @@ def agreed_checkpoint(folder: Path, processes: Processes, note: Callable[[str], 
     return None if step < 0 else folder / checkpoint_name(step)
 
 
+def _digest(index: int, tensors: list[np.ndarray]) -> int:
+    """Return a number that a row has, given its index and what tells it apart: (T,) each."""
+    digest = index & 0xFFFFFFFF
+    for values in tensors:
+        digest = zlib.crc32(values.tobytes(), digest)
+    return digest * 251
+
+
 class Trainer:
     """Trains a causal language model on packed rows, from the beginning or from a checkpoint, to the run's end."""
 
@@ -247,11 +255,8 @@ class Trainer:
         for begin in range(processes.rank * self.micro_batch, config.batch.batch_size, together):
             chosen = indices[begin : begin + self.micro_batch].tolist()
             batch = self.rows.batch(chosen)
-            digest = sum(
-                zlib.crc32(row.tobytes(), index & 0xFFFFFFFF) * 251
-                for index, row in zip(chosen, batch["input_ids"].numpy(), strict=True)
-            )
-            passes.append((batch, digest))
+            told = [batch[name].numpy() for name in self.rows.digested]
+            passes.append((batch, sum(_digest(index, rows) for index, *rows in zip(chosen, *told, strict=True))))
         return passes
 
     def _forward_and_backward(self, batches: list[dict[str, Tensor]], tokens_of_step: int) -> float:

@@ -211,6 +211,9 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
     where the chosen answer of the row's n-th pair is with its prompt, 2n + 1 where the rejected one is, -1 at filler.
     """
 
+    digested = ("input_ids", "labels")
+    """What tells two rows apart: equal ids may teach other answers."""
+
     def __init__(self, examples: Iterable[Sequence[MaskedDocument]], sequence_length: int, filler_id: int) -> None:
         """Pack the examples; equal ones in equal order give equal rows.
 
@@ -264,6 +267,11 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
         digest.update(self._ids.astype("<i4").tobytes())
         digest.update(self._trained.tobytes())
         return digest.hexdigest()
+
+    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return several rows, each tensor (B, T) int64."""
+        rows = [self[index] for index in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def document_starts(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return where documents begin in rows of this, the filler being one too: (B, T) bool.

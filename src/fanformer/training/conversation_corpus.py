@@ -1,0 +1,196 @@
+"""Conversations as what a run trains on: the loss is that of answers and their ends, the base learns the template."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fanformer.data.conversations.chat_tokens import ChatTokens, add_chat_tokens
+from fanformer.data.conversations.chatml import ChatML, chatml_of
+from fanformer.data.conversations.examples import Example, Message
+from fanformer.data.conversations.reading import read_examples
+from fanformer.data.conversations.rows import ConversationRows, TokenizedExamples, tokenize_examples
+from fanformer.data.tokenizer import load_tokenizer
+from fanformer.errors import ConfigError, DataError
+from fanformer.evaluation.loss import HeldOutLoss, answer_loss
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.torch_model import TorchModel
+from fanformer.loading import load_config, load_model
+from fanformer.loading import load_tokenizer as load_tokenizer_of_model
+from fanformer.training.checkpoint import checkpoints
+from fanformer.training.corpus import Corpus, Opening
+from fanformer.training.fields import RunConfig
+from fanformer.training.folder import check_data, fingerprint
+
+_OF_TEXT = ("tokenizer", "vocab_size", "max_data_bytes")
+"""Fields that say how text is prepared."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Examples for learning and for measuring.
+
+    Attributes:
+        train: what is learnt.
+        held_out: what is measured.
+        wrong: rows of all files that are no conversations.
+    """
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    wrong: int
+
+
+def answer_corpus(opening: Opening) -> Corpus:
+    """Open conversations: every row of `data` that is one, and `eval_data` or a part of `data` to measure on.
+
+    The file is read anew on resume. What tells whether it is the same are the tokens of all rows.
+
+    Raises:
+        ConfigError: if there is no base to tune, it has no room for the tokens of conversations, or a field of the run
+            has no effect here.
+        DataError: if the files hold nothing to learn or nothing to measure on.
+        CheckpointError: if a run that goes on finds other rows than it began with, or its base is missing.
+    """
+    config = opening.config
+    _check(config)
+    tokenizer, chatml, new_ids = _speakers(opening)
+    split = _split(config, opening.note)
+    length, filler = config.batch.sequence_length, int(tokenizer.pad_token_id)
+    train = tokenize_examples(chatml, split.train, length, opening.note)
+    measured = tokenize_examples(chatml, split.held_out, length, opening.note)
+    rows = ConversationRows(train.documents, length, filler)
+    held_out = ConversationRows(measured.documents, length, filler)
+    digest = fingerprint([rows.fingerprint, held_out.fingerprint])
+    if opening.before is not None:
+        check_data(opening.before["data"]["fingerprint"], digest, f"the rows of {config.corpus.data}", config)
+    asked = _sample(config, split.held_out, measured)
+    question = chatml.encode(asked, prompt=True).ids
+
+    def measure(model: PreTrainedModel, batch_size: int, **options: Any) -> HeldOutLoss:
+        return answer_loss(model, held_out, batch_size, **options)
+
+    def continue_sample(writer: TorchModel, settings: GenerationSettings) -> str:
+        return writer.complete_ids(list(question), asked[-1].content, settings).text
+
+    return Corpus(
+        tokenizer=tokenizer,
+        rows=rows,
+        description=_description(digest, rows, held_out, train, measured, split.wrong) | {"new_ids": list(new_ids)},
+        used=f"{len(train.documents):,} conversations, {rows.num_labels:,} tokens of answers; "
+        f"{rows.fraction_filled:.2%} of the places filled",
+        measure=measure,
+        held_out_tokens=len(held_out) * length,
+        held_out_sizes={},
+        load_base=lambda: _load_base(config)[0],
+        sample_prompt=f"{asked[-1].content} -> ",
+        sample_tokens=len(question),
+        continue_sample=continue_sample,
+        new_ids=new_ids,
+    )
+
+
+def _check(config: RunConfig) -> None:
+    if config.init_from is None:
+        raise ConfigError(
+            "`init_from` is needed to learn answers, got none: name the folder of a base model, as in `fanformer "
+            "finetune DIR`."
+        )
+    values = config.to_dict()
+    for name in _OF_TEXT:
+        if values[name] is not None:
+            raise ConfigError(
+                f"`{name}` does not apply to conversations, got {values[name]!r}: they are read whole, in the tokens "
+                "of the base; leave it out."
+            )
+
+
+def _load_base(config: RunConfig) -> tuple[PreTrainedModel, ChatTokens]:
+    """Load the base, ready for conversations."""
+    base = str(config.init_from)
+    model = load_model(base, device="cpu", dtype="float32")
+    tokenizer = load_tokenizer_of_model(base, load_config(base).vocab_size)
+    return model, add_chat_tokens(model, tokenizer, grow=True)
+
+
+def _speakers(opening: Opening) -> tuple[PreTrainedTokenizerBase, ChatML, tuple[int, ...]]:
+    """Return the tokenizer, what writes conversations with it, and its new ids: the run's own if it has checkpoints."""
+    whole = checkpoints(opening.config.folder) if opening.before is not None else []
+    if whole:  # what it began with may be gone since
+        tokenizer = load_tokenizer(str(whole[-1]))
+        chatml = chatml_of(tokenizer)
+        if chatml is not None and opening.before is not None:
+            return tokenizer, chatml, tuple(opening.before["data"]["new_ids"])
+    tokens = _load_base(opening.config)[1]
+    for line in tokens.notes:
+        opening.note(line)
+    return tokens.tokenizer, tokens.chatml, tokens.new_ids
+
+
+def _split(config: RunConfig, note: Callable[[str], None]) -> _Split:
+    """Read what is learnt and what is measured.
+
+    Raises:
+        DataError: if a file holds no conversation, or `data` too few different questions to hold one out.
+    """
+    read = read_examples(config.corpus.data, note)
+    if config.corpus.eval_data is not None:
+        other = read_examples(config.corpus.eval_data, note)
+        return _Split(read.examples, other.examples, read.wrong + other.wrong)
+    keys = [_question_key(example) for example in read.examples]
+    different = sorted(set(keys))
+    if len(different) < 2:
+        raise DataError(
+            f"`data` {config.corpus.data} must hold two different questions, one to measure on, got {len(different)}: "
+            "give more, or other rows with `--eval-data`."
+        )
+    count = min(len(different) - 1, max(1, round(config.corpus.held_out_fraction * len(different))))
+    chosen = set(different[:count])
+    pairs = list(zip(keys, read.examples, strict=True))
+    return _Split(
+        [example for key, example in pairs if key not in chosen],
+        [example for key, example in pairs if key in chosen],
+        read.wrong,
+    )
+
+
+def _question_key(example: Example) -> str:
+    """Return a hash of the first thing that a user says: rows that share it are held out together or not at all."""
+    asked = next(message.content for message in example.messages if message.role == "user")
+    return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+
+
+def _sample(config: RunConfig, held_out: Sequence[Example], measured: TokenizedExamples) -> list[Message]:
+    """Return what the model answers now and then: the sample prompt, else the shortest held-out question."""
+    prompt = config.evaluation.sample_prompt
+    if prompt is not None:
+        return [Message("user", prompt)]
+    shortest = min(range(len(measured.sources)), key=lambda index: sum(map(len, measured.documents[index])))
+    messages = held_out[measured.sources[shortest]].messages
+    last = max(index for index, message in enumerate(messages) if message.role == "user")
+    return list(messages[last : last + 1])
+
+
+def _description(
+    digest: str,
+    rows: ConversationRows,
+    held_out: ConversationRows,
+    train: TokenizedExamples,
+    measured: TokenizedExamples,
+    wrong: int,
+) -> dict[str, Any]:
+    """Return `data` of run.yaml."""
+    counts = {name: getattr(train, name) + getattr(measured, name) for name in ("too_long", "unanswered", "shortened")}
+    return {
+        "fingerprint": digest,
+        "rows": len(rows),
+        "fraction_filled": rows.fraction_filled,
+        "examples": len(train.documents),
+        "answer_tokens": rows.num_labels,
+        "held_out_examples": len(measured.documents),
+        "held_out_answer_tokens": held_out.num_labels,
+        "wrong": wrong,
+        **counts,
+    }

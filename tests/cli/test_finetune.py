@@ -1,0 +1,70 @@
+"""`fanformer finetune`: one command from a folder and a file to a model that chats by its template."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["cat", "mat", "small", "model", "def", "add"]
+    path.write_text("".join(json.dumps({"prompt": f"{word}?", "completion": word}) + "\n" for word in words))
+    return path
+
+
+TINY = ("--max-steps", 2, "--batch-size", 2, "--device", "cpu", "--precision", "float32", "--compile", "off")
+
+
+def test_a_folder_is_tuned_chats_by_its_template_and_goes_on(command, saved_model, rows, tmp_path):
+    out = tmp_path / "tuned"
+    done = command("finetune", saved_model, "--data", rows, "--output-dir", out, *TINY)
+    assert done.code == 0, done.err
+    assert f"model: {out}" in done.out
+    assert "held-out loss" in done.out
+    talk = command("chat", out, "--device", "cpu", "--max-length", 4, "--seed", 1, text="cat?\n")
+    assert talk.code == 0
+    assert "base model" not in talk.err
+    assert "already holds a run" in command("finetune", saved_model, "--data", rows, "--output-dir", out).refusal()
+    more = command("finetune", saved_model, "--data", rows, "--output-dir", out, "--resume", "--max-steps", 3)
+    assert more.code == 0, more.err
+    assert "resuming from" in more.err
+
+
+def test_show_rows_marks_what_is_learnt_and_trains_nothing(command, saved_model, rows, tmp_path):
+    out = tmp_path / "tuned"
+    shown = command("finetune", saved_model, "--data", rows, "--output-dir", out, "--show-rows", 3)
+    assert shown.code == 0, shown.err
+    assert "[[cat<|im_end|>]]" in shown.out
+    assert not out.exists()
+
+
+def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows, tmp_path):
+    assert "nowhere" in command("finetune", tmp_path / "nowhere", "--data", rows).refusal()
+    refused = command("finetune", saved_model, "--data", rows, "--set", "objective=text").refusal()
+    assert "`objective` of a tuning must be another than text" in refused
+    refused = command("finetune", saved_model, "--data", rows, "--lora-rank", 4).refusal()
+    assert "`lora_rank` has no effect without `--lora`, got 4" in refused
+
+
+def test_an_adapter_on_its_base_writes_what_the_merged_folder_does(command, saved_model, rows, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    out = tmp_path / "tuned"
+    tuned = command("finetune", saved_model, "--data", rows, "--output-dir", out, *TINY, "--lora", "--lora-rank", 4)
+    assert tuned.code == 0, tuned.err
+    drawn = ("--device", "cpu", "--temperature", 0, "--max-length", 8, "--min-length", 8)
+    adapter = ("--adapter", out / "adapter")
+    merged, apart = (command("chat", *words, *drawn, text="cat?\n") for words in ((out,), (saved_model, *adapter)))
+    assert (apart.code, apart.out) == (0, merged.out)
+    assert "base model" not in apart.err
+    written = [command("generate", *words, "the cat", *drawn).out for words in ((out,), (saved_model, *adapter))]
+    assert written[0] == written[1]
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    losses = []
+    for words in ((out,), (saved_model, *adapter)):
+        measured = command("eval", *words, "--text", text, "--device", "cpu", "--json", "-")
+        losses.append(json.loads(measured.out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same sums, added by other code
+    assert "no adapter_config.json in" in command("generate", saved_model, "--adapter", tmp_path).refusal()
+    assert "`--adapter` is for model folders" in command("generate", "x.gguf", "--adapter", tmp_path).refusal()

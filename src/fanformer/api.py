@@ -57,16 +57,13 @@ def finetune(base: _PathLike, data: _PathLike, *, listener: "Listener | None" = 
             stay.
         DivergenceError: if the loss or the gradients do not stay finite.
     """
-    from fanformer.loading import load_config
+    from fanformer.loading import longest_text
     from fanformer.training.configuration import resolve_tuning
     from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
-    def positions() -> int | None:
-        return getattr(load_config(os.fspath(base)), "max_position_embeddings", None)
-
-    given = _parsed({"data": os.fspath(data), **fields})
-    return run(resolve_tuning(os.fspath(base), positions, given), listener or silent)
+    folder, given = os.fspath(base), _parsed({"data": os.fspath(data), **fields})
+    return run(resolve_tuning(folder, lambda: longest_text(folder), given), listener or silent)
 
 
 def _parsed(fields: dict[str, Any]) -> dict[str, Any]:

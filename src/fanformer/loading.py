@@ -116,6 +116,11 @@ def load_config(path: str | Path) -> "PreTrainedConfig":
     return read_from_folder(path)
 
 
+def longest_text(path: str | Path) -> int | None:
+    """Return how many positions the model has, None where nothing limits them; raises as `load_config`."""
+    return getattr(load_config(path), "max_position_embeddings", None)
+
+
 def load_tokenizer(path: str | Path, vocab_size: int) -> "PreTrainedTokenizerFast":
     """Return the tokenizer of the model, as `transformers` has it.
 

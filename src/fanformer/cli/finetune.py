@@ -7,6 +7,7 @@ import click
 from fanformer.cli.options import Verb
 from fanformer.cli.train import field_option, parsed_fields, prove_and_report, run_and_report
 from fanformer.errors import ConfigError
+from fanformer.loading import longest_text
 from fanformer.training.configuration import LONGEST_TUNING_ROW, TUNING, resolve_tuning
 from fanformer.training.fields import RunConfig
 
@@ -57,7 +58,7 @@ def finetune(
         fields = {"lora_rank": _LORA_RANK, **fields}
     elif "lora_rank" in fields and not flags["resume"]:
         raise ConfigError(f"`lora_rank` has no effect without `--lora`, got {fields['lora_rank']}: add it.")
-    config = resolve_tuning(base, lambda: _positions(base), fields)
+    config = resolve_tuning(base, lambda: longest_text(base), fields)
     if config.corpus.objective == "text":
         raise ConfigError("`objective` of a tuning must be another than text: use `fanformer train --init-from DIR`.")
     if show_rows is not None:
@@ -66,12 +67,6 @@ def finetune(
         prove_and_report(config)
     else:
         run_and_report(config)
-
-
-def _positions(base: str) -> int | None:
-    from fanformer.loading import load_config
-
-    return getattr(load_config(base), "max_position_embeddings", None)
 
 
 def _show_rows(config: RunConfig, count: int) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
-from fanformer.loading import load_config
+from fanformer.loading import longest_text
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
 from fanformer.training.corpus import Corpus
@@ -43,7 +43,7 @@ def check_model_fields(config: RunConfig) -> None:
             )
         FANformerConfig(**config.model)
         return
-    positions = getattr(load_config(config.init_from), "max_position_embeddings", None)
+    positions = longest_text(config.init_from)
     if positions is not None and config.batch.sequence_length > positions:
         raise ConfigError(
             f"`sequence_length` must be at most {positions}, the positions of {config.init_from}, got "

@@ -19,30 +19,9 @@ from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_conf
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import RANKS
+from fanformer.training.events import silent
 
 NEEDED = {"vocab_size": 320, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-
-class Watcher:
-    """Hears a sweep and keeps what it is told."""
-
-    def __init__(self):
-        self.begun, self.ended = [], {}
-
-    def note(self, text):
-        pass
-
-    def data_progress(self, done, total):
-        pass
-
-    def begin(self, name, done, total):
-        self.begun.append(name)
-
-    def progress(self, name, share, text):
-        pass
-
-    def end(self, name, text):
-        self.ended[name] = text
 
 
 def small(corpus, **fields):
@@ -161,10 +140,12 @@ def test_rates_are_not_chosen_on_what_is_reported():
 
 @pytest.mark.slow
 def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_is_trained_twice(corpus, tmp_path):
-    comparison, first, second = small(corpus, learning_rates=[0.01, 1e-5], seeds=2), Watcher(), Watcher()
-    outcomes = run_comparison(comparison, tmp_path / "out", first)
-    assert len(outcomes) == 6, first.ended
-    assert all(outcome.result is not None for outcome in outcomes), first.ended
+    comparison, first = small(corpus, learning_rates=[0.01, 1e-5], seeds=2), []
+    outcomes = run_comparison(comparison, tmp_path / "out", first.append)
+    assert len(outcomes) == 6, first
+    assert all(outcome.result is not None for outcome in outcomes), first
+    ended = [event.figures for event in first if event.kind == "end"]
+    assert ended == [{"done": done, "total": 6} for done in range(1, 7)]
     for spec in comparison.architectures:
         assert best_rate(outcomes, spec, 1280) == 0.01
     found = arms(comparison, outcomes)
@@ -176,7 +157,7 @@ def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_
     json.dumps(to_record(comparison, outcomes), allow_nan=False)
 
     dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)}
-    again = run_comparison(comparison, tmp_path / "out", second)
+    again = run_comparison(comparison, tmp_path / "out", silent)
     assert [outcome.loss for outcome in again] == [outcome.loss for outcome in outcomes]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob(RESULT_FILE)} == dates
 
@@ -185,9 +166,9 @@ def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_
 def test_a_training_that_cannot_be_done_does_not_stop_the_others(corpus, tmp_path):
     # a dropout of 2 is accepted by Llama's configuration and refused by the first forward pass
     comparison = small(corpus, architectures=["fanformer@60k", "llama@60k:attention_dropout=2.0"])
-    watcher = Watcher()
-    outcomes = run_comparison(comparison, tmp_path / "out", watcher)
-    assert outcomes[0].result is not None, watcher.ended
+    told = []
+    outcomes = run_comparison(comparison, tmp_path / "out", told.append)
+    assert outcomes[0].result is not None, told
     assert outcomes[1].result is None
     assert arms(comparison, outcomes)[1].troubles[0].startswith(outcomes[1].trial.name)
 
@@ -196,7 +177,7 @@ def test_a_diverged_training_is_a_result(corpus, tmp_path):
     run = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "compile": "off", "precision": "float32"}
     run |= {"max_skipped_steps": 1, "optimizer": "adamw", "max_grad_norm": 0.0, "warmup_fraction": 0.0}
     comparison = small(corpus, architectures=["llama@60k"], learning_rates=[1e30], run=run)
-    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    outcomes = run_comparison(comparison, tmp_path / "out", silent)
     assert [outcome.result.status for outcome in outcomes] == ["diverged"]
     assert "not finite" in outcomes[0].result.message
 
@@ -217,7 +198,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, t
     out = tmp_path / "out"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_comparison import *\n"
-        "run_comparison(small(sys.argv[2], tokens=25600), Path(sys.argv[3]), Watcher())"
+        "run_comparison(small(sys.argv[2], tokens=25600), Path(sys.argv[3]), silent)"
     )
     here = str(Path(__file__).parent)
     process = subprocess.Popen([sys.executable, "-c", code, here, str(corpus), str(out)])
@@ -231,25 +212,24 @@ def test_a_killed_sweep_goes_on_where_it_stopped_and_leaves_no_process(corpus, t
     while trial_processes(out) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert trial_processes(out) == []
-    watcher = Watcher()
-    outcomes = run_comparison(small(corpus, tokens=25600), out, watcher)  # not refused: no lock is left behind
-    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"], watcher.ended
+    told = []
+    outcomes = run_comparison(small(corpus, tokens=25600), out, told.append)  # not refused: no lock is left behind
+    assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"], told
     assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
 
 
 @pytest.mark.slow
 def test_trainings_side_by_side_come_to_the_same_in_the_same_order(corpus, tmp_path):
     comparison = small(corpus, learning_rates=[0.01, 0.005], seeds=2)
-    alone = run_comparison(comparison, tmp_path / "alone", Watcher())
-    together = run_comparison(comparison, tmp_path / "together", Watcher(), jobs=3)
+    alone = run_comparison(comparison, tmp_path / "alone", silent)
+    together = run_comparison(comparison, tmp_path / "together", silent, jobs=3)
     assert [outcome.trial.name for outcome in together] == [outcome.trial.name for outcome in alone]
     assert [outcome.loss for outcome in together] == [outcome.loss for outcome in alone]
 
 
-class Impatient(Watcher):
-    """Ends everything when the first training has ended."""
-
-    def end(self, name, text):
+def end_everything(event):
+    """End everything when the first training has ended."""
+    if event.kind == "end":
         raise KeyboardInterrupt
 
 
@@ -257,11 +237,11 @@ class Impatient(Watcher):
 def test_what_ends_a_sweep_ends_all_trainings_side_by_side_and_it_goes_on_from_there(corpus, tmp_path):
     comparison = small(corpus, architectures=["fanformer@60k"], tokens=[128, 64000])
     with pytest.raises(KeyboardInterrupt):
-        run_comparison(comparison, tmp_path / "out", Impatient(), jobs=2)
+        run_comparison(comparison, tmp_path / "out", end_everything, jobs=2)
     assert trial_processes(tmp_path / "out") == []
     (first,) = (tmp_path / "out").rglob(RESULT_FILE)
     date = first.stat().st_mtime_ns
-    outcomes = run_comparison(comparison, tmp_path / "out", Watcher(), jobs=2)
+    outcomes = run_comparison(comparison, tmp_path / "out", silent, jobs=2)
     assert [outcome.result.status for outcome in outcomes] == ["finished", "finished"]
     assert first.stat().st_mtime_ns == date
 
@@ -270,7 +250,7 @@ def test_what_ends_a_sweep_ends_all_trainings_side_by_side_and_it_goes_on_from_t
 def test_a_rule_is_compared_like_a_language(tmp_path):
     fields = {"rule": "modular-addition", "hole_sides": [5, 21], "learning_rates": [0.01], "run": {"max_steps": 3}}
     comparison = Comparison.from_fields({"architectures": ["fanformer@60k", "llama@60k"], **fields})
-    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    outcomes = run_comparison(comparison, tmp_path / "out", silent)
     assert [outcome.variant for outcome in outcomes] == [5, 5, 21, 21]
     assert [pair.variant for pair in pairs(comparison, arms(comparison, outcomes))] == [5, 21]
 
@@ -280,7 +260,7 @@ def test_rates_of_a_rule_are_chosen_on_a_hole_that_is_not_reported(tmp_path):
     fields = {"rule": "modular-addition", "hole_sides": [5, 7], "rates_on": {"hole_side": 3}, "seeds": 2}
     fields |= {"architectures": ["fanformer@60k"], "learning_rates": [0.01, 0.02], "run": {"max_steps": 3}}
     comparison = Comparison.from_fields(fields)
-    outcomes = run_comparison(comparison, tmp_path / "out", Watcher())
+    outcomes = run_comparison(comparison, tmp_path / "out", silent)
     assert [outcome.trial.rule["hole_side"] for outcome in outcomes] == [3, 3, 5, 7, 5, 7]
     found = arms(comparison, outcomes)
     assert [(arm.variant, list(arm.swept), len(arm.outcomes)) for arm in found] == [

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fanformer.comparison.ledger import read_ledger
-from fanformer.comparison.queue import RECORD_FILE, LineObserver, main, read_queue, read_status, run_queue
+from fanformer.comparison.queue import RECORD_FILE, main, print_lines, read_queue, read_status, run_queue
 from fanformer.data.preparation.prepare import prepare
 from fanformer.data.sources.documents import open_source
 from fanformer.errors import ConfigError
@@ -163,7 +163,7 @@ def test_a_report_that_cannot_be_written_stops_no_training(done, corpus, tmp_pat
         finished.append(record["finished"])
         raise ZeroDivisionError("no page")
 
-    (outcome,) = run_queue(queue, LineObserver(), "a command", publish=publish)
+    (outcome,) = run_queue(queue, print_lines, "a command", publish=publish)
     assert (outcome.finished, outcome.error) == (2, "the report could not be written, ZeroDivisionError: no page")
     assert finished == [1, 2, 2]
     assert len(list((tmp_path / "out" / "trials").iterdir())) == 1
@@ -180,5 +180,5 @@ def test_the_accelerators_queue_trains_on_prepared_data_with_its_own_preset(repo
     given["architectures"] = ["fanformer@60k", "llama@60k"]
     path = tmp_path / "queue.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "entries": [given]}))
-    (outcome,) = run_queue(read_queue(path), LineObserver(), "a command")
+    (outcome,) = run_queue(read_queue(path), print_lines, "a command")
     assert (outcome.finished, outcome.error) == (2, None)

@@ -35,14 +35,17 @@ class _Terminal:
             self.tasks[bar] = self.bar.add_task(description, total=1.0, figures=figures)
         self.bar.update(self.tasks[bar], description=description, completed=share, figures=figures)
 
-    def note(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text, markup=False)
+    def __call__(self, event: Event) -> None:
+        """Show what happened."""
+        figures = event.figures
+        if event.kind == "note":
+            self._print(event.text)
+        elif event.kind == "data" and figures["total_bytes"]:
+            read, total = figures["bytes"] / 1e6, figures["total_bytes"] / 1e6
+            self._show("one", "data", event.share, f"{read:.1f} of {total:.1f} MB")
 
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Show how much of the data is read."""
-        if total:
-            self._show("one", "data", done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
 
 class TerminalReporter(_Terminal):
@@ -52,10 +55,6 @@ class TerminalReporter(_Terminal):
         """Show what happened."""
         figures = event.figures
         match event.kind:
-            case "note":
-                self.note(event.text)
-            case "data":
-                self.data_progress(figures["bytes"], figures["total_bytes"])
             case "step":
                 elapsed = figures["elapsed_seconds"]
                 left = elapsed * (1 - event.share) / max(event.share, 1e-9)
@@ -66,7 +65,9 @@ class TerminalReporter(_Terminal):
                 self._record(figures, event.share)
             case "sample":
                 shown = event.text.replace("\n", "\\n")
-                self.note(f"      it writes: {shown[:150]}")
+                self._print(f"      it writes: {shown[:150]}")
+            case _:
+                super().__call__(event)
 
     def _record(self, record: Mapping[str, float], progress: float) -> None:
         """Print one step's figures."""
@@ -77,7 +78,7 @@ class TerminalReporter(_Terminal):
         if "val_loss" in record:
             parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
         if not self.has_bars or "val_loss" in record or record["step"] == 1:
-            self.note("  ".join(parts))
+            self._print("  ".join(parts))
 
 
 def _clock(seconds: float) -> str:
@@ -93,34 +94,39 @@ class SweepReporter(_Terminal):
         super().__init__()
         self._started = time.monotonic()
         self._begun: dict[str, float] = {}
-        self._trained = self._ended = self._total = 0
+        self._trained = 0
 
-    def entry(self, name: str, number: int, total: int) -> None:
-        """Print which comparison begins."""
-        self._started, self._trained, self._ended = time.monotonic(), 0, 0
-        if total > 1:
-            self.note(f"{name} ({number} of {total})")
+    def __call__(self, event: Event) -> None:
+        """Show what happened."""
+        name, figures = event.name, event.figures
+        match event.kind:
+            case "entry":
+                self._started, self._trained = time.monotonic(), 0
+                if figures["total"] > 1:
+                    self._print(f"{name} ({figures['number']} of {figures['total']})")
+            case "begin":
+                self._begin(name, figures["done"], figures["total"])
+            case "progress":
+                self._show(name, name, event.share, event.text)
+            case "end":
+                self._end(name, event.text, f"{figures['done']}/{figures['total']}")
+            case _:
+                super().__call__(event)
 
-    def begin(self, name: str, done: int, total: int) -> None:
+    def _begin(self, name: str, done: int, total: int) -> None:
         """Show that a training begins, and when all will be done, judged by those that this process did."""
-        self._begun[name], self._total = time.monotonic(), total
+        self._begun[name] = time.monotonic()
         elapsed = time.monotonic() - self._started
         left = f"{_clock((total - done) * elapsed / self._trained)} left" if self._trained else ""
         self._show("all", "all", done / total, f"{done} of {total} trainings  {left}")
         self._show(name, name, 0.0, "")
 
-    def progress(self, name: str, share: float, text: str) -> None:
-        """Show how far a training is."""
-        self._show(name, name, share, text)
-
-    def end(self, name: str, text: str) -> None:
+    def _end(self, name: str, text: str, count: str) -> None:
         """Print how a training ended; one that was done before took no time and does not count for the time left."""
         seconds = time.monotonic() - self._begun.pop(name)
-        self._ended += 1
         self.bar.remove_task(self.tasks.pop(name))
         if seconds < 0.5:
             self._started = time.monotonic()
         else:
             self._trained += 1
-        count = f"{self._ended}/{self._total}"
-        self.note(f"{count:>7}  {name}  {text}  ({_clock(seconds)})")
+        self._print(f"{count:>7}  {name}  {text}  ({_clock(seconds)})")

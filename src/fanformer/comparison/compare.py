@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -23,7 +23,7 @@ from fanformer.comparison.architectures import architecture, family_and_size
 from fanformer.comparison.rule_learning import rule_config, rule_fields
 from fanformer.comparison.rule_score import lacking
 from fanformer.comparison.rules import HoleTask, RuleTask, create_task
-from fanformer.comparison.sweep import SweepObserver, TrialFailedError, run_trial_in_process
+from fanformer.comparison.sweep import TrialFailedError, run_trial_in_process
 from fanformer.comparison.trial import Result, Trial, read_result
 from fanformer.data.packing import PackedRows
 from fanformer.data.preparation.prepare import prepare
@@ -34,6 +34,7 @@ from fanformer.errors import ConfigError, DataError, refuse_unknown
 from fanformer.training.configuration import load_preset, parse_count, resolve
 from fanformer.training.corpus import identity
 from fanformer.training.environment import decide
+from fanformer.training.events import Event, Listener, data_to
 from fanformer.training.fields import RunConfig
 
 DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
@@ -263,7 +264,7 @@ OnOutcome = Callable[[Outcome, PreparedData | None], None]
 def run_comparison(
     comparison: Comparison,
     folder: Path,
-    observer: SweepObserver,
+    listener: Listener,
     on_outcome: OnOutcome | None = None,
     deadline: float | None = None,
     shared: Path | None = None,
@@ -275,7 +276,7 @@ def run_comparison(
     Args:
         comparison: what to compare.
         folder: for what belongs to this comparison alone; the same call goes on there.
-        observer: hears what happens.
+        listener: hears what happens.
         on_outcome: called with every training's outcome, old ones too.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
         shared: for data and trainings, which other comparisons may have in common; default: `folder`.
@@ -288,12 +289,12 @@ def run_comparison(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shared = shared or folder
-    data = _open_data(comparison, shared, observer) if comparison.rule is None else None
-    sweep = _Sweep(comparison, folder, shared / TRIALS_FOLDER, data, observer, on_outcome, deadline, known, jobs)
+    data = _open_data(comparison, shared, listener) if comparison.rule is None else None
+    sweep = _Sweep(comparison, folder, shared / TRIALS_FOLDER, data, listener, on_outcome, deadline, known, jobs)
     return sweep.run()
 
 
-def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> PreparedData:
+def _open_data(comparison: Comparison, root: Path, listener: Listener) -> PreparedData:
     """Prepare the data once for all trainings, or open those that are prepared.
 
     Raises:
@@ -323,12 +324,12 @@ def _open_data(comparison: Comparison, root: Path, observer: SweepObserver) -> P
                 vocab_size=vocab_size,
                 held_out_fraction=config.corpus.held_out_fraction,
                 max_bytes=config.corpus.max_data_bytes,
-                progress=observer.data_progress,
+                progress=data_to(listener),
             )
     rows = len(PackedRows(data.split("train"), config.batch.sequence_length))
     repeated = max(comparison.variants) / max(1, rows * config.batch.sequence_length)
     if repeated > 1:
-        observer.note(f"the longest training reads the data {repeated:.1f} times")
+        listener(Event("note", f"the longest training reads the data {repeated:.1f} times"))
     return data
 
 
@@ -340,7 +341,7 @@ class _Sweep:
     folder: Path
     trials: Path
     data: PreparedData | None
-    observer: SweepObserver
+    listener: Listener
     on_outcome: OnOutcome | None
     deadline: float | None
     known: Callable[[Trial], Result | None]
@@ -363,7 +364,8 @@ class _Sweep:
             "compile": "on" if decided.compile else "off",
             "threads": decided.threads,
         }
-        self.observer.note(", ".join(f"{name} {value}" for name, value in machine.items()) + ": the same for all")
+        told = ", ".join(f"{name} {value}" for name, value in machine.items())
+        self.listener(Event("note", f"{told}: the same for all"))
         path.write_text(yaml.safe_dump(machine), encoding="utf-8")
         return machine
 
@@ -409,6 +411,10 @@ class _Sweep:
         settings = {**self.comparison.settings(spec, variant), **self.machine}
         return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
 
+    def _tell(self, kind: Literal["begin", "end"], trial: Trial, text: str = "") -> None:
+        counts = {"done": len(self.outcomes), "total": self.planned}
+        self.listener(Event(kind, text, figures=counts, name=trial.name))
+
     def _train_all(self, asked: Sequence[tuple[str, int, float, int]]) -> None:
         """Train each (architecture, variant, rate, seed), `jobs` at a time, and keep the outcomes in the order given.
 
@@ -422,7 +428,7 @@ class _Sweep:
                 for future in waiting:  # in their order, whichever ends first: what is made of them depends on it
                     outcome, text = future.result()
                     self.outcomes[outcome.trial.name] = outcome
-                    self.observer.end(outcome.trial.name, text)
+                    self._tell("end", outcome.trial, text)
                     if self.on_outcome is not None:
                         self.on_outcome(outcome, self.data)
             finally:  # whatever ends this ends the trainings under way, which save
@@ -432,11 +438,11 @@ class _Sweep:
     def _train(self, trial: Trial, variant: int, halt: threading.Event) -> tuple[Outcome, str]:
         """Return a training's outcome, and the same in words."""
         folder = self.trials / trial.name
-        self.observer.begin(trial.name, len(self.outcomes), self.planned)
+        self._tell("begin", trial)
         try:
             result = self.known(trial) if read_result(folder) is None else None
             if result is None:
-                result = run_trial_in_process(trial, folder, self.observer, self.deadline, halt)
+                result = run_trial_in_process(trial, folder, self.listener, self.deadline, halt)
         except TrialFailedError as error:
             return Outcome(trial, variant, None, str(error)), f"failed: {error}"
         return Outcome(trial, variant, result), _in_words(result)

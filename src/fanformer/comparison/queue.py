@@ -25,13 +25,14 @@ import yaml
 from fanformer.comparison.compare import OF_LANGUAGE, Comparison, Outcome, run_comparison
 from fanformer.comparison.entries import Provenance, read_training, write_comparison, write_training
 from fanformer.comparison.summary import arms, to_record
-from fanformer.comparison.sweep import OutOfTimeError, SweepObserver
+from fanformer.comparison.sweep import OutOfTimeError
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
 from fanformer.errors import ConfigError, FANformerError, refuse_unknown
 from fanformer.files.durable import replace_json
 from fanformer.files.locking import hold
 from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.training.events import Event, Listener
 
 RECORD_FILE, STATUS_FILE, LOCK_FILE = "comparison.json", "queue-status.json", ".queue.lock"
 _FIELDS = ("output_dir", "record_dir", "defaults", "entries")
@@ -170,76 +171,55 @@ def _read_entry(fields: Any, defaults: Mapping[str, Any], output_dir: Path, numb
 class _Status:
     """Passes on what a queue tells, and keeps it in a file for `fanformer compare --status`."""
 
-    def __init__(self, observer: SweepObserver, queue: Queue):
-        self.observer, self.path = observer, queue.output_dir / STATUS_FILE
+    def __init__(self, listener: Listener, queue: Queue):
+        self.listener, self.path = listener, queue.output_dir / STATUS_FILE
         self.entries: dict[str, dict[str, Any]] = {
             entry.name: {"state": "cannot be done" if entry.error else "waiting", "done": 0, "planned": None,
                          "text": entry.error or ""} for entry in queue.entries
         }  # fmt: skip
         self.current, self._written = "", 0.0
         self.trainings: dict[str, dict[str, Any]] = {}
-        self._lock = threading.RLock()  # trainings side by side tell from a thread each
+        self._lock = threading.Lock()  # trainings side by side tell from a thread each
+        self._write()
 
-    def write(self) -> None:
-        """Write the file."""
+    def __call__(self, event: Event) -> None:
+        """Keep what happened and pass it on."""
         with self._lock:
-            self._written = time.monotonic()
-            content = {
-                "pid": os.getpid(),
-                "updated": datetime.now().astimezone().isoformat(timespec="seconds"),
-                "entries": self.entries,
-                "trainings": [{"name": name, **training} for name, training in self.trainings.items()],
-            }
-            replace_json(self.path, content)
+            if event.kind == "entry":
+                self.current = event.name
+                self.entries[self.current]["state"] = "running"
+            elif event.kind in ("begin", "end"):
+                self.entries[self.current] |= {"done": event.figures["done"], "planned": event.figures["total"]}
+            if event.kind in ("begin", "progress"):
+                self.trainings[event.name] = {"share": event.share, "text": event.text}
+            elif event.kind == "end":
+                self.trainings.pop(event.name, None)
+            late = time.monotonic() - self._written > _SECONDS_BETWEEN_STATUS
+            if event.kind in ("entry", "begin") or (event.kind == "progress" and late):
+                self._write()
+        self.listener(event)
 
-    def entry(self, name: str, number: int, total: int) -> None:
-        """Tell that an entry begins."""
-        self.current = name
-        self.entries[name]["state"] = "running"
-        self.write()
-        self.observer.entry(name, number, total)
-
-    def entry_ended(self, outcome: EntryOutcome, state: str) -> None:
-        """Tell how an entry ended."""
-        self.trainings.clear()
-        self.entries[outcome.name] |= {"state": state, "text": outcome.error or ""}
-        self.write()
-
-    def note(self, text: str) -> None:
-        """Tell one line."""
-        self.observer.note(text)
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Tell how many bytes of the data are read."""
-        self.observer.data_progress(done, total)
-
-    def begin(self, name: str, done: int, total: int) -> None:
-        """Tell that a training begins."""
+    def ended(self, outcome: EntryOutcome, state: str) -> None:
+        """Keep how an entry ended."""
         with self._lock:
-            self.entries[self.current] |= {"done": done, "planned": total}
-            self.trainings[name] = {"share": 0.0, "text": ""}
-            self.write()
-        self.observer.begin(name, done, total)
+            self.trainings.clear()
+            self.entries[outcome.name] |= {"state": state, "text": outcome.error or ""}
+            self._write()
 
-    def progress(self, name: str, share: float, text: str) -> None:
-        """Tell how far a training is."""
-        with self._lock:
-            self.trainings[name] = {"share": share, "text": text}
-            if time.monotonic() - self._written > _SECONDS_BETWEEN_STATUS:
-                self.write()
-        self.observer.progress(name, share, text)
-
-    def end(self, name: str, text: str) -> None:
-        """Tell how a training ended."""
-        with self._lock:
-            self.trainings.pop(name, None)
-            self.entries[self.current]["done"] += 1
-        self.observer.end(name, text)
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        content = {
+            "pid": os.getpid(),
+            "updated": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "entries": self.entries,
+            "trainings": [{"name": name, **training} for name, training in self.trainings.items()],
+        }
+        replace_json(self.path, content)
 
 
 def run_queue(
     queue: Queue,
-    observer: SweepObserver,
+    listener: Listener,
     command: str,
     deadline: float | None = None,
     publish: Publish | None = None,
@@ -249,7 +229,7 @@ def run_queue(
 
     Args:
         queue: what to run.
-        observer: hears what happens.
+        listener: hears what happens.
         command: that runs the queue, for the records.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
         publish: called with every comparison's record as it grows, and at its end.
@@ -268,14 +248,13 @@ def run_queue(
     lock, what = queue.output_dir / LOCK_FILE, f"the queue {queue.output_dir.absolute()}"
     outcomes = []
     with hold(lock, what, ConfigError), _sigterm_as_exit():
-        status = _Status(observer, queue)
-        status.write()
+        status = _Status(listener, queue)
         for number, entry in enumerate(queue.entries, start=1):
             if entry.comparison is None:
                 outcomes.append(EntryOutcome(entry.name, 0, entry.error))
-                observer.note(f"{entry.name}: {entry.error}")
+                status(Event("note", f"{entry.name}: {entry.error}"))
                 continue
-            status.entry(entry.name, number, len(queue.entries))
+            status(Event("entry", figures={"number": number, "total": len(queue.entries)}, name=entry.name))
             origin = Provenance(entry.name, command)
             running = _Running(queue, entry, entry.comparison, origin, status, publish)
             outcomes.append(running.run(deadline, jobs))
@@ -329,9 +308,9 @@ class _Running:
             self._finish()
             error = error or self.unpublished
             outcome = EntryOutcome(self.entry.name, len(self.outcomes), error)
-            self.status.entry_ended(outcome, state)
+            self.status.ended(outcome, state)
         if error is not None and error != self.unpublished:
-            self.status.note(f"{self.entry.name}: {error}")
+            self.status(Event("note", f"{self.entry.name}: {error}"))
         return outcome
 
     def _known(self, trial: Trial) -> Result | None:
@@ -375,7 +354,7 @@ class _Running:
                 self.unpublished = None
             except Exception as error:  # a page is no reason to lose a night of trainings; the numbers are safe
                 self.unpublished = f"the report could not be written, {type(error).__name__}: {error}"
-                self.status.note(f"{self.entry.name}: {self.unpublished}")
+                self.status(Event("note", f"{self.entry.name}: {self.unpublished}"))
 
     def _lacking(self) -> str | None:
         """Return what an entry that ran to its end has no result of, in one line."""
@@ -383,35 +362,19 @@ class _Running:
         return None if not without else f"no training of {without[0].architecture} finished: {without[0].troubles[0]}"
 
 
-class LineObserver:
-    """Prints a queue as plain lines."""
-
-    def __init__(self) -> None:
-        self._done = self._total = 0
-
-    def entry(self, name: str, number: int, total: int) -> None:
-        """Print that an entry begins."""
-        self._done = 0
-        self.note(f"{name} ({number} of {total})")
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        print(text, flush=True)  # noqa: T201  # this is a program of its own
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Leave out how much of the data is read."""
-
-    def begin(self, name: str, done: int, total: int) -> None:
-        """Remember how many trainings are planned."""
-        self._total = total
-
-    def progress(self, name: str, share: float, text: str) -> None:
-        """Leave out how far a training is."""
-
-    def end(self, name: str, text: str) -> None:
-        """Print how a training ended."""
-        self._done += 1
-        self.note(f"  {self._done}/{self._total}  {name}  {text}")
+def print_lines(event: Event) -> None:
+    """Print what a queue tells as plain lines, without how far the data and a training are."""
+    figures = event.figures
+    match event.kind:
+        case "entry":
+            line = f"{event.name} ({figures['number']} of {figures['total']})"
+        case "note":
+            line = event.text
+        case "end":
+            line = f"  {figures['done']}/{figures['total']}  {event.name}  {event.text}"
+        case _:
+            return
+    print(line, flush=True)  # noqa: T201  # this is a program of its own
 
 
 def read_status(output_dir: Path) -> tuple[dict[str, Any], bool]:
@@ -447,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         queue = read_queue(given.file)
         queue = relocate(queue, given.output_dir, given.record_dir)
-        outcomes = run_queue(queue, LineObserver(), command, deadline, jobs=given.jobs)
+        outcomes = run_queue(queue, print_lines, command, deadline, jobs=given.jobs)
     except OutOfTimeError:
         print("the time is over: the same command goes on", flush=True)  # noqa: T201
         return os.EX_TEMPFAIL

@@ -11,41 +11,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fanformer
 from fanformer.comparison.trial import TRIAL_FILE, Result, Trial, read_result
 from fanformer.errors import FANformerError
 from fanformer.files.durable import replace_json
 from fanformer.machine.threads import spin_briefly
+from fanformer.training.events import Event, Listener
 
 LOG_FILE = "trial.log"
 _GRACE_SECONDS = 90.0
 """Longest time a training gets to save after it was asked to stop."""
 _SECONDS_BETWEEN_LOOKS = 0.5
 """How often a silent training's process looks whether it is to stop."""
-
-
-class SweepObserver(Protocol):
-    """Where a sweep, or a queue of them, tells what it does."""
-
-    def entry(self, name: str, number: int, total: int) -> None:
-        """Tell that an entry of a queue begins, the `number`th of `total`."""
-
-    def note(self, text: str) -> None:
-        """Tell one line."""
-
-    def data_progress(self, done: int, total: int | None) -> None:
-        """Tell how many bytes of the data are read."""
-
-    def begin(self, name: str, done: int, total: int) -> None:
-        """Tell that a training begins, and how many are done of those planned now."""
-
-    def progress(self, name: str, share: float, text: str) -> None:
-        """Tell how far a training is, in [0, 1]."""
-
-    def end(self, name: str, text: str) -> None:
-        """Tell how a training ended."""
 
 
 class OutOfTimeError(Exception):
@@ -57,14 +36,14 @@ class TrialFailedError(FANformerError):
 
 
 def run_trial_in_process(
-    trial: Trial, folder: Path, observer: SweepObserver, deadline: float | None, halt: threading.Event | None = None
+    trial: Trial, folder: Path, listener: Listener, deadline: float | None, halt: threading.Event | None = None
 ) -> Result:
     """Train in a process of its own, going on where an earlier one stopped, and return the result.
 
     Args:
         trial: what to train.
         folder: of this training; made if need be.
-        observer: hears how far it is.
+        listener: hears how far it is.
         deadline: when to stop, on the clock of `time.monotonic`; None for never.
         halt: set by another thread to stop as at the deadline.
 
@@ -89,7 +68,7 @@ def run_trial_in_process(
     try:
         for line in _lines(process, deadline, halt):
             if "progress" in line:
-                observer.progress(trial.name, line["progress"], line["text"])
+                listener(Event("progress", line["text"], line["progress"], name=trial.name))
             error = line.get("error", error)
     finally:
         _stop(process)

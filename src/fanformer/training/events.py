@@ -1,4 +1,4 @@
-"""What a run tells while it works, one kind of event heard by one function; and what the loop asks of its run."""
+"""What runs tell while they work, one kind of event heard by one function; and what the loop asks of its run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 """One step's figures, as in metrics.jsonl."""
 
-Kind = Literal["note", "data", "step", "record", "sample"]
+Kind = Literal["note", "data", "step", "record", "sample", "entry", "begin", "progress", "end"]
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,21 @@ class Event:
 
     Attributes:
         kind: "note" is one line for people; "data" how much of the data is read; "step" the end of an optimizer step;
-            "record" the figures of a step, as in metrics.jsonl; "sample" what the model writes now.
-        text: of a note; of a sample the prompt and what follows it.
+            "record" the figures of a step, as in metrics.jsonl; "sample" what the model writes now. Where several runs
+            make a comparison, and several comparisons a queue, "entry" is the beginning of a comparison; "begin",
+            "progress" and "end" tell of one run among those of its comparison.
+        text: of a note; of a sample the prompt and what follows it; how far or how well a run of several is.
         share: of the run that is over, or of the data that is read, in [0, 1].
-        figures: of "data" `bytes` and `total_bytes`; of "step" `step`, `tokens` and `elapsed_seconds`; of "record" all.
+        figures: of "data" `bytes` and `total_bytes`; of "step" `step`, `tokens` and `elapsed_seconds`; of "record" all;
+            of "entry" its `number` and their `total`; of "begin" and "end" how many runs are `done`, of `total`.
+        name: of the comparison, or of the run among several.
     """
 
     kind: Kind
     text: str = ""
     share: float = 0.0
     figures: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
 
 Listener = Callable[[Event], None]

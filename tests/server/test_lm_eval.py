@@ -2,7 +2,7 @@
 
 import pytest
 
-from fanformer.server.sampling import Sampling
+from fanformer.generation.sampling import Sampling
 from fanformer.server.scheduler import Request
 from tests.server.conftest import run, running
 

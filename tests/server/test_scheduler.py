@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fanformer.errors import ConfigError
+from fanformer.generation.sampling import Sampling
 from fanformer.generation.text_model import row_seed
-from fanformer.server.sampling import Sampling
 from fanformer.server.scheduler import ClosedError, Failure, Finish, QueueFullError, Request, Scheduler
 from tests.server.conftest import PATIENCE_SECONDS, PROMPTS, Heard, offline, run, submit
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from fanformer.errors import ConfigError
 
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+SMALLEST_TEMPERATURE, _LARGEST = 2.0**-126, 2.0**127
 """float32's smallest normal number, and a power of two that it still has."""
 
 
@@ -47,4 +47,4 @@ class GenerationSettings:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken always: at temperature 0, or one too small to divide by."""
-        return self.temperature < _SMALLEST
+        return self.temperature < SMALLEST_TEMPERATURE

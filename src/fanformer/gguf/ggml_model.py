@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.generation.decoding import TextWriter
+from fanformer.generation.sampling import Sampling, TokenSampler, log_probabilities, noise_of
 from fanformer.generation.text_model import Batch, TextModel, check_text
 from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
-from fanformer.gguf.sampling import Sampler
 from fanformer.gguf.tokenizer import GGUFTokenizer
 
 
@@ -46,10 +46,11 @@ class GgmlModel(TextModel):
     def continue_batch(self, batch: Batch) -> list[list[int]]:
         """Do what `TextModel.continue_batch` says."""
         tokenizer, engine, rows, settings = self.tokenizer, self.engine, batch.rows, batch.settings
+        sampling, known, end_ids = Sampling.of(settings), tokenizer.known, tokenizer.end_ids
         on_text, remembered = batch.on_text, batch.remembered
         writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
         samplers = [
-            Sampler(settings, seed, tokenizer.known, tokenizer.end_ids, _excluded(tokenizer, beginning))
+            TokenSampler(sampling, noise_of(seed, known), known, end_ids, (), _excluded(tokenizer, beginning))
             for seed, beginning in zip(batch.seeds, batch.beginnings, strict=True)
         ]
         shared, text = remembered.take(rows[0]) if remembered is not None else (0, None)
@@ -65,7 +66,7 @@ class GgmlModel(TextModel):
                 found[stream].append(token)
                 if writer is not None:
                     writer.push(token)
-                if token not in tokenizer.end_ids:
+                if token not in end_ids:
                     following[stream] = [token]
             if batch.interruption.requested or not any(following):
                 break
@@ -79,9 +80,7 @@ class GgmlModel(TextModel):
         """Do what `TextModel.log_likelihoods` says, in float32."""
         self.engine.begin(1, len(ids))
         logits = self.engine.forward([list(ids[:-1])], every=True)[0]  # (T - 1, V)
-        largest = logits.max(axis=-1, keepdims=True)
-        normalizer = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=-1))
-        return (logits[np.arange(len(logits)), ids[1:]] - normalizer).tolist()
+        return log_probabilities(logits)[np.arange(len(logits)), ids[1:]].tolist()
 
 
 def give_back_freed_memory() -> None:

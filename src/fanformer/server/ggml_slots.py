@@ -2,11 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from fanformer.gguf.blocks import Floats
+from fanformer.generation.sampling import Floats, Noise, noise_of
 from fanformer.gguf.engine import CHUNK, Engine
-from fanformer.server.sampling import Noise
 from fanformer.server.slots import Slots
 
 
@@ -58,6 +55,5 @@ class GgmlSlots(Slots):
         self._engine.wipe(slot)
 
     def noise(self, seed: int) -> Noise:
-        """Return the random stream of a seed, as `fanformer.gguf.sampling.Sampler` has it."""
-        random = np.random.Generator(np.random.PCG64(seed))
-        return lambda: random.standard_exponential(self._known, dtype=np.float32)
+        """Do what `Slots.noise` says."""
+        return noise_of(seed, self._known)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fanformer.errors import ConfigError
+from fanformer.generation.sampling import Sampling
 from fanformer.generation.text_model import row_seed
 from fanformer.server.fields import (
     MAX_SEQUENCES,
@@ -17,7 +18,6 @@ from fanformer.server.fields import (
 )
 from fanformer.server.models import ServedModel
 from fanformer.server.refusal import RefusalError, invalid
-from fanformer.server.sampling import Sampling
 from fanformer.server.scheduler import Request
 
 _MAX_STOP_CHARACTERS = 1024

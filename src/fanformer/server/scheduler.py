@@ -17,9 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.errors import CheckpointError, ConfigError, FANformerError
-from fanformer.gguf.blocks import Floats
+from fanformer.generation.sampling import (
+    Floats,
+    Sampling,
+    TokenSampler,
+    check_numbers,
+    likeliest,
+    log_probabilities,
+)
 from fanformer.server.refusal import log_failure
-from fanformer.server.sampling import Sampling, TokenSampler, check_numbers, likeliest, log_probabilities
 from fanformer.server.slots import Slots
 from fanformer.server.stopping import OutgoingText, Token, Written
 

@@ -3,8 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from fanformer.gguf.blocks import Floats
-from fanformer.server.sampling import Noise
+from fanformer.generation.sampling import Floats, Noise
 
 
 class Slots(ABC):

@@ -15,8 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from fanformer.errors import ConfigError
 from fanformer.generation.fast_decoding import fast_decoding
-from fanformer.gguf.blocks import Floats
-from fanformer.server.sampling import Noise
+from fanformer.generation.sampling import Floats, Noise
 from fanformer.server.slots import Slots
 
 _CHUNK = 128

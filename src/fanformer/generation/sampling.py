@@ -1,7 +1,8 @@
-"""Which token comes next in one request, with settings of its own; numpy only, the noise is the engine's.
+"""Which token of one text comes next, from logits in numpy; the noise is the engine's; torch-free.
 
-Offline text (`TextModel.complete`) is drawn the same way: same order of filters, one number of noise for every known
-id, so that a request with the same settings and seed writes the same text.
+A GGUF file's texts are drawn by this, and all that the server writes. On torch `TextModel.complete` draws in the same
+way: same order of filters, one number of noise for every known id, so that a request with the same settings and seed
+writes the same text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,22 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.errors import CheckpointError
-from fanformer.gguf.blocks import Floats
-from fanformer.gguf.sampling import most_likely, nucleus
+from fanformer.generation.settings import SMALLEST_TEMPERATURE, GenerationSettings
 
 _TINY = np.finfo(np.float32).tiny
-_SMALLEST_TEMPERATURE = 2.0**-126
 _FEW = 1024
 """Up to so many scores are simply sorted."""
 _BINS, _BINS_PER_NAT = 4096, 128
 
+Floats = NDArray[np.float32]
 Noise = Callable[[], Floats]
 """Returns positive numbers (known) float32 of the exponential distribution, new ones at every call."""
 
 
+def noise_of(seed: int, known: int) -> Noise:
+    """Return the random stream of a seed, for texts on ggml."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    return lambda: random.standard_exponential(known, dtype=np.float32)
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How one request draws its tokens; the defaults take the model's distribution as it is."""
+    """How one text draws its tokens; the defaults take the model's distribution as it is."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token always."""
@@ -49,14 +55,19 @@ class Sampling:
     seed: int = 0
     """Of the noise."""
 
+    @classmethod
+    def of(cls, settings: GenerationSettings) -> "Sampling":
+        """Return what `settings` say of drawing; their seed is not one text's."""
+        return cls(settings.temperature, settings.top_k, settings.top_p, min_tokens=settings.min_length)
+
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken always."""
-        return self.temperature < _SMALLEST_TEMPERATURE
+        return self.temperature < SMALLEST_TEMPERATURE
 
 
 class TokenSampler:
-    """Draws the tokens of one request."""
+    """Draws the tokens of one text."""
 
     def __init__(
         self,
@@ -126,9 +137,7 @@ class TokenSampler:
         sampling = self._sampling
         with np.errstate(over="ignore", invalid="ignore"):  # only what is as good as impossible overflows, to -inf
             scores = (scores - scores.max()) / np.float32(sampling.temperature)
-        kept = most_likely(scores, sampling.top_k)
-        if sampling.top_p < 1:
-            kept = _nucleus(kept, scores, sampling.top_p)
+        kept = nucleus(most_likely(scores, sampling.top_k), scores, sampling.top_p)
         if sampling.min_p > 0:
             kept = kept[scores[kept] >= np.log(sampling.min_p)]
         # noise for every id, so that a token's noise does not depend on which others are kept
@@ -136,14 +145,31 @@ class TokenSampler:
         return int(kept[(scores[kept] - np.log(np.maximum(noise, _TINY))).argmax()])
 
 
-def _nucleus(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray[np.int64]:
-    """Do what `nucleus` does, for scores of at most 0, and without sorting them all: 1.0 ms instead of 6 of 49,152.
+def most_likely(scores: Floats, count: int) -> NDArray[np.int64]:
+    """Return the ids of the `count` largest of `scores` (V) and of those equal to the last of them; 0 is all."""
+    if not 0 < count < len(scores):
+        return np.arange(len(scores))
+    least = np.partition(scores, -count)[-count]
+    return np.flatnonzero(scores >= least)
 
-    Scores are counted into bins; what lies in bins above the one where `share` is reached is kept, and only that one
-    is sorted.
+
+def nucleus(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray[np.int64]:
+    """Return the fewest of `ids` that have at least `share` of the probability of all of them, in order of id.
+
+    Many are not sorted, which takes 1.0 ms instead of 6 of 49,152: their scores are counted into bins; what lies in
+    bins above the one where `share` is reached is kept, and only that one is sorted.
+
+    Source: top-p sampling, arXiv:1904.09751, section 3.1.
+
+    Args:
+        ids: (N) in ascending order.
+        scores: (V) of at most 0.
+        share: above 0; 1 is all.
     """
+    if share >= 1:
+        return ids
     if len(ids) <= _FEW:
-        return nucleus(ids, scores, share)
+        return _by_sorting(ids, scores, share)
     values = scores[ids]
     weights = np.exp(values)
     bins = np.minimum(values * -_BINS_PER_NAT, _BINS).astype(np.int64)
@@ -156,6 +182,16 @@ def _nucleus(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray[np
     before = (masses[last - 1] if last else 0.0) + np.cumsum(weights[places], dtype=np.float64) - weights[places]
     kept[places[before < wanted]] = True
     return ids[kept]
+
+
+def _by_sorting(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray[np.int64]:
+    order = np.argsort(scores[ids], kind="stable")  # least likely first
+    values = scores[ids][order].astype(np.float64)
+    weights = np.exp(values - values[-1])
+    before = np.cumsum(weights / weights.sum())
+    kept = before > 1 - share
+    kept[-1] = True
+    return np.sort(ids[order[kept]])
 
 
 def check_numbers(logits: Floats) -> None:

@@ -12,12 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import EXACT, Figure, measured_today, write_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,18 +55,10 @@ def main() -> int:
         print(f"{name}: {found[name]}", flush=True)
     violations = sum(one["violations"] for one in found.values())
     if arguments.write:
-        date = datetime.now(UTC).date().isoformat()
-        entry = Entry(
-            name=f"lifecycle-{date}",
+        entry = measured_today(
+            "lifecycle-{date}",
             what="random sequences of commands, kills, full disks, moved and damaged folders over real processes",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=date,
-            seeds=[],
             configuration={"seconds": arguments.seconds, "machines": list(found)},
-            data=None,
-            hardware=hardware(),
-            versions=versions(),
             result={
                 "violations": Figure(violations, "machines that found one", interval=EXACT),
                 "sequences": Figure(sum(one["sequences"] for one in found.values()), "sequences", interval=EXACT),

@@ -7,15 +7,12 @@ published config.json.
 """
 
 import argparse
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 from transformers import LlamaConfig
 
 from fanformer.comparison.architectures import SMOLLM2_135M
-from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import EXACT, Figure, measured_today, write_entry
 from fanformer.model import FANformerConfig
 from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset
@@ -49,18 +46,10 @@ def main() -> None:
     for name, figure in result.items():
         print(f"| {name.replace('_', ' ')} | {figure.value:,} |")
     if arguments.write:
-        date = datetime.now(UTC).strftime("%Y-%m-%d")
-        entry = Entry(
-            name=f"parameters-{date}",
+        entry = measured_today(
+            "parameters-{date}",
             what="parameters of preset 92m and of SmolLM2-135M, which has the same tokenizer",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=date,
-            seeds=[],
             configuration={"preset": "92m", "model": shape, "smollm2_135m": SMOLLM2_135M},
-            data=None,
-            hardware=hardware(),
-            versions=versions(),
             result=result,
         )
         print(f"written to {write_entry(RESULTS, entry)}")

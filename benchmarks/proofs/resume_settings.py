@@ -13,13 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure, read_entry, write_entry
+from fanformer.comparison.ledger import EXACT, Figure, measured_today, read_entry, write_entry
 from fanformer.machine.threads import spin_briefly
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.machine.versions import hardware
 from fanformer.training.configuration import resolve
 from fanformer.training.proof import prove
 
@@ -103,24 +102,16 @@ def main() -> int:
         print(f"{name}: {found[name]}", flush=True)
     holding = sum(one["holds"] for one in found.values())
     if arguments.write:
-        machine = hardware()
-        date = datetime.now(UTC).date().isoformat()
-        word = "".join(letter if letter.isalnum() else "-" for letter in str(machine["cpu"]).split("@")[0].lower())
+        word = "".join(letter if letter.isalnum() else "-" for letter in str(hardware()["cpu"]).split("@")[0].lower())
         unit = "settings of kernels and threads"
         entry_name = f"resume-settings-{word.strip('-')}"
         found = before(entry_name, arguments.preset, arguments.steps) | found
         holding = sum(one["holds"] for one in found.values())
-        entry = Entry(
-            name=entry_name,
+        entry = measured_today(
+            entry_name,
             what="trainings that were killed and resumed beside one that was not, under other kernels and threads",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=date,
             seeds=[0],
             configuration={"preset": arguments.preset, "steps": arguments.steps, "settings": list(found)},
-            data=None,
-            hardware=machine,
-            versions=versions(),
             result={
                 "settings": Figure(len(found), unit, interval=EXACT),
                 "settings_that_hold": Figure(holding, unit, interval=EXACT),

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from fanformer.cli.failure import quiet_libraries
-from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import EXACT, Figure, measured_today, write_entry
 from fanformer.training.checkpoint import OPTIMIZER_FILE, UNFINISHED, checkpoint_name, checkpoints, problem
 from fanformer.training.configuration import resolve
 from fanformer.training.events import Event
@@ -196,18 +194,11 @@ def main() -> int:
     for name, value in figures.items():
         print(f"| {name.replace('_', ' ')} | {value} |")
     if arguments.write:
-        date = datetime.now(UTC).strftime("%Y-%m-%d")
-        entry = Entry(
-            name=f"torture-{date}",
+        entry = measured_today(
+            "torture-{date}",
             what="one training killed with SIGKILL again and again beside one that was not",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=date,
             seeds=[arguments.seed],
             configuration={"kills": arguments.kills, "steps": arguments.steps, "model": MODEL},
-            data=None,
-            hardware=hardware(),
-            versions=versions(),
             result=to_result(figures),
         )
         write_entry(RESULTS, entry)

@@ -9,7 +9,6 @@ in environments of their own; `--types ''` leaves files out.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
@@ -24,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import EXACT, Figure, measured_today, write_entry
+from fanformer.machine.versions import versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -164,7 +163,6 @@ def to_result(found: dict[str, dict[str, Any]]) -> dict[str, Figure]:
 
 def write(arguments: argparse.Namespace, found: dict[str, dict[str, Any]], parameters: int) -> None:
     """Add the run to the ledger."""
-    day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     model = Path(arguments.model).absolute().name
     classic = [name for name in kinds(arguments.folders) if name.startswith("gptq-v1")]
     asked = {
@@ -174,13 +172,9 @@ def write(arguments: argparse.Namespace, found: dict[str, dict[str, Any]], param
     }
     libraries = {"gguf": "ggml-python", "folders": "llmcompressor", "gptq-v1": "gptqmodel"}
     what = [name for name, wanted in asked.items() if wanted]
-    entry = Entry(
-        name=f"quantization-loss-{'-'.join(what)}-{model}-{day}",
+    entry = measured_today(
+        f"quantization-loss-{'-'.join(what)}-{model}-{{date}}",
         what=f"what a trained model loses as {' and '.join(what)}",
-        kind="benchmark",
-        command=command_line(["python", *sys.argv]),
-        date=day,
-        seeds=[],
         configuration={
             "model": model,
             "scale": f"{parameters / 1e6:.3g}M parameters",
@@ -190,7 +184,6 @@ def write(arguments: argparse.Namespace, found: dict[str, dict[str, Any]], param
             "threads": arguments.threads,
         },
         data={"source": Path(arguments.text).name, "fingerprint": found["folder"]["sha256"]},
-        hardware=hardware(),
         versions=versions() | {libraries[name]: version(libraries[name]) for name in what},
         result=to_result(found),
         details=found,

@@ -13,17 +13,14 @@ import os
 import random
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fanformer.cli.failure import quiet_libraries
-from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import Figure, measured_today, range_of, write_entry
 from fanformer.training.configuration import resolve
 from fanformer.training.events import Event
 from fanformer.training.run import build_fanformer, train
@@ -121,18 +118,11 @@ def main() -> None:
         print(f"| {name} | {values['step']} | {values['stall']} | {values['slowing_of_the_next_step']} |")
     print(f"load {os.getloadavg()[0]:.1f}")
     if arguments.write:
-        date = datetime.now(UTC).strftime("%Y-%m-%d")
-        entry = Entry(
-            name=f"checkpoint-stall-{date}",
+        entry = measured_today(
+            "checkpoint-stall-{date}",
             what="seconds that training waits for a checkpoint",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=date,
             seeds=[0],  # of the text and the run
             configuration={"preset": arguments.preset, "rounds": arguments.rounds},
-            data=None,
-            hardware=hardware(),
-            versions=versions(),
             result=to_result(rows),
             details={"load": os.getloadavg()[0], "rounded": figures, "all": rows},
         )

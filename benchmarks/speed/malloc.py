@@ -9,7 +9,6 @@ Page faults and the kernel's share of the time say where a gain comes from, what
 
 import argparse
 import contextlib
-import datetime
 import multiprocessing
 import os
 import resource
@@ -23,8 +22,7 @@ from typing import Any
 
 import torch
 
-from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import Figure, measured_today, range_of, write_entry
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.training.configuration import load_preset, resolve
 from fanformer.training.environment import keep_freed_memory, product_rate
@@ -148,7 +146,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not in_a_process(keep_freed_memory):
         sys.exit("the C library is not glibc, which this setting belongs to: there is nothing to measure here")
-    date = datetime.datetime.now(datetime.UTC)
     precision = in_a_process(choose_precision, arguments.threads)
     conditions: dict[str, Any] = {}
     print(f"{precision}, {arguments.threads} threads; each pair of columns: without the setting, with it")
@@ -160,17 +157,11 @@ def main() -> None:
         print(row_text(condition, row), flush=True)
     if arguments.write:
         fields = {name: getattr(arguments, name) for name in ("steps", "rounds", "threads")}
-        entry = Entry(
-            name=f"malloc-{date:%Y-%m-%d}",
+        entry = measured_today(
+            "malloc-{date}",
             what="a training step of preset nano with and without keeping freed memory, AdamW",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=f"{date:%Y-%m-%d}",
             seeds=[0],
             configuration={"preset": "nano", "precision": precision, **fields},
-            data=None,
-            hardware=hardware(),
-            versions=versions(),
             result=to_result(conditions),
             details={"conditions": conditions},
         )

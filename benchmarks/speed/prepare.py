@@ -9,7 +9,6 @@ is everything from reading the file to the written shards.
 
 import argparse
 import cProfile
-import datetime
 import glob
 import importlib.metadata
 import io
@@ -29,8 +28,8 @@ from typing import Any
 
 import psutil
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure, range_of, write_entry
-from fanformer.machine.versions import command_line, hardware, versions
+from fanformer.comparison.ledger import EXACT, Figure, measured_today, range_of, write_entry
+from fanformer.machine.versions import command_line, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 VOCABULARY = 16_384
@@ -275,7 +274,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not glob.glob(arguments.data):
         sys.exit(f"--data {arguments.data}: no file matches")
-    date = datetime.datetime.now(datetime.UTC)
     folder = Path(tempfile.mkdtemp())
     try:
         results = measure_all(arguments, folder)
@@ -283,13 +281,9 @@ def main() -> None:
         shutil.rmtree(folder)
     if arguments.write:
         more = {name: importlib.metadata.version(name) for name in ("datasets", "regex")}
-        entry = Entry(
-            name=f"prepare-{date:%Y-%m-%d}",
+        entry = measured_today(
+            "prepare-{date}",
             what="tokenization of the same jsonl text with the same tokenizer; memory is that of all processes",
-            kind="benchmark",
-            command=command_line(["python", *sys.argv]),
-            date=f"{date:%Y-%m-%d}",
-            seeds=[],
             configuration={
                 "megabytes": arguments.megabytes,
                 "rounds": arguments.rounds,
@@ -299,7 +293,6 @@ def main() -> None:
                 "source": command_line(["data", arguments.data]).removeprefix("data "),
                 "fingerprint": results["comparison"][0]["runs"]["ours"][0]["fingerprint"],
             },
-            hardware=hardware(),
             versions=versions() | more,
             result=to_result(results),
             details=results,

@@ -5,10 +5,8 @@ import gc
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fanformer.comparison.architectures import SMOLLM2_135M, architecture
-from fanformer.comparison.ledger import Entry, Figure, range_of, write_entry
+from fanformer.comparison.ledger import Figure, measured_today, range_of, write_entry
 from fanformer.data.packing import IGNORED_LABEL
 from fanformer.machine.compiling import compile_options
-from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.footprint import footprint
 from fanformer.training.attention import attend_in_blocks
@@ -176,20 +173,14 @@ def finish(
     print(f"load {os.getloadavg()[0]:.1f}")
     if not arguments.write:
         return
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
     name = f"{name}-{arguments.part}" if arguments.part else name
-    entry = Entry(
-        name=f"{name}-{date}",
+    entry = measured_today(
+        f"{name}-{{date}}",
         what=what,
-        kind="benchmark",
-        command=command_line(["python", *sys.argv]),
-        date=date,
         seeds=[0],
         configuration={"scale": scale}
         | {key: value for key, value in vars(arguments).items() if key not in ("write", "part")},
         data=data,
-        hardware=hardware(),
-        versions=versions(),
         result=dict(result),
         details={"load": os.getloadavg()[0], **(details or {})},
     )

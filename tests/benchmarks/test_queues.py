@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fanformer.comparison.architectures import architecture
+from fanformer.comparison.architectures import FAMILIES, architecture
 from fanformer.comparison.compare import RATES
 from fanformer.comparison.entries import read_training
 from fanformer.comparison.ledger import read_ledger
@@ -71,3 +71,19 @@ def test_trainings_of_the_ledger_are_still_those_that_the_queues_ask_for(reposit
     }
     assert len(found) >= least
     assert read_training(folder / "results", next(iter(found.values()))) is not None
+
+
+def test_every_training_of_the_ledger_has_the_name_that_its_settings_give(known):
+    """A field that a training's name comes to hold, or holds otherwise, would have it trained again."""
+    blocks = range(1, max(family.block for family in FAMILIES.values()) + 1)
+    renamed = []
+    for entry in known:
+        settings = dict(entry.configuration)
+        spec, rate, rule = settings.pop("architecture"), settings.pop("learning_rate"), settings.pop("rule", None)
+        del settings["scale"]
+        fingerprint = entry.data["fingerprint"] if entry.data is not None else ""
+        trials = (Trial(spec, rate, entry.seeds[0], settings, "", fingerprint, rule, block) for block in blocks)
+        if entry.name not in {trial.name for trial in trials}:
+            renamed.append(entry.name)
+    assert len(known) > 300
+    assert renamed == []

@@ -14,6 +14,7 @@ from fanformer.comparison.ledger import (
     Entry,
     Figure,
     interval_over_seeds,
+    measured_today,
     range_of,
     read_entry,
     read_ledger,
@@ -40,6 +41,16 @@ def entry(**fields):
         "curve": [{"tokens": 10, "loss": 3.0}],
     }
     return Entry(**{**values, **fields})
+
+
+def test_what_is_measured_today_tells_day_machine_and_versions_and_can_be_written(tmp_path):
+    measured = measured_today("speed-{date}", what="a speed", configuration={}, result={"rate": Figure(2.0, "1/s")})
+    assert measured.name == f"speed-{measured.date}"
+    assert (measured.kind, measured.hardware, measured.versions) == ("benchmark", hardware(), versions())
+    write_entry(tmp_path, measured)
+    assert read_entry(tmp_path, measured.name) == measured
+    asked = measured_today("x", command="fanformer compare", what="a rule", kind="rule", configuration={}, result={})
+    assert (asked.name, asked.command, asked.kind) == ("x", "fanformer compare", "rule")
 
 
 def test_entry_comes_back_as_it_was_written(tmp_path):

@@ -7,17 +7,24 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import Comparison, Outcome
-from fanformer.comparison.ledger import EXACT, Entry, Figure, Kind, interval_over_seeds, read_entry, write_entry
+from fanformer.comparison.ledger import (
+    EXACT,
+    Entry,
+    Figure,
+    Kind,
+    interval_over_seeds,
+    measured_today,
+    read_entry,
+    write_entry,
+)
 from fanformer.comparison.summary import UNITS, Arm, Pair, arms, pairs, parameters_ratio
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
-from fanformer.machine.versions import hardware, versions
 
 _COUNTED = {
     "parameters": "parameters",
@@ -61,9 +68,9 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
     figures = {name: Figure(result.figures[name], unit, interval=counted.get(name)) for name, unit in units.items()}
     if result.status != "finished":
         figures = {"diverged": Figure(1, "trainings", interval=EXACT)}
-    content = _entry(
-        command,
-        name=trial.name,
+    content = measured_today(
+        trial.name,
+        command=command,
         what=f"{trial.architecture} at learning rate {trial.learning_rate:g}, {_trained_on(trial, outcome.variant)}",
         kind="training",
         seeds=[trial.seed],
@@ -155,7 +162,7 @@ class _Together:
         trial, name = arm.outcomes[0].trial, f"{self.origin.name}{suffix}"
         configuration = _configuration(trial, arm.outcomes[0].figures["parameters"]) | others.pop("rates", {})
         fields = {"seeds": _seeds(arm), "configuration": configuration, "data": self.data, "result": result, **others}
-        return _entry(self.origin.command, name=name, what=what, kind=kind, **fields)
+        return measured_today(name, command=self.origin.command, what=what, kind=kind, **fields)
 
     def _candidate(self, arm: Arm, against: Sequence[Pair]) -> Entry:
         """Return a candidate beside all its baselines; the claims' figures are those against the best one."""
@@ -244,11 +251,6 @@ class _Together:
     def family(self) -> str:
         """What the candidates have in common."""
         return _family(self.comparison.architectures[0])
-
-
-def _entry(command: str, **fields: Any) -> Entry:
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return Entry(command=command, date=date, hardware=hardware(), versions=versions(), **fields)
 
 
 def _write(folder: Path, entry: Entry) -> None:

@@ -9,15 +9,17 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fanformer.errors import ConfigError, DataError, did_you_mean
 from fanformer.files.durable import replace_text
 from fanformer.files.locking import hold
+from fanformer.machine.versions import command_line, hardware, versions
 
 TRAININGS_FILE, MEASUREMENTS_FILE, LOCK_FILE = "trainings.jsonl", "measurements.jsonl", ".ledger.lock"
 Kind = Literal["comparison", "ablation", "rule", "training", "evaluation", "benchmark"]
@@ -79,6 +81,19 @@ class Entry:
     result: dict[str, Figure]
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def measured_today(name: str, **fields: Any) -> Entry:
+    """Return the entry of what this process measured: by its command, today, on this machine, with its versions.
+
+    Args:
+        name: of the entry; "{date}" in it becomes the day.
+        **fields: of the entry, `what`, `configuration` and `result` at least; the others may replace what is known.
+    """
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    known = {"command": command_line(["python", *sys.argv]), "hardware": hardware(), "versions": versions()}
+    usual: dict[str, Any] = {"kind": "benchmark", "date": day, "seeds": [], "data": None}
+    return Entry(**{"name": name.replace("{date}", day), **known, **usual, **fields})
 
 
 def write_entry(folder: Path, *entries: Entry) -> Path:

@@ -1,6 +1,8 @@
-"""Two workers behind vllm-router, in an environment that has it: streams, hang-ups, a drain, a dead worker."""
+"""Two workers behind vllm-router, in an environment of its own, and HAProxy: streams, hang-ups, a worker that leaves."""
 
 import contextlib
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,27 @@ def python(python_with):
     return python_with(*PINS)
 
 
+def vllm_router(request, workers, port):
+    """Return the command of vllm-router before workers, and its environment."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics = free.getsockname()[1]
+    command = [
+        request.getfixturevalue("python"), "-m", "vllm_router.launch_router", "--host", "127.0.0.1", "--port", port,
+        "--prometheus-port", metrics, "--policy", "round_robin", "--health-check-interval-secs", 1,
+        "--health-failure-threshold", 1, "--worker-urls", *(f"http://127.0.0.1:{worker.port}" for worker in workers),
+    ]  # fmt: skip
+    return command, {}
+
+
+def haproxy(request, workers, port):
+    """Return the command of HAProxy before workers, with the file that we give, and its environment."""
+    if shutil.which("haproxy") is None and "FANFORMER_NEEDS_PACKAGES" not in os.environ:
+        pytest.skip("HAProxy is not installed: Debian's package haproxy")
+    repository = request.getfixturevalue("repository")
+    places = {f"REPLICA_{number}": f"127.0.0.1:{worker.port}" for number, worker in enumerate(workers, start=1)}
+    return ["haproxy", "-f", repository / "examples/serving/haproxy.cfg"], {"LISTEN": f"127.0.0.1:{port}", **places}
+
+
 @pytest.fixture
 def workers(saved_model):  # noqa: F811
     """Two servers with the tiny model, in threads."""
@@ -43,18 +66,15 @@ def workers(saved_model):  # noqa: F811
         yield found
 
 
-@pytest.fixture
-def router(python, workers, tmp_path):
+@pytest.fixture(params=[vllm_router, haproxy], ids=["vllm-router", "haproxy"])
+def router(request, workers, tmp_path):
     """A client of a router before both workers."""
-    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
-        port, metrics = free.getsockname()[1], other.getsockname()[1]
-    command = [
-        python, "-m", "vllm_router.launch_router", "--host", "127.0.0.1", "--port", port, "--prometheus-port", metrics,
-        "--policy", "round_robin", "--health-check-interval-secs", 1, "--health-failure-threshold", 1, "--worker-urls",
-        *(f"http://127.0.0.1:{worker.port}" for worker in workers),
-    ]  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command, places = request.param(request, workers, port)
+    environment = {**os.environ, **places}
     log = (tmp_path / "router.log").open("w")
-    process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, cwd=tmp_path)
+    process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, cwd=tmp_path, env=environment)
     client = Client(port)
     until = time.monotonic() + PATIENCE_SECONDS
     while True:

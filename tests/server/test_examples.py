@@ -1,0 +1,47 @@
+"""examples/serving: the manifest fits Kubernetes' schema, its times add up, and its words are the command's."""
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from fanformer.cli.serve import serve
+
+
+@pytest.fixture(scope="module")
+def objects(repository):
+    text = (repository / "examples/serving/kubernetes.yaml").read_text(encoding="utf-8")
+    return {found["kind"]: found for found in yaml.safe_load_all(text)}
+
+
+def test_every_object_fits_the_schema(objects):
+    assert set(objects) == {"Deployment", "Service", "PodDisruptionBudget"}
+    for found in objects.values():
+        kubernetes_validate.validate(found, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_wrong_field_would_be_found(objects):
+    wrong = {**objects["Service"], "spec": {**objects["Service"]["spec"], "prots": []}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_pod_is_given_longer_than_it_needs_to_leave(objects):
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    options = dict(word.removeprefix("--").split("=") for word in container["args"] if word.startswith("--"))
+    leaving = container["lifecycle"]["preStop"]["sleep"]["seconds"] + float(options["drain-seconds"])
+    assert leaving < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_arguments_are_those_of_the_command(objects):
+    [container] = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    with serve.make_context("serve", list(container["args"])) as context:
+        assert context.params["models"] == ("/models/assistant",)
+        assert context.params["port"] == container["ports"][0]["containerPort"]
+        assert context.params["api_key_file"].startswith("/keys/")
+
+
+def test_the_labels_select_the_pods(objects):
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert objects["Service"]["spec"]["selector"] == labels
+    assert objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels

@@ -1,4 +1,4 @@
-"""Two workers behind vllm-router, in an environment of its own, and HAProxy: streams, hang-ups, a worker that leaves."""
+"""Two workers behind vllm-router, in its own environment, and HAProxy: streams, hang-ups, a worker that leaves."""
 
 import contextlib
 import os

@@ -39,6 +39,28 @@ def test_show_rows_marks_what_is_learnt_and_trains_nothing(command, saved_model,
     assert not out.exists()
 
 
+def test_preferences_are_learnt_in_place_of_answers(command, saved_model, rows, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    said = [{"prompt": f"{word}?", "chosen": word, "rejected": f"no {word}"} for word in ("cat", "mat", "def", "add")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in said))
+    out = tmp_path / "tuned"
+    words = ("finetune", saved_model, "--preferences", pairs, "--output-dir", out)
+    shown = command(*words, "--show-rows", 2)
+    assert "pair 1, chosen: 2 of 23 tokens are weighed" in shown.out
+    assert shown.out.index("[[def<|im_end|>]]") < shown.out.index("[[no def<|im_end|>]]")
+    done = command(*words, *TINY, "--dpo-beta", 0.5)
+    assert done.code == 0, done.err
+    assert "nats per pair, margin" in done.out
+    assert "ahead" in done.err
+    more = command(*words, "--resume", "--max-steps", 3)
+    assert more.code == 0, more.err
+    refused = command(*words, "--data", rows).refusal()
+    assert "`--data` or `--preferences` is needed to tune a model, got both" in refused
+    assert "got neither" in command("finetune", saved_model).refusal()
+    refused = command("finetune", saved_model, "--data", rows, "--dpo-beta", 0.5).refusal()
+    assert "`dpo_beta` has no effect where the objective is answers, got 0.5" in refused
+
+
 def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows, tmp_path):
     assert "nowhere" in command("finetune", tmp_path / "nowhere", "--data", rows).refusal()
     refused = command("finetune", saved_model, "--data", rows, "--set", "objective=text").refusal()

@@ -40,17 +40,25 @@ def train(data: str = "stdlib", *, listener: "Listener | None" = None, **fields:
     return run(resolve_run(None, given), listener or silent)
 
 
-def finetune(base: _PathLike, data: _PathLike, *, listener: "Listener | None" = None, **fields: Any) -> "RunResult":
+def finetune(
+    base: _PathLike,
+    data: _PathLike | None = None,
+    *,
+    preferences: _PathLike | None = None,
+    listener: "Listener | None" = None,
+    **fields: Any,
+) -> "RunResult":
     """Teach a base model to answer and leave a complete `transformers` folder behind, as `fanformer finetune` does.
 
     Args:
         base: folder of the model.
         data: a jsonl file of conversations, or a pattern of such.
+        preferences: in its place, a jsonl file of pairs of answers of which one is better: DPO.
         listener: a function that hears every `Event` of the run; None is silence.
         **fields: of the run, such as `output_dir="runs/assistant"`, `epochs=3`, `lora_rank=16` or `resume=True`.
 
     Returns:
-        Where the folder is, the last step, and the held-out loss on answers.
+        Where the folder is, the last step, and the held-out loss on answers or pairs.
 
     Raises:
         ConfigError, DataError, CheckpointError, DependencyError: on bad input, before anything is written that would
@@ -58,11 +66,12 @@ def finetune(base: _PathLike, data: _PathLike, *, listener: "Listener | None" = 
         DivergenceError: if the loss or the gradients do not stay finite.
     """
     from fanformer.loading import longest_text
-    from fanformer.training.configuration import resolve_tuning
+    from fanformer.training.configuration import resolve_tuning, tuning_rows
     from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
-    folder, given = os.fspath(base), _parsed({"data": os.fspath(data), **fields})
+    files = (None if path is None else os.fspath(path) for path in (data, preferences))
+    folder, given = os.fspath(base), tuning_rows(*files) | _parsed(fields)
     return run(resolve_tuning(folder, lambda: longest_text(folder), given), listener or silent)
 
 

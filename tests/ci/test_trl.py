@@ -9,7 +9,8 @@ from fanformer.data.conversations.chat_tokens import add_chat_tokens
 from fanformer.data.conversations.chatml import END, as_text
 from fanformer.data.conversations.reading import read_examples
 from fanformer.data.conversations.rows import ConversationRows, tokenize_examples
-from fanformer.evaluation.preferences import document_log_probabilities, dpo_loss, dpo_margins
+from fanformer.evaluation.preferences import measure_pairs
+from fanformer.training.pair_loss import PairLoss, ReferencedRows
 from tests.ci.test_readme import blocks
 from tests.saved_models import tiny_tokenizer  # noqa: F401
 
@@ -55,11 +56,6 @@ def packed(tokens, path, **options):
     return rows
 
 
-@torch.no_grad()
-def hidden(model, row):
-    return model.model(row["input_ids"][None], position_ids=row["position_ids"][None]).last_hidden_state[0]
-
-
 @pytest.mark.timeout(1800)
 def test_losses_of_answers_and_of_pairs_are_trls(fanformer, repository, prepared, tmp_path):
     model, other, tokens = prepared
@@ -100,17 +96,16 @@ def test_losses_of_answers_and_of_pairs_are_trls(fanformer, repository, prepared
     # both in float32, one packed and one padded
     assert theirs["sft"] == pytest.approx(float(ours), rel=1e-5)
 
-    row = packed(tokens, pairs, preference=True)[0]
-    policy, reference = (
-        document_log_probabilities(
-            hidden(each, row), each.lm_head.weight, row["labels"], row["document_ids"], 2 * len(PAIRS)
-        )
-        .detach()
-        .view(-1, 2)
-        for each in (model, other)
-    )
-    assert theirs["dpo"] == pytest.approx(float(dpo_loss(policy, reference, 0.25)), rel=1e-5)
-    assert theirs["margin"] == pytest.approx(float(dpo_margins(policy, reference, 0.25).mean()), rel=1e-4, abs=1e-4)
+    rows = ReferencedRows(packed(tokens, pairs, preference=True))
+    rows.reference = measure_pairs(other, rows.rows, [0], 1)
+    loss, batch = PairLoss(0.25), rows.batch([0])
+    loss.install(model, None)
+    with torch.no_grad():  # what a step of a run computes
+        output = model(**batch, shift_labels=batch["labels"], num_items_in_batch=loss.count(batch), use_cache=False)
+    margin, accuracy = output.figures.tolist()
+    assert theirs["dpo"] == pytest.approx(float(output.loss), rel=1e-5)
+    assert theirs["margin"] == pytest.approx(margin, rel=1e-4, abs=1e-4)
+    assert theirs["accuracy"] == pytest.approx(accuracy)
     block = next(block for _, block in blocks((repository / "docs" / "tuning.md").read_text()) if "SFTTrainer" in block)
     fanformer(block, program=("-c",))
     assert (tmp_path / "tuned" / "modeling_fanformer.py").is_file()

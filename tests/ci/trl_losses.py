@@ -55,6 +55,7 @@ with tempfile.TemporaryDirectory() as place:
     )
     figures = dpo.evaluate()
     found |= {"dpo": figures["eval_loss"], "margin": figures["eval_rewards/margins"]}
+    found["accuracy"] = figures["eval_rewards/accuracies"]
     dpo.train()
     found["dpo_after"] = dpo.evaluate()["eval_loss"]
     print(json.dumps(found))

@@ -39,6 +39,28 @@ def test_show_rows_marks_what_is_learnt_and_trains_nothing(command, saved_model,
     assert not out.exists()
 
 
+def test_preferences_are_learnt_in_place_of_answers(command, saved_model, rows, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    said = [{"prompt": f"{word}?", "chosen": word, "rejected": f"no {word}"} for word in ("cat", "mat", "def", "add")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in said))
+    out = tmp_path / "tuned"
+    words = ("finetune", saved_model, "--preferences", pairs, "--output-dir", out)
+    shown = command(*words, "--show-rows", 2)
+    assert "pair 1, chosen: 2 of 23 tokens are weighed" in shown.out
+    assert shown.out.index("[[def<|im_end|>]]") < shown.out.index("[[no def<|im_end|>]]")
+    done = command(*words, *TINY, "--dpo-beta", 0.5)
+    assert done.code == 0, done.err
+    assert "nats per pair, margin" in done.out
+    assert "ahead" in done.err
+    more = command(*words, "--resume", "--max-steps", 3)
+    assert more.code == 0, more.err
+    refused = command(*words, "--data", rows).refusal()
+    assert "`--data` or `--preferences` is needed to tune a model, got both" in refused
+    assert "got neither" in command("finetune", saved_model).refusal()
+    refused = command("finetune", saved_model, "--data", rows, "--dpo-beta", 0.5).refusal()
+    assert "`dpo_beta` has no effect where the objective is answers, got 0.5" in refused
+
+
 def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows, tmp_path):
     assert "nowhere" in command("finetune", tmp_path / "nowhere", "--data", rows).refusal()
     refused = command("finetune", saved_model, "--data", rows, "--set", "objective=text").refusal()
@@ -68,3 +90,58 @@ def test_an_adapter_on_its_base_writes_what_the_merged_folder_does(command, save
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same sums, added by other code
     assert "no adapter_config.json in" in command("generate", saved_model, "--adapter", tmp_path).refusal()
     assert "`--adapter` is for model folders" in command("generate", "x.gguf", "--adapter", tmp_path).refusal()
+
+
+@pytest.fixture
+def adapter(command, saved_model, rows, tmp_path):
+    """Folder of a tuning by adapters; the adapter is apart in it."""
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    out = tmp_path / "tuned"
+    tuned = command("finetune", saved_model, "--data", rows, "--output-dir", out, *TINY, "--lora", "--lora-rank", 4)
+    assert tuned.code == 0, tuned.err
+    return out / "adapter"
+
+
+def test_an_adapter_of_another_model_is_refused_in_one_line(command, adapter, tiny_model, tiny_tokenizer, tmp_path):
+    ranks = {"qkv_rank": 48, "o_rank": 32, "gate_up_rank": 32, "down_rank": 48}
+    others = {
+        "narrow": {"vocab_size": 320, "intermediate_size": 64, **ranks},
+        "deep": {"vocab_size": 320, "num_hidden_layers": 3, **ranks},
+        "shallow": {"vocab_size": 320, "num_hidden_layers": 1, **ranks},
+        "full": {"vocab_size": 300, **ranks},  # without room for the two tokens of conversations
+    }
+    for name, fields in others.items():
+        tiny_model(eos_token_id=0, bos_token_id=0, **fields).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        refused = command("generate", tmp_path / name, "the cat", "--adapter", adapter, "--device", "cpu").refusal()
+        assert f"error: the adapter in {adapter} does not fit the model (" in refused, name
+        assert refused.endswith("name the base that it was trained on."), name
+    (adapter / "adapter_model.safetensors").write_bytes(b"nothing")
+    refused = command("chat", tmp_path / "deep", "--adapter", adapter, "--device", "cpu").refusal()
+    assert "does not fit the model (" in refused
+
+
+def test_an_adapter_is_quantized_with_its_base_as_the_merged_folder_is(command, saved_model, adapter, tmp_path):
+    from fanformer.loading import load
+
+    words = ("--format", "gguf", "--type", "f32", "--output-dir")
+    for name, more in (("merged", (adapter.parent,)), ("apart", (saved_model, "--adapter", adapter))):
+        outcome = command("quantize", *more, *words, tmp_path / f"{name}.gguf")
+        assert outcome.code == 0, outcome.err
+    assert f"the adapter {adapter} is merged into the weights" in outcome.out
+    merged, apart = (load(tmp_path / f"{name}.gguf", device="cpu") for name in ("merged", "apart"))
+    assert apart.tokenizer.get_vocab() == merged.tokenizer.get_vocab()
+    assert apart.tokenizer.chat_template == merged.tokenizer.chat_template
+    assert apart.model.config.eos_token_id == merged.model.config.eos_token_id
+    expected = merged.model.state_dict()
+    moved = 0
+    for name, tensor in apart.model.state_dict().items():
+        # the same product, added in another order
+        assert tensor == pytest.approx(expected[name], abs=1e-6), name
+    for name, tensor in load(saved_model, device="cpu").model.state_dict().items():
+        moved += not bool((tensor == expected[name]).all())
+    assert moved > 2
+    refused = command("quantize", saved_model, *words, tmp_path / "no.gguf", "--adapter", tmp_path).refusal()
+    assert "no adapter_config.json in" in refused
+    scan = ("--scan", "--calibration", "stdlib", "--calibration-tokens", 1024, "--output-dir", tmp_path / "scan")
+    assert command("quantize", saved_model, "--adapter", adapter, *scan).code == 0

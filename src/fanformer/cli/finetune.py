@@ -8,7 +8,13 @@ from fanformer.cli.options import Verb
 from fanformer.cli.train import field_option, parsed_fields, prove_and_report, run_and_report
 from fanformer.errors import ConfigError
 from fanformer.loading import longest_text
-from fanformer.training.configuration import LONGEST_TUNING_ROW, TUNING, resolve_tuning
+from fanformer.training.configuration import (
+    LONGEST_TUNING_ROW,
+    PREFERENCES,
+    TUNING,
+    resolve_tuning,
+    tuning_rows,
+)
 from fanformer.training.fields import RunConfig
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
@@ -19,7 +25,11 @@ _FLAGS = (
 
 
 def _tuning_flags(function: Any) -> Any:
-    defaults = {**TUNING, "sequence_length": f"the base's positions, at most {LONGEST_TUNING_ROW}"}
+    defaults = {
+        **TUNING,
+        "sequence_length": f"the base's positions, at most {LONGEST_TUNING_ROW}",
+        "learning_rate": f"{TUNING['learning_rate']}, with --preferences {PREFERENCES['learning_rate']}",
+    }
     for name in reversed(_FLAGS):
         function = field_option(name, defaults.get(name))(function)
     return function
@@ -30,12 +40,17 @@ _LORA_RANK = 16
 
 @click.command(cls=Verb, example="fanformer finetune runs/nano --data questions.jsonl --output-dir runs/assistant")
 @click.argument("base", metavar="DIR")
-@click.option("--data", required=True, metavar="FILE", help="Conversations: a .jsonl file or a pattern of such.")
-@click.option(
-    "--eval-data", metavar="FILE", help="Conversations to measure on.  [default: a twentieth of the questions]"
-)
+@click.option("--data", metavar="FILE", help="Conversations: a .jsonl file or a pattern of such.")
+@click.option("--preferences", metavar="FILE", help="Pairs of answers in place of --data: the better one is preferred.")
+@click.option("--eval-data", metavar="FILE", help="Rows to measure on.  [default: a twentieth of the questions]")
 @click.option("--output-dir", metavar="OUT", help="Folder of the run.  [default: runs/DIR-tuned]")
 @_tuning_flags
+@click.option(
+    "--dpo-beta",
+    type=float,
+    metavar="X",
+    help=f"With --preferences: how strongly leaving the base counts.  [default: {PREFERENCES['dpo_beta']}]",
+)
 @click.option("--lora", is_flag=True, help="Train adapters; the folder has them merged, and apart in adapter/.")
 @click.option("--lora-rank", type=int, metavar="R", help=f"Rank of the adapters.  [default: {_LORA_RANK}]")
 @click.option("--show-rows", type=click.IntRange(min=1), metavar="N", help="Print N rows, what is learnt marked; end.")
@@ -45,15 +60,22 @@ _LORA_RANK = 16
 @click.option("--prove-resume", is_flag=True, help="Tune several times, straight and killed, and compare the bits.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run.")
 def finetune(
-    base: str, lora: bool, show_rows: int | None, prove_resume: bool, settings: tuple[str, ...], **flags: Any
+    base: str,
+    data: str | None,
+    preferences: str | None,
+    lora: bool,
+    show_rows: int | None,
+    prove_resume: bool,
+    settings: tuple[str, ...],
+    **flags: Any,
 ) -> None:
-    """Teach the model saved in DIR to answer as the conversations of FILE do.
+    """Teach the model saved in DIR to answer as the conversations of FILE do, or which answer is better.
 
     A row has `messages`, `prompt` and `completion`, `prompt`, `chosen` and `rejected`, `conversations`, or
     `instruction` and `output`; a wrong one costs one line. OUT is then a complete `transformers` folder with a chat
     template, which `fanformer chat` talks by.
     """
-    fields = parsed_fields(flags, settings)
+    fields = tuning_rows(data, preferences) | parsed_fields(flags, settings)
     if lora:
         fields = {"lora_rank": _LORA_RANK, **fields}
     elif "lora_rank" in fields and not flags["resume"]:
@@ -77,10 +99,10 @@ def _show_rows(config: RunConfig, count: int) -> None:
 
     from fanformer.data.conversations.display import marked_row
     from fanformer.data.packing import rows_of_run
-    from fanformer.training.conversation_corpus import answer_corpus
     from fanformer.training.corpus import Opening
+    from fanformer.training.run import open_corpus
 
-    corpus = answer_corpus(Opening(config, None, {}, lambda text: click.echo(text, err=True), None))
+    corpus = open_corpus(Opening(config, None, {}, lambda text: click.echo(text, err=True), None))
     for place in range(min(count, len(corpus.rows))):
         index = int(rows_of_run(config.seed, np.array([place]), len(corpus.rows))[0])
         row = {name: values[0] for name, values in corpus.rows.batch([index]).items()}

@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from fanformer.cli.failure import writing
-from fanformer.cli.options import Verb
+from fanformer.cli.options import Verb, adapter_option
 from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 
@@ -49,6 +49,7 @@ _OF_GGUF, _OF_LAYERS = {"kind", "embedding_type", "head_type"}, {"bits", "group_
     help="Held-out text to run: stdlib, a file, glob or hf:NAME.  [default: gguf none; else what the run held out]",
 )
 @click.option("--calibration-tokens", default=65536, help="Tokens of it to run.")
+@adapter_option
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.pass_context
 def quantize(

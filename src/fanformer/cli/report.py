@@ -75,7 +75,12 @@ class TerminalReporter(_Terminal):
         if "loss" in record:
             parts += [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
             parts.append(f"{record['tokens_per_second']:>7,.0f} tokens/s")
-        if "val_loss" in record:
+        if "margin" in record:
+            parts.append(f"margin {record['margin']:.4f}, {record['accuracy']:.0%} ahead")
+        if "val_margin" in record:
+            told = f"margin {record['val_margin']:.4f}, {record['val_accuracy']:.0%} ahead"
+            parts.append(f"held out {record['val_loss']:.4f}, {told}")
+        elif "val_loss" in record:
             parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
         if not self.has_bars or "val_loss" in record or record["step"] == 1:
             self._print("  ".join(parts))

@@ -114,9 +114,7 @@ def run_and_report(config: RunConfig) -> None:
         click.echo(f"stopped by {result.stopped_by} after step {result.step}, which is saved: go on with --resume")
         raise click.exceptions.Exit(code)
     assert result.held_out is not None, "only a signal ends a run before it was measured"
-    click.echo(
-        f"held-out loss {result.held_out.loss:.4f} nats per token, {result.held_out.bits_per_byte:.4f} bits per byte"
-    )
+    click.echo(result.held_out.told())
     for name, value in (("gzip -9", result.gzip_bits_per_byte), ("xz -9", result.xz_bits_per_byte)):
         if value is not None:
             click.echo(f"  {name} on the same bytes: {value:.4f} bits per byte")

@@ -149,6 +149,7 @@ def language_config(trial: Trial, folder: Path) -> "RunConfig":
 
 def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     from fanformer.comparison.architectures import architecture
+    from fanformer.evaluation.loss import HeldOutLoss
     from fanformer.training.folder import read_records, read_run_file
     from fanformer.training.run import train
 
@@ -169,7 +170,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     measured = [record for record in records if "val_loss" in record]
     rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
     curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]
-    assert outcome.held_out is not None, "a run that reached its end was measured"
+    assert isinstance(outcome.held_out, HeldOutLoss), "a run on text that reached its end was measured"
     figures = {
         **outcome.held_out.to_dict(),
         "trained_tokens": measured[-1]["tokens"],

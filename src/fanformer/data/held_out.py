@@ -73,6 +73,6 @@ def _of_run(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     except (DataError, OSError) as error:
         reason = str(error).rstrip(".")
         raise DataError(f"what the run held out cannot be read ({reason}): {remedy}") from error
-    if data.tokenizer().get_vocab() != tokenizer.get_vocab():
+    if not data.tokenizer().get_vocab().items() <= tokenizer.get_vocab().items():  # tokens may have been added
         raise DataError(f"{place.absolute()} was made with another tokenizer than {folder.absolute()}: {remedy}")
     return stream

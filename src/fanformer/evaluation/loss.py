@@ -64,6 +64,10 @@ class HeldOutLoss:
         error = {} if self.loss_stderr is None else {"val_loss_stderr": self.loss_stderr}
         return {"val_loss": self.loss, **error, "val_bits_per_byte": self.bits_per_byte}
 
+    def told(self) -> str:
+        """Return loss and bits per byte as a line for people."""
+        return f"held-out loss {self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
+
 
 @dataclass(frozen=True)
 class DocumentSums:

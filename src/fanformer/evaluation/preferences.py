@@ -1,14 +1,24 @@
 """How much a model prefers chosen answers to rejected ones, and the loss that teaches it to: DPO."""
 
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
+from fanformer.data.conversations.rows import ConversationRows
 from fanformer.data.packing import IGNORED_LABEL
+from fanformer.evaluation.loss import Share
+from fanformer.evaluation.statistics import ratio_stderr
 
 _CHUNK_LOGITS = 1 << 26
 """Logits that are there at a time, 256 MiB in float32."""
+_ALONE = Share()
 
 
 def document_log_probabilities(
@@ -76,4 +86,141 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
         reference: (N, 2).
         beta: above 0.
     """
-    return -F.logsigmoid(dpo_margins(policy, reference, beta)).mean()
+    return losses_of_margins(dpo_margins(policy, reference, beta)).mean()
+
+
+def losses_of_margins(margins: Tensor) -> Tensor:
+    """Return -log sigmoid of each margin, (N,) like them, in nats."""
+    return -F.logsigmoid(margins)
+
+
+def numbers_of_pairs(document_ids: Tensor) -> Tensor:
+    """Return how many pairs each row holds, (B,), from the `document_ids` of rows of preferences, (B, T)."""
+    return document_ids.amax(-1) // 2 + 1
+
+
+def pair_log_probabilities(
+    hidden: Tensor, head: Tensor, labels: Tensor, document_ids: Tensor, most_pairs: int
+) -> Tensor:
+    """Return the log-probability in nats of both answers of every pair, each as `document_log_probabilities` has it.
+
+    Args:
+        hidden: (B, T, D), what the LM head reads at each place.
+        head: (V, D), its weight.
+        labels: (B, T) int64, shifted already.
+        document_ids: (B, T) int64, as `ConversationRows` gives them.
+        most_pairs: P, pairs that a row may hold.
+
+    Returns:
+        (B, P, 2), chosen and rejected; 0 where a row has no such pair.
+    """
+    rows = torch.arange(len(labels), device=labels.device)[:, None]
+    numbers = (document_ids.clamp(min=0) + 2 * most_pairs * rows).flatten()
+    flat = document_log_probabilities(
+        hidden.flatten(0, 1), head, labels.flatten(), numbers, 2 * most_pairs * len(labels)
+    )
+    return flat.view(len(labels), most_pairs, 2)
+
+
+@dataclass(frozen=True)
+class PreferenceFigures:
+    """How much a model prefers chosen answers to rejected ones, by pairs.
+
+    Attributes:
+        loss: DPO's, nats per pair.
+        margin: mean of beta times what the chosen answer gained on the rejected one, in nats, since the reference.
+        accuracy: share of the pairs whose margin is above 0.
+        pairs: how many they are.
+        tokens: of the rows that were read, prompts and filler among them.
+        loss_stderr: standard error of `loss`, pairs being independent samples; None where there is one.
+    """
+
+    loss: float
+    margin: float
+    accuracy: float
+    pairs: int
+    tokens: int
+    loss_stderr: float | None = None
+
+    @classmethod
+    def of(cls, margins: Tensor, tokens: int) -> "PreferenceFigures":
+        """Return the figures of margins, (N,)."""
+        wide = margins.double()
+        losses = losses_of_margins(wide)
+        return cls(
+            loss=float(losses.mean()),
+            margin=float(wide.mean()),
+            accuracy=float((wide > 0).double().mean()),
+            pairs=len(wide),
+            tokens=tokens,
+            loss_stderr=ratio_stderr(losses.numpy(), np.ones(len(wide))),
+        )
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return the figures by name."""
+        return asdict(self)
+
+    def record(self) -> dict[str, float]:
+        """Return what metrics.jsonl holds."""
+        error = {} if self.loss_stderr is None else {"val_loss_stderr": self.loss_stderr}
+        return {"val_loss": self.loss, **error, "val_margin": self.margin, "val_accuracy": self.accuracy}
+
+    def told(self) -> str:
+        """Return them as a line for people."""
+        return (
+            f"held-out loss {self.loss:.4f} nats per pair, margin {self.margin:.4f}, the chosen answer ahead in "
+            f"{self.accuracy:.1%} of {self.pairs:,} pairs"
+        )
+
+
+@torch.no_grad()
+def measure_pairs(
+    model: PreTrainedModel,
+    rows: ConversationRows,
+    indices: Sequence[int],
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    share: Share = _ALONE,
+    between_batches: Callable[[], None] | None = None,
+) -> Tensor:
+    """Return the log-probabilities in nats of the pairs of rows, by a model that does not learn meanwhile.
+
+    Args:
+        model: a causal language model; its training mode is restored.
+        rows: of preferences.
+        indices: of the rows.
+        batch_size: rows per forward pass; the last one is filled up with repetitions that do not count.
+        autocast_dtype: dtype for matrix products, or None for the weights' own.
+        share: which batches this process does.
+        between_batches: called before every batch; may raise to end the measurement.
+
+    Returns:
+        (N, 2) float32 on the CPU, chosen and rejected, for all examples of `rows` in their order; 0 for those of other
+        rows.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.device
+    autocast = (
+        torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
+    )
+    found = torch.zeros(rows.num_examples, 2)
+    with autocast, torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled once more
+        for start in range(0, len(indices), batch_size * share.count):
+            if between_batches is not None:
+                between_batches()
+            mine = start + share.rank * batch_size
+            chosen = list(indices[mine : mine + batch_size])
+            batch = rows.batch(chosen + list(indices[:1]) * (batch_size - len(chosen)))
+            placed = {name: values.to(device) for name, values in batch.items()}
+            hidden = model.model(
+                placed["input_ids"], position_ids=placed["position_ids"], use_cache=False
+            ).last_hidden_state
+            values = pair_log_probabilities(
+                hidden, model.lm_head.weight, placed["labels"], placed["document_ids"], rows.most_examples
+            )
+            for row, index in enumerate(chosen):
+                examples = rows.examples_of(index)
+                found[examples] = values[row, : len(examples)].float().cpu()
+    model.train(was_training)
+    return torch.tensor(share.sum(found.flatten().tolist()), dtype=torch.float32).view(-1, 2)

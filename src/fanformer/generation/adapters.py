@@ -1,7 +1,9 @@
 """An adapter that PEFT saved, merged into the model that it belongs to."""
 
+import warnings
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
 from fanformer.errors import CheckpointError, import_extra
@@ -25,16 +27,39 @@ def with_adapter(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
             raise CheckpointError(f"no {name} in {place}: expected an adapter as PEFT saves it.")
     peft = import_extra("peft", "--adapter", "lora")
     try:
-        adapted = peft.PeftModel.from_pretrained(loaded.model, str(place), local_files_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of keys that are missing, which is refused below
+            adapted = peft.PeftModel.from_pretrained(loaded.model, str(place), local_files_only=True)
+        reason = _unlike(set(peft.get_peft_model_state_dict(adapted)), place / "adapter_model.safetensors")
         model = adapted.merge_and_unload().eval()
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"the adapter in {place} does not fit the model ({reason}): name the base that it was trained on."
-        ) from error
+        raise _misfit(place, reason) from error
+    if reason is not None:
+        raise _misfit(place, reason)
     tokenizer: PreTrainedTokenizerFast = loaded.tokenizer
     if (place / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(place, model.config.vocab_size)
         for settings in (model.config, model.generation_config):
             settings.eos_token_id, settings.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return LoadedModel(model, tokenizer)
+
+
+def adapter_note(folder: str) -> str:
+    """Return what a report says of the adapter that was merged."""
+    return f"the adapter {folder} is merged into the weights"
+
+
+def _unlike(wanted: set[str], file: Path) -> str | None:
+    """Return what sets the tensors of an adapter's file apart from those that the model takes, None if nothing does."""
+    with safe_open(file, framework="pt") as saved:
+        found = set(saved.keys())
+    if found == wanted:
+        return None
+    name = min(found ^ wanted)
+    return f"`{name}` is {'missing' if name in wanted else 'not in the model'}, {len(found ^ wanted)} such tensors"
+
+
+def _misfit(place: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the adapter in {place} does not fit the model ({reason}): name the base that it was trained on."
+    )

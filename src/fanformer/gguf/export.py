@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fanformer.data.held_out import DEFAULT_TOKENS
 from fanformer.errors import ConfigError
 from fanformer.files.staging import check_free, staged
-from fanformer.generation.loading import load
+from fanformer.generation.adapters import adapter_note, with_adapter
+from fanformer.generation.loading import LoadedModel, load
 from fanformer.generation.torch_model import end_token_ids
 from fanformer.gguf import architecture
 from fanformer.gguf.blocks import TYPES, BlockType, Bytes, Floats, dequantize
@@ -84,6 +85,7 @@ class Settings:
         calibration: text that tells which channels count; None counts all alike.
         calibration_tokens: how much of it to run.
         overwrite: whether a file that is there may be replaced.
+        adapter: folder of an adapter that PEFT saved, merged into the weights first.
     """
 
     type: str
@@ -92,6 +94,7 @@ class Settings:
     calibration: str | None = None
     calibration_tokens: int = DEFAULT_TOKENS
     overwrite: bool = False
+    adapter: str | None = None
 
 
 def export_gguf(
@@ -109,7 +112,7 @@ def export_gguf(
         on_progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        CheckpointError: if the folder cannot be loaded.
+        CheckpointError: if the folder cannot be loaded, or the adapter does not fit it.
         ConfigError: if the model or its tokenizer is of another kind, a setting is wrong or has no effect, or the file
             or its report is there already.
         DataError: if the calibration text is missing or too short.
@@ -123,6 +126,8 @@ def export_gguf(
             f"{Path(folder).absolute()} is a {model.config.model_type}, expected a {ARCHITECTURE}: llama.cpp's own "
             "convert_hf_to_gguf.py writes other models."
         )
+    if settings.adapter is not None:
+        model, tokenizer = with_adapter(LoadedModel(model, tokenizer), settings.adapter)
     plan = make_plan(model.config, settings.type, settings.embedding_type, settings.head_type)
     if any(item.kind.block_elements > 1 for item in plan.tensors):
         library()  # a missing extra shows before the work begins
@@ -153,7 +158,7 @@ def export_gguf(
             asked_type=settings.type,
             weighted=bool(weights),
             bits_per_weight=8 * sum(item.bytes for item in reports) / model.num_parameters(),
-            notes=plan.notes,
+            notes=(*plan.notes, *([adapter_note(settings.adapter)] if settings.adapter is not None else [])),
             tensors=tuple(reports),
         )
         beside.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

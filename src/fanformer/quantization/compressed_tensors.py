@@ -63,7 +63,7 @@ def export_compressed(
     check(source, target, settings, "llm-compressor")
     need = "`--format gptq` and `awq` need llm-compressor"
     check_library("llmcompressor", need, "quantize", "holds transformers at 5.17")
-    model, tokenizer = load(source, device="cpu", dtype="float32")
+    model, tokenizer = load(source, device="cpu", dtype="float32", adapter=settings.adapter)
     batches, tokens = calibration_batches(source, model, tokenizer, settings)
     filled = fill_intermediate(model, settings.group_size)
     groups = planned_groups(model, settings.group_size, source)
@@ -73,7 +73,7 @@ def export_compressed(
         def write_model(aside: Path) -> tuple[LayerReport, ...]:
             model.save_pretrained(aside, save_compressed=True)
             # the library saves the configuration that it finds in the folder the model came from
-            update_config(aside, lambda saved: saved.update(intermediate_size=model.config.intermediate_size))
+            update_config(aside, lambda saved: saved.update({name: getattr(model.config, name) for name in _CHANGED}))
             (aside / "recipe.yaml").unlink(missing_ok=True)  # says less than the report
             return layers
 
@@ -81,6 +81,8 @@ def export_compressed(
         return write_folder(source, target, settings, tokenizer, tokens, notes, write_model, _READING)
 
 
+_CHANGED = ("intermediate_size", "eos_token_id", "pad_token_id")
+"""Fields of the configuration that filling up and an adapter's tokenizer change."""
 _READING = (
     "Made by llm-compressor, in the format compressed-tensors; reading it needs `pip install compressed-tensors`."
 )

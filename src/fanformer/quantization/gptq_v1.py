@@ -84,7 +84,7 @@ def export_gptq_v1(
             "have no smaller groups."
         )
     check_library("gptqmodel", "`--format gptq-v1` needs GPTQModel", "gptq", "wants the newest torch")
-    model, tokenizer = load(source, device="cpu", dtype="float32")
+    model, tokenizer = load(source, device="cpu", dtype="float32", adapter=settings.adapter)
     batches, tokens = calibration_batches(source, model, tokenizer, settings)
     group_size = common_group(model, settings.group_size)
     used = replace(settings, group_size=group_size)

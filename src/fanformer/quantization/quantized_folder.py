@@ -17,6 +17,7 @@ from fanformer.errors import ConfigError, DependencyError
 from fanformer.evaluation.loss import default_sequence_length, every_nth
 from fanformer.files.durable import replace_json, replace_text
 from fanformer.files.staging import replace_folder
+from fanformer.generation.adapters import adapter_note
 from fanformer.gguf.file import ARCHITECTURE
 from fanformer.loading import load_config
 from fanformer.quantization.linear_layers import SMALLEST_GROUP, check_bits_and_group, fitting_group, matrices_by_part
@@ -38,6 +39,7 @@ class Settings:
         calibration: text to run; None takes what the training held out.
         calibration_tokens: how much of it.
         overwrite: whether a quantized folder that is there may be replaced.
+        adapter: folder of an adapter that PEFT saved, merged into the weights first.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Settings:
     calibration: str | None = None
     calibration_tokens: int = DEFAULT_TOKENS
     overwrite: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,7 @@ def write_folder(
             calibration_tokens=tokens,
             bytes=_weight_bytes(aside),
             bytes_before=_weight_bytes(source),
-            notes=notes,
+            notes=(*notes, *([adapter_note(settings.adapter)] if settings.adapter is not None else [])),
             layers=layers,
         )
         replace_json(aside / REPORT_FILE, asdict(report))
@@ -284,4 +287,4 @@ def _card(source: Path, report: Report, reading: str) -> str:
 These weights are quantized with `fanformer quantize --format {report.method} --bits {report.bits} --group-size
 {report.group_size}`; what stands above was measured before. Embedding, head, norms, gates and biases are not cut.
 {report.bytes:,} bytes, before {report.bytes_before:,}; `{REPORT_FILE}` says what every layer lost. {reading}
-"""
+{"".join(f"{note[:1].upper()}{note[1:]}.{chr(10)}" for note in report.notes)}"""

@@ -78,7 +78,7 @@ def scan_folder(
     check_bits_and_group(settings.bits, settings.group_size)
     check_free(Path(output) / SCAN_FILE, overwrite=settings.overwrite)
     check_model(Path(folder), "a scan has no parts for others")
-    model, tokenizer = load(folder, device="cpu", dtype="float32")
+    model, tokenizer = load(folder, device="cpu", dtype="float32", adapter=settings.adapter)
     tokens = settings.calibration_tokens
     stream = held_out_stream(Path(folder), tokenizer, settings.calibration, tokens)
     scan = scan_model(model, stream, settings.bits, settings.group_size, tokens, on_progress)

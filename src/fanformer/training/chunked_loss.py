@@ -134,3 +134,17 @@ def skip_logits(model: PreTrainedModel, compile_options: Mapping[str, Any] | Non
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = forward
+
+
+class TokenLoss:
+    """The cross entropy of a step's labels, a mean over all that are predicted."""
+
+    figures = ()
+
+    def install(self, model: PreTrainedModel, compile_options: Mapping[str, Any] | None) -> None:
+        """Let the model compute it in parts where that pays: `skip_logits`."""
+        skip_logits(model, compile_options)
+
+    def count(self, batch: Mapping[str, Tensor]) -> int:
+        """Return how many labels a batch has."""
+        return int((batch["labels"] != IGNORED_LABEL).sum())

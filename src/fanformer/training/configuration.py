@@ -37,6 +37,9 @@ TUNING: Mapping[str, Any] = {
     "sample_prompt": None,
 }
 """Fields of a tuning in a preset's place; not chosen by measurement."""
+PREFERENCES: Mapping[str, Any] = {**TUNING, "objective": "preferences", "learning_rate": 5e-5, "dpo_beta": 0.1}
+"""The same for preferences."""
+_RECIPES = {str(recipe["objective"]): recipe for recipe in (TUNING, PREFERENCES)}
 LONGEST_TUNING_ROW = 1024
 """Tokens of a row above which the positions of a base are no longer the default."""
 
@@ -144,10 +147,29 @@ def resolve_tuning(base: str, positions: Callable[[], int | None], overrides: Ma
     fields = {"output_dir": str(folder), "init_from": base, **overrides}
     if overrides.get("resume") and (Path(folder) / RUN_FILE).is_file():
         return resolve_run(None, fields)
-    recipe = {**TUNING, "sequence_length": min(positions() or LONGEST_TUNING_ROW, LONGEST_TUNING_ROW)}
+    longest = min(positions() or LONGEST_TUNING_ROW, LONGEST_TUNING_ROW)
+    recipe = {**_RECIPES.get(overrides.get("objective", ""), TUNING), "sequence_length": longest}
     if any(overrides.get(name) is not None for name in LENGTHS[:3]):
         recipe.pop("epochs")
     return resolve_run(None, {**recipe, **fields})
+
+
+def tuning_rows(data: str | None, preferences: str | None) -> dict[str, Any]:
+    """Return the fields that say what a tuning learns from.
+
+    Args:
+        data: conversations, whose answers are learnt.
+        preferences: in their place, pairs of answers of which one is better.
+
+    Raises:
+        ConfigError: unless one of both is given.
+    """
+    if (data is None) == (preferences is None):
+        got = "neither" if data is None else "both"
+        raise ConfigError(f"`--data` or `--preferences` is needed to tune a model, got {got}: name one file of rows.")
+    if preferences is not None:
+        return {"data": preferences, "objective": PREFERENCES["objective"]}
+    return {"data": data}
 
 
 def _without_replaced_length(from_file: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from fanformer.generation.torch_model import TorchModel
 from fanformer.loading import load_config, load_model
 from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.training.checkpoint import checkpoints
+from fanformer.training.chunked_loss import TokenLoss
 from fanformer.training.corpus import Corpus, Opening
+from fanformer.training.events import Loss, Rows
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import check_data, fingerprint
 
@@ -43,10 +45,85 @@ class _Split:
     wrong: int
 
 
+@dataclass(frozen=True)
+class Conversations:
+    """Rows of conversations, ready to be learnt in one way or another.
+
+    Attributes:
+        tokenizer: writes them.
+        chatml: how.
+        new_ids: tokens that the base does not know.
+        rows: what is learnt.
+        held_out: what is measured.
+        description: `data` of run.yaml.
+        asked: what the model answers now and then.
+        load_base: returns the base, ready for conversations.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chatml: ChatML
+    new_ids: tuple[int, ...]
+    rows: ConversationRows
+    held_out: ConversationRows
+    description: dict[str, Any]
+    asked: list[Message]
+    load_base: Callable[[], PreTrainedModel]
+
+    def corpus(self, rows: Rows, loss: Loss, used: str, measure: Callable[..., Any]) -> Corpus:
+        """Return what a run trains on.
+
+        Args:
+            rows: of `self.rows`, with what the loss needs beside.
+            loss: what a step learns.
+            used: what the rows hold, in words; how full they are is added.
+            measure: as `Corpus` has it.
+        """
+        question = self.chatml.encode(self.asked, prompt=True).ids
+        asked = self.asked[-1].content
+
+        def continue_sample(writer: TorchModel, settings: GenerationSettings) -> str:
+            return writer.complete_ids(list(question), asked, settings).text
+
+        return Corpus(
+            tokenizer=self.tokenizer,
+            rows=rows,
+            description=self.description,
+            used=f"{used}; {self.rows.fraction_filled:.2%} of the places filled",
+            measure=measure,
+            held_out_tokens=len(self.held_out) * self.held_out.tokens_per_row,
+            held_out_sizes={},
+            load_base=self.load_base,
+            sample_prompt=f"{asked} -> ",
+            sample_tokens=len(question),
+            continue_sample=continue_sample,
+            loss=loss,
+            new_ids=self.new_ids,
+        )
+
+
 def answer_corpus(opening: Opening) -> Corpus:
     """Open conversations: every row of `data` that is one, and `eval_data` or a part of `data` to measure on.
 
+    Raises:
+        ConfigError, DataError, CheckpointError: as `open_conversations`.
+    """
+    opened = open_conversations(opening)
+
+    def measure(model: PreTrainedModel, batch_size: int, **options: Any) -> HeldOutLoss:
+        return answer_loss(model, opened.held_out, batch_size, **options)
+
+    used = f"{opened.rows.num_examples:,} conversations, {opened.rows.num_labels:,} tokens of answers"
+    return opened.corpus(opened.rows, TokenLoss(), used, measure)
+
+
+def open_conversations(opening: Opening, *, preference: bool = False) -> Conversations:
+    """Read the rows of a run and write them as its base's tokens.
+
     The file is read anew on resume. What tells whether it is the same are the tokens of all rows.
+
+    Args:
+        opening: of the run.
+        preference: whether every row must have a chosen and a rejected answer, and both are wanted.
 
     Raises:
         ConfigError: if there is no base to tune, it has no room for the tokens of conversations, or a field of the run
@@ -57,38 +134,25 @@ def answer_corpus(opening: Opening) -> Corpus:
     config = opening.config
     _check(config)
     tokenizer, chatml, new_ids = _speakers(opening)
-    split = _split(config, opening.note)
+    split = _split(config, opening.note, preference)
     length, filler = config.batch.sequence_length, int(tokenizer.pad_token_id)
-    train = tokenize_examples(chatml, split.train, length, opening.note)
-    measured = tokenize_examples(chatml, split.held_out, length, opening.note)
-    rows = ConversationRows(train.documents, length, filler)
-    held_out = ConversationRows(measured.documents, length, filler)
+    train, measured = (
+        tokenize_examples(chatml, examples, length, opening.note, preference=preference)
+        for examples in (split.train, split.held_out)
+    )
+    rows, held_out = (ConversationRows(part.documents, length, filler) for part in (train, measured))
     digest = fingerprint([rows.fingerprint, held_out.fingerprint])
     if opening.before is not None:
         check_data(opening.before["data"]["fingerprint"], digest, f"the rows of {config.corpus.data}", config)
-    asked = _sample(config, split.held_out, measured)
-    question = chatml.encode(asked, prompt=True).ids
-
-    def measure(model: PreTrainedModel, batch_size: int, **options: Any) -> HeldOutLoss:
-        return answer_loss(model, held_out, batch_size, **options)
-
-    def continue_sample(writer: TorchModel, settings: GenerationSettings) -> str:
-        return writer.complete_ids(list(question), asked[-1].content, settings).text
-
-    return Corpus(
+    return Conversations(
         tokenizer=tokenizer,
-        rows=rows,
-        description=_description(digest, rows, held_out, train, measured, split.wrong) | {"new_ids": list(new_ids)},
-        used=f"{len(train.documents):,} conversations, {rows.num_labels:,} tokens of answers; "
-        f"{rows.fraction_filled:.2%} of the places filled",
-        measure=measure,
-        held_out_tokens=len(held_out) * length,
-        held_out_sizes={},
-        load_base=lambda: _load_base(config)[0],
-        sample_prompt=f"{asked[-1].content} -> ",
-        sample_tokens=len(question),
-        continue_sample=continue_sample,
+        chatml=chatml,
         new_ids=new_ids,
+        rows=rows,
+        held_out=held_out,
+        description=_description(digest, rows, held_out, train, measured, split.wrong) | {"new_ids": list(new_ids)},
+        asked=_sample(config, split.held_out, measured),
+        load_base=lambda: _load_base(config)[0],
     )
 
 
@@ -129,15 +193,15 @@ def _speakers(opening: Opening) -> tuple[PreTrainedTokenizerBase, ChatML, tuple[
     return tokens.tokenizer, tokens.chatml, tokens.new_ids
 
 
-def _split(config: RunConfig, note: Callable[[str], None]) -> _Split:
+def _split(config: RunConfig, note: Callable[[str], None], preference: bool) -> _Split:
     """Read what is learnt and what is measured.
 
     Raises:
         DataError: if a file holds no conversation, or `data` too few different questions to hold one out.
     """
-    read = read_examples(config.corpus.data, note)
+    read = read_examples(config.corpus.data, note, preference=preference)
     if config.corpus.eval_data is not None:
-        other = read_examples(config.corpus.eval_data, note)
+        other = read_examples(config.corpus.eval_data, note, preference=preference)
         return _Split(read.examples, other.examples, read.wrong + other.wrong)
     keys = [_question_key(example) for example in read.examples]
     different = sorted(set(keys))

@@ -24,13 +24,15 @@ from fanformer.loading import load_config, load_model
 from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
 from fanformer.training.checkpoint import checkpoints
-from fanformer.training.events import Rows
+from fanformer.training.chunked_loss import TokenLoss
+from fanformer.training.events import Loss, Rows, Start
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import DATA_FIELDS, DATA_FOLDER, HELD_OUT_FOLDER, check_data, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fanformer.evaluation.preferences import PreferenceFigures
     from fanformer.generation.settings import GenerationSettings
     from fanformer.generation.torch_model import TorchModel
 
@@ -70,21 +72,25 @@ class Corpus:
         sample_prompt: what is shown in front of the text that the model writes now and then.
         sample_tokens: of the prompt.
         continue_sample: returns that text.
+        loss: what a step learns.
         new_ids: tokens that the base does not know.
+        prepare: is called once before the first step of the run or of what follows a checkpoint.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     rows: Rows
     description: Mapping[str, Any]
     used: str
-    measure: Callable[..., HeldOutLoss]
+    measure: "Callable[..., HeldOutLoss | PreferenceFigures]"
     held_out_tokens: int
     held_out_sizes: Mapping[str, int]
     load_base: "Callable[[], PreTrainedModel]"
     sample_prompt: str
     sample_tokens: int
     continue_sample: "Callable[[TorchModel, GenerationSettings], str]"
+    loss: Loss
     new_ids: tuple[int, ...] = ()
+    prepare: Callable[[Start], None] = lambda start: None
 
     @property
     def fingerprint(self) -> str:
@@ -133,6 +139,7 @@ def text_corpus(opening: Opening) -> Corpus:
         sample_prompt=prompt,
         sample_tokens=len(encode_prompt(tokenizer, prompt)),
         continue_sample=continue_sample,
+        loss=TokenLoss(),
     )
 
 

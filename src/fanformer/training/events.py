@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
+    from fanformer.evaluation.loss import Share
     from fanformer.training.checkpoint import Fill
 
 Record = dict[str, Any]
@@ -73,6 +76,48 @@ class Rows(Protocol):
 
     def batch(self, indices: list[int]) -> "dict[str, Tensor]":
         """Return `input_ids`, `labels` (shifted already) and `position_ids` of rows, each (B, T)."""
+
+
+class Loss(Protocol):
+    """What a step learns from its rows: a mean over things that they hold, such as tokens or pairs of answers."""
+
+    @property
+    def figures(self) -> "Sequence[str]":
+        """Names of the means that a batch's output has beside its loss, in `figures`, as long; mostly none."""
+
+    def install(self, model: "PreTrainedModel", compile_options: Mapping[str, Any] | None) -> None:
+        """Let `model` compute it for batches of the rows, in place.
+
+        Args:
+            model: a causal language model.
+            compile_options: arguments of torch.compile where the run compiles.
+        """
+
+    def count(self, batch: "Mapping[str, Tensor]") -> int:
+        """Return of how many things a batch is; the loss of a step is the sum over them, over the step's count."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins or goes on, as far as its corpus has to know.
+
+    Attributes:
+        device: where it is computed.
+        autocast_dtype: of its matrix products; None is that of the weights.
+        batch_size: rows of a forward pass.
+        share: which part of a measurement is this process's.
+        going_on: whether it has a checkpoint.
+        wait: returns once every process has called it.
+        note: is told one line.
+    """
+
+    device: str
+    autocast_dtype: "torch.dtype | None"
+    batch_size: int
+    share: "Share"
+    going_on: bool
+    wait: Callable[[], None]
+    note: Callable[[str], None]
 
 
 class Measured(Protocol):

@@ -65,8 +65,8 @@ def _check_number(item: Any, value: float) -> None:
 class CorpusConfig(_Fields):
     """What is trained and measured on, and in which tokens."""
 
-    objective: Literal["text", "answers"] = _setting(
-        "text", "what is learnt: text as it stands, or the assistant's part of conversations"
+    objective: Literal["text", "answers", "preferences"] = _setting(
+        "text", "what is learnt: text as it stands, the assistant's part of conversations, or which answer is better"
     )
     data: str = _setting("stdlib", "stdlib, file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or prepared folder")
     eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
@@ -270,6 +270,9 @@ class RunConfig(_Fields):
     lora_rank: int | None = _setting(
         None, "rank of adapters that learn in place of the weights of `init_from`; default: the weights learn", _ABOVE_0
     )
+    dpo_beta: float | None = _setting(
+        None, "how strongly leaving the base counts where preferences are learnt; default: 0.1", _ABOVE_0
+    )
     seed: int = _setting(
         0, "seed of initialisation, data order and dropout", ("in [0, 2**32)", lambda value: 0 <= value < 1 << 32)
     )
@@ -283,6 +286,14 @@ class RunConfig(_Fields):
     saving: SavingConfig = SavingConfig()
     output: OutputConfig = OutputConfig()
     machine: MachineConfig = MachineConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dpo_beta is not None and self.corpus.objective != "preferences":
+            raise ConfigError(
+                f"`dpo_beta` has no effect where the objective is {self.corpus.objective}, got {self.dpo_beta}: leave "
+                "it out, or learn preferences."
+            )
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "RunConfig":

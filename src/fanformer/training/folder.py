@@ -3,6 +3,7 @@
 run.yaml        configuration, model, data, decisions and versions: `write_run_file`, `read_run_file`
 metrics.jsonl   a line for every logged step, which a resumed run continues without gap or repetition: `RecordFile`
 checkpoint-N/   what the run goes on from after N steps: `checkpoint.py`
+reference.safetensors   what the base gives the answers of a run on preferences: `references.py`
 data/           prepared training data; held-out/ where `eval_data` names others: `corpus.py`
 README.md, loss.png, config.json, model.safetensors, tokenizer and code of the model: what `publish` and
 `publishing.py` make of the last checkpoint
@@ -38,7 +39,11 @@ _BEGINNINGS = {RUN_FILE, METRICS_FILE} | _DATA
 """What a run that was killed before it wrote run.yaml may leave, beside a `.new` of each."""
 _PARTS_READ = ("configuration", "model", "data", "environment")
 """Parts of run.yaml without which a run cannot go on."""
-EXACT = frozenset({"loss", "grad_norm", "learning_rate", "val_loss", "val_loss_stderr", "val_bits_per_byte"})
+EXACT = frozenset(
+    f"{split}{name}"
+    for split in ("", "val_")
+    for name in ("loss", "loss_stderr", "bits_per_byte", "margin", "accuracy", "grad_norm", "learning_rate")
+)
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
 _FIXED = ("objective", "batch_size", "sequence_length", "seed", "optimizer", "init_from", "lora_rank")
 """Fields that decide which rows make up a step, or what the optimizer's state means."""

@@ -18,12 +18,21 @@ TRIES = 4
 WAIT_SECONDS = 5.0
 """Wait before the second try; each further one doubles it."""
 
-FILES_THAT_STAY = ("optimizer*", "training_state*", "manifest.json", "*.lock", "*.new", "*.tmp", "*.partial")
+FILES_THAT_STAY = (
+    "reference*",
+    "optimizer*",
+    "training_state*",
+    "manifest.json",
+    "*.lock",
+    "*.new",
+    "*.tmp",
+    "*.partial",
+)
 """Files of a model folder that serve only to go on training here, or are not finished."""
 
 
-def plot_loss(folder: Path, title: str) -> None:
-    """Draw loss.png: training and held-out loss over tokens."""
+def plot_loss(folder: Path, run: Mapping[str, Any]) -> None:
+    """Draw loss.png: training and held-out loss over tokens, given the content of run.yaml."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +44,8 @@ def plot_loss(folder: Path, title: str) -> None:
         points = [(record["tokens"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.4, markersize=4)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    name = f"{title(run)}, {run['parameters']:,} parameters"
+    axes.set(xlabel="tokens", ylabel=f"loss ({_unit(run)})", title=name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -48,6 +58,8 @@ _KINDS = {
     "`fanformer train`.",
     "answers": "A language model taught to answer, as its chat template writes conversations, with "
     "`fanformer finetune`. The loss is that of answers and their ends.",
+    "preferences": "A language model taught which of two answers is better, with `fanformer finetune --preferences`. "
+    "The loss is DPO's (arXiv:2305.18290), against the model that it began as.",
 }
 """What a card says of a model, by the `objective` of its run."""
 
@@ -74,11 +86,9 @@ def model_card(run: Mapping[str, Any], record: Mapping[str, float], held_out: Ma
         ("parameters", f"{run['parameters']:,}"),
         ("steps", f"{record['step']:,} ({'finished' if finished else 'a checkpoint of a run under way'})"),
         ("tokens trained on", f"{record['tokens']:,}"),
-        ("training loss", _figure(record, "loss", "nats per token")),
-        ("held-out loss", _figure(record, "val_loss", "nats per token")),
-        ("held-out bits per byte", _figure(record, "val_bits_per_byte", "")),
-        ("gzip -9 on the same held-out bytes", _compressor(held_out, "gzip_bytes")),
-        ("xz -9 on the same held-out bytes", _compressor(held_out, "xz_bytes")),
+        ("training loss", _figure(record, "loss", _unit(run))),
+        ("held-out loss", _figure(record, "val_loss", _unit(run))),
+        *_of_objective(run, record, held_out),
         ("training data", f"`{configuration['data']}`, fingerprint `{data['fingerprint'][:16]}`"),
         (
             "optimizer, schedule",
@@ -114,6 +124,27 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 
 `run.yaml` holds the whole configuration and every automatic decision; `metrics.jsonl` the curve.
 """
+
+
+def _of_objective(
+    run: Mapping[str, Any], record: Mapping[str, float], held_out: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return the rows of the card that depend on what was learnt."""
+    if _objective(run) == "preferences":
+        return [
+            ("held-out margin", _figure(record, "val_margin", "nats")),
+            ("held-out pairs whose chosen answer is ahead", _figure(record, "val_accuracy", "of 1")),
+            ("beta", str(run["configuration"]["dpo_beta"])),
+        ]
+    return [
+        ("held-out bits per byte", _figure(record, "val_bits_per_byte", "")),
+        ("gzip -9 on the same held-out bytes", _compressor(held_out, "gzip_bytes")),
+        ("xz -9 on the same held-out bytes", _compressor(held_out, "xz_bytes")),
+    ]
+
+
+def _unit(run: Mapping[str, Any]) -> str:
+    return "nats per pair" if _objective(run) == "preferences" else "nats per token"
 
 
 def _objective(run: Mapping[str, Any]) -> str:

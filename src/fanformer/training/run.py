@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,10 +28,9 @@ from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
 from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
-from fanformer.training.chunked_loss import skip_logits
 from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
-from fanformer.training.events import Event, Listener, Record, data_to, note_to, silent
+from fanformer.training.events import Event, Listener, Record, Start, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import (
     MACHINE_FIELDS,
@@ -44,7 +43,7 @@ from fanformer.training.folder import (
     write_run_file,
 )
 from fanformer.training.parallel import Processes
-from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push, title
+from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push
 from fanformer.training.run_model import (
     ModelBuilder,
     build_fanformer,
@@ -55,12 +54,23 @@ from fanformer.training.run_model import (
 from fanformer.training.schedule import RunLength, run_length
 from fanformer.training.trainer import Outcome, Trainer, agreed_checkpoint
 
+if TYPE_CHECKING:
+    from fanformer.evaluation.preferences import PreferenceFigures
+
 _SAMPLE_LENGTH = 40
 _CORPORA = {
     "text": ("fanformer.training.corpus", "text_corpus"),
     "answers": ("fanformer.training.conversation_corpus", "answer_corpus"),
+    "preferences": ("fanformer.training.preference_corpus", "preference_corpus"),
 }
 """What opens the corpus of each `objective`, imported where it is wanted."""
+
+
+def open_corpus(opening: Opening) -> Corpus:
+    """Open what a run trains on, by its `objective`; raises as what opens it does."""
+    module, maker = _CORPORA[opening.config.corpus.objective]
+    opened: Corpus = getattr(importlib.import_module(module), maker)(opening)
+    return opened
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,8 @@ class RunResult:
     Attributes:
         folder: the run's folder, now also a complete `transformers` folder.
         step: optimizer steps done.
-        held_out: the last held-out loss; on all held-out data where the run reached its end.
+        held_out: the last held-out loss, that of pairs where preferences were learnt; on all held-out data where the
+            run reached its end.
         gzip_bits_per_byte: what gzip -9 makes of the same bytes, where measured.
         xz_bits_per_byte: what xz -9 makes of the same bytes, where measured.
         reached_end: False where a time limit or a signal ended the run before its steps were done.
@@ -79,7 +90,7 @@ class RunResult:
 
     folder: Path
     step: int
-    held_out: HeldOutLoss | None
+    held_out: "HeldOutLoss | PreferenceFigures | None"
     gzip_bits_per_byte: float | None
     xz_bits_per_byte: float | None
     reached_end: bool
@@ -180,7 +191,7 @@ class Run:
         self.environment.apply()
         self.checkpoint = self._last_checkpoint(going_on or config.output.resume)
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
-        self.measured: HeldOutLoss | None = None
+        self.measured: HeldOutLoss | PreferenceFigures | None = None
         self.content = self._describe()
         if processes.is_main:
             write_run_file(self.folder, self.content)
@@ -191,10 +202,7 @@ class Run:
 
     def _open_corpus(self) -> Corpus:
         progress = data_to(self.listener) if self.processes.is_main else None
-        module, maker = _CORPORA[self.config.corpus.objective]
-        opening = Opening(self.config, self.before, self.changed, self._note, progress)
-        opened: Corpus = getattr(importlib.import_module(module), maker)(opening)
-        return opened
+        return open_corpus(Opening(self.config, self.before, self.changed, self._note, progress))
 
     def _last_checkpoint(self, resuming: bool) -> Path | None:
         """Return the checkpoint to go on from, the newest that is as it was written."""
@@ -293,14 +301,11 @@ class Run:
         )
         machine = self.environment
         asked, measured = self.config.machine, self.config.evaluation
+        self.corpus.prepare(self._start())
         if self.config.lora_rank is not None:
-            from fanformer.training.adapters import add_adapter
-
-            add_adapter(self.model, self.config.lora_rank, self.corpus.new_ids, self.config.seed)
-            learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-            self._note(f"adapters of rank {self.config.lora_rank}: {learning:,} parameters learn")
+            self._add_adapter(self.config.lora_rank)
         options = compile_options(machine.device, machine.threads)
-        skip_logits(self.model, {"options": options} if machine.compile else None)
+        self.corpus.loss.install(self.model, {"options": options} if machine.compile else None)
         if asked.recompute != "none":
             from fanformer.training.recompute import set_recompute
 
@@ -324,18 +329,45 @@ class Run:
             observer=self,
             held_out_tokens=min(self.corpus.held_out_tokens, measured.final_eval_tokens or self.corpus.held_out_tokens),
             started=self.started,
+            loss=self.corpus.loss,
         )
         return self._finish(trainer.run(self.checkpoint))
 
-    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> HeldOutLoss:
+    def _add_adapter(self, rank: int) -> None:
+        from fanformer.training.adapters import add_adapter
+
+        add_adapter(self.model, rank, self.corpus.new_ids, self.config.seed)
+        learning = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        self._note(f"adapters of rank {rank}: {learning:,} parameters learn")
+
+    def _start(self) -> Start:
+        return Start(
+            device=self.environment.device,
+            autocast_dtype=self._autocast_dtype,
+            batch_size=self.config.batch.rows_per_pass(self.processes.count),
+            share=self._share,
+            going_on=self.checkpoint is not None,
+            wait=self.processes.wait,
+            note=self._note,
+        )
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.environment.precision == "bfloat16" else None
+
+    @property
+    def _share(self) -> Share:
+        return Share(self.processes.rank, self.processes.count, self.processes.sum)
+
+    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> "HeldOutLoss | PreferenceFigures":
         """Measure the held-out loss, on all that is held out or on a sample, and let the model write a little."""
         asked = self.config.evaluation
         figures = self.corpus.measure(
             self.model,
             self.config.batch.rows_per_pass(self.processes.count),
             max_tokens=asked.final_eval_tokens if everything else asked.eval_tokens,
-            autocast_dtype=torch.bfloat16 if self.environment.precision == "bfloat16" else None,
-            share=Share(self.processes.rank, self.processes.count, self.processes.sum),
+            autocast_dtype=self._autocast_dtype,
+            share=self._share,
             between_batches=between_batches,
         )
         if self.processes.is_main or self.processes.spread == "fsdp2":  # a sharded model writes in all processes
@@ -419,7 +451,7 @@ class Run:
                 self.latest |= record
             self.latest |= {"step": outcome.step, "tokens": outcome.step * self.config.batch.tokens_per_step}
             self._write_card(self.folder, self.latest, finished=outcome.reached_end)
-            plot_loss(self.folder, f"{title(self.content)}, {self.model.num_parameters():,} parameters")
+            plot_loss(self.folder, self.content)
             if self.config.output.push_to_hub is not None and outcome.reached_end:
                 push(self.folder, self.config.output.push_to_hub)
         self.processes.wait()

@@ -37,6 +37,7 @@ class LoopState:
         window_loss: sum of the step losses since the last record.
         window_steps: how many these are.
         window_rows: digest of the rows trained on since the last record.
+        window_figures: sums of the steps' other figures since the last record.
         skipped: steps left out since their loss or gradient was not finite.
         skipped_in_row: of these, the last ones without a good one between.
         rollbacks: how often the run went back to a checkpoint after a spike.
@@ -54,6 +55,7 @@ class LoopState:
     window_loss: float = 0.0
     window_steps: int = 0
     window_rows: int = 0
+    window_figures: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     skipped_in_row: int = 0
     rollbacks: int = 0

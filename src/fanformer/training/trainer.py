@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.data.packing import IGNORED_LABEL, rows_of_run
+from fanformer.data.packing import rows_of_run
 from fanformer.errors import CheckpointError, DivergenceError
 from fanformer.training.attention import document_bounds
 from fanformer.training.checkpoint import (
@@ -33,8 +33,9 @@ from fanformer.training.checkpoint import (
     step_of,
     write_state,
 )
+from fanformer.training.chunked_loss import TokenLoss
 from fanformer.training.environment import Environment
-from fanformer.training.events import Observer, Record, Rows
+from fanformer.training.events import Loss, Observer, Record, Rows
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import read_records
 from fanformer.training.optimizers import create_optimizer
@@ -99,6 +100,7 @@ class Trainer:
         observer: Observer,
         held_out_tokens: int,
         started: float,
+        loss: Loss | None = None,
     ):
         """Set up; the model is spread over the processes in place.
 
@@ -112,7 +114,9 @@ class Trainer:
             observer: the run itself.
             held_out_tokens: that the last evaluation measures.
             started: when this process began its work, on the clock of `time.monotonic`.
+            loss: that the model has been made to compute; None is that of the rows' labels.
         """
+        self.loss = loss or TokenLoss()
         self.config, self.length, self.processes, self.observer = config, length, processes, observer
         self.rows, self.held_out_tokens = rows, held_out_tokens
         self.device = torch.device(environment.device)
@@ -207,24 +211,24 @@ class Trainer:
         """Do one optimizer step; return what is to follow it, and the signal that asks to stop or 0."""
         state, clock, processes = self.state, self.clock, self.processes
         passes = self._passes()
-        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch, _ in passes)
+        count = sum(self.loss.count(batch) for batch, _ in passes)
         digest = sum(part for _, part in passes) % (1 << _DIGEST_BITS)
-        everyone = processes.exchange([tokens, clock.progress(state.step + 0.5), digest])
-        tokens_of_step = max(1, int(sum(row[0] for row in everyone)))
+        everyone = processes.exchange([count, clock.progress(state.step + 0.5), digest])
+        count_of_step = max(1, int(sum(row[0] for row in everyone)))
         factor = learning_rate_factor(everyone[0][1], self.config.schedule)  # by one clock
         self.learning_rate = self.config.optimizer.learning_rate * factor
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
 
-        loss = self._forward_and_backward([batch for batch, _ in passes], tokens_of_step)
+        loss, *figures = self._forward_and_backward([batch for batch, _ in passes], count_of_step)
         parameters = list(self.model.parameters())
         total = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
         norm = float(whole(total))
         due = clock.after_step(state.step + 1, first) if processes.is_main else Due(False, False, False, False)
         flags = due.log + 2 * due.evaluate + 4 * due.save + 8 * due.stop
-        gathered = processes.exchange([loss, flags, int(self.request.signal or 0)])
-        loss, flags = sum(row[0] for row in gathered), int(gathered[0][1])
-        signal = max(int(row[2]) for row in gathered)
+        gathered = processes.exchange([loss, flags, int(self.request.signal or 0), *figures])
+        loss, _, _, *figures = (sum(column) for column in zip(*gathered, strict=True))
+        flags, signal = int(gathered[0][1]), max(int(row[2]) for row in gathered)
 
         state.step += 1
         state.place += self.config.batch.batch_size
@@ -237,7 +241,7 @@ class Trainer:
             if limit:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
             self.optimizer.step()
-            self._count_good_step(loss, norm)
+            self._count_good_step(loss, norm, figures)
         else:
             self._count_skipped_step(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -259,11 +263,11 @@ class Trainer:
             passes.append((batch, sum(_digest(index, rows) for index, *rows in zip(chosen, *told, strict=True))))
         return passes
 
-    def _forward_and_backward(self, batches: list[dict[str, Tensor]], tokens_of_step: int) -> float:
-        """Add up the gradient of the step's mean loss; return this process's share of that loss."""
+    def _forward_and_backward(self, batches: list[dict[str, Tensor]], count_of_step: int) -> list[float]:
+        """Add up the gradient of the step's mean loss; return this process's share of that loss and of its figures."""
         config, processes = self.config, self.processes
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        losses = []
+        losses, figures = [], []
         for number, batch in enumerate(batches):
             seed_pass(config.seed, self.state.step, number, processes.rank)
             given = batch | document_bounds(self.model, batch["position_ids"])
@@ -275,16 +279,21 @@ class Trainer:
                 autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype)
             with processes.accumulating(self.wrapped, last=number == len(batches) - 1):
                 with autocast:
-                    loss = self.wrapped(
-                        **inputs, shift_labels=inputs["labels"], num_items_in_batch=tokens_of_step, use_cache=False
-                    ).loss
-                (loss * processes.count).backward()  # the processes' gradients will be averaged
-            losses.append(loss.detach())
-        return float(torch.stack(losses).sum())
+                    output = self.wrapped(
+                        **inputs, shift_labels=inputs["labels"], num_items_in_batch=count_of_step, use_cache=False
+                    )
+                (output.loss * processes.count).backward()  # the processes' gradients will be averaged
+            losses.append(output.loss.detach())
+            if self.loss.figures:
+                figures.append(output.figures)
+        more: list[float] = torch.stack(figures).sum(0).tolist() if figures else []
+        return [float(torch.stack(losses).sum()), *more]
 
-    def _count_good_step(self, loss: float, norm: float) -> None:
+    def _count_good_step(self, loss: float, norm: float, figures: list[float]) -> None:
         state = self.state
         state.window_loss += loss
+        for name, value in zip(self.loss.figures, figures, strict=True):
+            state.window_figures[name] = state.window_figures.get(name, 0.0) + value
         state.window_steps += 1
         state.skipped_in_row = 0
         state.recent_losses = [*state.recent_losses, loss][-_SPIKE_WINDOW:]
@@ -430,10 +439,11 @@ class Trainer:
         }
         if state.window_steps:
             record |= {"loss": state.window_loss / state.window_steps, "grad_norm": self.grad_norm}
+            record |= {name: value / state.window_steps for name, value in state.window_figures.items()}
         if state.skipped:
             record["skipped_steps"] = state.skipped
         self.last_log = (state.step, seconds)
-        state.window_loss, state.window_steps, state.window_rows = 0.0, 0, 0
+        state.window_loss, state.window_steps, state.window_rows, state.window_figures = 0.0, 0, 0, {}
         return record
 
     def _end(self, signal: int) -> Outcome:

@@ -23,12 +23,12 @@ def marked_row(tokenizer: TextOfIds, row: Mapping[str, Tensor], *, colour: bool)
     """Return a row as lines for a terminal, what it teaches marked.
 
     The marks are read off the labels that the loss sees: bold green where `colour`, else between [[ and ]]. Documents
-    are apart by a line that says how many tokens of each are learnt; filler is only counted. Control characters are
-    escaped.
+    are apart by a line that says how many tokens of each are learnt, or of pairs that the loss weighs; filler is only
+    counted. Control characters are escaped.
 
     Args:
         tokenizer: of the row.
-        row: `input_ids`, `labels` (shifted already) and `position_ids`, each (T,).
+        row: `input_ids`, `labels` (shifted already) and `position_ids`, and of preferences `document_ids`, each (T,).
         colour: whether the terminal shows colours.
     """
     lines, filler = [], 0
@@ -38,7 +38,11 @@ def marked_row(tokenizer: TextOfIds, row: Mapping[str, Tensor], *, colour: bool)
             filler += len(ids)
             continue
         text = "".join(_marked(tokenizer.decode(span), mark, colour) for span, mark in _spans(ids, trained))
-        lines += [f"-- document {number}: {learnt} of {len(ids)} tokens are learnt --", text.rstrip("\n")]
+        title = f"document {number}: {learnt} of {len(ids)} tokens are learnt"
+        if "document_ids" in row:
+            end = ("rejected", "chosen")[number % 2]
+            title = f"pair {(number + 1) // 2}, {end}: {learnt} of {len(ids)} tokens are weighed"
+        lines += [f"-- {title} --", text.rstrip("\n")]
     if filler:
         lines.append(f"-- {filler} tokens of which nothing is learnt --")
     return "\n".join(lines)

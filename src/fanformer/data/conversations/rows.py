@@ -252,6 +252,9 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
         self._starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
         self._bytes = np.array([document.num_bytes for document in documents], dtype=np.int64)
         self._rows = best_fit(lengths, sequence_length)
+        self.num_examples = len(kept)
+        self.most_examples = max(map(len, self._rows))
+        """Examples of the row that holds most."""
         self.fraction_filled = sum(lengths) / (len(self._rows) * sequence_length)
         """Share of the places that hold conversations; the rest is filler."""
 

@@ -58,36 +58,8 @@ class Rows(list):
         return {name: torch.stack([self[index][name] for index in indices]) for name in self[0]}
 
 
-class Observer:
-    """What the loop tells, kept; evaluation returns a constant."""
-
-    def __init__(self):
-        self.records, self.notes = [], []
-
-    def evaluate(self, everything, between_batches):
-        return HeldOutLoss(loss=1.0, perplexity=2.7, bits_per_byte=1.4, tokens=1, bytes=1, documents=1)
-
-    def on_step(self, step, elapsed_seconds, progress):
-        pass
-
-    def on_record(self, record, progress):
-        self.records.append(record)
-
-    def save_model(self, weights, step):
-        return lambda folder: None
-
-    def before_save(self):
-        pass
-
-    def forget_records_after(self, step):
-        pass
-
-    def note(self, text):
-        self.notes.append(text)
-
-
 def trainer_on(rows, tmp_path, **fields):
-    """A trainer of a tiny model on the given rows, without a run around it."""
+    """A trainer of a tiny model on the given rows, without a run around it, and what it tells."""
     tmp_path.mkdir(exist_ok=True)
     config = resolve(
         "nano",
@@ -102,12 +74,17 @@ def trainer_on(rows, tmp_path, **fields):
     torch.manual_seed(0)
     model = build_fanformer({**TINY_MODEL, "dropout": 0.0})
     environment = Environment("cpu", "float32", False, 1, False, {})
-    observer = Observer()
+    told, measured = [], HeldOutLoss(loss=1.0, perplexity=2.7, bits_per_byte=1.4, tokens=1, bytes=1, documents=1)
     trainer = Trainer(
         model, rows, config=config, length=run_length(config, len(rows)), environment=environment,
-        processes=Processes("auto", "cpu"), observer=observer, held_out_tokens=1, started=time.monotonic(),
+        processes=Processes("auto", "cpu"), held_out_tokens=1, started=time.monotonic(), listener=told.append,
+        evaluate=lambda everything, between_batches: measured, save_model=lambda weights, step: lambda folder: None,
     )  # fmt: skip
-    return trainer, observer
+    return trainer, told
+
+
+def losses_of(told):
+    return [event.figures["loss"] for event in told if event.kind == "record" and "loss" in event.figures]
 
 
 def rows_with(*masked):
@@ -131,16 +108,16 @@ def test_the_loss_is_the_mean_over_all_labels_of_the_step_whatever_row_they_are_
     losses = []
     for micro_batch_size in (4, 2, 1):
         size = {"max_steps": 1, "micro_batch_size": micro_batch_size}
-        trainer, observer = trainer_on(rows, tmp_path / str(micro_batch_size), **size)
+        trainer, told = trainer_on(rows, tmp_path / str(micro_batch_size), **size)
         trainer.run(None)
-        losses.append(observer.records[0]["loss"])
+        losses += losses_of(told)
     assert losses == pytest.approx([expected.item()] * 3, rel=1e-6)
 
 
 def test_rows_without_a_label_give_a_loss_of_zero_not_nan(tmp_path):
-    trainer, observer = trainer_on(rows_with(0, 1, 2, 3), tmp_path, max_steps=2)
+    trainer, told = trainer_on(rows_with(0, 1, 2, 3), tmp_path, max_steps=2)
     trainer.run(None)
-    assert [record["loss"] for record in observer.records] == [0.0, 0.0]
+    assert losses_of(told) == [0.0, 0.0]
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 

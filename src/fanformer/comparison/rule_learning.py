@@ -19,9 +19,9 @@ from fanformer.comparison.rules import RuleTask
 from fanformer.errors import ConfigError, refuse_unknown
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill
 from fanformer.training.environment import decide
-from fanformer.training.events import Event, Listener, Record, note_to, silent
+from fanformer.training.events import Listener, Record, note_to, silent
 from fanformer.training.fields import RunConfig
-from fanformer.training.folder import METRICS_FILE, RecordFile, read_records
+from fanformer.training.folder import METRICS_FILE, read_records
 from fanformer.training.parallel import Processes
 from fanformer.training.schedule import run_length
 from fanformer.training.trainer import Trainer, agreed_checkpoint
@@ -174,6 +174,7 @@ def train_rule(task: RuleTask, model: PreTrainedModel, config: RunConfig, listen
     environment.apply()
     processes = Processes(config.machine.parallel, environment.device)
     checkpoint = agreed_checkpoint(config.folder, processes, note_to(listener)) if config.output.resume else None
+    run = _RuleRun(task, model)
     with torch.random.fork_rng():  # dropout's seed is the run's, the caller's generator stays as it was
         trainer = Trainer(
             model,
@@ -182,7 +183,9 @@ def train_rule(task: RuleTask, model: PreTrainedModel, config: RunConfig, listen
             length=length,
             environment=environment,
             processes=processes,
-            observer=_RuleRun(task, model, config, listener),
+            listener=listener,
+            evaluate=run.evaluate,
+            save_model=run.save,
             held_out_tokens=len(task.test),
             started=started,
         )
@@ -245,16 +248,12 @@ class _Measured:
         return {"val_loss": self.loss, "train_accuracy": self.train_accuracy, "test_accuracy": self.test_accuracy}
 
 
+@dataclass(frozen=True)
 class _RuleRun:
-    """What the training of a rule does beside training: measure, keep records, save weights."""
+    """What the loop asks of the training of a rule."""
 
-    def __init__(self, task: RuleTask, model: PreTrainedModel, config: RunConfig, listener: Listener):
-        self.task, self.model, self.listener = task, model, listener
-        self.row = config.batch.tokens_per_step
-        self.records = RecordFile(config.folder)
-        self.forget_records_after = self.records.forget_after
-        self.before_save = self.records.sync
-        self.note = note_to(listener)
+    task: RuleTask
+    model: PreTrainedModel
 
     def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> _Measured:
         """Measure accuracy on training rows and on what training leaves out."""
@@ -263,17 +262,7 @@ class _RuleRun:
         test, loss = accuracy_and_loss(self.model, self.task, self.task.test)
         return _Measured(loss, test.answers, train.greedy, test.greedy)
 
-    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
-        """Tell that a step ended."""
-        figures = {"step": step, "tokens": step * self.row, "elapsed_seconds": elapsed_seconds}
-        self.listener(Event("step", share=progress, figures=figures))
-
-    def on_record(self, record: Record, progress: float) -> None:
-        """Keep and tell one step's figures."""
-        self.records.append(record)
-        self.listener(Event("record", share=progress, figures=record))
-
-    def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
+    def save(self, weights: dict[str, Tensor], step: int) -> Fill:
         """Return what writes the model's part of a checkpoint."""
 
         def fill(folder: Path) -> None:

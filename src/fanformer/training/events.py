@@ -135,26 +135,8 @@ class Measured(Protocol):
         """Return what metrics.jsonl holds of it."""
 
 
-class Observer(Protocol):
-    """What a run does beside training; the loop says when."""
+Evaluate = Callable[[bool, Callable[[], None]], Measured]
+"""Measures on what is held out, all of it or a sample; called in every process, with what it calls between batches."""
 
-    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> Measured:
-        """Measure on what is held out, all of it or a sample; called in every process."""
-
-    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
-        """Hear that a step ended; called in the main process, like the following."""
-
-    def on_record(self, record: Record, progress: float) -> None:
-        """Hear one step's figures."""
-
-    def save_model(self, weights: "dict[str, Tensor]", step: int) -> "Fill":
-        """Return what writes the model's part of a checkpoint, from tensors that nobody changes until it is done."""
-
-    def before_save(self) -> None:
-        """Make durable what must not be older than a checkpoint."""
-
-    def forget_records_after(self, step: int) -> None:
-        """Drop the figures of steps that will be trained again."""
-
-    def note(self, text: str) -> None:
-        """Hear one line."""
+SaveModel = Callable[[dict[str, "Tensor"], int], "Fill"]
+"""Returns what writes the model's part of a checkpoint after a step, from tensors that nobody changes until then."""

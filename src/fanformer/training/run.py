@@ -30,7 +30,7 @@ from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
-from fanformer.training.events import Event, Listener, Record, Start, data_to, note_to, silent
+from fanformer.training.events import Event, Listener, Start, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import (
     MACHINE_FIELDS,
@@ -169,10 +169,11 @@ class Run:
             going_on: whether the folder holds a run that this one continues.
             started: when this process began its work, on the clock of `time.monotonic`.
         """
-        self.config, self.listener, self.folder = config, listener, config.folder
+        self.config, self.folder = config, config.folder
+        self.listener = listener if processes.is_main else silent
+        self._note = note_to(self.listener)
         self.build_model, self.processes, self.started = build_model, processes, started
         self._compiling_since: float | None = None
-        self.records = RecordFile(self.folder)
         self.before = read_run_file(self.folder) if going_on else None
         if self.before is None or config.init_from is None:
             check_model_fields(config)
@@ -196,10 +197,6 @@ class Run:
         if processes.is_main:
             write_run_file(self.folder, self.content)
 
-    def _note(self, text: str) -> None:
-        if self.processes.is_main:
-            self.listener(Event("note", text))
-
     def _open_corpus(self) -> Corpus:
         progress = data_to(self.listener) if self.processes.is_main else None
         return open_corpus(Opening(self.config, self.before, self.changed, self._note, progress))
@@ -212,7 +209,7 @@ class Run:
         self.processes.wait()  # the main process renames those that are damaged
         found = agreed_checkpoint(self.folder, self.processes, self._note)
         if self.processes.is_main:
-            self.records.forget_after(step_of(found) if found is not None else -1)
+            RecordFile(self.folder).forget_after(step_of(found) if found is not None else -1)
         self.processes.wait()  # the others read the records too
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
@@ -326,7 +323,9 @@ class Run:
             length=self.length,
             environment=self.environment,
             processes=self.processes,
-            observer=self,
+            listener=self._hear,
+            evaluate=self.evaluate,
+            save_model=self.save_model,
             held_out_tokens=min(self.corpus.held_out_tokens, measured.final_eval_tokens or self.corpus.held_out_tokens),
             started=self.started,
             loss=self.corpus.loss,
@@ -386,34 +385,16 @@ class Run:
         self.model.train()
         return text
 
-    def on_step(self, step: int, elapsed_seconds: float, progress: float) -> None:
-        """Tell that a step ended, and how long the first took where it compiled."""
-        if self._compiling_since is not None:
+    def _hear(self, event: Event) -> None:
+        """Pass on what the loop tells, beside it how long compiling took, and what the model writes."""
+        if event.kind == "step" and self._compiling_since is not None:
             self._note(f"compiled: the first step took {time.monotonic() - self._compiling_since:.0f} s")
             self._compiling_since = None
-        tokens = step * self.config.batch.tokens_per_step
-        figures = {"step": step, "tokens": tokens, "elapsed_seconds": elapsed_seconds}
-        self.listener(Event("step", share=progress, figures=figures))
-
-    def on_record(self, record: Record, progress: float) -> None:
-        """Keep and tell one step's figures."""
-        self.latest |= record
-        self.records.append(record)
-        self.listener(Event("record", share=progress, figures=record))
-        if "val_loss" in record:
-            self.listener(Event("sample", self.corpus.sample_prompt + self.sample, progress))
-
-    def note(self, text: str) -> None:
-        """Tell one line."""
-        self._note(text)
-
-    def before_save(self) -> None:
-        """Make the records durable: none may be older than a checkpoint that was written after it."""
-        self.records.sync()
-
-    def forget_records_after(self, step: int) -> None:
-        """Drop the figures of steps that will be trained again."""
-        self.records.forget_after(step)
+        self.listener(event)
+        if event.kind == "record":
+            self.latest |= event.figures
+            if "val_loss" in event.figures:
+                self.listener(Event("sample", self.corpus.sample_prompt + self.sample, event.share))
 
     def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
         """Return what writes the model's part of a checkpoint."""

@@ -35,9 +35,9 @@ from fanformer.training.checkpoint import (
 )
 from fanformer.training.chunked_loss import TokenLoss
 from fanformer.training.environment import Environment
-from fanformer.training.events import Loss, Observer, Record, Rows
+from fanformer.training.events import Evaluate, Event, Listener, Loss, Record, Rows, SaveModel, note_to, silent
 from fanformer.training.fields import RunConfig
-from fanformer.training.folder import read_records
+from fanformer.training.folder import RecordFile, read_records
 from fanformer.training.optimizers import create_optimizer
 from fanformer.training.parallel import Processes, whole
 from fanformer.training.schedule import Due, RunClock, RunLength, StopRequest, learning_rate_factor
@@ -97,7 +97,9 @@ class Trainer:
         length: RunLength,
         environment: Environment,
         processes: Processes,
-        observer: Observer,
+        listener: Listener,
+        evaluate: Evaluate,
+        save_model: SaveModel,
         held_out_tokens: int,
         started: float,
         loss: Loss | None = None,
@@ -111,13 +113,18 @@ class Trainer:
             length: of the run.
             environment: the run's decisions about the machine.
             processes: that train together.
-            observer: the run itself.
+            listener: hears what the loop does; of several processes only in the first.
+            evaluate: measures the model.
+            save_model: saves it.
             held_out_tokens: that the last evaluation measures.
             started: when this process began its work, on the clock of `time.monotonic`.
             loss: that the model has been made to compute; None is that of the rows' labels.
         """
         self.loss = loss or TokenLoss()
-        self.config, self.length, self.processes, self.observer = config, length, processes, observer
+        self.config, self.length, self.processes = config, length, processes
+        self.evaluate, self.save_model, self.records = evaluate, save_model, RecordFile(config.folder)
+        self.listener = listener if processes.is_main else silent
+        self._note = note_to(self.listener)
         self.rows, self.held_out_tokens = rows, held_out_tokens
         self.device = torch.device(environment.device)
         self.autocast_dtype = torch.bfloat16 if environment.precision == "bfloat16" else None
@@ -199,7 +206,8 @@ class Trainer:
                 return int(self.request.signal or 0)
             record |= figures
         if record and self.processes.is_main:
-            self.observer.on_record(record, self.clock.progress(self.state.step))
+            self.records.append(record)
+            self.listener(Event("record", share=self.clock.progress(self.state.step), figures=record))
         return 0
 
     def _catch_up(self, at_end: bool) -> int:
@@ -245,8 +253,9 @@ class Trainer:
         else:
             self._count_skipped_step(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        if processes.is_main:
-            self.observer.on_step(state.step, clock.elapsed_seconds, clock.progress(state.step))
+        tokens = state.step * self.config.batch.tokens_per_step
+        now = {"step": state.step, "tokens": tokens, "elapsed_seconds": clock.elapsed_seconds}
+        self.listener(Event("step", share=clock.progress(state.step), figures=now))
         return Due(bool(flags & 1), bool(flags & 2), bool(flags & 4), bool(flags & 8)), signal
 
     def _passes(self) -> list[tuple[dict[str, Tensor], int]]:
@@ -354,7 +363,7 @@ class Trainer:
         self.state.place, self.state.rollbacks, self.state.skipped = place, rollbacks, skipped
         self.clock.rewind(self.state)
         if self.processes.is_main:
-            self.observer.forget_records_after(self.state.step)
+            self.records.forget_after(self.state.step)
         self._note(f"{what}: back to {checkpoint.name}, the {left_out} rows since then are left out")
 
     def _restore(self, checkpoint: Path) -> int:
@@ -383,13 +392,13 @@ class Trainer:
         if not self.processes.is_main:
             return
         state = {"loop": self.state.to_dict(), "processes": self.processes.count}
-        save_model = self.observer.save_model(self.snapshot.weights, self.state.step)
+        fill_model = self.save_model(self.snapshot.weights, self.state.step)
         snapshot = self.snapshot
         best = self.best[1] if self.best is not None and self.config.saving.keep_best else None
 
         def fill(folder: Path) -> None:
-            self.observer.before_save()
-            save_model(folder)
+            self.records.sync()  # none may be older than a checkpoint that was written after it
+            fill_model(folder)
             snapshot.save_optimizer(folder)
             write_state(folder, state)
 
@@ -408,7 +417,7 @@ class Trainer:
         """Measure the held-out loss; None where a signal to stop came first."""
         started = time.monotonic()
         try:
-            figures = self.observer.evaluate(everything, self._stop_if_asked)
+            figures = self.evaluate(everything, self._stop_if_asked)
         except _StopAskedError:
             return None
         seconds = time.monotonic() - started
@@ -464,7 +473,3 @@ class Trainer:
         if self.processes.is_main and checkpoint not in checkpoints(self.config.folder):
             raise CheckpointError(f"{checkpoint.absolute()} was written and is gone: what deleted it? Train again.")
         return Outcome(self.state.step, checkpoint, self._is_at_end() and not signal, name)
-
-    def _note(self, text: str) -> None:
-        if self.processes.is_main:
-            self.observer.note(text)

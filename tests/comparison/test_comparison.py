@@ -12,7 +12,7 @@ import torch
 
 from fanformer.comparison.architectures import architecture, without_embeddings
 from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, run_comparison
-from fanformer.comparison.entries import Provenance, write_comparison
+from fanformer.comparison.entries import write_comparison
 from fanformer.comparison.ledger import read_ledger
 from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
 from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config
@@ -267,7 +267,7 @@ def test_rates_of_a_rule_are_chosen_on_a_hole_that_is_not_reported(tmp_path):
         (5, [0.01, 0.02], 2),
         (7, [0.01, 0.02], 2),
     ]
-    write_comparison(tmp_path / "ledger", Provenance("rule", "fanformer compare"), comparison, outcomes, None)
+    write_comparison(tmp_path / "ledger", "rule", "fanformer compare", comparison, outcomes, None)
     assert [entry.details["rates_on"] for entry in read_ledger(tmp_path / "ledger")] == [{"hole_side": 3}] * 2
 
 
@@ -325,7 +325,7 @@ def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path
     comparison = small(corpus, architectures=["fanformer@60k", *changed], ablation=True, seeds=2)
     losses = {"fanformer@60k": (2.0, 2.25), changed[0]: (1.5, 1.75), changed[1]: (2.5, 2.25), changed[2]: (3.0,)}
     outcomes = [outcome(spec, 1280, seed, loss) for spec, of in losses.items() for seed, loss in enumerate(of)]
-    write_comparison(tmp_path, Provenance("parts", "fanformer compare"), comparison, outcomes, None)
+    write_comparison(tmp_path, "parts", "fanformer compare", comparison, outcomes, None)
     (entry,) = read_ledger(tmp_path)
     assert (entry.kind, entry.seeds, entry.details["default"]) == ("ablation", [0, 1], "fanformer-60k")
     assert set(entry.details["arms"].values()) == {"fanformer@60k", *changed[:2]}  # the last lacks a seed

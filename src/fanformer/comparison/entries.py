@@ -35,19 +35,6 @@ _COUNTED = {
 _SIZE_92M = (92_150_000, 92_250_000)  # parameters of the published size
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """What every entry of a comparison says about where it comes from.
-
-    Attributes:
-        name: of the comparison; entries' names begin with it.
-        command: that measures it again.
-    """
-
-    name: str
-    command: str
-
-
 def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedData | None, spec: str) -> None:
     """Write the entry of one training, unless the ledger holds it already; one that could not be done has none.
 
@@ -117,7 +104,8 @@ def _unpack(text: str) -> dict[str, Any]:
 
 def write_comparison(
     folder: Path,
-    origin: Provenance,
+    name: str,
+    command: str,
     comparison: Comparison,
     outcomes: Sequence[Outcome],
     data: PreparedData | None,
@@ -125,9 +113,17 @@ def write_comparison(
     """Write what the trainings say together: an entry for each candidate beside its baselines, or each rule's arm.
 
     Entries whose numbers the ledger holds already stay as they are.
+
+    Args:
+        folder: of the ledger.
+        name: of the comparison; the entries' names begin with it.
+        command: that measures it again.
+        comparison: what was compared.
+        outcomes: all trainings that ended.
+        data: that they read, None for a rule.
     """
     read = None if data is None else {"source": comparison.data, "fingerprint": data.fingerprint}
-    for entry in _Together(origin, comparison, arms(comparison, outcomes), read).entries():
+    for entry in _Together(name, command, comparison, arms(comparison, outcomes), read).entries():
         _write(folder, entry)
 
 
@@ -135,7 +131,8 @@ def write_comparison(
 class _Together:
     """What the trainings of a comparison say together, as entries."""
 
-    origin: Provenance
+    name: str
+    command: str
     comparison: Comparison
     arms: Sequence[Arm]
     data: dict[str, Any] | None
@@ -159,10 +156,10 @@ class _Together:
 
     def _entry(self, suffix: str, what: str, kind: Kind, arm: Arm, result: dict[str, Figure], **others: Any) -> Entry:
         """Return an entry of what was trained as `arm`, over its seeds; others replace fields."""
-        trial, name = arm.outcomes[0].trial, f"{self.origin.name}{suffix}"
+        trial, name = arm.outcomes[0].trial, f"{self.name}{suffix}"
         configuration = _configuration(trial, arm.outcomes[0].figures["parameters"]) | others.pop("rates", {})
         fields = {"seeds": _seeds(arm), "configuration": configuration, "data": self.data, "result": result, **others}
-        return measured_today(name, command=self.origin.command, what=what, kind=kind, **fields)
+        return measured_today(name, command=self.command, what=what, kind=kind, **fields)
 
     def _candidate(self, arm: Arm, against: Sequence[Pair]) -> Entry:
         """Return a candidate beside all its baselines; the claims' figures are those against the best one."""
@@ -190,7 +187,7 @@ class _Together:
             rates=_rates(shown),
             curve=[{**point, "arm": one.architecture} for one in shown for point in _curve(one)],
             details={
-                "comparison": f"{self.origin.name}{suffix}",
+                "comparison": f"{self.name}{suffix}",
                 "candidate": arm.architecture,
                 "better_baseline": best.baseline,
                 "best_learning_rate_at_the_edge_of_the_sweep": [one.architecture for one in shown if one.at_edge],
@@ -241,9 +238,9 @@ class _Together:
 
     def _rule(self, arm: Arm) -> Entry:
         task = self.comparison.rule_task(arm.variant).name
-        suffix = ("" if task in self.origin.name else f"-{task}") + (f"-hole{arm.variant}" if arm.variant else "")
+        suffix = ("" if task in self.name else f"-{task}") + (f"-hole{arm.variant}" if arm.variant else "")
         rates = {"rates_on": dict(self.comparison.rates_on), "tried": _tried(arm)} if self.comparison.rates_on else {}
-        details = {"part_of": self.origin.name, **rates, "at_edge": arm.at_edge, "troubles": arm.troubles}
+        details = {"part_of": self.name, **rates, "at_edge": arm.at_edge, "troubles": arm.troubles}
         what = f"the rule {task} learned by {arm.architecture}"
         return self._entry(f"{suffix}-{_slug(arm.architecture)}", what, "rule", arm, arm.figures, details=details)
 

@@ -16,7 +16,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fanformer.errors import ConfigError, DataError, did_you_mean
+from fanformer.errors import DataError, did_you_mean
 from fanformer.files.durable import replace_text
 from fanformer.files.locking import hold
 from fanformer.machine.versions import command_line, hardware, versions
@@ -184,26 +184,22 @@ def _read_file(path: Path) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def interval_over_seeds(values: Sequence[float], unit: str, confidence: float = 0.95) -> Figure:
-    """Return the mean over seeds with Student's t-interval; a single value has none.
+def interval_over_seeds(values: Sequence[float], unit: str) -> Figure:
+    """Return the mean over seeds with Student's 95% t-interval; a single value has none.
 
     Args:
         values: one measurement for each seed.
         unit: what they count.
-        confidence: of the interval, between 0 and 1.
 
     Raises:
-        ConfigError: if `confidence` is not between 0 and 1.
         DataError: if there are no values.
     """
-    if not 0 < confidence < 1:
-        raise ConfigError(f"`confidence` must be between 0 and 1, got {confidence}: 0.95 is usual.")
     _need_values(values)
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Figure(mean, unit)
-    half = t_quantile(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Figure(mean, unit, mean - half, mean + half, f"{100 * confidence:g}% t-interval over {len(values)} seeds")
+    half = t_quantile(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Figure(mean, unit, mean - half, mean + half, f"95% t-interval over {len(values)} seeds")
 
 
 def ratio_over_seeds(ratios: Sequence[float]) -> Figure:

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from fanformer.comparison.compare import OF_LANGUAGE, Comparison, Outcome, run_comparison
-from fanformer.comparison.entries import Provenance, read_training, write_comparison, write_training
+from fanformer.comparison.entries import read_training, write_comparison, write_training
 from fanformer.comparison.summary import arms, to_record
 from fanformer.comparison.sweep import OutOfTimeError
 from fanformer.comparison.trial import Result, Trial
@@ -255,8 +255,7 @@ def run_queue(
                 status(Event("note", f"{entry.name}: {entry.error}"))
                 continue
             status(Event("entry", figures={"number": number, "total": len(queue.entries)}, name=entry.name))
-            origin = Provenance(entry.name, command)
-            running = _Running(queue, entry, entry.comparison, origin, status, publish)
+            running = _Running(queue, entry, entry.comparison, command, status, publish)
             outcomes.append(running.run(deadline, jobs))
     return outcomes
 
@@ -282,7 +281,7 @@ class _Running:
     queue: Queue
     entry: QueueEntry
     comparison: Comparison
-    origin: Provenance
+    command: str
     status: _Status
     publish: Publish | None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -323,7 +322,7 @@ class _Running:
         self.outcomes.append(outcome)
         self.data = data
         if self.queue.record_dir is not None:
-            write_training(self.queue.record_dir, self.origin.command, outcome, data, self.comparison.data)
+            write_training(self.queue.record_dir, self.command, outcome, data, self.comparison.data)
         self._write(publish=time.monotonic() - self.published > _SECONDS_BETWEEN_PAGES)
 
     def _finish(self) -> None:
@@ -331,13 +330,15 @@ class _Running:
         if self.outcomes:
             self._write(publish=True)
             if self.queue.record_dir is not None:
-                write_comparison(self.queue.record_dir, self.origin, self.comparison, self.outcomes, self.data)
+                write_comparison(
+                    self.queue.record_dir, self.entry.name, self.command, self.comparison, self.outcomes, self.data
+                )
 
     def _write(self, publish: bool) -> None:
         data = self.data
         about = {
             "name": self.entry.name,
-            "command": self.origin.command,
+            "command": self.command,
             "date": datetime.now().astimezone().strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "versions": versions(),

@@ -106,10 +106,8 @@ class _Lines:
         print(json.dumps(content), flush=True)  # noqa: T201  # the parent reads it
 
     def __call__(self, event: Event) -> None:
-        """Tell notes and the held-out loss, and now and then how far the run is."""
-        if event.kind == "note":
-            self.tell(note=event.text)
-        elif event.kind == "record" and "test_accuracy" in event.figures:
+        """Tell the held-out loss, and now and then how far the run is."""
+        if event.kind == "record" and "test_accuracy" in event.figures:
             train, test = (event.figures[f"{part}_accuracy"] for part in ("train", "test"))
             self.tell(progress=event.share, text=f"train {train:.1%}, left out {test:.1%}")
         elif event.kind == "record" and "val_loss" in event.figures:

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -111,6 +111,20 @@ class Share:
     rank: int = 0
     count: int = 1
     sum: Callable[[Sequence[float]], list[float]] = list
+
+
+class Passes(TypedDict, total=False):
+    """How an evaluation goes through its rows.
+
+    Attributes:
+        autocast_dtype: dtype for matrix products, or None, the default, for the weights' own.
+        share: which batches this process does; default: all.
+        between_batches: called before every batch; may raise to end the evaluation.
+    """
+
+    autocast_dtype: torch.dtype | None
+    share: Share
+    between_batches: Callable[[], None] | None
 
 
 def summarize(
@@ -253,8 +267,7 @@ def surprise_by_document(
             mine = start + share.rank * batch_size
             chosen = indices[mine : mine + batch_size]
             padded = chosen + indices[:1] * (batch_size - len(chosen))
-            items = [rows[index] for index in padded]
-            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            batch = rows.batch(padded)
             before = torch.from_numpy(documents_before[padded])[:, None]
             batch["documents"] = before + rows.document_starts(batch).cumsum(1) - 1
             batch["labels"][len(chosen) :] = IGNORED_LABEL
@@ -284,18 +297,14 @@ def _measure(
     sequence_length: int,
     batch_size: int,
     max_tokens: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    share: Share = Share(),  # frozen
-    between_batches: Callable[[], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return nats and tokens of every document, and which share of the text they are; arguments as held_out_loss."""
     rows = PackedRows(stream, sequence_length, keep_partial=True)
     wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
     indices = every_nth(len(rows), wanted)
     before = _documents_before_rows(stream, rows)
-    nats, tokens = surprise_by_document(
-        model, rows, before, indices, batch_size, stream.num_documents, autocast_dtype, share, between_batches
-    )
+    nats, tokens = surprise_by_document(model, rows, before, indices, batch_size, stream.num_documents, **passes)
     return nats, tokens, len(indices) / len(rows)  # of the text, in equal rows but for the last
 
 
@@ -305,9 +314,7 @@ def held_out_loss(
     sequence_length: int,
     batch_size: int,
     max_tokens: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    share: Share = Share(),  # frozen
-    between_batches: Callable[[], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> HeldOutLoss:
     """Measure the loss on a stream of documents, packed into rows of `sequence_length`.
 
@@ -317,13 +324,9 @@ def held_out_loss(
         sequence_length: longest context a token is predicted from.
         batch_size: rows per forward pass.
         max_tokens: measure on about this many tokens, evenly spread rows of the stream; None is all of them.
-        autocast_dtype: dtype for matrix products, or None for the weights' own.
-        share: which batches this process does.
-        between_batches: called before every batch; may raise to end the evaluation.
+        **passes: as `Passes` has them.
     """
-    nats, tokens, measured = _measure(
-        model, stream, sequence_length, batch_size, max_tokens, autocast_dtype, share, between_batches
-    )
+    nats, tokens, measured = _measure(model, stream, sequence_length, batch_size, max_tokens, **passes)
     num_bytes = stream.num_bytes if measured == 1 else max(1, round(stream.num_bytes * measured))
     return summarize(nats, tokens, num_bytes)
 
@@ -333,9 +336,7 @@ def answer_loss(
     rows: "ConversationRows",
     batch_size: int,
     max_tokens: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    share: Share = Share(),  # frozen
-    between_batches: Callable[[], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> HeldOutLoss:
     """Measure the loss on answers and the tokens that end them, given the questions; bytes are those of the answers.
 
@@ -344,16 +345,12 @@ def answer_loss(
         rows: conversations.
         batch_size: rows per forward pass.
         max_tokens: measure on rows of about this many tokens, evenly spread, questions among them; None is all.
-        autocast_dtype: dtype for matrix products, or None for the weights' own.
-        share: which batches this process does.
-        between_batches: called before every batch; may raise to end the evaluation.
+        **passes: as `Passes` has them.
     """
     in_rows = rows.document_bytes()
     before = np.cumsum([0, *map(len, in_rows)])
     indices = every_nth(len(rows), len(rows) if max_tokens is None else max_tokens // rows.tokens_per_row)
-    nats, tokens = surprise_by_document(
-        model, rows, before[:-1], indices, batch_size, int(before[-1]), autocast_dtype, share, between_batches
-    )
+    nats, tokens = surprise_by_document(model, rows, before[:-1], indices, batch_size, int(before[-1]), **passes)
     measured = tokens > 0
     num_bytes = np.array(list(itertools.chain.from_iterable(in_rows)), dtype=np.int64)[measured]
     return summarize(nats[measured], tokens[measured], int(num_bytes.sum()), num_bytes)

@@ -68,12 +68,8 @@ class BlockMuon(torch.optim.Muon):
         self.scaling = _SCALINGS[scaling]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self) -> None:
         """Update every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             batches: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for weight in group["params"]:
@@ -88,7 +84,6 @@ class BlockMuon(torch.optim.Muon):
                 batches[update.shape[1:]].append((weight, update))
             for shape, batch in batches.items():
                 self._update(batch, group, self.scaling(*shape))
-        return loss
 
     def _update(self, batch: list[tuple[nn.Parameter, Tensor]], group: dict[str, Any], scale: float) -> None:
         """Apply the orthogonalised updates times `scale`."""
@@ -109,15 +104,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         # The very same groups, so that the schedule, which writes into ours, reaches both optimizers.
         self.param_groups = [*muon.param_groups, *adamw.param_groups]
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self) -> None:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         self.muon.step()
         self.adamw.step()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

@@ -172,7 +172,7 @@ class Run:
         self.config, self.folder = config, config.folder
         self.listener = listener if processes.is_main else silent
         self._note = note_to(self.listener)
-        self.build_model, self.processes, self.started = build_model, processes, started
+        self.processes, self.started = processes, started
         self._compiling_since: float | None = None
         self.before = read_run_file(self.folder) if going_on else None
         if self.before is None or config.init_from is None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from enum import IntFlag
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -73,14 +74,13 @@ SHARES = {"log": 100, "evaluate": 5, "save": 5}
 LONGEST_LOG_STEPS = 50
 
 
-@dataclass(frozen=True)
-class Due:
+class Due(IntFlag):
     """What is to follow a step."""
 
-    log: bool
-    evaluate: bool
-    save: bool
-    stop: bool
+    LOG = 1
+    EVALUATE = 2
+    SAVE = 4
+    STOP = 8
 
 
 class RunClock:
@@ -147,9 +147,13 @@ class RunClock:
         if step == 1 and first_of_process:
             self.start_up_seconds = self.elapsed_seconds
         stop = (self.length.max_steps is not None and step >= self.length.max_steps) or self._is_out_of_time()
-        due = {name: stop or self._is_due(name, step) for name in SHARES}
-        log = due["log"] or step == 1 or step % (self._steps["log"] or LONGEST_LOG_STEPS) == 0
-        return Due(log=log, evaluate=due["evaluate"], save=due["save"], stop=stop)
+        due = Due.STOP if stop else Due(0)
+        for name in SHARES:
+            if stop or self._is_due(name, step):
+                due |= Due[name.upper()]
+        if step == 1 or step % (self._steps["log"] or LONGEST_LOG_STEPS) == 0:
+            due |= Due.LOG
+        return due
 
     def _is_out_of_time(self) -> bool:
         limit = self.length.max_seconds

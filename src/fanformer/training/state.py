@@ -4,7 +4,6 @@ All of it is independent of how many processes train. There is no state of a ran
 dropout draws are a function of seed, step, micro-batch and process (`seed_pass`), as the order of the rows is.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,10 +62,6 @@ class LoopState:
     evaluation_due: bool = False
     record: dict[str, Any] = field(default_factory=dict)
     finished_seconds: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a copy as JSON values."""
-        return dataclasses.asdict(self)
 
 
 def seed_pass(seed: int, step: int, micro_step: int, rank: int) -> None:

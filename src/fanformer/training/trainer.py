@@ -11,7 +11,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -171,12 +171,12 @@ class Trainer:
         signal = self._catch_up(stop) if resumed else 0
         while not stop and not signal:
             due, signal = self._step(first)
-            first, stop = False, due.stop
-            self.state.record = self._close_window() if due.log else {}
-            self.state.evaluation_due = due.evaluate
+            first, stop = False, Due.STOP in due
+            self.state.record = self._close_window() if Due.LOG in due else {}
+            self.state.evaluation_due = Due.EVALUATE in due
             if stop and self.length.max_steps is None:
                 self.state.finished_seconds = self.length.max_seconds
-            if due.save or stop or signal:
+            if Due.SAVE in due or stop or signal:
                 self._save()
             self._hear_of_saves()
             signal = signal or self._report(everything=stop and self._is_at_end())
@@ -232,11 +232,10 @@ class Trainer:
         parameters = list(self.model.parameters())
         total = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
         norm = float(whole(total))
-        due = clock.after_step(state.step + 1, first) if processes.is_main else Due(False, False, False, False)
-        flags = due.log + 2 * due.evaluate + 4 * due.save + 8 * due.stop
-        gathered = processes.exchange([loss, flags, int(self.request.signal or 0), *figures])
+        due = clock.after_step(state.step + 1, first) if processes.is_main else Due(0)
+        gathered = processes.exchange([loss, due, int(self.request.signal or 0), *figures])
         loss, _, _, *figures = (sum(column) for column in zip(*gathered, strict=True))
-        flags, signal = int(gathered[0][1]), max(int(row[2]) for row in gathered)
+        due, signal = Due(int(gathered[0][1])), max(int(row[2]) for row in gathered)
 
         state.step += 1
         state.place += self.config.batch.batch_size
@@ -244,7 +243,7 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             if self._is_spike(loss):
                 self._roll_back(loss)
-                return Due(False, False, False, False), signal
+                return Due(0), signal
             limit = self.config.optimizer.max_grad_norm
             if limit:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
@@ -254,9 +253,9 @@ class Trainer:
             self._count_skipped_step(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         tokens = state.step * self.config.batch.tokens_per_step
-        told = {"step": state.step, "tokens": tokens, "elapsed_seconds": clock.elapsed_seconds}
-        self.listener(Event("step", share=clock.progress(state.step), figures=told))
-        return Due(bool(flags & 1), bool(flags & 2), bool(flags & 4), bool(flags & 8)), signal
+        now = {"step": state.step, "tokens": tokens, "elapsed_seconds": clock.elapsed_seconds}
+        self.listener(Event("step", share=clock.progress(state.step), figures=now))
+        return due, signal
 
     def _passes(self) -> list[tuple[dict[str, Tensor], int]]:
         """Return this process's micro-batches of the next step, each with a digest of its rows and their tokens."""
@@ -391,7 +390,7 @@ class Trainer:
         self.clock.store(self.state)
         if not self.processes.is_main:
             return
-        state = {"loop": self.state.to_dict(), "processes": self.processes.count}
+        state = {"loop": asdict(self.state), "processes": self.processes.count}
         fill_model = self.save_model(self.snapshot.weights, self.state.step)
         snapshot = self.snapshot
         best = self.best[1] if self.best is not None and self.config.saving.keep_best else None

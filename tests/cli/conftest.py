@@ -14,7 +14,7 @@ from tests.warm_processes import WarmParent
 WARM = (
     "fanformer.cli.chat",
     "fanformer.cli.generate",
-    "fanformer.cli.report",
+    "fanformer.cli.terminal",
     "fanformer.cli.train",
     "fanformer.data.preparation.prepare",
     "fanformer.generation.torch_model",

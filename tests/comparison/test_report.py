@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -15,47 +14,11 @@ from fanformer.comparison.pages.rule import draw_planes
 from fanformer.comparison.rule_score import Accuracy, RuleScore
 from fanformer.comparison.rules import create_task
 from fanformer.comparison.series_score import Horizon
-from fanformer.report.charts import Line, chart, clip_above
+from fanformer.report.charts import Chart, Line, clip_above
 from tests.comparison.rule_results import on_plane, over_periods, result
+from tests.pages import Reader
 
-VOID = {"meta", "img", "link", "br"}
 SPREAD = "95% t-interval over 2 seeds"
-
-
-class Reader(HTMLParser):
-    """Reads a page: balanced tags, what it refers to, its ids, its words and its record."""
-
-    def __init__(self, content):
-        super().__init__()
-        self.open, self.links, self.ids, self.words, self.record = [], [], [], [], ""
-        self.feed(content)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        self.links += [given[name] for name in ("src", "href", "xlink:href") if name in given]
-        self.ids += [given["id"]] if "id" in given else []
-        if tag not in VOID:
-            self.open.append((tag, given.get("id")))
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if ("script", "record") in self.open:
-            self.record += data
-        elif not any(tag in ("script", "style") for tag, _ in self.open):
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 def figure(value, spread=None, unit="bits per byte"):
@@ -245,7 +208,7 @@ def test_values_up_to_half_again_the_lowest_are_drawn_to_scale():
 def test_every_line_of_a_chart_has_its_name_and_every_diverged_training_its_triangle():
     names = [f"{'_' if number % 2 else '$a$'}line {number}" for number in range(14)]
     lines = [Line(name, number, 0, [1.0, 10.0], [number + 1.0, math.inf]) for number, name in enumerate(names)]
-    drawn = chart(lines, "title", "x", "y", "name", markers=True)
+    drawn = Chart(lines, "title", "x", "y", "name", markers=True).html()
     for name in names:
         assert f">{name}</text>" in drawn
     styles = [style for style in re.findall(r'style="([^"]*)"', drawn) if "stroke-width: 1.6" in style]

@@ -29,7 +29,7 @@ from tests.warm_processes import Strike, WarmParent
 
 WARM = (
     "fanformer.cli.train",
-    "fanformer.cli.report",
+    "fanformer.cli.terminal",
     "fanformer.training.run",
     "fanformer.data.preparation.prepare",
     "matplotlib.pyplot",

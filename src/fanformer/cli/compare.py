@@ -124,7 +124,7 @@ def read(
 
 def run(queue: "Queue", words: Sequence[str], jobs: int) -> None:
     """Train, draw the progress, and print what came out."""
-    from fanformer.cli.report import SweepReporter
+    from fanformer.cli.terminal import SweepReporter
     from fanformer.comparison.queue import RECORD_FILE, run_queue
     from fanformer.machine.versions import command_line
 

@@ -23,6 +23,7 @@ VERBS = {
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),
     "serve": ("fanformer.cli.serve:serve", "Serve models to clients of OpenAI's API."),
     "eval": ("fanformer.cli.eval:evaluate", "Measure a model on text and on benchmark tasks."),
+    "report": ("fanformer.cli.report:report", "Show what trainings did, as a page with charts."),
     "compare": ("fanformer.cli.compare:compare", "Train architectures on the same tokens and compare them."),
     "quantize": ("fanformer.cli.quantize:quantize", "Write a model as a smaller file."),
     "convert": ("fanformer.cli.convert:convert", "Turn the published implementations' weights into a model folder."),

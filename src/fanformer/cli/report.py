@@ -1,137 +1,62 @@
-"""How trainings look in the terminal: progress bars where there is one, plain lines elsewhere."""
+"""`fanformer report`: the pictures of runs, as a page of one file or followed in the browser."""
 
-import time
-from collections.abc import Mapping
-from typing import Self
+import webbrowser
+from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+import click
 
-from fanformer.training.events import Event
-
-
-class _Terminal:
-    """Draws on stderr; stdout stays free for the result."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.tasks: dict[str, TaskID] = {}
-        texts = ("{task.percentage:>3.0f}%", "{task.fields[figures]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), *map(TextColumn, texts))
-        self.has_bars = self.console.is_terminal
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.has_bars)
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.has_bars:
-            self.bar.stop()
-
-    def _show(self, bar: str, description: str, share: float, figures: str) -> None:
-        """Move one of the bars, which begins with this."""
-        if bar not in self.tasks:
-            self.tasks[bar] = self.bar.add_task(description, total=1.0, figures=figures)
-        self.bar.update(self.tasks[bar], description=description, completed=share, figures=figures)
-
-    def __call__(self, event: Event) -> None:
-        """Show what happened."""
-        figures = event.figures
-        if event.kind == "note":
-            self._print(event.text)
-        elif event.kind == "data" and figures["total_bytes"]:
-            read, total = figures["bytes"] / 1e6, figures["total_bytes"] / 1e6
-            self._show("one", "data", event.share, f"{read:.1f} of {total:.1f} MB")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, markup=False)
+from fanformer.cli.failure import writing
+from fanformer.cli.options import Verb
+from fanformer.errors import ConfigError
 
 
-class TerminalReporter(_Terminal):
-    """Draws a run."""
+@click.command(cls=Verb, example="fanformer report runs/nano runs/other --output report.html")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The page.  [default: report.html in the folder of the run, of several in the current folder]",
+)
+@click.option("--live", is_flag=True, help="Follow the runs in the browser until Ctrl-C; nothing is written.")
+@click.option("--port", type=int, metavar="N", help="Port of --live.  [default: a free one]")
+@click.option("--browser/--no-browser", default=True, help="Whether --live opens the browser.")
+def report(runs: tuple[Path, ...], output: Path | None, live: bool, port: int | None, browser: bool) -> None:
+    """Show what each RUN, a folder of `fanformer train`, did: one HTML page that needs no other, and its charts as PNG.
 
-    def __call__(self, event: Event) -> None:
-        """Show what happened."""
-        figures = event.figures
-        match event.kind:
-            case "step":
-                elapsed = figures["elapsed_seconds"]
-                left = elapsed * (1 - event.share) / max(event.share, 1e-9)
-                rate = figures["tokens"] / max(elapsed, 1e-9)
-                text = f"step {figures['step']:,}  {rate:,.0f} tokens/s  {_clock(left)} left"
-                self._show("one", "train", event.share, text)
-            case "record":
-                self._record(figures, event.share)
-            case "sample":
-                shown = event.text.replace("\n", "\\n")
-                self._print(f"      it writes: {shown[:150]}")
-            case _:
-                super().__call__(event)
+    The page has loss, bits per byte, learning rate, gradient norm and throughput, what the model wrote as it learned,
+    how the runs differ, and the tables of `fanformer eval --json RUN/NAME.json` and of quantized folders in RUN.
+    """
+    if live:
+        if output is not None:
+            raise ConfigError(f"`--output` writes a page and --live none, got {output}: leave one of them out.")
+        _follow(runs, port or 0, browser)
+        return
+    if port is not None:
+        raise ConfigError(f"`--port` applies to --live, got {port} without: leave it out.")
+    from fanformer.training.pages.report import write_run_page
 
-    def _record(self, record: Mapping[str, float], progress: float) -> None:
-        """Print one step's figures."""
-        parts = [f"{progress:4.0%}", f"step {record['step']:>6,}"]
-        if "loss" in record:
-            parts += [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
-            parts.append(f"{record['tokens_per_second']:>7,.0f} tokens/s")
-        if "margin" in record:
-            parts.append(f"margin {record['margin']:.4f}, {record['accuracy']:.0%} ahead")
-        if "val_margin" in record:
-            told = f"margin {record['val_margin']:.4f}, {record['val_accuracy']:.0%} ahead"
-            parts.append(f"held out {record['val_loss']:.4f}, {told}")
-        elif "val_loss" in record:
-            parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
-        if not self.has_bars or "val_loss" in record or record["step"] == 1:
-            self._print("  ".join(parts))
+    path = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    with writing(path):
+        written = write_run_page(runs, path)
+    click.echo(f"report: {written[0]}, {len(written) - 1} charts as PNG in {written[0].with_suffix('')}")
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _follow(runs: tuple[Path, ...], port: int, browser: bool) -> None:
+    from fanformer.report.live import LIVE_SCRIPT, LiveServer
+    from fanformer.training.pages.report import live_page
+
+    make = live_page(runs, LIVE_SCRIPT)
+    make()  # what cannot be read is told before a port is opened
+    with LiveServer(port, make, lambda: _changes(runs)) as server:
+        click.echo(f"following {len(runs)} run{'s' if len(runs) > 1 else ''} at {server.address}, until Ctrl-C")
+        if browser:
+            webbrowser.open(server.address)
+        server.serve_forever()
 
 
-class SweepReporter(_Terminal):
-    """Draws a list of trainings: a bar for all of them and one for each training under way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._started = time.monotonic()
-        self._begun: dict[str, float] = {}
-        self._trained = 0
-
-    def __call__(self, event: Event) -> None:
-        """Show what happened."""
-        name, figures = event.name, event.figures
-        match event.kind:
-            case "entry":
-                self._started, self._trained = time.monotonic(), 0
-                if figures["total"] > 1:
-                    self._print(f"{name} ({figures['number']} of {figures['total']})")
-            case "begin":
-                self._begin(name, figures["done"], figures["total"])
-            case "progress":
-                self._show(name, name, event.share, event.text)
-            case "end":
-                self._end(name, event.text, f"{figures['done']}/{figures['total']}")
-            case _:
-                super().__call__(event)
-
-    def _begin(self, name: str, done: int, total: int) -> None:
-        """Show that a training begins, and when all will be done, judged by those that this process did."""
-        self._begun[name] = time.monotonic()
-        elapsed = time.monotonic() - self._started
-        left = f"{_clock((total - done) * elapsed / self._trained)} left" if self._trained else ""
-        self._show("all", "all", done / total, f"{done} of {total} trainings  {left}")
-        self._show(name, name, 0.0, "")
-
-    def _end(self, name: str, text: str, count: str) -> None:
-        """Print how a training ended; one that was done before took no time and does not count for the time left."""
-        seconds = time.monotonic() - self._begun.pop(name)
-        self.bar.remove_task(self.tasks.pop(name))
-        if seconds < 0.5:
-            self._started = time.monotonic()
-        else:
-            self._trained += 1
-        self._print(f"{count:>7}  {name}  {text}  ({_clock(seconds)})")
+def _changes(runs: tuple[Path, ...]) -> list[tuple[str, int, int]]:
+    """Return name, size and time of every file that a page of runs reads."""
+    paths = [path for run in runs for name in ("*.json*", "run.yaml", "*/quantization.json") for path in run.glob(name)]
+    states = [(str(path), path.stat()) for path in sorted(paths)]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]

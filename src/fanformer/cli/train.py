@@ -102,7 +102,7 @@ def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str
 def run_and_report(config: RunConfig) -> None:
     """Train, draw the progress, and print the result; shared with HybridFun.py."""
     spin_briefly(os.environ)
-    from fanformer.cli.report import TerminalReporter
+    from fanformer.cli.terminal import TerminalReporter
     from fanformer.training.run import train as train_model
 
     with TerminalReporter() as reporter:

@@ -1,5 +1,6 @@
-"""Charts of a comparison as inline SVG: curves, sweeps and sizes, in the colours of light and dark pages alike."""
+"""Charts as inline SVG, in the colours of light and dark pages alike, or as PNG: curves, sweeps and sizes."""
 
+import html
 import io
 import math
 import re
@@ -7,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from fanformer.report.page import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +20,11 @@ _MARKERS = "osD^vP"
 _RISE = 0.5
 """How far above the lowest value, as a share of it, values are still drawn to scale where the highest are clipped."""
 _WIDE_LABEL = 30  # characters; longer ones leave no place for a second column
+_MOST_TOLD = 12
+"""Lines of a chart whose ends are told in words."""
+_DOTS_PER_INCH = 150
+_TICKS = ((0.5, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)), (2.5, (1.0, 2.0, 5.0)), (math.inf, (1.0,)))
+"""Up to how many powers of ten on a logarithmic axis, at which multiples of each there are labels."""
 _NEUTRAL = "#010203"  # stands for the page's own text colour, which is put in afterwards
 
 
@@ -47,21 +51,11 @@ class Line:
     high: Sequence[float] | None = None
 
 
-def chart(
-    lines: Sequence[Line],
-    title: str,
-    x_label: str,
-    y_label: str,
-    name: str,
-    logarithmic: bool = True,
-    top: float | None = None,
-    markers: bool = False,
-    level: float | None = None,
-    edge: float | None = None,
-) -> str:
-    """Return a chart as a figure of a page.
+@dataclass(frozen=True)
+class Chart:
+    """A chart, to be drawn into a page or as a picture of its own.
 
-    Args:
+    Attributes:
         lines: what to draw.
         title: of the chart.
         x_label: what the horizontal axis counts.
@@ -73,34 +67,84 @@ def chart(
         level: a value that a horizontal line shows.
         edge: a position that a vertical line shows.
     """
-    given = [value for line in lines for value in line.y]
-    values = [value for value in given if math.isfinite(value)]
-    beyond = len(values) < len(given) or (top is not None and max(values, default=top) > top)
-    rows = math.ceil(len([line for line in lines if line.label]) / _columns(lines))
-    with _figure(rows, name) as figure:
+
+    lines: Sequence[Line]
+    title: str
+    x_label: str
+    y_label: str
+    name: str
+    logarithmic: bool = True
+    top: float | None = None
+    markers: bool = False
+    level: float | None = None
+    edge: float | None = None
+
+    def html(self) -> str:
+        """Return the chart as a figure of a page; who does not see it is told where each line begins and ends."""
+        with _figure(self._rows, self.name) as figure:
+            self._draw(figure)
+            svg = _svg(figure, self.name)
+        note = "Triangles at the upper edge: higher, or diverged." if self.markers else "What lies higher is cut off."
+        caption = f"<figcaption>{note}</figcaption>" if self._is_cut else ""
+        return f'<figure><div role="img" aria-label="{html.escape(self.in_words())}">{svg}</div>{caption}</figure>'
+
+    def png(self) -> bytes:
+        """Return the chart as a picture of its own, black on white."""
+        stream = io.BytesIO()
+        with _figure(self._rows, self.name) as figure:
+            self._draw(figure)
+            figure.savefig(stream, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+        return stream.getvalue()
+
+    def in_words(self) -> str:
+        """Return what the chart shows, in words."""
+        told = [
+            f"{f'{line.label}: ' if line.label else ''}{_short(line.y[0])} at {_short(line.x[0])}, "
+            f"{_short(line.y[-1])} at {_short(line.x[-1])}"
+            for line in self.lines
+            if len(line.x)
+        ]
+        shown = told[:_MOST_TOLD] + ([f"and {len(told) - _MOST_TOLD} more lines"] if len(told) > _MOST_TOLD else [])
+        return f"{self.title}. {self.y_label} over {self.x_label}. {'; '.join(shown)}."
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the legend."""
+        return math.ceil(len([line for line in self.lines if line.label]) / _columns(self.lines))
+
+    @property
+    def _finite(self) -> list[float]:
+        return [value for line in self.lines for value in line.y if math.isfinite(value)]
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether a value lies above the chart."""
+        finite = self._finite
+        is_above = self.top is not None and max(finite, default=self.top) > self.top
+        return is_above or len(finite) < sum(len(line.y) for line in self.lines)
+
+    def _draw(self, figure: Any) -> None:
         axes = figure.subplots()
-        axes.set(xlabel=x_label, ylabel=y_label, title=title)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label, title=self.title)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        if logarithmic:
-            _set_logarithmic(axes)
-        limit = top if top is not None else max(values, default=1.0)
-        floor = min(values, default=0.0)
-        if level is not None:
-            limit, floor = max(limit, level), min(floor, level)
-            axes.axhline(level, color=_NEUTRAL, linewidth=0.8)
-        if edge is not None:
-            axes.axvline(edge, color=_NEUTRAL, linewidth=0.8)
-        margin = 0.06 * max(limit - floor, 1e-6)
+        _set_scale(axes, self.logarithmic, [place for line in self.lines for place in line.x])
+        finite = self._finite
+        limit = self.top if self.top is not None else max(finite, default=1.0)
+        floor = min(finite, default=0.0)
+        if self.level is not None:
+            limit, floor = max(limit, self.level), min(floor, self.level)
+            axes.axhline(self.level, color=_NEUTRAL, linewidth=0.8)
+        if self.edge is not None:
+            axes.axvline(self.edge, color=_NEUTRAL, linewidth=0.8)
+        margin = 0.06 * max(limit - floor, 1e-6 * max(abs(limit), 1e-6))
         axes.set_ylim(floor - margin, limit + margin)
-        width = min(6, 60 / max(1, len(lines)))  # points from one line's triangles to the next one's
-        places = [width * (index - (len(lines) - 1) / 2) for index in range(len(lines))]
-        drawn = [_draw(axes, line, limit, markers, aside) for line, aside in zip(lines, places, strict=True)]
-        _add_legend(axes, drawn, lines)
-        svg = _svg(figure, name)
-    note = "Triangles at the upper edge: higher, or diverged." if markers else "What lies higher is cut off."
-    caption = f"<figcaption>{note}</figcaption>" if beyond else ""
-    return f'<figure role="img" aria-label="{text(title)}">{svg}{caption}</figure>'
+        width = min(6, 60 / max(1, len(self.lines)))  # points from one line's triangles to the next one's
+        places = [width * (index - (len(self.lines) - 1) / 2) for index in range(len(self.lines))]
+        drawn = [
+            _draw_line(axes, line, limit, self.markers, aside) for line, aside in zip(self.lines, places, strict=True)
+        ]
+        _add_legend(axes, drawn, self.lines)
 
 
 def clip_above(lines: Sequence[Line]) -> float | None:
@@ -117,14 +161,17 @@ def clip_above(lines: Sequence[Line]) -> float | None:
     return max(drawn) if len(drawn) < len(finite) else None
 
 
-def _set_logarithmic(axes: "Axes") -> None:
-    """Make the horizontal axis logarithmic, with labels such as 200k at 1, 2 and 5 times the powers of ten."""
+def _set_scale(axes: "Axes", logarithmic: bool, places: Sequence[float]) -> None:
+    """Label the axes in few characters, such as 200k; a logarithmic one of these places at round numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    if logarithmic:
+        axes.set_xscale("log")
+        decades = math.log10(max(places) / min(places)) if places and min(places) > 0 else 0.0
+        axes.xaxis.set_major_locator(LogLocator(subs=next(subs for most, subs in _TICKS if decades <= most)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 
 
 def _short(value: float) -> str:
@@ -135,7 +182,7 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _draw(axes: "Axes", line: Line, limit: float, markers: bool, aside: float) -> Any:
+def _draw_line(axes: "Axes", line: Line, limit: float, markers: bool, aside: float) -> Any:
     """Draw a line, its triangles so many points beside their place, and return it for the legend."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -190,7 +237,7 @@ def _figure(rows: int, name: str) -> Iterator[Any]:
         "axes.titlesize": 10,
     }
     with matplotlib.rc_context(settings):
-        figure = pyplot.figure(figsize=(5.4, 3.3 + 0.18 * rows), layout="constrained")
+        figure = pyplot.figure(figsize=(5.0, 3.2 + 0.18 * rows), layout="constrained")
         try:
             yield figure
         finally:

@@ -18,9 +18,11 @@ body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1.2rem 4rem; background
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
 p, ul { max-width: 48rem } a { color: var(--link) } .quiet { color: var(--quiet) }
 .warn { background: var(--warn); padding: .5rem .8rem; border-radius: .4rem; max-width: none }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+.wide { overflow-x: auto } .wide:focus-visible, summary:focus-visible { outline: 2px solid var(--link) }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--quiet); font-weight: 600 } code, pre { font-size: .85rem; overflow-wrap: anywhere }
+th { color: var(--quiet); font-weight: 600 }
+td pre { margin: 0; padding: .3rem .5rem } code, pre { font-size: .85rem; overflow-wrap: anywhere }
 pre { background: var(--tint); padding: .8rem; border-radius: .4rem; white-space: pre-wrap }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem }
 figure { margin: 0 0 1rem } figure svg, figure img { width: 100%; height: auto; display: block }
@@ -28,11 +30,19 @@ figure svg text { font-family: system-ui, sans-serif !important }
 figure img { background: #ffffff; border-radius: .4rem }
 figcaption { color: var(--quiet); font-size: .85rem }
 details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
-@media (max-width: 40rem) { body { padding: 1rem .8rem 3rem } table { font-size: .8rem } ul { padding-left: 1.2rem } }
+@media (max-width: 40rem) { body { padding: 1rem .8rem 3rem } ul { padding-left: 1.2rem }
+  .many, .many thead, .many tbody, .many tr { display: block }
+  .many thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+  .many tr { border-bottom: 2px solid var(--line); padding: .4rem 0 }
+  .many td { display: grid; grid-template-columns: 9rem 1fr; gap: .6rem; border: 0; padding: .1rem 0;
+    overflow-wrap: anywhere } .many td:empty { display: none }
+  .many td::before { content: attr(data-label); color: var(--quiet) } }
 @media print { :root { font-size: 9px } body { max-width: none; padding: 0; font-size: 1rem }
   .wide { overflow: visible } .charts { display: block } figure, tr { break-inside: avoid } h2 { break-after: avoid }
-  .charts figure { display: inline-block; width: 49% } #save { display: none } }
+  .charts figure { display: inline-block; width: 49% } #save, #state { display: none }
+  details > summary { list-style: none } }
 """
+_MANY_COLUMNS = 3
 _STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
 _SAVE = """
 const record = document.getElementById("record"), link = document.getElementById("save");
@@ -41,7 +51,7 @@ link.hidden = false;
 """
 
 
-def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) -> str:
+def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str, script: str = "") -> str:
     """Return a whole HTML page, with its record inside to be read by programs and saved by people.
 
     Args:
@@ -49,6 +59,7 @@ def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) 
         body: HTML of its parts.
         record: plain values; the element `record` holds them as JSON.
         name: of the file that the record is saved as, which needs scripts.
+        script: that the page runs besides.
     """
     # "<" cannot end the element early when it is written as an escape, which JSON reads back as itself
     raw = _json(record).replace("<", "\\u003c")
@@ -62,11 +73,15 @@ def page(title: str, body: Sequence[str], record: Mapping[str, Any], name: str) 
 <style>{_STYLE}</style>
 </head>
 <body>
+<main>
 {content}
+</main>
+<footer>
 <p><a id="save" download="{text(name)}" hidden>Save the numbers as JSON</a></p>
 <noscript><p>The numbers are in this file: the JSON in its element <code>record</code>.</p></noscript>
+</footer>
 <script type="application/json" id="record">{raw}</script>
-<script>{_SAVE}</script>
+<script>{_SAVE}{script}</script>
 </body>
 </html>
 """
@@ -87,14 +102,35 @@ def text(content: object) -> str:
     return html.escape(str(content))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of plain texts; it scrolls by itself where the screen is narrow."""
-    lines = [_row("th", header), *(_row("td", row) for row in rows)]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+class Preformatted(str):
+    """A text that is shown with its own lines and spaces."""
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>"
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> str:
+    """Return a table of plain texts.
+
+    It scrolls by itself where it is wider than the page; one of three or more columns is a list of its rows on a phone.
+
+    Args:
+        header: names of the columns.
+        rows: of texts, one a column; one that is `Preformatted` keeps its lines.
+        name: of the table, for who does not see it; default: its first column's.
+    """
+    head = "".join(f'<th scope="col">{text(label)}</th>' for label in header)
+    body = "\n".join(
+        "<tr>" + "".join(_cell(label, cell) for label, cell in zip(header, row, strict=True)) + "</tr>" for row in rows
+    )
+    kind = ' class="many"' if len(header) >= _MANY_COLUMNS else ""
+    label = text(f"table: {name or header[0]}")
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{label}"><table{kind}>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _cell(label: str, content: str) -> str:
+    shown = f"<pre>{text(content)}</pre>" if isinstance(content, Preformatted) else text(content)
+    return f'<td data-label="{text(label)}">{shown}</td>'
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -33,24 +33,17 @@ FILES_THAT_STAY = (
 
 def plot_loss(folder: Path, run: Mapping[str, Any]) -> None:
     """Draw loss.png: training and held-out loss over tokens, given the content of run.yaml."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from fanformer.report.charts import Chart, Line
 
     records = read_records(folder)
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
+    lines = []
+    for number, (key, label) in enumerate((("loss", "training"), ("val_loss", "held out"))):
         points = [(record["tokens"], record[key]) for record in records if key in record]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.4, markersize=4)
+            lines.append(Line(label, number, number, *zip(*points, strict=True)))
     name = f"{title(run)}, {run['parameters']:,} parameters"
-    axes.set(xlabel="tokens", ylabel=f"loss ({_unit(run)})", title=name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(folder / CURVE_FILE)
-    pyplot.close(figure)
+    chart = Chart(lines, name, "tokens", f"loss ({loss_unit(run)})", "loss", logarithmic=False)
+    (folder / CURVE_FILE).write_bytes(chart.png())
 
 
 _KINDS = {
@@ -86,8 +79,8 @@ def model_card(run: Mapping[str, Any], record: Mapping[str, float], held_out: Ma
         ("parameters", f"{run['parameters']:,}"),
         ("steps", f"{record['step']:,} ({'finished' if finished else 'a checkpoint of a run under way'})"),
         ("tokens trained on", f"{record['tokens']:,}"),
-        ("training loss", _figure(record, "loss", _unit(run))),
-        ("held-out loss", _figure(record, "val_loss", _unit(run))),
+        ("training loss", _figure(record, "loss", loss_unit(run))),
+        ("held-out loss", _figure(record, "val_loss", loss_unit(run))),
         *_of_objective(run, record, held_out),
         ("training data", f"`{configuration['data']}`, fingerprint `{data['fingerprint'][:16]}`"),
         (
@@ -143,7 +136,8 @@ def _of_objective(
     ]
 
 
-def _unit(run: Mapping[str, Any]) -> str:
+def loss_unit(run: Mapping[str, Any]) -> str:
+    """Return the unit of a run's losses, given the content of its run.yaml."""
     return "nats per pair" if _objective(run) == "preferences" else "nats per token"
 
 

@@ -30,7 +30,7 @@ from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
-from fanformer.training.events import Event, Listener, Start, data_to, note_to, silent
+from fanformer.training.events import Event, Listener, Record, Start, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import (
     MACHINE_FIELDS,
@@ -71,6 +71,19 @@ def open_corpus(opening: Opening) -> Corpus:
     module, maker = _CORPORA[opening.config.corpus.objective]
     opened: Corpus = getattr(importlib.import_module(module), maker)(opening)
     return opened
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What was measured, and what the model wrote then."""
+
+    loss: float
+    tokens: int
+    figures: Record
+
+    def record(self) -> Record:
+        """Return what metrics.jsonl holds of it."""
+        return self.figures
 
 
 @dataclass(frozen=True)
@@ -358,7 +371,7 @@ class Run:
     def _share(self) -> Share:
         return Share(self.processes.rank, self.processes.count, self.processes.sum)
 
-    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> "HeldOutLoss | PreferenceFigures":
+    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> _Evaluated:
         """Measure the held-out loss, on all that is held out or on a sample, and let the model write a little."""
         asked = self.config.evaluation
         figures = self.corpus.measure(
@@ -369,10 +382,11 @@ class Run:
             share=self._share,
             between_batches=between_batches,
         )
-        if self.processes.is_main or self.processes.spread == "fsdp2":  # a sharded model writes in all processes
-            self.sample = self._sample()
         self.measured = figures
-        return figures
+        written = ""
+        if self.processes.is_main or self.processes.spread == "fsdp2":  # a sharded model writes in all processes
+            written = self.corpus.sample_prompt + self._sample()
+        return _Evaluated(figures.loss, figures.tokens, {**figures.record(), "sample": written})
 
     def _sample(self) -> str:
         """Continue the sample prompt with the model as it is now."""
@@ -393,8 +407,8 @@ class Run:
         self.listener(event)
         if event.kind == "record":
             self.latest |= event.figures
-            if "val_loss" in event.figures:
-                self.listener(Event("sample", self.corpus.sample_prompt + self.sample, event.share))
+            if "sample" in event.figures:
+                self.listener(Event("sample", event.figures["sample"], event.share))
 
     def save_model(self, weights: dict[str, Tensor], step: int) -> Fill:
         """Return what writes the model's part of a checkpoint."""

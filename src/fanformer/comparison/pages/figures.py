@@ -6,7 +6,7 @@ from typing import Any
 
 from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import RATES
-from fanformer.report.charts import Line, chart, clip_above
+from fanformer.report.charts import Chart, Line, clip_above
 from fanformer.report.page import table
 
 NOT_FINISHED = "no finished training"
@@ -77,7 +77,7 @@ class Shown:
         if max((len(line.x) for line in lines), default=0) < 2:
             return []
         top = clip_above(lines) if top is None else top
-        return [chart(lines, title, "peak learning rate", what, name, top=top, markers=True)]
+        return [Chart(lines, title, "peak learning rate", what, name, top=top, markers=True).html()]
 
     def trainings_table(self, variant: str, figures: Sequence[str]) -> str:
         """Return every training as a row of a table that opens on demand.

@@ -6,7 +6,7 @@ from typing import Any
 
 from fanformer.comparison.pages.figures import DIGITS, NOT_FINISHED, Shown, figure_text, interval_of, swept, verdict
 from fanformer.comparison.summary import tokens_at
-from fanformer.report.charts import Line, chart, clip_above
+from fanformer.report.charts import Chart, Line, clip_above
 from fanformer.report.page import bullets, table, text
 
 _RATIOS = ("tokens_ratio", "size_ratio", "size_ratio_without_embeddings", "training_operations_ratio",
@@ -82,7 +82,7 @@ class LanguageParts:
         found = []
         for name, title, x_label, scale in _CURVES:
             lines = [self._curve(arm, scale) for arm in arms]
-            found.append(chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=clip_above(lines)))
+            found.append(Chart(lines, f"Loss over {title}", x_label, _UNIT, name, top=clip_above(lines)).html())
         found += [*self._equal_loss_charts({arm["architecture"]: arm for arm in arms}), *self._sweeps()]
         found += self._size_charts(arms)
         if len(self.shown.variants) > 1:
@@ -128,17 +128,17 @@ class LanguageParts:
         several = [self._token_ratios(arms[pair["candidate"]], arms[pair["baseline"]]) for pair in drawn]
         lines = [line for line in several if len(line.x) > 1]
         if lines:
-            found.append(chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
-                               "candidate's tokens over the baseline's", "equal-tokens", level=1.0))  # fmt: skip
+            found.append(Chart(lines, "Tokens to equal loss", "tokens that the baseline was trained on",
+                               "tokens, times the baseline's", "equal-tokens", level=1.0).html())  # fmt: skip
         lines = []
         for index, (key, named) in enumerate(self.record["parameters_to_equal_loss"].items()):
             if named:
                 x, y = [self._counted(arms[name], key) for name in named], [one["value"] for one in named.values()]
                 lines.append(Line(key.replace("_", " "), index, 0, x, y))
         if lines:
-            found.append(chart(lines, "Parameters to equal loss", "the baseline's parameters",
-                               "candidate's parameters, times the baseline's", "equal-parameters", level=1.0,
-                               markers=True))  # fmt: skip
+            found.append(Chart(lines, "Parameters to equal loss", "the baseline's parameters",
+                               "parameters, times the baseline's", "equal-parameters", level=1.0,
+                               markers=True).html())  # fmt: skip
         return found
 
     def _token_ratios(self, candidate: Mapping[str, Any], baseline: Mapping[str, Any]) -> Line:
@@ -212,4 +212,4 @@ def _in_words(pair: Mapping[str, Any]) -> str:
 
 def _points(lines: Sequence[Line], title: str, x_label: str, name: str) -> str:
     """Return a chart of final losses, with those far above the others at its upper edge."""
-    return chart(lines, title, x_label, _UNIT, name, top=clip_above(lines), markers=True)
+    return Chart(lines, title, x_label, _UNIT, name, top=clip_above(lines), markers=True).html()

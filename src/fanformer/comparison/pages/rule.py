@@ -14,7 +14,7 @@ from fanformer.comparison.pages.figures import (
     swept,
     verdict,
 )
-from fanformer.report.charts import Line, chart
+from fanformer.report.charts import Chart, Line
 from fanformer.report.page import bullets, picture, table, text
 
 # A comparison counts only where every training example was learned, or nearly: else the hole says nothing of the rule.
@@ -159,7 +159,7 @@ class RuleParts:
             lines.append(self.shown.line(arm["architecture"], x, y, low=low, high=high))
         longest = rules[0][1][0]["task"]["trained_period"]
         title = f"Accuracy over the period of the pattern, trained up to {longest}"
-        return chart(lines, title, "period (symbols)", "right continuations (%)", "periods", logarithmic=False)
+        return Chart(lines, title, "period (symbols)", "right continuations (%)", "periods", logarithmic=False).html()
 
     def _learning(self, rules: list[tuple[Mapping[str, Any], list[dict[str, Any]]]], variant: int) -> str:
         """Return the chart of the accuracies over the steps for a hole; every seed has a line of its own.
@@ -178,7 +178,7 @@ class RuleParts:
             return ""
         where = f", hole {variant} x {variant}" if len(self.shown.variants) > 1 else ""
         title = f"Accuracy over steps{where}"
-        return chart(lines, title, "optimizer steps", "right answers (%)", f"steps-{variant}", logarithmic=False)
+        return Chart(lines, title, "optimizer steps", "right answers (%)", f"steps-{variant}", logarithmic=False).html()
 
     def _sweep(self) -> list[str]:
         """Return the chart of what the learning rates were chosen by over them, for all holes."""

@@ -7,7 +7,7 @@ from fanformer.comparison.ledger import interval_over_seeds
 from fanformer.comparison.pages.figures import figure_text
 from fanformer.comparison.pages.rule import RuleParts
 from fanformer.comparison.series_score import Horizon
-from fanformer.report.charts import Line, chart
+from fanformer.report.charts import Chart, Line
 from fanformer.report.page import table
 
 _UNIT = "standard deviations"
@@ -83,5 +83,5 @@ period.</li>
             lines.append(Line(name, index, 1, range(1, len(errors) + 1), errors))
         words = "steps after what is given; right of the line beyond the training window"
         error, edge = "mean absolute error (standard deviations)", first.trained_steps + 0.5
-        drawn = chart(lines, "Error over the horizon", words, error, "horizon", logarithmic=False, edge=edge)
+        drawn = Chart(lines, "Error over the horizon", words, error, "horizon", logarithmic=False, edge=edge).html()
         return [f'<div class="wide">{drawn}</div>']

@@ -1,0 +1,1 @@
+"""What a run shows people: a page with curves, samples and tables."""

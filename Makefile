@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev demo test test-ci test-all check check-lifecycle check-resume check-serve bench evidence clean
+.PHONY: setup setup-dev browser demo test test-ci test-all check check-lifecycle check-resume check-serve bench evidence clean
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
@@ -30,8 +30,14 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ci and not gpu"
 
-# What needs environments of its own, several processes, or minutes.
-test-ci: setup-dev
+# A browser without a screen: Debian's, or playwright's own where apt-get is not there.
+browser: setup-dev
+	command -v chromium-headless-shell >/dev/null || \
+		if command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium-headless-shell; \
+		else $(BIN)/playwright install chromium-headless-shell; fi
+
+# What needs environments of its own, a browser, several processes, or minutes.
+test-ci: browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 900 -m "slow or ci"
 
 test-all: test test-ci

@@ -21,6 +21,7 @@ VERBS = {
     "data": ("fanformer.cli.data:data", "Prepare training data."),
     "generate": ("fanformer.cli.generate:generate", "Continue prompts."),
     "chat": ("fanformer.cli.chat:chat", "Talk with a model line by line."),
+    "playground": ("fanformer.cli.playground:playground", "Play with models in the browser."),
     "serve": ("fanformer.cli.serve:serve", "Serve models to clients of OpenAI's API."),
     "eval": ("fanformer.cli.eval:evaluate", "Measure a model on text and on benchmark tasks."),
     "report": ("fanformer.cli.report:report", "Show what trainings did, as a page with charts."),

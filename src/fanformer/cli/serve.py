@@ -1,6 +1,7 @@
 """`fanformer serve`: models behind HTTP, for any client of OpenAI's API."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,35 @@ def serve(
     A model is called by the name of its folder or file, or by NAME. The first stop signal lets answers in work be
     finished, a second one ends the server at once.
     """
+    paths = named_models(models)
+    keys = () if api_key_file is None else read_keys(api_key_file)
+    run_server(paths, host, port, settings, keys, (hosts, origins), log_file, memory_limit)
+
+
+def run_server(
+    paths: dict[str, str],
+    host: str,
+    port: int,
+    settings: dict[str, Any],
+    keys: tuple[str, ...] = (),
+    others: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    log_file: str | None = None,
+    memory_limit: float | None = None,
+    on_started: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve models until Ctrl-C or SIGTERM.
+
+    Args:
+        paths: of the models, by name.
+        host: address to listen at.
+        port: 0 takes a free one.
+        settings: what the other options of `fanformer serve` say, by their names.
+        keys: API keys.
+        others: names that a Host header may have, and origins of web pages that may ask.
+        log_file: where the log goes, None for standard error.
+        memory_limit: in GiB, None for none.
+        on_started: told the address where the page is, once requests are welcome.
+    """
     try:
         from fanformer.server.app import build
         from fanformer.server.process import bind, server
@@ -58,12 +88,11 @@ def serve(
     from fanformer.server.limits import Access, Limits
     from fanformer.server.logs import begin_log
 
-    paths = _named(models)
-    keys = () if api_key_file is None else read_keys(api_key_file)
+    hosts, origins = others
     access = Access(host, keys, frozenset(name.lower() for name in hosts), frozenset(origins))
     if not access.is_loopback and not keys:
         raise ConfigError(f"`--host` {host} can be reached by others and needs --api-key-file, got none: give keys.")
-    seconds = {name: settings.pop(name) for name in ("answer_seconds", "drain_seconds")}
+    seconds = {name: settings.pop(name) for name in ("answer_seconds", "drain_seconds") if name in settings}
     for name, value in seconds.items():
         if not value > 0:
             raise ConfigError(f"`--{name.replace('_', '-')}` must be above 0, got {value:g}.")
@@ -72,21 +101,23 @@ def serve(
     with bind(host, port) as bound:
         served = _open(paths, memory_limit, **settings)
         service = build(served, access, limits, lambda: log.lost)
-        address = f"{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
 
-        def on_started() -> None:
+        def tell() -> None:
             for name, model in served.items():
                 slots = f"{model.slots.count} texts of {model.positions} tokens"
                 click.echo(f"serving {name}: {slots} at once, {model.memory_bytes / _GIB:.2f} GiB")
-            click.echo(f"listening at http://{address}/v1")
+            click.echo(f"playground at {address}")
+            click.echo(f"listening at {address}v1")
+            on_started(address)
 
         try:
-            server(service, on_started).run(sockets=[bound])
+            server(service, tell).run(sockets=[bound])
         finally:
             service.close()
 
 
-def _named(models: tuple[str, ...]) -> dict[str, str]:
+def named_models(models: tuple[str, ...]) -> dict[str, str]:
     """Return the path of each model by its name."""
     found: dict[str, str] = {}
     for given in models:

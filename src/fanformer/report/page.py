@@ -114,14 +114,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") 
     Args:
         header: names of the columns.
         rows: of texts, one a column; one that is `Preformatted` keeps its lines.
-        name: of the table, for who does not see it; default: its first column's.
+        name: of the table, for who does not see it; default: those of its first columns.
     """
     head = "".join(f'<th scope="col">{text(label)}</th>' for label in header)
     body = "\n".join(
         "<tr>" + "".join(_cell(label, cell) for label, cell in zip(header, row, strict=True)) + "</tr>" for row in rows
     )
     kind = ' class="many"' if len(header) >= _MANY_COLUMNS else ""
-    label = text(f"table: {name or header[0]}")
+    label = text(f"table: {name or ', '.join(header[:4])}")
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{label}"><table{kind}>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
@@ -18,6 +18,7 @@ from fanformer.server.fields import (
     ChatFields,
     CompletionFields,
     DetokenizeFields,
+    InsideFields,
     TokenizeFields,
     refuse_what_is_not_honoured,
 )
@@ -25,6 +26,7 @@ from fanformer.server.gate import Gate
 from fanformer.server.limits import Access, Limits
 from fanformer.server.metrics import CONTENT_TYPE, render
 from fanformer.server.models import ServedModel
+from fanformer.server.page import add_page
 from fanformer.server.planning import Plan, encode_conversation, plan_chat, plan_completion
 from fanformer.server.refusal import ErrorEnvelope, RefusalError, invalid
 
@@ -88,7 +90,9 @@ def build(
     _add_generation(app, service)
     _add_models(app, service)
     _add_tokenizer(app, service)
+    _add_inside(app, service)
     _add_state(app, service, lost_log_lines)
+    add_page(app)
     _mend_schema(app)
     return service
 
@@ -193,6 +197,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "created": _STARTED,
             "owned_by": "fanformer",
             "max_model_len": model.positions,
+            "capabilities": model.capabilities,
         }
 
     @app.get("/v1/models", responses=_ERRORS)
@@ -241,6 +246,19 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             for name, number in model.special_ids.items()
         }
         return {"chat_template": model.chat_template, "model_max_length": model.positions, **names}
+
+
+def _add_inside(app: FastAPI, service: Service) -> None:
+    @app.post("/inside", responses=_ERRORS)
+    def inside(fields: Annotated[InsideFields, Body()]) -> dict[str, Any]:
+        """Tell what the gates and Fourier channels of every block do on a text."""
+        refuse_what_is_not_honoured(fields)
+        model = _find(service, fields.model)
+        try:
+            tokens, blocks = model.look_inside(fields.prompt)
+        except ConfigError as error:
+            raise invalid(str(error), "prompt" if model.has_inside else "model") from error
+        return {"model": model.name, "tokens": tokens, "layers": [asdict(block) for block in blocks]}
 
 
 def _add_state(app: FastAPI, service: Service, lost_log_lines: Callable[[], int]) -> None:

@@ -145,6 +145,14 @@ class TokenizeFields(_Fields):
     """Whether the start token comes first; for a text."""
 
 
+class InsideFields(_Fields):
+    """A request to /inside."""
+
+    model: str | None = None
+    prompt: str
+    """The text to look at; its first tokens where it is long."""
+
+
 class DetokenizeFields(_Fields):
     """A request to /detokenize."""
 

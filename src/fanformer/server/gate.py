@@ -14,15 +14,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fanformer.server.limits import Access, Limits
+from fanformer.server.page import is_page
 from fanformer.server.refusal import RefusalError, log_failure
 
+PAGE = "/"
+"""The page and its files, as the log and the metrics call them."""
 ROUTES = (
+    PAGE,
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
     "/tokenize",
     "/detokenize",
     "/tokenizer_info",
+    "/inside",
     "/health",
     "/metrics",
 )
@@ -81,8 +86,8 @@ class Gate:
             await _preflight(headers)(scope, receive, send)
             return
         path = scope["path"]
-        is_watching = path == "/health" or path == "/metrics"
-        if path != "/health" and not (path == "/metrics" and self._access.is_loopback):
+        is_watching = path == "/health" or path == "/metrics" or is_page(path)
+        if path != "/health" and not is_page(path) and not (path == "/metrics" and self._access.is_loopback):
             self._check_key(headers)
         if is_watching:
             await self._app(scope, receive, send)
@@ -228,4 +233,6 @@ def route_of(path: str) -> str:
     """Return the route that a path belongs to: nothing else of a path is logged or counted."""
     if path.startswith("/v1/models/"):
         return "/v1/models/{id}"
+    if is_page(path):
+        return PAGE
     return path if path in ROUTES else "other"

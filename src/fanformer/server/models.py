@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -17,7 +17,12 @@ from fanformer.loading import is_gguf, load_text_model
 from fanformer.server.scheduler import Scheduler
 from fanformer.server.slots import Slots
 
+if TYPE_CHECKING:
+    from fanformer.evaluation.inside import LayerInside
+
 _DEFAULT_POSITIONS = 2048
+_MOST_INSIDE_TOKENS = 512
+"""Of a text whose inside is looked at: more would keep others waiting."""
 _TEMPLATE_ERRORS = ("TemplateError", "UndefinedError", "TemplateRuntimeError", "SecurityError", "CheckpointError")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -66,7 +71,8 @@ class ServedModel:
         """
         self.name, self.text_model, self.slots, self.known = name, text_model, slots, known
         self._tokenizer: Any = text_model.tokenizer
-        self._encoding = threading.Lock()
+        self._model_on_torch: Any = getattr(text_model, "model", None)
+        self._encoding, self._looking = threading.Lock(), threading.Lock()
         self.reader = TokenReader(self._tokenizer.backend_tokenizer)
         self.scheduler = Scheduler(slots, self.reader, known, text_model.end_ids, queue_size)
         self._token_bytes = functools.lru_cache(maxsize=65536)(_byte_reader(self.reader))
@@ -135,6 +141,39 @@ class ServedModel:
     def special_ids(self) -> dict[str, int | None]:
         """Ids of the special tokens by their short names."""
         return {name: getattr(self._tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+
+    @functools.cached_property
+    def has_inside(self) -> bool:
+        """Whether `look_inside` has something to show: gates or Fourier channels of a folder on torch."""
+        if self._model_on_torch is None:
+            return False
+        from fanformer.evaluation.inside import has_inside
+
+        return has_inside(self._model_on_torch)
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """What the model can do beside continuing text, for clients that ask before they offer it.
+
+        `chat` and `inside` say whether those requests are answered, `inputs` the kinds of message parts, `num_steps`
+        the range of latent steps (`least`, `usual`, `most`), None where the depth is fixed.
+        """
+        has_chat = self.chat_template is not None
+        return {"chat": has_chat, "inside": self.has_inside, "inputs": ["text"], "num_steps": None}
+
+    def look_inside(self, text: str) -> "tuple[int, list[LayerInside]]":
+        """Return what each block does on the beginning of a text, and how many tokens that has.
+
+        Raises:
+            ConfigError: if there is nothing to look at, or the text is too short or no valid Unicode.
+        """
+        if not self.has_inside:
+            raise ConfigError(f"`{self.name}` has no gates or Fourier channels to look at: name a FANformer's folder.")
+        from fanformer.evaluation.inside import look_inside
+
+        ids = self.encode(text)[: min(self.positions, _MOST_INSIDE_TOKENS)]
+        with self._looking:
+            return len(ids), look_inside(self._model_on_torch, ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, the start token in front; what looks like a special token is plain text.

@@ -1,0 +1,264 @@
+// The page: settings, prompt and panes; what was written outlives a reload of the tab.
+
+import { ask, ServerError, useKey } from "/page/client.js";
+import { insideTable } from "/page/inside.js";
+import { picturePart, Recorder } from "/page/media.js";
+import { Pane } from "/page/pane.js";
+
+const STORE = "fanformer-playground";
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
+const ALTERNATIVES = 5;
+const at = (id) => document.getElementById(id);
+const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
+let models = []; // as /v1/models tells them
+let panes = [];
+let attached = []; // {part, shown}
+let running = null; // AbortController of the answers that are coming
+
+const mode = () => document.querySelector("[name=mode]:checked").value;
+const chosen = () => models.filter((model) => at(`model-${models.indexOf(model)}`).checked);
+const can = (test) => chosen().some((model) => test(model.capabilities ?? {}));
+const say = (text) => (at("status").textContent = text);
+
+function save() {
+  const fields = Object.fromEntries([...NUMBERS, "prompt", "system", "stop-strings"].map((id) => [id, at(id).value]));
+  const turns = panes.map(({ model, turns }) => ({ model, turns }));
+  const names = chosen().map((model) => model.id);
+  const content = { fields, turns, names, mode: mode(), sure: at("sure").checked };
+  sessionStorage.setItem(STORE, JSON.stringify(content));
+}
+
+function restore() {
+  for (const [id, value] of Object.entries(kept.fields ?? {})) at(id).value = value;
+  at("sure").checked = kept.sure ?? false;
+  const radio = document.querySelector(`[name=mode][value=${kept.mode ?? "text"}]`);
+  radio.checked = true;
+}
+
+async function loadModels() {
+  try {
+    models = (await ask("/v1/models")).data;
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    at("key-part").hidden = error.status !== 401;
+    say(error.status === 401 ? "This server asks for an API key: give it in the settings." : error.message);
+    return;
+  }
+  at("key-part").hidden = true;
+  const names = (kept.names ?? []).filter((name) => models.some((model) => model.id === name));
+  at("models").replaceChildren(
+    ...models.map((model, index) => {
+      const label = document.createElement("label");
+      const box = document.createElement("input");
+      box.type = "checkbox";
+      box.id = `model-${index}`;
+      box.checked = names.length ? names.includes(model.id) : index < 2;
+      box.addEventListener("change", arrange);
+      label.append(box, ` ${model.id}`);
+      return label;
+    }),
+  );
+  say(models.length === 1 ? "1 model is ready." : `${models.length} models are ready.`);
+  arrange();
+  document.body.dataset.ready = "yes";
+}
+
+// Brings panes and fields in line with what is chosen.
+function arrange() {
+  const before = new Map(panes.map((pane) => [pane.model, pane]));
+  const turns = new Map((kept.turns ?? []).map((one) => [one.model, one.turns]));
+  panes = chosen().map((model) => before.get(model.id) ?? new Pane(model.id, turns.get(model.id)));
+  at("panes").replaceChildren(...panes.map((pane) => pane.element));
+  const canChat = models.some((model) => model.capabilities?.chat);
+  at("mode").hidden = !canChat;
+  if (!canChat) document.querySelector("[name=mode][value=text]").checked = true;
+  const isChat = mode() === "chat";
+  at("system-part").hidden = !isChat;
+  at("prompt-label").textContent = isChat ? "Message" : "Text to continue";
+  at("prompt").placeholder = isChat ? "" : "def ";
+  const inputs = (kind) => isChat && can((one) => one.inputs?.includes(kind));
+  at("picture-part").hidden = !inputs("image");
+  at("record").hidden = !inputs("audio");
+  at("media").hidden = !inputs("image") && !inputs("audio");
+  const dial = chosen().map((model) => model.capabilities?.num_steps).find((steps) => steps);
+  at("steps-part").hidden = !dial;
+  if (dial) setDial(dial);
+  at("inside").hidden = !can((one) => one.inside);
+  at("inside-model").replaceChildren(
+    ...chosen().filter((model) => model.capabilities?.inside).map((model) => new Option(model.id)),
+  );
+  showTurns();
+}
+
+function setDial(dial) {
+  const range = at("num_steps");
+  if (range.min !== String(dial.least) || range.max !== String(dial.most)) {
+    Object.assign(range, { min: dial.least, max: dial.most, value: dial.usual });
+  }
+  at("steps-shown").textContent = range.value;
+}
+
+function showTurns() {
+  at("scale").hidden = !at("sure").checked;
+  panes.forEach((pane) => pane.show(at("sure").checked));
+}
+
+// Returns the fields of a request that the settings say; an empty one is the server's default.
+function sampling(model) {
+  const given = NUMBERS.filter((id) => at(id).value !== "").map((id) => [id, Number(at(id).value)]);
+  const stops = at("stop-strings").value.split("\n").filter((line) => line);
+  const steps = model.capabilities?.num_steps ? { num_steps: Number(at("num_steps").value) } : {};
+  return { ...Object.fromEntries(given), ...(stops.length ? { stop: stops } : {}), ...steps };
+}
+
+function requestOf(pane, prompt) {
+  const model = models.find((one) => one.id === pane.model);
+  const fields = sampling(model);
+  if (mode() === "text") {
+    pane.turns = [];
+    pane.show(at("sure").checked);
+    const given = { role: "given", text: prompt, tokens: [] };
+    return ["/v1/completions", { ...fields, prompt, logprobs: ALTERNATIVES }, given, "text"];
+  }
+  const system = at("system").value;
+  const messages = pane.turns
+    .filter((turn) => turn.role === "user" || turn.role === "assistant")
+    .map((turn) => ({ role: turn.role, content: turn.content ?? turn.text }));
+  const parts = attached.map((one) => one.part);
+  const content = parts.length ? [...parts, { type: "text", text: prompt }] : prompt;
+  const shown = attached.map((one) => `[${one.shown}] `).join("") + prompt;
+  const given = { role: "user", text: shown, tokens: [], content };
+  messages.push({ role: "user", content });
+  if (system) messages.unshift({ role: "system", content: system });
+  const body = { ...fields, messages, logprobs: true, top_logprobs: ALTERNATIVES };
+  return ["/v1/chat/completions", body, given, "assistant"];
+}
+
+async function send() {
+  if (running || !panes.length || !at("sampling").checkValidity()) {
+    say(running ? "The answers are still coming." : panes.length ? "A setting is out of its range." : "Choose a model.");
+    return;
+  }
+  const prompt = at("prompt").value;
+  running = new AbortController();
+  at("send").disabled = true;
+  at("stop").disabled = false;
+  say("The answer is coming.");
+  const { signal } = running;
+  const answers = panes.map((pane) => pane.ask(...requestOf(pane, prompt), signal));
+  if (mode() === "chat") at("prompt").value = "";
+  attach([]);
+  const ended = await Promise.all(answers);
+  running = null;
+  at("send").disabled = false;
+  at("stop").disabled = true;
+  say(signal.aborted ? "Stopped." : ended.every(Boolean) ? "Done." : "Not every answer came to its end.");
+  save();
+}
+
+function stop() {
+  running?.abort();
+}
+
+function clear() {
+  stop();
+  panes.forEach((pane) => {
+    pane.turns = [];
+    pane.about.textContent = "";
+  });
+  showTurns();
+  save();
+}
+
+function attach(list) {
+  attached = list;
+  at("attached").replaceChildren(
+    ...attached.map((one) => {
+      const item = document.createElement("li");
+      const remove = document.createElement("button");
+      remove.type = "button";
+      remove.textContent = `${one.shown}: remove`;
+      remove.addEventListener("click", () => attach(attached.filter((other) => other !== one)));
+      if (one.part.image_url) {
+        const image = new Image();
+        image.src = one.part.image_url.url;
+        image.alt = "";
+        item.append(image);
+      }
+      item.append(remove);
+      return item;
+    }),
+  );
+}
+
+let recorder = null;
+async function record() {
+  const button = at("record");
+  if (recorder) {
+    const ended = recorder;
+    recorder = null;
+    button.setAttribute("aria-pressed", "false");
+    button.textContent = "Record";
+    attach([...attached, { part: await ended.stop(), shown: "recording" }]);
+    return;
+  }
+  const begun = new Recorder();
+  try {
+    await begun.start((seconds) => (button.textContent = `Stop recording, ${seconds} s`));
+  } catch (error) {
+    say(`The microphone cannot be used: ${error.message}.`);
+    return;
+  }
+  recorder = begun;
+  button.setAttribute("aria-pressed", "true");
+  button.textContent = "Stop recording";
+}
+
+async function look() {
+  const pane = panes.find((one) => one.model === at("inside-model").value);
+  const prompt = pane.turns.map((turn) => turn.text).join("") || at("prompt").value;
+  try {
+    at("inside-shown").replaceChildren(insideTable(await ask("/inside", { model: pane.model, prompt })));
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    at("inside-shown").textContent = error.message;
+  }
+}
+
+at("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+at("prompt").addEventListener("keydown", (event) => {
+  const isSend = event.key === "Enter" && (event.ctrlKey || event.metaKey || (mode() === "chat" && !event.shiftKey));
+  if (isSend && !event.isComposing) {
+    event.preventDefault();
+    send();
+  }
+});
+document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
+document.querySelectorAll("[name=mode]").forEach((radio) =>
+  radio.addEventListener("change", () => {
+    clear();
+    arrange();
+  }),
+);
+at("stop").addEventListener("click", stop);
+at("clear").addEventListener("click", clear);
+at("sure").addEventListener("change", showTurns);
+at("look").addEventListener("click", look);
+at("record").addEventListener("click", record);
+at("num_steps").addEventListener("input", () => (at("steps-shown").textContent = at("num_steps").value));
+at("picture").addEventListener("change", async () => {
+  const [file] = at("picture").files;
+  if (file) attach([...attached, { part: await picturePart(file), shown: file.name }]);
+  at("picture").value = "";
+});
+at("use-key").addEventListener("click", () => {
+  useKey(at("key").value);
+  loadModels();
+});
+addEventListener("pagehide", save);
+if (matchMedia("(max-width: 48rem)").matches) at("settings").open = false;
+restore();
+loadModels();

@@ -1,0 +1,331 @@
+"""The playground in a real browser: answers, stop, reload, a server that goes away, tokens, a look inside, keys."""
+
+import base64
+import json
+import shutil
+import struct
+import threading
+
+import pytest
+from playwright.sync_api import expect
+
+from fanformer.server.limits import Access
+from fanformer.server.models import ServedModel, SlotSettings
+from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401
+from tests.server.conftest import PATIENCE_SECONDS, running
+from tests.server.test_chat import TEMPLATE
+
+pytestmark = pytest.mark.ci
+
+expect.set_options(timeout=1000 * PATIENCE_SECONDS)
+PROMPT = "the cat sat on "
+GREEDY = {"temperature": "0", "max_tokens": "30"}
+
+
+class Steps:
+    """Holds the steps of a model back until they are given."""
+
+    def __init__(self, model, monkeypatch):
+        self.given = threading.Semaphore(0)
+        self.is_open = False
+        forward = model.slots.forward
+
+        def held(tokens, every=False):
+            if not self.is_open:
+                self.given.acquire(timeout=PATIENCE_SECONDS)
+            return forward(tokens, every)
+
+        monkeypatch.setattr(model.slots, "forward", held)
+
+    def give(self, count):
+        self.given.release(count)
+
+    def open(self):
+        self.is_open = True
+        self.given.release(100)
+
+
+@pytest.fixture(scope="module")
+def models(saved_model, tmp_path_factory):  # noqa: F811
+    """A base model, and one with a chat template that is otherwise the same."""
+    folder = shutil.copytree(saved_model, tmp_path_factory.mktemp("chat") / "chat")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    found = {
+        name: ServedModel.open(path, name, SlotSettings(2, 100, 4), device="cpu")
+        for name, path in (("tiny", saved_model), ("talks", folder))
+    }
+    yield found
+    for model in found.values():
+        model.close()
+
+
+@pytest.fixture(scope="module")
+def client(models):
+    """A client of a server with both."""
+    with running(models) as found:
+        yield found
+
+
+@pytest.fixture
+def tab(client, open_tab):
+    return open_tab(f"http://127.0.0.1:{client.port}/")
+
+
+def fill(page, **fields):
+    for name, value in {**GREEDY, **fields}.items():
+        page.fill(f"#{name}", value)
+
+
+def answers(page):
+    return page.locator(".pane .answer .turn:last-child")
+
+
+def wait_until_idle(client):
+    """Wait until the server has nothing in work: what was stopped is freed."""
+    waiting = threading.Event()
+    for _ in range(10 * PATIENCE_SECONDS):
+        if client.service.gate.in_work == 0:
+            return
+        waiting.wait(0.1)
+    raise AssertionError("a request that nobody waits for is still in work")
+
+
+def test_a_click_brings_the_answer_of_every_model_as_the_api_gives_it(tab, client):
+    page = tab.page
+    page.fill("#prompt", PROMPT)
+    fill(page)
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+    written = client.complete(prompt=PROMPT, max_tokens=30, temperature=0, top_k=100, top_p=0.85)["choices"][0]["text"]
+    assert [one.text_content() for one in answers(page).all()] == [written, written]
+    assert page.locator(".pane h2").all_text_contents() == ["tiny", "talks"]
+    expect(page.locator(".about").first).to_contain_text("30 tokens")
+    page.uncheck("#model-1")
+    assert page.locator(".pane h2").all_text_contents() == ["tiny"]
+
+
+def test_text_comes_piece_by_piece_and_stop_frees_the_slot(tab, client, models, monkeypatch):
+    page = tab.page
+    page.uncheck("#model-1")
+    steps = Steps(models["tiny"], monkeypatch)
+    page.fill("#prompt", PROMPT)
+    fill(page)
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    steps.give(8)
+    expect(answers(page)).not_to_be_empty()  # while the rest is held back
+    expect(page.locator("#send")).to_be_disabled()
+    assert client.service.gate.in_work == 1
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    expect(page.locator(".about")).to_contain_text("stopped after")
+    steps.open()
+    wait_until_idle(client)
+    expect(page.locator("#send")).to_be_enabled()
+
+
+def test_a_reload_in_mid_stream_keeps_the_text_and_frees_the_slot(tab, client, models, monkeypatch):
+    page = tab.page
+    page.uncheck("#model-1")
+    steps = Steps(models["tiny"], monkeypatch)
+    page.fill("#prompt", PROMPT)
+    fill(page, seed="7")
+    page.click("#send")
+    steps.give(8)
+    expect(answers(page)).not_to_be_empty()
+    before = answers(page).text_content()
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.input_value("#prompt") == PROMPT
+    assert page.input_value("#seed") == "7"
+    assert answers(page).text_content().startswith(before)
+    assert not page.is_checked("#model-1")
+    steps.open()
+    wait_until_idle(client)
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+
+
+def test_a_server_that_goes_away_is_told(saved_model, open_tab, monkeypatch):  # noqa: F811
+    model = ServedModel.open(saved_model, "tiny", SlotSettings(2, 100, 4), device="cpu")
+    with running({"tiny": model}) as client:
+        tab = open_tab(f"http://127.0.0.1:{client.port}/")
+        page = tab.page
+        steps = Steps(model, monkeypatch)
+        page.fill("#prompt", PROMPT)
+        fill(page)
+        page.click("#send")
+        steps.give(6)
+        expect(answers(page)).not_to_be_empty()
+        for connection in list(client.server.server_state.connections):
+            connection.loop.call_soon_threadsafe(connection.transport.abort)  # as the end of a process does
+        client.server.force_exit = client.server.should_exit = True
+        client.thread.join(PATIENCE_SECONDS)
+    steps.open()
+    expect(page.locator(".about")).to_contain_text("The connection to the server ended")
+    expect(page.locator("#status")).to_have_text("Not every answer came to its end.")
+    page.click("#send")
+    expect(page.locator(".about")).to_have_text("The server does not answer. Start it again, then send again.")
+    assert all("net::ERR" in error for error in tab.errors)
+    tab.errors.clear()
+    model.close()
+
+
+def test_a_chat_remembers_what_was_said(tab):
+    page = tab.page
+    page.uncheck("#model-0")
+    page.check("[name=mode][value=chat]")
+    fill(page, max_tokens="3")
+    page.fill("#system", "be brief")
+    for message in ("hello", "and then?"):
+        page.fill("#prompt", message)
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_have_text("Done.")
+    first = page.locator(".turn.assistant").first.text_content()
+    sent = [json.loads(one.post_data) for one in tab.requests if one.url.endswith("/chat/completions")]
+    assert sent[1]["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "and then?"},
+    ]
+    page.check("#model-0")
+    page.fill("#prompt", "again")
+    page.click("#send")
+    expect(page.locator(".about").first).to_contain_text("base model without a chat template")
+    assert [error for error in tab.errors if "400" not in error] == []
+    tab.errors.clear()
+
+
+def test_tokens_tell_their_alternatives_to_pointer_and_keys(tab, client):
+    page = tab.page
+    page.uncheck("#model-1")
+    page.check("#sure")
+    page.fill("#prompt", PROMPT)
+    fill(page)
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+    fields = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "logprobs": 5}
+    choice = client.complete(**fields)["choices"][0]
+    tokens = page.locator("[role=option]")
+    shown = [one.text_content() for one in tokens.all()]
+    names = [name.removeprefix("bytes:") for name in choice["logprobs"]["tokens"]]
+    assert shown == [names[0].removeprefix(" "), *names[1:]]  # without the space that stands in the prompt
+    others = choice["logprobs"]["top_logprobs"][3]
+    others.pop(choice["logprobs"]["tokens"][3])
+    others = {name.removeprefix("bytes:"): value for name, value in others.items()}
+    tokens.nth(3).hover()
+    detail = page.locator(".detail")
+    assert all(name.strip() in detail.text_content() for name in others)
+    likeliest = max(others, key=others.get)
+    assert detail.text_content().partition("others: ")[2].startswith(f"\u201c{likeliest}\u201d")
+    page.focus("[role=listbox]")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    active = page.get_attribute("[role=listbox]", "aria-activedescendant")
+    assert page.locator(f"#{active}").text_content() == shown[1]
+    expect(page.locator("[aria-selected=true]")).to_have_count(1)
+    page.uncheck("#sure")
+    assert answers(page).text_content() == choice["text"]
+
+
+def test_a_look_inside_shows_every_block(tab, client):
+    page = tab.page
+    page.fill("#prompt", PROMPT)
+    page.click("#inside > summary")
+    page.select_option("#inside-model", "tiny")
+    page.click("#look")
+    rows = page.locator("#inside-shown tbody tr")
+    expect(rows).to_have_count(2)
+    layers = client("POST", "/inside", {"model": "tiny", "prompt": PROMPT})[2]["layers"]
+    for row, layer in zip(rows.all(), layers, strict=True):
+        middles = [layer["gates"]["attention"][1], layer["gates"]["feed_forward"][1], layer["turns"][1]]
+        shown = row.text_content()
+        assert all(f"{value:.2f}" in shown for value in middles)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
+def test_it_is_accessible_and_fits_the_window(client, open_tab, width, dark):
+    tab = open_tab(f"http://127.0.0.1:{client.port}/", width, dark)
+    page = tab.page
+    assert tab.violations() == []
+    if width < 500:
+        page.click("#settings > summary")
+    page.check("#sure")
+    page.fill("#prompt", PROMPT)
+    fill(page)
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+    page.click("#inside > summary")
+    page.click("#look")
+    page.wait_for_selector("#inside-shown table")
+    assert tab.violations() == []
+    assert tab.is_as_wide_as_its_window()
+
+
+def test_everything_is_reached_by_the_tab_key(tab):
+    page = tab.page
+    seen = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    buttons = {"prompt", "send", "clear", "model-0", "model-1", "temperature", "seed", "stop-strings", "sure", "skip"}
+    assert buttons <= seen
+
+
+def test_dial_picture_and_microphone_are_there_where_the_model_takes_them(client, open_tab, monkeypatch):
+    address = f"http://127.0.0.1:{client.port}/"
+    plain = open_tab(address).page
+    plain.check("[name=mode][value=chat]")
+    assert not any(plain.is_visible(f"#{name}") for name in ("num_steps", "picture-part", "record"))
+    able = {"chat": True, "inside": True, "inputs": ["text", "image", "audio"],
+            "num_steps": {"least": 1, "usual": 4, "most": 16}}  # fmt: skip
+    monkeypatch.setattr(ServedModel, "capabilities", property(lambda model: able))
+    page = open_tab(address).page
+    page.uncheck("#model-0")
+    page.check("[name=mode][value=chat]")
+    bodies = []
+
+    def answer(route):
+        bodies.append(json.loads(route.request.post_data))
+        route.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
+
+    page.route("**/v1/chat/completions", answer)
+    page.fill("#num_steps", "9")
+    expect(page.locator("#steps-shown")).to_have_text("9")
+    page.set_input_files("#picture", {"name": "dot.png", "mimeType": "image/png", "buffer": b"\x89PNG not really"})
+    page.click("#record")
+    expect(page.locator("#record")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#record")).to_have_text("Stop recording, 1 s")
+    page.click("#record")
+    expect(page.locator("#attached li")).to_have_count(2)
+    page.fill("#prompt", "what is this?")
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+    [body] = bodies
+    picture, sound, words = body["messages"][-1]["content"]
+    assert body["num_steps"] == 9
+    assert base64.b64decode(picture["image_url"]["url"].partition("base64,")[2]) == b"\x89PNG not really"
+    assert words == {"type": "text", "text": "what is this?"}
+    wav = base64.b64decode(sound["input_audio"]["data"])
+    assert sound["input_audio"]["format"] == "wav"
+    kind, channels, rate = struct.unpack_from("<HHI", wav, 20)
+    assert (wav[:4], wav[8:12], kind, channels, rate) == (b"RIFF", b"WAVE", 1, 1, 16000)
+    assert len(wav) == 44 + struct.unpack_from("<I", wav, 40)[0] > 1000
+
+
+def test_a_server_with_keys_shows_the_page_and_asks_for_one(models, open_tab):
+    with running(models, Access(keys=("secret",))) as client:
+        tab = open_tab(f"http://127.0.0.1:{client.port}/", wait=None)
+        page = tab.page
+        expect(page.locator("#status")).to_contain_text("asks for an API key")
+        assert all("401" in error for error in tab.errors)
+        tab.errors.clear()
+        page.fill("#key", "secret")
+        page.click("#use-key")
+        page.fill("#prompt", PROMPT)
+        fill(page)
+        page.click("#send")
+        expect(page.locator("#status")).to_have_text("Done.")
+        assert "secret" not in page.evaluate("JSON.stringify(sessionStorage)")

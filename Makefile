@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev browser demo test test-ci test-all check check-lifecycle check-resume check-serve bench evidence clean
+.PHONY: setup setup-dev browser demo test test-ci test-all check check-lifecycle check-resume check-serve check-tuning
+.PHONY: bench evidence clean
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev
@@ -59,6 +60,10 @@ check-resume: setup-dev
 # The server under load, every answer checked.
 check-serve: setup-dev
 	$(BIN)/python benchmarks/serve.py --generate-batch --write
+
+# What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
+check-tuning: setup-dev
+	$(BIN)/python benchmarks/quality/tuning.py --write
 
 bench: setup-dev
 	$(BIN)/python benchmarks/speed/malloc.py --write

@@ -1,7 +1,7 @@
 """How much a model prefers chosen answers to rejected ones, and the loss that teaches it to: DPO."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -114,12 +114,34 @@ def pair_log_probabilities(
     Returns:
         (B, P, 2), chosen and rejected; 0 where a row has no such pair.
     """
-    rows = torch.arange(len(labels), device=labels.device)[:, None]
-    numbers = (document_ids.clamp(min=0) + 2 * most_pairs * rows).flatten()
+    numbers = _answer_numbers(document_ids, most_pairs)
     flat = document_log_probabilities(
-        hidden.flatten(0, 1), head, labels.flatten(), numbers, 2 * most_pairs * len(labels)
+        hidden.flatten(0, 1), head, labels.flatten(), numbers.flatten(), 2 * most_pairs * len(labels)
     )
     return flat.view(len(labels), most_pairs, 2)
+
+
+def _answer_numbers(document_ids: Tensor, most_pairs: int) -> Tensor:
+    """Return `document_ids` (B, T) as numbers that no two rows share."""
+    rows = torch.arange(len(document_ids), device=document_ids.device)[:, None]
+    return document_ids.clamp(min=0) + 2 * most_pairs * rows
+
+
+def _of_whole_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], most_pairs: int) -> Tensor:
+    """Return the same as `pair_log_probabilities` from what the model itself gives, which may be spread over processes.
+
+    Logits are asked for where a row of the batch has a label.
+    """
+    places = torch.nonzero((batch["labels"] != IGNORED_LABEL).any(0))[:, 0]
+    output = model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=places
+    )
+    labels, logits = batch["labels"][:, places], output.logits.float()  # (B, n) and (B, n, V)
+    counted = labels != IGNORED_LABEL
+    chosen = logits.gather(-1, labels.where(counted, 0)[..., None])[..., 0] - logits.logsumexp(-1)
+    numbers = _answer_numbers(batch["document_ids"], most_pairs)[:, places]
+    sums = torch.zeros(2 * most_pairs * len(labels), device=logits.device)
+    return sums.index_add(0, numbers[counted], chosen[counted]).view(-1, most_pairs, 2)
 
 
 @dataclass(frozen=True)
@@ -213,12 +235,7 @@ def measure_pairs(
             chosen = list(indices[mine : mine + batch_size])
             batch = rows.batch(chosen + list(indices[:1]) * (batch_size - len(chosen)))
             placed = {name: values.to(device) for name, values in batch.items()}
-            hidden = model.model(
-                placed["input_ids"], position_ids=placed["position_ids"], use_cache=False
-            ).last_hidden_state
-            values = pair_log_probabilities(
-                hidden, model.lm_head.weight, placed["labels"], placed["document_ids"], rows.most_examples
-            )
+            values = _of_whole_logits(model, placed, rows.most_examples)
             for row, index in enumerate(chosen):
                 examples = rows.examples_of(index)
                 found[examples] = values[row, : len(examples)].float().cpu()

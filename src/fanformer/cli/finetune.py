@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from fanformer.cli.options import Verb
-from fanformer.cli.train import field_option, parsed_fields, prove_and_report, run_and_report
+from fanformer.cli.train import field_option, log_to_option, parsed_fields, prove_and_report, run_and_report
 from fanformer.errors import ConfigError
 from fanformer.loading import longest_text
 from fanformer.training.configuration import (
@@ -58,6 +58,7 @@ _LORA_RANK = 16
 @click.option("--allow-changed-data", is_flag=True, help="With --resume: go on with other rows than before.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that the output folder holds.")
 @click.option("--prove-resume", is_flag=True, help="Tune several times, straight and killed, and compare the bits.")
+@log_to_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run.")
 def finetune(
     base: str,
@@ -66,6 +67,7 @@ def finetune(
     lora: bool,
     show_rows: int | None,
     prove_resume: bool,
+    log_to: tuple[str, ...],
     settings: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -86,9 +88,9 @@ def finetune(
     if show_rows is not None:
         _show_rows(config, show_rows)
     elif prove_resume:
-        prove_and_report(config)
+        prove_and_report(config, log_to)
     else:
-        run_and_report(config)
+        run_and_report(config, log_to)
 
 
 def _show_rows(config: RunConfig, count: int) -> None:

@@ -1,13 +1,20 @@
 """How trainings look in the terminal: progress bars where there is one, plain lines elsewhere."""
 
+import itertools
+import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fanformer.training.events import Event
+
+_BAR_WIDTH = 12  # so that a line fits 80 columns
+_CURVE_WIDTH = 10
+_BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
 class _Terminal:
@@ -17,7 +24,7 @@ class _Terminal:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.tasks: dict[str, TaskID] = {}
         texts = ("{task.percentage:>3.0f}%", "{task.fields[figures]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), *map(TextColumn, texts))
+        columns = (TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), *map(TextColumn, texts))
         self.has_bars = self.console.is_terminal
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.has_bars)
 
@@ -49,7 +56,12 @@ class _Terminal:
 
 
 class TerminalReporter(_Terminal):
-    """Draws a run."""
+    """Draws a run: how far it is, a small curve of its loss, when it will be done, and what it waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._losses: list[float] = []
+        self._line = ""
 
     def __call__(self, event: Event) -> None:
         """Show what happened."""
@@ -59,15 +71,29 @@ class TerminalReporter(_Terminal):
                 elapsed = figures["elapsed_seconds"]
                 left = elapsed * (1 - event.share) / max(event.share, 1e-9)
                 rate = figures["tokens"] / max(elapsed, 1e-9)
-                text = f"step {figures['step']:,}  {rate:,.0f} tokens/s  {_clock(left)} left"
-                self._show("one", "train", event.share, text)
+                self._line = f"step {figures['step']:,} {self._curve()}{rate:,.0f} tokens/s {_clock(left)} left"
+                self._show("one", "train", event.share, self._line)
+            case "wait":
+                if "one" in self.tasks:
+                    share = self.bar.tasks[self.tasks["one"]].completed
+                    self._show("one", event.text, share, self._line)
+                else:
+                    self._show("one", event.text, 0.0, "")
             case "record":
+                self._losses += [figures["loss"]] if "loss" in figures else []
                 self._record(figures, event.share)
             case "sample":
                 shown = event.text.replace("\n", "\\n")
                 self._print(f"      it writes: {shown[:150]}")
             case _:
                 super().__call__(event)
+
+    def _curve(self) -> str:
+        """Return the newest loss and a curve of all, where the terminal has its letters."""
+        if not self._losses:
+            return ""
+        letters = curve(self._losses) if self.console.encoding.lower().startswith("utf") else ""
+        return f"{self._losses[-1]:.3f} {letters} "
 
     def _record(self, record: Mapping[str, float], progress: float) -> None:
         """Print one step's figures."""
@@ -84,6 +110,17 @@ class TerminalReporter(_Terminal):
             parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
         if not self.has_bars or "val_loss" in record or record["step"] == 1:
             self._print("  ".join(parts))
+
+
+def curve(values: Sequence[float]) -> str:
+    """Return values as a line of bars, each the mean of its part of them; what is not finite is left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    parts = min(len(finite), _CURVE_WIDTH)
+    ends = [round(index * len(finite) / parts) for index in range(parts + 1)] if parts else []
+    means = [statistics.fmean(finite[begin:end]) for begin, end in itertools.pairwise(ends)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    height = (len(_BARS) - 1) / max(high - low, 1e-12)
+    return "".join(_BARS[round((mean - low) * height)] for mean in means)
 
 
 def _clock(seconds: float) -> str:

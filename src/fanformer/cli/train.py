@@ -1,5 +1,6 @@
 """`fanformer train`: train a model, and draw what happens."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,13 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from fanformer.cli.options import Verb, echo_table
+from fanformer.errors import ConfigError
 from fanformer.machine.launch import launched_rank
 from fanformer.machine.threads import spin_briefly
 from fanformer.training.configuration import PARSERS, parse_setting, preset_names, resolve_run
+from fanformer.training.events import Listener
 from fanformer.training.fields import FIELDS, RunConfig
+from fanformer.training.trackers import TRACKERS, also_to
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (
@@ -36,6 +40,14 @@ def field_option(name: str, default: Any = None) -> Callable[[Any], Any]:
     kind = str if name in PARSERS else int if int in types else float if float in types else str
     flag = f"--{name.replace('_', '-')}"
     return click.option(flag, name, type=kind, metavar=choices, default=None, help=f"{help_text}.")
+
+
+log_to_option = click.option(
+    "--log-to",
+    multiple=True,
+    type=click.Choice(list(TRACKERS)),
+    help="Send the figures there too; each needs the extra of its name.",
+)
 
 
 def _training_flags(function: Any) -> Any:
@@ -67,6 +79,7 @@ def _training_flags(function: Any) -> Any:
     default=None,
     help="Share of the channels where FAN stands given to cos, and again to sin.  [default: 0.15]",
 )
+@log_to_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any field of the run, or model.FIELD.")
 def train(
     preset: str | None,
@@ -74,6 +87,7 @@ def train(
     fan_ratio: float | None,
     settings: tuple[str, ...],
     prove_resume: bool,
+    log_to: tuple[str, ...],
     **flags: Any,
 ) -> None:
     """Train a model and leave a complete `transformers` folder behind.
@@ -87,9 +101,9 @@ def train(
         overrides["model.fan_ratio"] = fan_ratio
     config = resolve_run(config_file, overrides)
     if prove_resume:
-        prove_and_report(config)
+        prove_and_report(config, log_to)
     else:
-        run_and_report(config)
+        run_and_report(config, log_to)
 
 
 def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -99,14 +113,17 @@ def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str
     return fields | dict(map(parse_setting, settings))
 
 
-def run_and_report(config: RunConfig) -> None:
-    """Train, draw the progress, and print the result; shared with HybridFun.py."""
+def run_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:
+    """Train, draw the progress, send figures to trackers, and print the result; shared with HybridFun.py."""
     spin_briefly(os.environ)
     from fanformer.cli.terminal import TerminalReporter
     from fanformer.training.run import train as train_model
 
-    with TerminalReporter() as reporter:
-        result = train_model(config, reporter)
+    with contextlib.ExitStack() as stack:
+        listener: Listener = stack.enter_context(TerminalReporter())
+        for name in log_to:
+            listener = stack.enter_context(also_to(name, config, listener))
+        result = train_model(config, listener)
     code = 128 + signal.Signals[result.stopped_by] if result.stopped_by is not None else 0
     if launched_rank():  # the first of several processes tells the result
         raise click.exceptions.Exit(code)
@@ -123,8 +140,14 @@ def run_and_report(config: RunConfig) -> None:
     click.echo(f"model: {result.folder}")
 
 
-def prove_and_report(config: RunConfig) -> None:
-    """Prove that a run of this configuration loses nothing, and print the table; exit code 1 where it does."""
+def prove_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:
+    """Prove that a run of this configuration loses nothing, and print the table; exit code 1 where it does.
+
+    Raises:
+        ConfigError: if its figures are to go to a tracker.
+    """
+    if log_to:
+        raise ConfigError(f"`--log-to` does not apply to --prove-resume, got {', '.join(log_to)}: leave one out.")
     spin_briefly(os.environ)  # of the processes that are started
     from fanformer.training.proof import LARGEST_DIFFERENCE, prove
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 """One step's figures, as in metrics.jsonl."""
 
-Kind = Literal["note", "data", "step", "record", "sample", "entry", "begin", "progress", "end"]
+Kind = Literal["note", "data", "wait", "step", "record", "sample", "entry", "begin", "progress", "end"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Event:
     """Something that happened.
 
     Attributes:
-        kind: "note" is one line for people; "data" how much of the data is read; "step" the end of an optimizer step;
-            "record" the figures of a step, as in metrics.jsonl; "sample" what the model writes now. Where several runs
-            make a comparison, and several comparisons a queue, "entry" is the beginning of a comparison; "begin",
-            "progress" and "end" tell of one run among those of its comparison.
-        text: of a note; of a sample the prompt and what follows it; how far or how well a run of several is.
+        kind: "note" is one line for people; "data" how much of the data is read; "wait" what the next step waits for
+            (compiling, evaluating, saving); "step" the end of an optimizer step; "record" the figures of a step, as in
+            metrics.jsonl; "sample" what the model writes now. Where several runs make a comparison, and several
+            comparisons a queue, "entry" is the beginning of a comparison; "begin", "progress" and "end" tell of one run
+            among those of its comparison.
+        text: of a note or a wait; of a sample the prompt and what follows it; how far or how well a run of several is.
         share: of the run that is over, or of the data that is read, in [0, 1].
         figures: of "data" `bytes` and `total_bytes`; of "step" `step`, `tokens` and `elapsed_seconds`; of "record" all;
             of "entry" its `number` and their `total`; of "begin" and "end" how many runs are `done`, of `total`.

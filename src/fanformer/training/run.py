@@ -329,6 +329,7 @@ class Run:
             for layer in self.model.model.layers:
                 layer.compile(fullgraph=True, options=options)
             self._compiling_since = time.monotonic()
+            self.listener(Event("wait", "compiling"))
         trainer = Trainer(
             self.model,
             self.corpus.rows,

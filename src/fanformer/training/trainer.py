@@ -385,6 +385,7 @@ class Trainer:
     def _save(self) -> None:
         """Copy the state and let it be written in the background; training goes on once it is copied."""
         self.saved_step = self.state.step
+        self.listener(Event("wait", "saving"))
         self.writer.wait()  # the copy before is written before its memory is used again
         self.snapshot.take(self.model, self.optimizer)
         self.clock.store(self.state)
@@ -415,6 +416,7 @@ class Trainer:
     def _evaluate(self, everything: bool) -> Record | None:
         """Measure the held-out loss; None where a signal to stop came first."""
         started = time.monotonic()
+        self.listener(Event("wait", "evaluating"))
         try:
             figures = self.evaluate(everything, self._stop_if_asked)
         except _StopAskedError:
@@ -460,6 +462,7 @@ class Trainer:
         Raises:
             Exception: what kept the last checkpoint from being written.
         """
+        self.listener(Event("wait", "saving"))
         self.writer.wait()
         self._hear_of_saves()
         failed = self.processes.sum([float(self.save_error is not None)])[0]

@@ -49,7 +49,7 @@ def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     assert parameters["without_embeddings"] == 92_230_144 - 2 * 25_165_824
 
 
-@pytest.mark.parametrize("preset", ["nano", "92m", "92m-tuned", "1b"])
+@pytest.mark.parametrize("preset", ["nano", "nano-recurrent", "92m", "92m-tuned", "1b"])
 def test_parts_of_every_preset_add_up_to_its_total(command, preset):
     parameters = record(command, preset)["parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"] == parameters["trainable"]

@@ -16,6 +16,8 @@ VARIANTS = [
     PAPERS_COLA,
     {"gate_up_rank": None, "down_rank": None, "gate_initial": -2.0},
     {"qkv_rank": None, "o_rank": None, "tie_word_embeddings": True},
+    {"num_hidden_layers": 4, "prelude_layers": 1, "core_layers": 2, "coda_layers": 1},
+    {"prelude_layers": 0, "core_layers": 1, "coda_layers": 1, "injection": "concat", "mean_recurrence": 3},
 ]
 
 

@@ -220,15 +220,21 @@ def think(
     e = run(recurrence.prelude, x, cache)
     if not depth.is_adaptive and not depth.last_step_cache:
         state = run(recurrence.core, e, cache)
-        for step in range(2, depth.largest + 1):
-            seen = None if cache is None else StepCache(cache, _offset(recurrence, step), False)
-            state = run(recurrence.core, bridge(state, e), seen)
+        state = deepen(run, bridge, state, e, cache, range(2, depth.largest + 1))
         return run(recurrence.coda, state, cache), None
     resting = torch.zeros((*e.shape[:2], 1), dtype=torch.bool, device=e.device)
     if mask is not None and mask.dim() == 2:
         resting = ~mask[:, -e.shape[1] :, None].bool()
     state, steps = _think_adaptively(run, bridge, e, cache, depth, resting)
     return run(recurrence.coda, state, cache), steps if depth.is_adaptive else None
+
+
+def deepen(run: Run, bridge: FANformerBridge, state: Tensor, e: Tensor, cache: Cache | None, steps: range) -> Tensor:
+    """Take these steps of the core from the state before them; all tensors are (B, T, D), `e` the prelude's output."""
+    for step in steps:
+        seen = None if cache is None else StepCache(cache, _offset(bridge.recurrence, step), False)
+        state = run(bridge.recurrence.core, bridge(state, e), seen)
+    return state
 
 
 def _offset(recurrence: Recurrence, step: int) -> int:
@@ -272,4 +278,12 @@ def _think_adaptively(
     return state, steps
 
 
-__all__ = ["Depth", "FANformerBridge", "FANformerCausalLMOutput", "FANformerModelOutput", "think"]
+__all__ = [
+    "Depth",
+    "FANformerBridge",
+    "FANformerCausalLMOutput",
+    "FANformerModelOutput",
+    "deepen",
+    "fit_cache",
+    "think",
+]

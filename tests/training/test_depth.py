@@ -109,6 +109,10 @@ def test_a_plain_folder_goes_on_as_recurrent_and_is_itself_before_training(run, 
     assert torch.equal(weights["model.bridge.scale"], torch.ones(32))
     again = config.replace(resume=True, max_steps=3)
     assert train(again).step == 3
+    # what has learnt to use its depth goes on with all of it
+    further = train(run_config("further", init_from=str(result.folder), max_steps=2))
+    law = yaml.safe_load((further.folder / "run.yaml").read_text())["recurrent_depth"]
+    assert law["one_step_fraction"] == 0.0
 
 
 def test_a_depth_that_does_not_fit_the_folder_is_refused(run, run_config):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
+from fanformer.model.configuration_fanformer import RECURRENCE
 from fanformer.training.fields import RunConfig
 
 _ONE_STEP_FRACTION = 0.45
@@ -86,7 +87,7 @@ def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw | None:
     """Return the law of a run, None where the model is plain.
 
     Raises:
-        ConfigError: if a field of the law is set for a plain model.
+        ConfigError: if a field of the law is set where it has no effect.
     """
     recurrence = getattr(model.config, "recurrence", None)
     fraction, scale = config.schedule.one_step_fraction, config.optimizer.core_learning_rate_scale
@@ -98,13 +99,17 @@ def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw | None:
                     "a preset such as nano-recurrent."
                 )
         return None
-    largest = min(2 * recurrence.mean_steps, recurrence.largest_steps)
-    return DepthLaw(
-        config.seed,
-        _ONE_STEP_FRACTION if fraction is None else fraction,
-        recurrence.mean_steps,
-        flattest(largest, recurrence.mean_steps),
-    )
+    mean = recurrence.mean_steps
+    if config.corpus.objective == "preferences":  # leaving the base counts, which is measured at its mean
+        if fraction is not None:
+            raise ConfigError(
+                f"`one_step_fraction` has no effect on preferences, got {fraction}: leave it out, all steps are taken."
+            )
+        return DepthLaw(config.seed, 0.0, mean, (0.0,) * (mean - 1) + (1.0,))
+    if fraction is None:  # a saved model that has a depth of its own has learnt to use it
+        is_new = config.init_from is None or any(name in config.model for name in RECURRENCE)
+        fraction = _ONE_STEP_FRACTION if is_new else 0.0
+    return DepthLaw(config.seed, fraction, mean, flattest(min(2 * mean, recurrence.largest_steps), mean))
 
 
 def set_steps(model: PreTrainedModel, num_steps: int) -> None:

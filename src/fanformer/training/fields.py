@@ -195,7 +195,7 @@ class ScheduleConfig(_Fields):
     one_step_fraction: float | None = _setting(
         None,
         "share of the run in which a recurrent depth runs its core once; then the number of each optimizer step is "
-        "drawn; default: 0.45",
+        "drawn; default: 0.45, and 0 where the model to start from has such a depth already",
         _SHARE,
     )
 

@@ -56,6 +56,18 @@ VARIANTS = {
         "qkv_norm": "none",
         "gated_residual": False,
     },
+    "recurrent": {"num_hidden_layers": 3, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1},
+    "recurrent-add": {"prelude_layers": 0, "core_layers": 2, "coda_layers": 0, "injection": "add"},
+    "recurrent-concat": {
+        "num_hidden_layers": 3,
+        "prelude_layers": 1,
+        "core_layers": 2,
+        "coda_layers": 0,
+        "injection": "concat",
+        "mean_recurrence": 3,
+        "max_recurrence": 5,
+        "norm_placement": "pre",
+    },
     "odd-widths": {"hidden_size": 60, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1},
 }
 """Fields of a tiny configuration that, together, use every switch and every value of it."""

@@ -45,6 +45,16 @@ def saved_model(tmp_path_factory, tiny_model, tiny_tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def recurrent_model(tmp_path_factory, tiny_model, tiny_tokenizer):
+    """Folder of a tiny model whose second of three blocks runs up to 8 times, 4 by default."""
+    folder = tmp_path_factory.mktemp("models") / "recurrent"
+    parts = {"num_hidden_layers": 3, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1}
+    tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0, **parts).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model_copy(saved_model, tmp_path):
     """A copy of the saved model to spoil."""

@@ -101,6 +101,8 @@ def evaluate(
     num_fewshot: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    num_steps: int | Sequence[int] | None = None,
+    exit_threshold: float | None = None,
 ) -> dict[str, Any]:
     """Measure how well a model predicts text files, or does benchmark tasks, as `fanformer eval` does.
 
@@ -116,15 +118,19 @@ def evaluate(
         num_fewshot: examples in front of each question; None is the task's own.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto (as saved), float32, bfloat16 or float16.
+        num_steps: how often a recurrent depth runs its core, or several such numbers; None is the mean of training.
+        exit_threshold: relative change of its state from which on a token takes no further step.
 
     Returns:
         Figures of all files (`loss` in nats per token, `perplexity`, `bits_per_byte`, standard errors), `files` with
-        those of each, and `tasks` with those of each task.
+        those of each, and `tasks` with those of each task. Of a model with recurrent depth they are those of the first
+        number of steps, and `by_num_steps` has them for each.
 
     Raises:
         ConfigError, DataError, CheckpointError, DependencyError: on bad input, before anything is measured.
     """
     from fanformer.evaluation.files import MeasuredFiles, check_files, check_sizes
+    from fanformer.generation.depth import check_steps, chosen_depth
     from fanformer.loading import load
 
     paths = [os.fspath(text) for text in texts]
@@ -137,12 +143,19 @@ def evaluate(
 
         wanted = what_to_measure(",".join(tasks), data_dir, limit, num_fewshot)
     model, tokenizer = load(os.fspath(path), device, dtype)
-    result: dict[str, Any] = {}
-    if paths:
-        measured = MeasuredFiles(model, tokenizer, field, sequence_length, batch_size)
-        for text in paths:
-            measured.measure(text)
-        result = measured.result()
-    if tasks:
-        result["tasks"] = evaluate_tasks(model, tokenizer, **wanted)
-    return result
+    chosen: Sequence[int | None] = [num_steps] if num_steps is None or isinstance(num_steps, int) else list(num_steps)
+    check_steps(model, chosen, exit_threshold)
+    found: dict[int | None, dict[str, Any]] = {}
+    for number in chosen:
+        with chosen_depth(model, number, exit_threshold) as depth:
+            result: dict[str, Any] = {}
+            if paths:
+                measured = MeasuredFiles(model, tokenizer, field, sequence_length, batch_size)
+                for text in paths:
+                    measured.measure(text)
+                result = measured.result()
+            if tasks:
+                result["tasks"] = evaluate_tasks(model, tokenizer, **wanted)
+        found[depth.get("num_steps")] = result | depth
+    first = next(iter(found.values()))
+    return first if None in found else {**first, "by_num_steps": found}

@@ -24,6 +24,10 @@ def load_text_model(
     threads: int | None = None,
     compiled: bool = False,
     adapter: str | Path | None = None,
+    *,
+    num_steps: int | None = None,
+    exit_threshold: float | None = None,
+    draft_tokens: int | None = None,
 ) -> "TextModel":
     """Load what writes text: a folder on torch, a .gguf file on ggml, for which torch is never imported.
 
@@ -34,6 +38,9 @@ def load_text_model(
         threads: of a file; None chooses the free cores.
         compiled: of a folder: whether the step from token to token is compiled, which pays for long texts.
         adapter: of a folder: folder of an adapter that PEFT saved, merged into the weights.
+        num_steps: how often a recurrent depth runs its core; None is the mean of its training.
+        exit_threshold: of a folder: relative change of its state from which on a token takes no further step.
+        draft_tokens: of a folder: as many tokens as one step drafts before all steps verify them, for greedy text.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
@@ -45,7 +52,12 @@ def load_text_model(
             raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")
         from fanformer.generation.torch_model import TorchModel
 
-        return TorchModel(*load(path, device, dtype, adapter), compiled)
+        loaded = load(path, device, dtype, adapter)
+        if num_steps is not None or exit_threshold is not None:
+            from fanformer.generation.depth import set_depth
+
+            set_depth(loaded.model, num_steps, exit_threshold)
+        return TorchModel(*loaded, compiled, draft_tokens=draft_tokens)
     _refuse_adapter(path, adapter)
     if compiled:
         raise ConfigError(f"`--compile` is for model folders, got {path}: leave it out, ggml needs no compiling.")
@@ -55,9 +67,12 @@ def load_text_model(
         raise ConfigError(
             f"`dtype` must be auto for a .gguf file, got {dtype!r}: its types were chosen when it was written."
         )
+    for name, value in (("exit_threshold", exit_threshold), ("draft_tokens", draft_tokens)):
+        if value is not None:
+            raise ConfigError(f"`{name}` is for model folders, got {value} for {path}: ggml takes --num-steps only.")
     from fanformer.gguf.ggml_model import GgmlModel
 
-    return GgmlModel(path, threads)
+    return GgmlModel(path, threads, num_steps)
 
 
 def _refuse_adapter(path: str | Path, adapter: str | Path | None) -> None:

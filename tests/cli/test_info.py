@@ -16,6 +16,8 @@ VARIANTS = [
     PAPERS_COLA,
     {"gate_up_rank": None, "down_rank": None, "gate_initial": -2.0},
     {"qkv_rank": None, "o_rank": None, "tie_word_embeddings": True},
+    {"num_hidden_layers": 4, "prelude_layers": 1, "core_layers": 2, "coda_layers": 1},
+    {"prelude_layers": 0, "core_layers": 1, "coda_layers": 1, "injection": "concat", "mean_recurrence": 3},
 ]
 
 
@@ -49,7 +51,7 @@ def test_parts_of_a_layer_are_those_of_the_sum_in_the_design(command):
     assert parameters["without_embeddings"] == 92_230_144 - 2 * 25_165_824
 
 
-@pytest.mark.parametrize("preset", ["nano", "92m", "92m-tuned", "1b"])
+@pytest.mark.parametrize("preset", ["nano", "nano-recurrent", "92m", "92m-tuned", "1b"])
 def test_parts_of_every_preset_add_up_to_its_total(command, preset):
     parameters = record(command, preset)["parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"] == parameters["trainable"]

@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from tests.saved_models import recurrent_model  # noqa: F401
+
 
 def test_file_is_written_reported_and_measured(command, saved_model, tmp_path):
     outcome = command("quantize", saved_model, "--format", "gguf", "--type", "f16", "--output-dir", tmp_path / "out")
@@ -50,6 +52,14 @@ def test_what_makes_no_sense_is_refused(command, saved_model, tmp_path, words, m
     outcome = command("quantize", saved_model, "--output-dir", tmp_path, *words)
     assert outcome.refusal() == f"error: {message}"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "gptq-v1"])
+def test_a_recurrent_depth_is_left_to_what_sums_over_its_steps(command, recurrent_model, tmp_path, kind):  # noqa: F811
+    words = ["quantize", recurrent_model, "--format", kind, "--calibration", tmp_path / "text.txt"]
+    refusal = command(*words, "--output-dir", tmp_path / "out").refusal()
+    library = "GPTQModel" if kind == "gptq-v1" else "llm-compressor"
+    assert f"{recurrent_model} runs blocks several times, and {library} sees their inputs once: take" in refusal
 
 
 def test_report_that_is_there_is_kept(command, saved_model, tmp_path):

@@ -117,3 +117,10 @@ def test_models_without_such_parts_are_refused(tiny_model):
         look_inside(tiny_model(), IDS[:1])
     without = look_inside(tiny_model(fan_placement="none", fan_ratio=0.0), IDS)
     assert [(layer.channels, layer.turns, layer.spectrum) for layer in without] == [(0, None, [])] * 2
+
+
+def test_a_recurrent_depth_shows_its_first_step(tiny_model):
+    parts = {"num_hidden_layers": 3, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1}
+    model, plain = tiny_model(**parts), tiny_model(num_hidden_layers=3)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".bridge." not in name})
+    assert look_inside(model, IDS) == look_inside(plain, IDS)

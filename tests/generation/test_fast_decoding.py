@@ -6,8 +6,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fanformer.generation.fast_decoding import fast_decoding, grouped_sdpa
-from fanformer.generation.products import FewRowsLinear
+from fanformer.generation.fast_decoding import FewRowsLinear, fast_decoding, grouped_sdpa
 from fanformer.machine.compiling import compiled_decoding, fixed_cache
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fanformer.generation.fast_decoding import fast_decoding
-from fanformer.generation.products import JoinedAttention, JoinedMLP, joined_products
+from fanformer.generation.fast_decoding import JoinedAttention, JoinedMLP, fast_decoding, joined_products
 from fanformer.model import FANformerForCausalLM
 
 FULL_RANK = dict.fromkeys(("qkv_rank", "o_rank", "gate_up_rank", "down_rank"))

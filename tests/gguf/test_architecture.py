@@ -12,6 +12,7 @@ from fanformer.gguf.blocks import TYPES
 from fanformer.gguf.file import TensorInfo
 from fanformer.gguf.parameters import check_parameters, parameters
 from fanformer.model import FANformerConfig
+from fanformer.model.configuration_fanformer import RECURRENCE
 from tests.gguf_models import STATIC_ROPES, VARIANTS
 from tests.tiny_models import TUNED
 
@@ -84,7 +85,19 @@ def test_what_is_read_off_the_tensors_is_the_models(tiny_model, fields):
     assert read_factors(Architecture.from_file(header), header) == expected
 
 
-@pytest.mark.parametrize("name", ["default", "tuned", "separate-inputs", "fan-layer", "ffn-fan-separate", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "default",
+        "tuned",
+        "separate-inputs",
+        "fan-layer",
+        "ffn-fan-separate",
+        "llama",
+        "recurrent",
+        "recurrent-concat",
+    ],
+)
 def test_any_tensor_that_is_missing_or_of_another_shape_is_refused(tiny_config, name):
     config = tiny_config(**VARIANTS[name])
     model = Architecture.from_file(Header(config))
@@ -243,4 +256,23 @@ def test_architecture_has_every_field_that_decides_the_arithmetic(tiny_config):
         "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     }  # fmt: skip
     own = {item.name for item in dataclasses.fields(FANformerConfig) if item.name in FANformerConfig.__annotations__}
-    assert vars(Architecture.from_file(Header(tiny_config()))).keys() == own - training_only
+    assert vars(Architecture.from_file(Header(tiny_config(**VARIANTS["recurrent"])))).keys() == own - training_only
+    assert vars(Architecture.from_file(Header(tiny_config()))).keys() == own - training_only - set(RECURRENCE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("core_count", 3, r"`fanformer.recurrence.core_count` must fit the blocks, got \[1, 3, 0\] of 3"),
+        ("core_count", 0, r"`fanformer.recurrence.core_count` must be a whole number from 1"),
+        ("prelude_count", -1, r"`fanformer.recurrence.prelude_count` must be a whole number from 0"),
+        ("mean_steps", 9, r"`fanformer.recurrence.mean_steps` must be at most the largest number of steps, \(9, 8\)"),
+        ("injection", "sum", r"`fanformer.recurrence.injection` must be one of mix, add, concat, got 'sum'"),
+    ],
+    ids=str,
+)
+def test_a_recurrence_that_cannot_be_is_refused(tiny_config, key, value, message):
+    header = Header(tiny_config(**VARIANTS["recurrent"]))
+    header.metadata[f"fanformer.recurrence.{key}"] = value
+    with pytest.raises(CheckpointError, match=message):
+        Architecture.from_file(header)

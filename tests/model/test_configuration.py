@@ -171,6 +171,8 @@ def test_every_field_survives_config_json(tmp_path, others):
         "eos_token_id": [3, 4],
     }
     fields |= others
+    parts = {"num_hidden_layers": 5, "prelude_layers": 2, "core_layers": 1, "coda_layers": 2}
+    fields |= {**parts, "mean_recurrence": 3, "max_recurrence": 5, "injection": "concat"}
     assert set(fields) == set(FANformerConfig.__annotations__)  # none forgotten here
     FANformerConfig(**fields).save_pretrained(tmp_path)
     for loaded in (FANformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

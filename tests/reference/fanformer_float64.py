@@ -217,14 +217,39 @@ def block(x: Tensor, index: int, state: dict[str, Tensor], config) -> Tensor:
     return gated_residual(kept, swiglu(z, Layer(state, prefix + "mlp."), config), layer.get("mlp_residual.gate"))
 
 
-def logits(state: dict[str, Tensor], config, input_ids: Tensor) -> Tensor:
+def bridge(h: Tensor, e: Tensor, state: dict[str, Tensor], config) -> Tensor:
+    """a h + Norm(e), a = 1 in "add"; W [h || Norm(e)] in "concat"."""
+    normed = rms_norm(e, state["model.bridge.norm_weight"], config.rms_norm_eps)
+    if config.injection == "concat":
+        return affine(torch.cat([h, normed], dim=-1), state["model.bridge.linear.weight"])
+    return (h if config.injection == "add" else state["model.bridge.scale"] * h) + normed
+
+
+def blocks(x: Tensor, first: int, last: int, state: dict[str, Tensor], config) -> Tensor:
+    """Blocks `first` to `last` - 1, one after the other."""
+    for index in range(first, last):
+        x = block(x, index, state, config)
+    return x
+
+
+def decoder(x: Tensor, state: dict[str, Tensor], config, num_steps: int) -> Tensor:
+    """All blocks, the core's num_steps times: h_1 = core(e), h_s = core(bridge(h_(s-1), e)), e the prelude's output."""
+    if config.core_layers is None:
+        return blocks(x, 0, config.num_hidden_layers, state, config)
+    first, last = config.prelude_layers, config.prelude_layers + config.core_layers
+    e = blocks(x, 0, first, state, config)
+    h = blocks(e, first, last, state, config)
+    for _ in range(num_steps - 1):
+        h = blocks(bridge(h, e, state, config), first, last, state, config)
+    return blocks(h, last, config.num_hidden_layers, state, config)
+
+
+def logits(state: dict[str, Tensor], config, input_ids: Tensor, num_steps: int = 1) -> Tensor:
     """Return float64 logits (B, T, V) of `input_ids` (B, T), one row at a time."""
     embedding = state["model.embed_tokens.weight"]
     head = embedding if config.tie_word_embeddings else state["lm_head.weight"]
     rows = []
     for row in input_ids:
-        x = embedding[row]
-        for index in range(config.num_hidden_layers):
-            x = block(x, index, state, config)
+        x = decoder(embedding[row], state, config, num_steps)
         rows.append(affine(rms_norm(x, state["model.norm.weight"], config.rms_norm_eps), head))
     return torch.stack(rows)

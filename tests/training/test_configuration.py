@@ -18,7 +18,7 @@ from fanformer.training.fields import FIELDS, MachineConfig, RunConfig
 def test_every_preset_resolves_and_gives_a_valid_model():
     from fanformer.model import FANformerConfig
 
-    assert preset_names() == ["1b", "92m", "92m-tuned", "nano"]
+    assert preset_names() == ["1b", "92m", "92m-recurrent", "92m-tuned", "nano", "nano-recurrent"]
     for name in preset_names():
         config = resolve(name)
         assert config.preset == name

@@ -19,6 +19,12 @@ from fanformer.training.run import train
 from tests.training.conftest import TINY_MODEL, Notebook
 
 STEPS, BATCH = 8, 8
+DEEP = {
+    "optimizer": "adamw",
+    "one_step_fraction": 0.3,
+    **{f"model.{name}": count for name, count in (("prelude_layers", 0), ("core_layers", 1), ("coda_layers", 1))},
+}
+"""A recurrent depth, whose bridge has no gradient in the first steps."""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,7 @@ def runs(together):
     """All runs of this module: few launches, since starting the processes is what takes the time."""
     together.one("one")
     together.one("one-adamw", optimizer="adamw")
+    together.one("one-deep", **DEEP)
     for name in ("ddp2-from-one", "fsdp2-from-one"):
         together.resumed_copy("one", name)
     together.several(
@@ -78,6 +85,8 @@ def runs(together):
         ("fsdp2", {"parallel": "fsdp2"}),
         ("fsdp2-micro", {"parallel": "fsdp2", "micro_batch_size": 2}),
         ("fsdp2-adamw", {"parallel": "fsdp2", "optimizer": "adamw"}),
+        ("ddp2-deep", DEEP),
+        ("fsdp2-deep", {"parallel": "fsdp2", **DEEP}),
         ("ddp2-from-one", {"resume": True}),
         ("fsdp2-from-one", {"resume": True, "parallel": "fsdp2"}),
     )
@@ -100,6 +109,7 @@ PAIRS = [
     for name in ("ddp2", "ddp2-micro", "ddp4", "fsdp2", "fsdp2-micro", "fsdp4", "ddp2-from-one", "fsdp2-from-one")
 ] + [("one", "one-from-fsdp2"), ("one", "ddp4-from-fsdp2"), ("one", "fsdp4-from-fsdp2")]
 PAIRS += [("one-adamw", "ddp2-adamw"), ("one-adamw", "fsdp2-adamw")]
+PAIRS += [("one-deep", "ddp2-deep"), ("one-deep", "fsdp2-deep")]
 
 
 @pytest.mark.slow

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fanformer.cli.generate import write_now
-from fanformer.cli.options import Verb, adapter_option, device_option, dtype_option, sampling_options, threads_option
+from fanformer.cli.options import (
+    Verb,
+    adapter_option,
+    device_option,
+    dtype_option,
+    exit_threshold_option,
+    num_steps_option,
+    sampling_options,
+    say_depth,
+    threads_option,
+)
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
 
@@ -23,11 +33,22 @@ HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-
 @click.command(cls=Verb, example="fanformer chat runs/nano --max-length 60 --temperature 0.5")
 @click.argument("folder", metavar="DIR")
 @sampling_options()
+@num_steps_option
+@exit_threshold_option
 @adapter_option
 @threads_option
 @device_option
 @dtype_option
-def chat(folder: str, adapter: str | None, threads: int | None, device: str, dtype: str, **sampling: Any) -> None:
+def chat(
+    folder: str,
+    num_steps: int | None,
+    exit_threshold: float | None,
+    adapter: str | None,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    **sampling: Any,
+) -> None:
     """Talk with the model saved in DIR, or in a .gguf file, line by line.
 
     A tokenizer with a chat template keeps the conversation; a base model continues each line as a new text.
@@ -36,7 +57,10 @@ def chat(folder: str, adapter: str | None, threads: int | None, device: str, dty
     settings = GenerationSettings(**sampling)
     from fanformer.loading import load_text_model
 
-    converse(load_text_model(folder, device, dtype, threads, adapter=adapter), settings, name=folder)
+    depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold}
+    model = load_text_model(folder, device, dtype, threads, adapter=adapter, **depth)
+    say_depth(model.depth_note, num_steps)
+    converse(model, settings, name=folder)
 
 
 def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()) -> None:

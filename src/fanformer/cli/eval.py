@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fanformer.cli.failure import writing
-from fanformer.cli.options import Verb, adapter_option, device_option, dtype_option
+from fanformer.cli.options import (
+    Verb,
+    adapter_option,
+    device_option,
+    dtype_option,
+    exit_threshold_option,
+    say_depth,
+)
 from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 from fanformer.evaluation.files import MeasuredFiles, check_files, check_sizes
@@ -51,6 +58,13 @@ if TYPE_CHECKING:
     help="Finished requests, to go on from after a kill.  [default: ~/.cache/fanformer/eval]",
 )
 @click.option("--json", "json_file", metavar="OUT", help="Write the figures to this file; - is standard output.")
+@click.option(
+    "--num-steps",
+    metavar="R,...",
+    help="How often a recurrent depth runs its core; several are measured one after the other.  [default: the mean of "
+    "its training]",
+)
+@exit_threshold_option
 @adapter_option
 @device_option
 @dtype_option
@@ -63,6 +77,8 @@ def evaluate(
     batch_size: int,
     tasks: str | None,
     json_file: str | None,
+    num_steps: str | None,
+    exit_threshold: float | None,
     adapter: str | None,
     device: str,
     dtype: str,
@@ -85,23 +101,42 @@ def evaluate(
 
         wanted = what_to_measure(tasks, **task_options)
 
+    from fanformer.generation.depth import check_steps, chosen_depth, note_of, parse_steps
     from fanformer.loading import load
 
+    chosen = parse_steps(num_steps)
     loaded = load(folder, device, dtype, adapter)
-    texts = MeasuredFiles(*loaded, field, sequence_length, batch_size)
-    result: dict[str, Any] = {}
-    try:
-        for path in paths:
-            click.echo(f"{path} ...", err=True)
-            texts.measure(path)
-        result = texts.result() if paths else {}
-        if tasks is not None:
-            result |= _measure_tasks(loaded, wanted)
-    except BaseException:  # Ctrl-C as well: what took minutes is told before the error
-        if texts.by_file:
-            _tell({**texts.result(), "incomplete": True, "model": folder}, json_file)
-        raise
-    _tell({**result, "model": folder}, json_file, wanted["names"])
+    say_depth(note_of(loaded.model), num_steps)
+    check_steps(loaded.model, chosen, exit_threshold)
+    found: dict[str, dict[str, Any]] = {}
+    for number in chosen:
+        texts = MeasuredFiles(*loaded, field, sequence_length, batch_size)
+        try:
+            with chosen_depth(loaded.model, number, exit_threshold) as depth:
+                figures = _measure(texts, paths, loaded, wanted)
+        except BaseException:  # Ctrl-C as well: what took minutes is told before the error
+            if texts.by_file or found:
+                last = texts.result() if texts.by_file else {}
+                _tell({**_joined(found), **last, "incomplete": True, "model": folder}, json_file)
+            raise
+        found[str(depth.get("num_steps", ""))] = {**figures, **depth}
+    _tell({**_joined(found), "model": folder}, json_file, wanted["names"])
+
+
+def _measure(
+    texts: MeasuredFiles, paths: Sequence[str], loaded: "LoadedModel", wanted: dict[str, Any]
+) -> dict[str, Any]:
+    for path in paths:
+        click.echo(f"{path} ...", err=True)
+        texts.measure(path)
+    result = texts.result() if paths else {}
+    return result | (_measure_tasks(loaded, wanted) if wanted["names"] else {})
+
+
+def _joined(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the first depth, with those of all of them where the model has some."""
+    first = next(iter(found.values()), {})
+    return {**first, "by_num_steps": found} if "num_steps" in first else first
 
 
 def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = ()) -> None:
@@ -113,10 +148,28 @@ def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = 
     if json_file is not None:
         with writing(Path(json_file)):
             Path(json_file).write_text(record + "\n", encoding="utf-8")
-    if "files" in result:
-        _show_text(result)
-    if tasks:
-        _show_tasks(result["tasks"], tasks)
+    depths = result.get("by_num_steps", {})
+    for figures in depths.values() if len(depths) > 1 else [result]:
+        if len(depths) > 1:
+            click.echo(f"{figures['num_steps']} steps:")
+        if "files" in figures:
+            _show_text(figures)
+        if tasks:
+            _show_tasks(figures["tasks"], tasks)
+        if figures.get("mean_steps") is not None:
+            saved = 1 - figures["mean_steps"] / figures["num_steps"]
+            click.echo(f"{figures['mean_steps']:.2f} steps a token on average, {saved:.1%} fewer")
+    if len(depths) > 1 and "bits_per_byte" in result:
+        _show_curve({name: figures["bits_per_byte"] for name, figures in depths.items() if "bits_per_byte" in figures})
+
+
+def _show_curve(bits: dict[str, float]) -> None:
+    """Print bits per byte over the number of steps, a bar for what each has above the lowest."""
+    low, high = min(bits.values()), max(bits.values())
+    click.echo(f"{'steps':>5} {'bits_per_byte':>13}")
+    for steps, value in bits.items():
+        width = round(40 * (value - low) / (high - low)) if high > low else 0
+        click.echo(f"{steps:>5} {value:13.4f} {'#' * width}".rstrip())
 
 
 def _check_wanted(paths: list[str], has_text: bool, tasks: str | None, task_options: dict[str, Any]) -> None:

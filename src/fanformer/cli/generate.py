@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from fanformer.cli.interrupts import INTERRUPTED
-from fanformer.cli.options import Verb, adapter_option, device_option, dtype_option, sampling_options, threads_option
+from fanformer.cli.options import (
+    Verb,
+    adapter_option,
+    device_option,
+    dtype_option,
+    exit_threshold_option,
+    num_steps_option,
+    sampling_options,
+    say_depth,
+    threads_option,
+)
 from fanformer.errors import ConfigError, DataError
 from fanformer.generation.settings import GenerationSettings
 
@@ -26,6 +36,15 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of text.")
 @sampling_options()
+@num_steps_option
+@exit_threshold_option
+@click.option(
+    "--draft-tokens",
+    type=int,
+    metavar="N",
+    help="Tokens that one step of a recurrent depth drafts before all steps verify them: the same text at "
+    "--temperature 0; for folders.",
+)
 @adapter_option
 @threads_option
 @device_option
@@ -37,6 +56,9 @@ def generate(
     batch_size: int,
     compiled: bool,
     as_json: bool,
+    num_steps: int | None,
+    exit_threshold: float | None,
+    draft_tokens: int | None,
     adapter: str | None,
     threads: int | None,
     device: str,
@@ -56,7 +78,9 @@ def generate(
     from fanformer.generation.interruption import interruptible
     from fanformer.loading import load_text_model
 
-    model = load_text_model(folder, device, dtype, threads, compiled, adapter)
+    depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold, "draft_tokens": draft_tokens}
+    model = load_text_model(folder, device, dtype, threads, compiled, adapter, **depth)
+    say_depth(model.depth_note, num_steps)
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
         on_text = write_now if streamed else None

@@ -168,6 +168,12 @@ def fanformer_words(config: Any) -> dict[str, str]:
         "final_norm": f"RMSNorm over {width} before the output layer",
         "head": f"{width} -> {config.vocab_size}: a score for each token, full rank",
     }
+    if decoder.bridge is not None:
+        parts, steps = decoder.bridge.recurrence, decoder.depth.largest
+        words["bridge"] = (
+            f"brings the first {len(parts.prelude)} blocks' output to each further step of the next {len(parts.core)}; "
+            f"{steps} steps are counted, 1 to {parts.largest_steps} can be taken"
+        )
     if attention.fan_layer is not None:
         periodic = attention.fan_layer.periodic_width
         rest = width - 2 * periodic

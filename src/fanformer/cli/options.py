@@ -63,9 +63,27 @@ dtype_option = click.option(
 adapter_option = click.option(
     "--adapter", metavar="DIR", help="Folder of an adapter that PEFT saved for the model, to be merged into it."
 )
+num_steps_option = click.option(
+    "--num-steps",
+    type=int,
+    metavar="R",
+    help="How often a recurrent depth runs its core.  [default: the mean of its training]",
+)
+exit_threshold_option = click.option(
+    "--exit-threshold",
+    type=float,
+    metavar="X",
+    help="Relative change of its state from which on a token takes no further step, such as 0.02; for folders.",
+)
 threads_option = click.option(
     "--threads", type=int, metavar="N", help="Threads that run a .gguf file.  [default: the cores nobody else uses]"
 )
+
+
+def say_depth(note: str | None, num_steps: Any) -> None:
+    """Say on standard error which depth a model has where the user named none."""
+    if note is not None and num_steps is None:
+        click.echo(note, err=True)
 
 
 def echo_table(lines: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,6 @@ from fanformer.machine.threads import spin_briefly
 from fanformer.training.configuration import PARSERS, parse_setting, preset_names, resolve_run
 from fanformer.training.events import Listener
 from fanformer.training.fields import FIELDS, RunConfig
-from fanformer.training.trackers import TRACKERS, also_to
 
 # Fields of RunConfig that have a flag of their own, in the order of --help; all others go through --set.
 _FLAGS = (
@@ -45,7 +44,7 @@ def field_option(name: str, default: Any = None) -> Callable[[Any], Any]:
 log_to_option = click.option(
     "--log-to",
     multiple=True,
-    type=click.Choice(list(TRACKERS)),
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
     help="Send the figures there too; each needs the extra of its name.",
 )
 
@@ -122,6 +121,8 @@ def run_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:
     with contextlib.ExitStack() as stack:
         listener: Listener = stack.enter_context(TerminalReporter())
         for name in log_to:
+            from fanformer.training.trackers import also_to
+
             listener = stack.enter_context(also_to(name, config, listener))
         result = train_model(config, listener)
     code = 128 + signal.Signals[result.stopped_by] if result.stopped_by is not None else 0

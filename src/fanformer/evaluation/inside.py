@@ -49,7 +49,8 @@ def has_inside(model: nn.Module) -> bool:
 def look_inside(model: PreTrainedModel, ids: list[int]) -> list[LayerInside]:
     """Return what each block does on a text.
 
-    Others may compute with the model meanwhile: only what this thread computes is seen.
+    Others may compute with the model meanwhile: only what this thread computes is seen. A recurrent depth takes a
+    single step.
 
     Args:
         model: a FANformer in evaluation mode.
@@ -70,7 +71,8 @@ def look_inside(model: PreTrainedModel, ids: list[int]) -> list[LayerInside]:
     with ExitStack() as stack, torch.inference_mode():
         for block, found in zip(blocks, phases, strict=True):
             stack.enter_context(_phases_to(block, found))
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        once = {} if getattr(model.config, "recurrence", None) is None else {"num_steps": 1}
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, **once)
         return [_describe(block, found) for block, found in zip(blocks, phases, strict=True)]
 
 

@@ -59,6 +59,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     threads = torch.get_num_threads()  # products are cut for them
     how = (_FORMAT, model.device.type, attention, threads, torch.__version__, transformers.__version__)
     digest.update(repr(how).encode())
+    if getattr(model.config, "recurrence", None) is not None:
+        decoder = model.get_decoder()
+        digest.update(f"{decoder.depth} {hash_file(Path(inspect.getfile(type(decoder.bridge))))}".encode())
     return digest.hexdigest()
 
 

@@ -113,6 +113,11 @@ class TextModel(ABC):
     positions: int | None
     end_ids: Sequence[int]
 
+    @property
+    def depth_note(self) -> str | None:
+        """What a command says of the depth where nobody chose one; None for a model without recurrent depth."""
+        return None
+
     @abstractmethod
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of `prompt`, the start token in front; what looks like a special token is plain text.
@@ -302,6 +307,14 @@ class TextModel(ABC):
                     tokens_per_second=len(new) / seconds,
                     seed=seed,
                 )
+
+
+def depth_note(num_steps: int, largest: int) -> str:
+    """Return the line with which a command says that it takes the mean of training."""
+    return (
+        f"recurrent depth: {num_steps} steps, the mean that the model was trained with (--num-steps 1 to {largest} "
+        "takes others)."
+    )
 
 
 def check_text(prompt: str) -> None:

@@ -1,7 +1,8 @@
 """Text by a model of `transformers`: sampling that a seed reproduces, batches, streaming."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from fanformer.data.tokenizer import encode_documents, start_token_id
-from fanformer.errors import CheckpointError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text
+from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text, depth_note
+
+if TYPE_CHECKING:
+    from fanformer.generation.speculation import SelfSpeculation
 
 
 class KnownTokensOnly(LogitsProcessor):
@@ -130,6 +134,7 @@ class TorchModel(TextModel):
         tokenizer: PreTrainedTokenizerFast,
         compiled: bool = False,
         join: bool = True,
+        draft_tokens: int | None = None,
     ) -> None:
         """Take a model in evaluation mode and its tokenizer.
 
@@ -139,10 +144,27 @@ class TorchModel(TextModel):
             compiled: compile the step from token to token: some ten seconds, or a minute the first time, and faster
                 then. What is remembered of a conversation is not used then.
             join: compute what reads one input as one product, for which the weights are moved in memory.
+            draft_tokens: tokens that one step of a recurrent depth drafts before all steps verify them, one text at a
+                time; for greedy decoding. None drafts none.
+
+        Raises:
+            ConfigError: if compiled code cannot do the model's depth, or it cannot draft.
         """
+        depth = getattr(model.get_decoder(), "depth", None) if compiled else None
+        if depth is not None and depth.is_adaptive:
+            raise ConfigError(
+                f"`compile` needs a fixed number of steps, got exit_threshold {depth.exit_threshold}: leave one out."
+            )
+        self.speculation = None if draft_tokens is None else _speculation(model, draft_tokens, compiled)
         self.model, self.tokenizer, self.compiled, self.join = model, tokenizer, compiled, join
         self.positions = getattr(model.config, "max_position_embeddings", None)
         self.end_ids = end_token_ids(model, tokenizer)
+
+    @property
+    def depth_note(self) -> str | None:
+        """Do what `TextModel.depth_note` says."""
+        recurrence = getattr(self.model.config, "recurrence", None)
+        return None if recurrence is None else depth_note(recurrence.mean_steps, recurrence.largest_steps)
 
     def encode(self, prompt: str) -> list[int]:
         """Do what `TextModel.encode` says."""
@@ -151,6 +173,8 @@ class TorchModel(TextModel):
     @torch.inference_mode()
     def continue_batch(self, batch: Batch) -> list[list[int]]:
         """Do what `TextModel.continue_batch` says."""
+        if self.speculation is not None:
+            return self._speculate(self.speculation, batch)
         model, tokenizer, rows, settings, compiling = self.model, self.tokenizer, batch.rows, batch.settings, {}
         on_text, remembered = batch.on_text, batch.remembered
         writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
@@ -193,12 +217,56 @@ class TorchModel(TextModel):
             remembered.keep(rows[0], found[0], cache.get_seq_length(), cache)
         return found
 
+    def _speculate(self, speculation: "SelfSpeculation", batch: Batch) -> list[list[int]]:
+        """Continue the rows of a batch one after the other by drafts that are verified."""
+        if not batch.settings.is_greedy:
+            raise ConfigError(
+                f"`draft_tokens` needs greedy decoding, got temperature {batch.settings.temperature}: set it to 0."
+            )
+        with fast_decoding(self.model, self.join):
+            return [
+                self._speculate_row(speculation, replace(batch, rows=[row], beginnings=[beginning]))
+                for row, beginning in zip(batch.rows, batch.beginnings, strict=True)
+            ]
+
+    def _speculate_row(self, speculation: "SelfSpeculation", batch: Batch) -> list[int]:
+        (row,), (beginning,), settings = batch.rows, batch.beginnings, batch.settings
+        writer = None
+        if batch.on_text is not None:
+            writer = TextWriter(self.tokenizer, row, batch.on_text, len(beginning))
+        processors = _processors(self.tokenizer, batch, len(row))
+        ends = torch.tensor(list(self.end_ids), dtype=torch.int64, device=self.model.device)
+
+        def choose(ids: Tensor, logits: Tensor) -> int:
+            scores = processors(ids, logits)
+            if ids.shape[1] < len(row) + settings.min_length:
+                scores = scores.index_fill(-1, ends, -torch.inf)
+            return int(scores.argmax(-1))
+
+        def on_token(token: int) -> bool:
+            if writer is not None:
+                writer.push(token)
+            return token in self.end_ids or batch.interruption.requested
+
+        found = speculation.continue_ids(row, settings.max_length, choose, on_token)
+        if writer is not None:
+            writer.finish()
+        return found
+
     @torch.inference_mode()
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         """Do what `TextModel.log_likelihoods` says, in float32."""
         tokens = torch.tensor([ids], device=self.model.device)
         logits = self.model(tokens[:, :-1]).logits[0].float()  # (T - 1, V)
         return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+
+
+def _speculation(model: PreTrainedModel, draft_tokens: int, compiled: bool) -> "SelfSpeculation":
+    if compiled:
+        raise ConfigError(f"`draft_tokens` does not go with `compile`, got {draft_tokens}: leave one out.")
+    from fanformer.generation.speculation import SelfSpeculation
+
+    return SelfSpeculation(model, draft_tokens)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:

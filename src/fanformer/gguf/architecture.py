@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from fanformer.errors import CheckpointError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.gguf.file import ARCHITECTURE, GGUFFile
 
 _LARGEST = 1 << 24
@@ -47,6 +47,15 @@ _BEFORE_RANKS = {
 }
 # absent at full rank
 _RANKS = {name: (f"cola.{name}", "count") for name in ("qkv_rank", "o_rank", "gate_up_rank", "down_rank")}
+# absent where blocks run once
+_RECURRENCE = {
+    "prelude_layers": ("recurrence.prelude_count", "number"),
+    "core_layers": ("recurrence.core_count", "count"),
+    "coda_layers": ("recurrence.coda_count", "number"),
+    "mean_recurrence": ("recurrence.mean_steps", "count"),
+    "max_recurrence": ("recurrence.largest_steps", "count"),
+    "injection": ("recurrence.injection", "text"),
+}
 # field of `rope_parameters` -> (key, how it is stored)
 _ROPE_KEYS = {
     "rope_theta": ("rope.freq_base", "float"),
@@ -63,7 +72,7 @@ _ROPE_KEYS = {
     "truncate": ("rope.scaling.yarn_truncate", "flag"),
 }
 # GGUF's numbers for the types of values
-_STORED_AS = {"count": 4, "float": 6, "double": 12, "flag": 7, "text": 8}
+_STORED_AS = {"count": 4, "number": 4, "float": 6, "double": 12, "flag": 7, "text": 8}
 # what the engine computes
 _CHOICES = {
     "hidden_act": ("silu", "gelu", "linear"),
@@ -73,6 +82,7 @@ _CHOICES = {
     "cola_input": ("shared", "separate"),
     "norm_placement": ("hybrid-star", "hybrid", "pre"),
     "qkv_norm": ("qkv", "none"),
+    "injection": ("mix", "add", "concat"),
     "rope_type": ("default", "linear", "llama3", "yarn"),
 }
 
@@ -101,15 +111,51 @@ class Architecture(SimpleNamespace):
             fields |= present(_SINCE_RANKS)
         else:
             fields = dict.fromkeys(_RANKS) | fields | {name: _read(file, *key) for name, key in _SINCE_RANKS.items()}
+        if present(_RECURRENCE):
+            fields |= {name: _read(file, *key) for name, key in _RECURRENCE.items()}
         rope = {"rope_type": "default"} | present(_ROPE_KEYS)
         found = cls(**fields, rope_parameters=rope, tie_word_embeddings="output.weight" not in file.tensors)
         _check(found, file)
         return found
 
+    def parts(self) -> tuple[range, range, range]:
+        """Return the blocks of prelude, core and coda; of a plain model all are the core's, which runs once."""
+        if not hasattr(self, "core_layers"):
+            return range(0), range(self.num_hidden_layers), range(0)
+        first, last = self.prelude_layers, self.prelude_layers + self.core_layers
+        return range(first), range(first, last), range(last, self.num_hidden_layers)
+
+    def check_steps(self, num_steps: int | None) -> int:
+        """Return how often the core runs where `num_steps` is asked for; None is the mean of training.
+
+        Raises:
+            ConfigError: if the model has no recurrent depth, or the number is out of range.
+        """
+        if not hasattr(self, "core_layers"):
+            if num_steps is not None:
+                raise ConfigError(
+                    f"`num_steps` needs a model with recurrent depth, got {num_steps} for one whose blocks run once: "
+                    "leave it out."
+                )
+            return 1
+        mean, largest = self.mean_recurrence, self.max_recurrence
+        if num_steps is not None and not 1 <= num_steps <= largest:
+            raise ConfigError(
+                f"`num_steps` must be in [1, {largest}], got {num_steps}: the file says how large it may be."
+            )
+        return mean if num_steps is None else num_steps
+
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """The mean number of steps in training and the largest, None of a plain model."""
+        return (self.mean_recurrence, self.max_recurrence) if hasattr(self, "core_layers") else None
+
 
 def metadata(config: Any) -> dict[str, tuple[int, Any]]:
     """Return key to (type of the value, value), as a file has it, for a `FANformerConfig`."""
     values = {key: getattr(config, name) for name, key in {**_KEYS, **_SINCE_RANKS, **_RANKS}.items()}
+    if config.core_layers:
+        values |= {key: getattr(config, name) for name, key in _RECURRENCE.items()}
     values |= {("attention.value_length", "count"): config.head_dim, ("rope.dimension_count", "count"): config.head_dim}
     values |= {key: config.rope_parameters.get(name) for name, key in _ROPE_KEYS.items()}
     if config.rope_parameters["rope_type"] == "default":
@@ -120,7 +166,8 @@ def metadata(config: Any) -> dict[str, tuple[int, Any]]:
 def _check(model: Architecture, file: GGUFFile) -> None:
     """Raise CheckpointError where the engine could not compute with what the fields say."""
     fields = {**vars(model), **model.rope_parameters}
-    keys = {name: f"{ARCHITECTURE}.{key}" for name, (key, _) in {**_KEYS, **_SINCE_RANKS, **_ROPE_KEYS}.items()}
+    known = {**_KEYS, **_SINCE_RANKS, **_RECURRENCE, **_ROPE_KEYS}
+    keys = {name: f"{ARCHITECTURE}.{key}" for name, (key, _) in known.items()}
     for name, choices in _CHOICES.items():
         if fields.get(name, choices[0]) not in choices:
             raise file.fail(f"`{keys[name]}` must be one of {', '.join(choices)}, got {fields[name][:40]!r}.")
@@ -133,6 +180,12 @@ def _check(model: Architecture, file: GGUFFile) -> None:
             f"`{keys['num_attention_heads']}` must be a multiple of `{keys['num_key_value_heads']}`, got "
             f"{model.num_attention_heads} and {model.num_key_value_heads}."
         )
+    if model.steps is not None:
+        counts = [len(part) for part in model.parts()]
+        if model.prelude_layers + model.core_layers + model.coda_layers != model.num_hidden_layers:
+            raise file.fail(f"`{keys['core_layers']}` must fit the blocks, got {counts} of {model.num_hidden_layers}.")
+        if model.mean_recurrence > model.max_recurrence:
+            raise file.fail(f"`{keys['mean_recurrence']}` must be at most the largest number of steps, {model.steps}.")
     if model.head_dim % 2:
         raise file.fail(f"`{keys['head_dim']}` must be even, got {model.head_dim}: RoPE turns pairs of channels.")
 
@@ -144,11 +197,13 @@ def _read(file: GGUFFile, name: str, kind: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     right = {
         "count": type(value) is int and 1 <= value <= _LARGEST,
+        "number": type(value) is int and 0 <= value <= _LARGEST,
         "flag": isinstance(value, bool),
         "text": isinstance(value, str),
     }
     if not right.get(kind, is_number and math.isfinite(value or 0)):
-        expected = {"count": f"a whole number from 1 to {_LARGEST}", "flag": "true or false", "text": "a text"}
+        whole = {kind: f"a whole number from {first} to {_LARGEST}" for kind, first in (("count", 1), ("number", 0))}
+        expected = whole | {"flag": "true or false", "text": "a text"}
         got = "nothing" if value is None else repr(value)[:40]
         raise file.fail(f"`{key}` must be {expected.get(kind, 'a finite number')}, got {got}.")
     # float32 keeps 7 digits; the shortest decimal of those is what was meant, such as 1e-05
@@ -215,6 +270,8 @@ _BLOCK = {
 }
 _SHAPES = {f"blk.N.{name}": lengths for name, lengths in _BLOCK.items()}
 _SHAPES |= {"token_embd": "V D", "output_norm": "D", "output": "V D"}
+_SHAPES |= {"bridge_norm": "D", "bridge_scale": "D", "bridge": "D 2D"}
+_BRIDGES = {"mix": ("bridge_norm", "bridge_scale"), "add": ("bridge_norm",), "concat": ("bridge_norm", "bridge")}
 _NEEDED = ("attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -271,6 +328,8 @@ def _check_names(model: Architecture, file: GGUFFile) -> None:
     wanted |= {"token_embd.weight", "output_norm.weight"} | (
         {"output.weight"} if not model.tie_word_embeddings else set()
     )
+    if model.steps is not None:
+        wanted |= {f"{name}.weight" for name in _BRIDGES[model.injection]}
     for verb, names in (("lacks", wanted - file.tensors.keys()), ("has", file.tensors.keys() - wanted)):
         if any(name.endswith(("attn_output_a_norm.weight", "ffn_down_a_norm.weight")) for name in names):
             raise file.fail("has norms between the factors of O and down, which were deleted: train without them.")
@@ -289,7 +348,7 @@ def _lengths_of(name: str) -> list[str]:
 def _read_lengths(model: Architecture, file: GGUFFile) -> dict[str, int]:
     """Return every length that tensors have in common by its name, checked to be the same in all of them."""
     found = {"V": model.vocab_size, "D": model.hidden_size, "F": model.intermediate_size, "K": model.head_dim}
-    found["Q"] = model.num_attention_heads * model.head_dim
+    found["Q"], found["2D"] = model.num_attention_heads * model.head_dim, 2 * model.hidden_size
     for name, info in file.tensors.items():
         names = _lengths_of(name)
         expected = tuple(found.setdefault(each, got) for each, got in zip(names, info.shape, strict=False))

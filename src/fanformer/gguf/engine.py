@@ -7,6 +7,7 @@ other inputs: where a token's key and value go, and what it sees, are inputs too
 Shapes as there, with B streams (texts that go on together) of T tokens each, N = B T.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,21 +39,24 @@ A nano model of 2 MB decodes 1.18 times as fast on one thread as on two, one of 
 class Engine:
     """A model of a GGUF file, ready to run on the CPU."""
 
-    def __init__(self, file: GGUFFile, model: Architecture, threads: int | None = None) -> None:
+    def __init__(
+        self, file: GGUFFile, model: Architecture, threads: int | None = None, num_steps: int | None = None
+    ) -> None:
         """Load the weights.
 
         Args:
             file: what `open_model` read and checked.
             model: its architecture.
             threads: how many compute at once; None chooses the free cores, fewer for a small model.
+            num_steps: how often a recurrent depth runs its core; None is the mean of its training.
 
         Raises:
             CheckpointError: if a weight is not finite.
-            ConfigError: if the engine cannot do the model's kind of RoPE, or that many threads.
+            ConfigError: if the engine cannot do the model's kind of RoPE, that many threads, or that many steps.
             DependencyError: if the extra `gguf` is not installed.
             EngineError: if there is not enough memory.
         """
-        self.model = model
+        self.model, self.num_steps = model, model.check_steps(num_steps)
         rope = self.model.rope_parameters
         if rope["rope_type"] not in ("default", "linear"):
             raise ConfigError(
@@ -73,9 +77,9 @@ class Engine:
         """How many times texts have begun: what `keep` of `begin` refers to is that of the last."""
 
     @classmethod
-    def open(cls, path: str | Path, threads: int | None = None) -> "Engine":
+    def open(cls, path: str | Path, threads: int | None = None, num_steps: int | None = None) -> "Engine":
         """Load the file at `path`; raises as `open_model` and `Engine`."""
-        return cls(*open_model(os.fspath(path)), threads)
+        return cls(*open_model(os.fspath(path)), threads, num_steps)
 
     @property
     def weight_bytes(self) -> int:
@@ -198,11 +202,15 @@ class _State:
         self._width = model.num_key_value_heads * model.head_dim
         # behind the cells that are read, a place for the keys and values of tokens that only fill up a graph
         self._all_cells = cells + CHUNK
+        prelude, core, coda = model.parts()
+        self.num_steps = engine.num_steps
+        # keys and values for every block that runs, in the order of running
+        self.blocks = len(prelude) + self.num_steps * len(core) + len(coda)
         shapes = {}
-        for layer in range(model.num_hidden_layers):
-            shapes[f"k{layer}"] = kind, (self._width, self._all_cells * streams)
+        for place in range(self.blocks):
+            shapes[f"k{place}"] = kind, (self._width, self._all_cells * streams)
             # values lie the other way round, so that the sum over positions reads them one after the other
-            shapes[f"v{layer}"] = kind, (1, self._all_cells * self._width * streams)
+            shapes[f"v{place}"] = kind, (1, self._all_cells * self._width * streams)
         self._cache = Memory(runtime, shapes)
         self.num_bytes = self._cache.total_bytes
         self._graphs: dict[tuple[int, int, int, int, bool], Graph] = {}
@@ -282,7 +290,8 @@ class _Builder:
         self._state, self._first, self._b, self._t, self._s = state, first, count, width, used
         self._model, self._weights = state._model, state._weights
         self._n = count * width
-        self._graph = Graph(state._runtime, 32 + _NODES_PER_LAYER * self._model.num_hidden_layers)
+        self._graph = Graph(state._runtime, 32 + _NODES_PER_LAYER * state.blocks)
+        self._places = itertools.count()
 
     def build(self, every: bool) -> Graph:
         """Return the graph; with `every` its output is the logits of all tokens, else those of the input `outputs`."""
@@ -292,14 +301,36 @@ class _Builder:
         self._mask = g.input("mask", F32, self._s, self._t, 1, self._b)
         self._k_rows = g.input("k_rows", I64, self._n)
         self._v_rows = g.input("v_rows", I64, self._n * kv)
-        for layer in range(model.num_hidden_layers):
-            x = self._layer(x, layer)
+        x = self._decoder(x)
         if not every:
             x = g.rows(x, g.input("outputs", I32, self._b))
         x = self._norm(x, "output_norm")
         head = "token_embd" if model.tie_word_embeddings else "output"
         g.finish(self._linear(x, head))
         return g
+
+    def _decoder(self, x: Node) -> Node:
+        """Return what all blocks make of `x`; those of a core run several times."""
+        prelude, core, coda = self._model.parts()
+        e = self._blocks(prelude, x)
+        state = self._blocks(core, e)
+        for _ in range(self._state.num_steps - 1):
+            state = self._blocks(core, self._bridge(state, e))
+        return self._blocks(coda, state)
+
+    def _blocks(self, layers: range, x: Node) -> Node:
+        for layer in layers:
+            x = self._layer(x, layer)
+        return x
+
+    def _bridge(self, state: Node, e: Node) -> Node:
+        """Return what the core reads from its second step on: a h + Norm(e), or W [h, Norm(e)]."""
+        g = self._graph
+        e = self._norm(e, "bridge_norm")
+        if "bridge" in self._weights:
+            return self._linear(g.concat([state, e]), "bridge")
+        scale = self._weights.nodes.get("bridge_scale.weight")
+        return g.add(state if scale is None else g.multiply(state, scale), e)
 
     def _norm(self, x: Node, name: str) -> Node:
         """Return `x` normalised by the norm of that name; where the model has none, as it is."""
@@ -356,7 +387,7 @@ class _Builder:
     def _layer(self, x: Node, layer: int) -> Node:
         block = f"blk.{layer}"
         h = self._norm(x, f"{block}.attn_norm")
-        y = self._residual(x, self._attention(h, block, layer), f"{block}.attn_residual_gate")
+        y = self._residual(x, self._attention(h, block), f"{block}.attn_residual_gate")
         z = self._norm(y, f"{block}.ffn_norm")
         base = y if self._model.norm_placement == "pre" else z
         return self._residual(base, self._feed_forward(z, block), f"{block}.ffn_residual_gate")
@@ -368,7 +399,7 @@ class _Builder:
         both = g.concat([self._linear(u, name) for u, name in zip(inputs, names, strict=True)])
         return self._writer(g.swiglu(both, model.hidden_act), f"{block}.ffn_down")
 
-    def _attention(self, h: Node, block: str, layer: int) -> Node:
+    def _attention(self, h: Node, block: str) -> Node:
         g, model = self._graph, self._model
         width, heads = model.head_dim, model.num_attention_heads
         q, k, v = self._projections(self._fan_layer(h, block), block)
@@ -376,7 +407,7 @@ class _Builder:
         rope = model.rope_parameters
         scale = 1.0 / rope["factor"] if rope["rope_type"] == "linear" else 1.0
         q, k = (g.rope(x, self._positions, rope["rope_theta"], scale) for x in (q, k))
-        keys, values = self._remember(k, v, layer)  # [K, S, G, B], [S, K, G, B]
+        keys, values = self._remember(k, v)  # [K, S, G, B], [S, K, G, B]
         q = g.permute(g.reshape(q, width, heads, self._t, self._b), 0, 2, 1, 3)  # [K, T, H, B]
         weights = g.softmax(g.matmul(keys, q), self._mask, width**-0.5)  # [S, T, H, B]
         attended = g.permute(g.matmul(values, weights), 0, 2, 1, 3)  # [K, H, T, B]
@@ -430,11 +461,11 @@ class _Builder:
         x = self._graph.reshape(x, self._model.head_dim, x.shape[0] // self._model.head_dim, self._n)
         return self._norm(x, f"{block}.attn_{part}_norm")
 
-    def _remember(self, k: Node, v: Node, layer: int) -> tuple[Node, Node]:
+    def _remember(self, k: Node, v: Node) -> tuple[Node, Node]:
         """Write keys and values `[K, G, N]` to the cache; return what is visible, `[K, S, G, B]` and `[S, K, G, B]`."""
-        g, model, state = self._graph, self._model, self._state
+        g, model, state, place = self._graph, self._model, self._state, next(self._places)
         cells, width = state._all_cells, state._width
-        keys, values = state._cache.nodes[f"k{layer}"], state._cache.nodes[f"v{layer}"]
+        keys, values = state._cache.nodes[f"k{place}"], state._cache.nodes[f"v{place}"]
         g.put_rows(keys, g.reshape(g.contiguous(k), width, self._n), self._k_rows)
         g.put_rows(values, g.reshape(g.contiguous(v), 1, width * self._n), self._v_rows)
         size = keys.strides[0]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.sampling import Sampling, TokenSampler, log_probabilities, noise_of
-from fanformer.generation.text_model import Batch, TextModel, check_text
+from fanformer.generation.text_model import Batch, TextModel, check_text, depth_note
 from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
 from fanformer.gguf.tokenizer import GGUFTokenizer
@@ -19,24 +19,31 @@ from fanformer.gguf.tokenizer import GGUFTokenizer
 class GgmlModel(TextModel):
     """A GGUF file that runs as it is, quantized, on the CPU; a seed gives other texts than on torch."""
 
-    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, threads: int | None = None, num_steps: int | None = None) -> None:
         """Open a file.
 
         Args:
             path: of the file.
             threads: how many compute at once; None chooses the free cores.
+            num_steps: how often a recurrent depth runs its core; None is the mean of its training.
 
         Raises:
             CheckpointError: if the file or its tokenizer is missing, damaged, or of another kind.
-            ConfigError: if the engine cannot do the model's kind of RoPE, or that many threads.
+            ConfigError: if the engine cannot do the model's kind of RoPE, that many threads, or that many steps.
             DependencyError: if the extra `gguf` is not installed.
         """
         file, model = open_model(str(path))
         self.tokenizer = GGUFTokenizer(file, model.vocab_size)
-        self.engine = Engine(file, model, threads)
+        self.engine = Engine(file, model, threads, num_steps)
         del file  # the texts of all tokens are in its metadata
         self.positions, self.end_ids = model.max_position_embeddings, self.tokenizer.end_ids
         give_back_freed_memory()
+
+    @property
+    def depth_note(self) -> str | None:
+        """Do what `TextModel.depth_note` says."""
+        steps = self.engine.model.steps
+        return None if steps is None else depth_note(*steps)
 
     def encode(self, prompt: str) -> list[int]:
         """Do what `TextModel.encode` says."""

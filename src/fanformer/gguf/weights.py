@@ -156,7 +156,7 @@ def _groups(model: Architecture, file: GGUFFile, factors: dict[str, Factors]) ->
     attention = [*(f"attn_{part}_fan" for part in "qkv"), *(f"attn_{part}" for part in "qkv")]
     together = {"attn_qkv": attention, "ffn_gate_up": ["ffn_gate", "ffn_up"]}
     head = "token_embd" if model.tie_word_embeddings else "output"
-    groups = [_Group(head, [head], file)]
+    groups = [_Group(name, [name], file) for name in (head, "bridge") if f"{name}.weight" in file.tensors]
     for layer in range(model.num_hidden_layers):
         for name in ("attn_fan", "attn_qkv_a", "attn_output_a", "attn_output", "ffn_gate_up_a", "ffn_down_a",
                      "ffn_down"):  # fmt: skip

@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -50,7 +50,43 @@ _DELETED: dict[str, tuple[Any, ...]] = {
     "writer_activation": ("half",),
     "writer_norm": (True,),
 }
+RECURRENCE = ("prelude_layers", "core_layers", "coda_layers", "mean_recurrence", "max_recurrence", "injection")
+"""Fields of the recurrent depth, which a plain model's files leave out."""
+# Where a saved folder has the class behind each Auto class; transformers alone names only the class that is saved, and
+# vLLM looks for AutoModel.
+AUTO_MAP = {
+    "AutoConfig": "configuration_fanformer.FANformerConfig",
+    "AutoModel": "modeling_fanformer.FANformerModel",
+    "AutoModelForCausalLM": "modeling_fanformer.FANformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_fanformer.FANformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_fanformer.FANformerForTokenClassification",
+}
 _Config = TypeVar("_Config", bound=type)
+
+
+class Recurrence(NamedTuple):
+    """The recurrent depth of a model: which blocks run once, which r times, and how large r may be."""
+
+    prelude: range
+    """Indices of the blocks that run before the core."""
+    core: range
+    """Indices of the blocks that run r times."""
+    coda: range
+    """Indices of the blocks that run after the core."""
+    mean_steps: int
+    """r where nothing is said, the mean of training."""
+    largest_steps: int
+    """The largest r."""
+    bridge: str
+    """How the core gets the prelude's output from its second step on."""
+
+    def executed(self, num_steps: int) -> list[int]:
+        """Return the indices of the blocks in the order in which r steps run them."""
+        return [*self.prelude, *list(self.core) * num_steps, *self.coda]
+
+    def cache_layers(self, num_steps: int) -> int:
+        """Return how many layers of keys and values r steps have: one for every block that runs."""
+        return len(self.executed(num_steps))
 
 
 def translated(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +237,21 @@ class FANformerConfig(PreTrainedConfig):
     """What every g starts at, in [-16, 16]: 0 starts each branch at half its strength, -4 at 0.018 of it, 4 at 0.982.
     Ours. Refused where `gated_residual` is off."""
 
+    prelude_layers: int | None = None
+    """Blocks that run once before the core of a recurrent depth (arXiv:2502.05171); None, like the next two, is a plain
+    model. Prelude, core and coda add up to `num_hidden_layers`."""
+    core_layers: int | None = None
+    """Blocks of the core, which r steps run r times; the first step is the plain model's."""
+    coda_layers: int | None = None
+    """Blocks that run once after the core."""
+    mean_recurrence: int = 4
+    """r where nothing is said, and the mean of the r that training draws. Refused without a core, like the next two."""
+    max_recurrence: int = 8
+    """The largest r."""
+    injection: Literal["mix", "add", "concat"] = "mix"
+    """What the core reads from its second step on, h the state and e the prelude's output: "mix" is a h + Norm(e), a a
+    learnable vector; "add" is h + Norm(e); "concat" is W [h, Norm(e)]. All of them are h at initialisation. Ours."""
+
     tie_word_embeddings: bool = False
     """Whether the LM head shares the embedding's weight."""
     initializer_range: float | int = 0.01
@@ -220,6 +271,41 @@ class FANformerConfig(PreTrainedConfig):
                 near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
                 raise ValueError(f"`{key}` is not a field of FANformerConfig: did you mean `{near}`?")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, those of the recurrent depth only where there is one: a plain model's file has none."""
+        fields: dict[str, Any] = super().to_dict()
+        return fields if self.core_layers else {name: fields[name] for name in fields if name not in RECURRENCE}
+
+    @property
+    def recurrence(self) -> Recurrence | None:
+        """The recurrent depth in numbers, None for a plain model."""
+        if self.core_layers is None or self.prelude_layers is None:
+            return None
+        first, last = self.prelude_layers, self.prelude_layers + self.core_layers
+        parts = range(first), range(first, last), range(last, self.num_hidden_layers)
+        return Recurrence(*parts, self.mean_recurrence, self.max_recurrence, self.injection)
+
+    def validate_recurrence(self) -> None:
+        """Check that prelude, core and coda are the layers, and that the mean of r is not above the largest."""
+        prelude, core, coda = parts = (self.prelude_layers, self.core_layers, self.coda_layers)
+        if prelude is None or core is None or coda is None:
+            for name in RECURRENCE:
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"`{name}` needs `prelude_layers`, `core_layers` and `coda_layers`, got {getattr(self, name)} "
+                        "beside None: set all three, or leave it out."
+                    )
+        elif prelude < 0 or core < 1 or coda < 0 or prelude + core + coda != self.num_hidden_layers:
+            raise ValueError(
+                f"`prelude_layers`, `core_layers` and `coda_layers` must add up to `num_hidden_layers`, got {parts} "
+                f"and {self.num_hidden_layers}: a core has at least 1, the others at least 0."
+            )
+        elif not 1 <= self.mean_recurrence <= self.max_recurrence:
+            raise ValueError(
+                f"`mean_recurrence` must be in [1, max_recurrence], got {self.mean_recurrence} of "
+                f"{self.max_recurrence}: it is the r of every call that names none."
+            )
 
     def validate_architecture(self) -> None:
         """Check the rules that join several fields, and the ranges of single ones."""
@@ -310,4 +396,4 @@ class FANformerConfig(PreTrainedConfig):
         return int(share) if multiple == 1 else multiple * math.ceil(share / multiple - 0.5)
 
 
-__all__ = ["RANKS", "FANformerConfig", "translated"]
+__all__ = ["AUTO_MAP", "RANKS", "RECURRENCE", "FANformerConfig", "Recurrence", "translated"]

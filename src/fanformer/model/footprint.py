@@ -26,6 +26,7 @@ _NAMES = {
     **{f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")},
     "attention_residual": "gates",
     "mlp_residual": "gates",
+    "bridge": "bridge",
     "embed_tokens": "embedding",
     "lm_head": "head",
 }
@@ -42,13 +43,14 @@ class Footprint:
     layer_parts: dict[str, int]
     """Parameters of each part in the last block; the first one may have a norm more."""
     matrix_weights: int
-    """Weights that a token is multiplied with: all matrices, the embedding only where it is the head too."""
+    """Weights that a token is multiplied with: all matrices, the embedding only where it is the head too; those of a
+    recurrent depth's core once for every step, of which the mean of training is counted."""
     sequence_length: int
     """T of the figures below: the model's longest sequence."""
     attention_operations: int
-    """4 L H K T: a token's query against T keys, and the weighted sum of T values."""
+    """4 L H K T: a token's query against T keys, and the weighted sum of T values; L counts every block that runs."""
     cache_bytes_per_token: dict[str, int]
-    """Keys and values, 2 L G K numbers, by dtype."""
+    """Keys and values, 2 L G K numbers, by dtype; L counts every block that runs."""
 
     @property
     def without_embeddings(self) -> int:
@@ -101,9 +103,20 @@ def part_of(name: str) -> str:
     return "other"
 
 
-def footprint(config: PreTrainedConfig) -> Footprint:
-    """Count the model of `config`, which is built on the meta device only."""
+def footprint(config: PreTrainedConfig, num_steps: int | None = None) -> Footprint:
+    """Count the model of `config`, which is built on the meta device only.
+
+    Args:
+        config: of any causal language model.
+        num_steps: how often a recurrent depth runs its core; None is the mean of its training.
+    """
     model = meta_model(config)
+    recurrence, executed = getattr(config, "recurrence", None), list(range(config.num_hidden_layers))
+    steps = 1
+    if recurrence is not None:
+        steps = num_steps or recurrence.mean_steps
+        executed = recurrence.executed(steps)
+    runs = Counter(executed)
     parts: Counter[str] = Counter()
     last_block: Counter[str] = Counter()
     last = config.num_hidden_layers - 1
@@ -116,11 +129,12 @@ def footprint(config: PreTrainedConfig) -> Footprint:
             last_block[part_of(name)] += count
         is_lookup = parameter is model.get_input_embeddings().weight
         if parameter.dim() > 1 and (not is_lookup or parameter is model.get_output_embeddings().weight):
-            matrices += count
+            outside = steps - 1 if part_of(name) == "bridge" else 1
+            matrices += count * (outside if block is None else runs[int(block[1])])
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    cached = 2 * config.num_hidden_layers * key_value_heads * head_dim
+    cached = 2 * len(executed) * key_value_heads * head_dim
     length = config.max_position_embeddings
     return Footprint(
         total=model.num_parameters(),
@@ -129,6 +143,6 @@ def footprint(config: PreTrainedConfig) -> Footprint:
         layer_parts=dict(+last_block),
         matrix_weights=matrices,
         sequence_length=length,
-        attention_operations=4 * config.num_hidden_layers * heads * head_dim * length,
+        attention_operations=4 * len(executed) * heads * head_dim * length,
         cache_bytes_per_token={"float32": 4 * cached, "bfloat16": 2 * cached},
     )

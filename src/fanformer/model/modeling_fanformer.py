@@ -12,9 +12,11 @@ What differs from Llama, each a field of the configuration:
 - Q, K and V are [cos(p), sin(p), g], p and g linear in u (FAN, at low rank);
 - Q, K and V get an RMSNorm per head, and only the first attention gets one on its input (HybridNorm*);
 - the FFN's residual is taken after its norm (HybridNorm);
-- every residual branch is multiplied by sigmoid(g), g learnable (gated residuals).
+- every residual branch is multiplied by sigmoid(g), g learnable (gated residuals);
+- a recurrent depth may run the middle blocks several times (recurrence_fanformer.py).
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +30,6 @@ from transformers import modeling_layers as layers
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
@@ -36,7 +37,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_fanformer import FANformerConfig
+from .configuration_fanformer import AUTO_MAP, FANformerConfig
+from .recurrence_fanformer import Depth, FANformerBridge, FANformerCausalLMOutput, FANformerModelOutput, think
 
 
 class FANformerRMSNorm(nn.Module):
@@ -292,11 +294,9 @@ class FANformerAttention(nn.Module):
         attended = config.num_attention_heads * config.head_dim
         self.o_proj = branch_output(config, attended, config.o_rank)
 
-        def norm() -> nn.Module:
-            return (
-                nn.Identity() if config.qkv_norm == "none" else FANformerRMSNorm(config.head_dim, config.rms_norm_eps)
-            )
-
+        norm: Callable[[], nn.Module] = nn.Identity
+        if config.qkv_norm == "qkv":
+            norm = functools.partial(FANformerRMSNorm, config.head_dim, config.rms_norm_eps)
         self.q_norm, self.k_norm, self.v_norm = norm(), norm(), norm()
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,17 +414,6 @@ class FANformerDecoderLayer(layers.GradientCheckpointingLayer):
         return self.mlp_residual(z if self.residual_after_norm else y, self.mlp(z))
 
 
-# Where a saved folder has the class behind each Auto class; transformers alone names only the class that is saved, and
-# vLLM looks for AutoModel.
-_AUTO_MAP = {
-    "AutoConfig": "configuration_fanformer.FANformerConfig",
-    "AutoModel": "modeling_fanformer.FANformerModel",
-    "AutoModelForCausalLM": "modeling_fanformer.FANformerForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_fanformer.FANformerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_fanformer.FANformerForTokenClassification",
-}
-
-
 class FANformerPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation, common to all FANformer models.
 
@@ -438,6 +427,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
     | W_b                             | gain / sqrt(R), gain = 1 / sqrt(E[act(x)^2]), x ~ N(0, 1)   |
     | the last factor of o and down   | 0: every branch starts silent                               |
     | biases; gates; norms            | all 0; all `gate_initial`; all 1                            |
+    | bridge of a recurrent depth     | no random numbers: it starts as the identity                |
     """
 
     config: FANformerConfig
@@ -464,12 +454,15 @@ class FANformerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
         elif isinstance(module, FANformerResidual) and module.gate is not None:
             init.constant_(module.gate, module.initial)
+        elif isinstance(module, FANformerBridge):
+            for name, value in module.initial_values().items():
+                init.copy_(module.get_parameter(name), value)
         else:
             super()._init_weights(module)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save weights, configuration and code to a folder; arguments as in `PreTrainedModel.save_pretrained`."""
-        self.config.auto_map = dict(_AUTO_MAP)
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -511,6 +504,8 @@ class FANformerModel(FANformerPreTrainedModel):
         self.norm = FANformerRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = FANformerRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.bridge = FANformerBridge(config) if config.recurrence is not None else None
+        self.depth = Depth.default(config)  # where a call names none
         self.post_init()
 
     @merge_with_config_defaults
@@ -523,8 +518,10 @@ class FANformerModel(FANformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        num_steps: int | Tensor | None = None,
+        exit_threshold: float | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> FANformerModelOutput:
         """Run the decoder over token ids or embeddings.
 
         Args:
@@ -535,11 +532,13 @@ class FANformerModel(FANformerPreTrainedModel):
             past_key_values: cache of earlier positions, extended in place.
             inputs_embeds: (B, T, D).
             use_cache: whether to make a cache where none is given; default from the configuration.
+            num_steps: how often a recurrent depth runs its core, for all rows or (B,) for each; default `depth`.
+            exit_threshold: relative change of a token's state from which on it takes no further step; default `depth`.
             **kwargs: passed down to the attention backend.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if the attention backend
-                cannot apply `attention_dropout`.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if the attention backend cannot
+                apply `attention_dropout`, or as `Depth.changed` and `think`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given, got both or neither.")
@@ -567,18 +566,26 @@ class FANformerModel(FANformerPreTrainedModel):
             else None,
         )
         position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype)
-        hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        run: Callable[..., Tensor] = functools.partial(
+            self.run,
+            attention_mask=mask,
+            position_embeddings=position_embeddings,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        depth = self.depth.changed(self.config, num_steps, exit_threshold)
+        if self.bridge is None:
+            hidden_states, steps = run(range(len(self.layers)), inputs_embeds, past_key_values), None
+        else:
+            hidden_states, steps = think(run, self.bridge, inputs_embeds, past_key_values, depth, attention_mask)
+        return FANformerModelOutput(self.norm(hidden_states), past_key_values, steps=steps)
+
+    def run(self, blocks: range, x: Tensor, past_key_values: Any, **options: Any) -> Tensor:
+        """Run the blocks of these indices over `x` (B, T, D); options go to each. Returns (B, T, D)."""
+        for index in blocks:
+            x = self.layers[index](x, past_key_values=past_key_values, **options)
+        return x
 
     def _same_document(
         self, position_ids: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
@@ -629,21 +636,16 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_steps: int | Tensor | None = None,
+        exit_threshold: float | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Predict the next token at every position.
+    ) -> FANformerCausalLMOutput:
+        """Predict the next token at every position; what is not said here is as in `FANformerModel.forward`.
 
-        Args:
-            input_ids: as in `FANformerModel.forward`, like the next five.
-            attention_mask: see there.
-            position_ids: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
-            use_cache: see there.
-            labels: (B, T) int64, the input ids themselves (they are shifted here), -100 where nothing is predicted.
-                A keyword `shift_labels` of the same shape holds labels that are shifted already, and replaces them.
-            logits_to_keep: compute logits for this many last positions only, or for these indices; 0 is all.
-            **kwargs: passed down to the attention backend and to the loss.
+        `labels` (B, T) int64 are the input ids themselves (they are shifted here), -100 where nothing is predicted. A
+        keyword `shift_labels` of the same shape holds labels that are shifted already, and replaces them.
+        `logits_to_keep` computes logits for this many last positions only, or for these indices; 0 is all. Other
+        keywords are passed down to the attention backend and to the loss.
 
         Returns:
             `loss` in nats per predicted token (a scalar, where labels are given) and `logits` (B, T, V).
@@ -655,6 +657,8 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            num_steps=num_steps,
+            exit_threshold=exit_threshold,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -662,13 +666,8 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return FANformerCausalLMOutput(loss=loss, logits=logits, **rest)
 
 
 class FANformerForSequenceClassification(FANformerPreTrainedModel, layers.GenericForSequenceClassification):

@@ -97,6 +97,11 @@ def check(source: Path, target: Path, settings: Settings, library: str) -> None:
     check_bits_and_group(settings.bits, settings.group_size)
     _check_target(source, target, settings.overwrite)
     check_model(source, f"{library}'s own examples quantize other models")
+    if getattr(load_config(source), "recurrence", None) is not None:
+        raise ConfigError(
+            f"{source.absolute()} runs blocks several times, and {library} sees their inputs once: take `--format "
+            "gguf`, whose statistics are sums over all steps."
+        )
 
 
 def check_library(module: str, need: str, extra: str, why: str) -> None:

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from fanformer.errors import ConfigError
+from fanformer.generation.depth import cache_layers
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.sampling import Floats, Noise
 from fanformer.server.slots import Slots
@@ -96,7 +97,7 @@ class TorchSlots(Slots):
         self.count, self.positions, self.chunk_tokens = count, positions, _CHUNK
         self._model, self._known = model, known
         self._step = _Step(count, positions)
-        layers = [_SlotLayer(self._step) for _ in range(model.config.num_hidden_layers)]
+        layers = [_SlotLayer(self._step) for _ in range(cache_layers(model))]
         self._layers, self._cache = layers, Cache(layers=list(layers))
         self._lengths = [0] * count
         self._additive = model.config._attn_implementation == "eager"

@@ -69,7 +69,8 @@ def load_preset(name: str) -> Preset:
         raise ConfigError(f"preset must be one that exists, got {name!r}: {did_you_mean(name, preset_names())}")
     text = (resources.files("fanformer.training") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    return Preset(name, model=content["model"], run=content["run"])
+    base = load_preset(content["base"]) if "base" in content else Preset(name, {}, {})
+    return Preset(name, model={**base.model, **content["model"]}, run={**base.run, **content["run"]})
 
 
 def _as_word(value: Any, hint: Any) -> Any:

@@ -20,8 +20,6 @@ from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.evaluation.loss import HeldOutLoss, held_out_loss
 from fanformer.generation.torch_model import encode_prompt
-from fanformer.loading import load_config, load_model
-from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.model import FANformerConfig
 from fanformer.training.checkpoint import checkpoints
 from fanformer.training.chunked_loss import TokenLoss
@@ -135,12 +133,19 @@ def text_corpus(opening: Opening) -> Corpus:
         measure=measure,
         held_out_tokens=len(held_out.tokens),
         held_out_sizes=data.metadata["splits"]["heldout"] if config.corpus.eval_data is None else {},
-        load_base=lambda: load_model(str(config.init_from), device="cpu", dtype="float32"),
+        load_base=lambda: load_base(config),
         sample_prompt=prompt,
         sample_tokens=len(encode_prompt(tokenizer, prompt)),
         continue_sample=continue_sample,
         loss=TokenLoss(),
     )
+
+
+def load_base(config: RunConfig) -> "PreTrainedModel":
+    """Load the model of `init_from` in float32, on the CPU."""
+    from fanformer.loading import load_model
+
+    return load_model(str(config.init_from), device="cpu", dtype="float32")
 
 
 def refuse_own_sources(config: RunConfig) -> None:
@@ -181,6 +186,9 @@ def begin_data(config: RunConfig, progress: Any) -> PreparedData:
                 f"`vocab_size` does not apply beside `init_from`, got {config.corpus.vocab_size}: the model "
                 "brings its tokenizer; another one, which its weights do not know, is taken with `tokenizer` only."
             )
+        from fanformer.loading import load_config
+        from fanformer.loading import load_tokenizer as load_tokenizer_of_model
+
         known = load_tokenizer_of_model(config.init_from, load_config(config.init_from).vocab_size)
     return _open(config, DATA_FOLDER, config.corpus.tokenizer, known, progress)
 

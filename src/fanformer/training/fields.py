@@ -172,6 +172,9 @@ class OptimizerConfig(_Fields):
     embedding_learning_rate_scale: float = _setting(
         1.0, "the embedding's learning rate over the head's; 1 where they are tied", _ABOVE_0
     )
+    core_learning_rate_scale: float | None = _setting(
+        None, "the rate of a recurrent depth's core over the other blocks'; default: 1", _ABOVE_0
+    )
     weight_decay: float = _setting(0.1, "decoupled weight decay of matrices")
     beta1: float = _setting(0.9, "AdamW's decay of the gradient average", _SHARE)
     beta2: float = _setting(0.95, "AdamW's decay of the squared-gradient average", _SHARE)
@@ -189,6 +192,12 @@ class ScheduleConfig(_Fields):
     warmup_fraction: float = _setting(0.05, "share of the run over which the learning rate rises from 0", _SHARE)
     decay_fraction: float = _setting(0.4, "share of the run over which wsd falls", _SHARE)
     min_learning_rate_ratio: float = _setting(0.0, "final learning rate over the peak", _SHARE)
+    one_step_fraction: float | None = _setting(
+        None,
+        "share of the run in which a recurrent depth runs its core once; then the number of each optimizer step is "
+        "drawn; default: 0.45, and 0 where the model to start from has such a depth already",
+        _SHARE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +273,7 @@ class RunConfig(_Fields):
     the resolved copy. `from_fields` and `to_dict` go between the two.
     """
 
-    preset: str = _setting("nano", "model and recipe to start from: nano, 92m, 92m-tuned or 1b")
+    preset: str = _setting("nano", "model and recipe to start from, such as nano or 92m")
     model: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "fields of the model configuration"})
     init_from: str | None = _setting(None, "folder of a saved model whose weights to start from")
     lora_rank: int | None = _setting(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fanformer.training.depth import core_parameters
 from fanformer.training.fields import OptimizerConfig
 from fanformer.training.parallel import part_like, whole
 
@@ -179,7 +180,9 @@ def create_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.o
     ]
     if config.optimizer == "adamw":
         groups.append({"params": plain["matrices"] + plain["factors"], "lr": rate, "weight_decay": decay})
-    groups = [group for group in groups if group["params"]]
+    core = core_parameters(model) if config.core_learning_rate_scale not in (None, 1.0) else set()
+    scale_of_core = config.core_learning_rate_scale or 1.0
+    groups = _slower(groups, core, scale_of_core)
     adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":
         return adamw
@@ -190,14 +193,26 @@ def create_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.o
     for parameter in model.parameters():
         if id(parameter) in members:
             stacks[members[id(parameter)]].append(parameter)
+    muon_groups: list[dict[str, Any]] = [
+        {"params": stack, "blocks": count, "lr": muon_rate * scale}
+        for (scale, count), stack in sorted(stacks.items(), key=lambda item: item[0])
+    ]
     muon = BlockMuon(
-        [
-            {"params": stack, "blocks": count, "lr": muon_rate * scale}
-            for (scale, count), stack in sorted(stacks.items(), key=lambda item: item[0])
-        ],
+        _slower(muon_groups, core, scale_of_core),
         config.muon_scaling,
         lr=muon_rate,
         weight_decay=decay,
         momentum=config.muon_momentum,
     )
     return MuonWithAdamW(muon, adamw)
+
+
+def _slower(groups: list[dict[str, Any]], core: set[int], scale: float) -> list[dict[str, Any]]:
+    """Return the groups with parameters; those of a recurrent depth's core have some with `scale` times the rate."""
+    found = []
+    for group in groups:
+        for is_core, factor in ((False, 1.0), (True, scale)):
+            members = [parameter for parameter in group["params"] if (id(parameter) in core) is is_core]
+            if members:
+                found.append({**group, "params": members, "lr": group["lr"] * factor})
+    return found

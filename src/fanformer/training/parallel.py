@@ -109,7 +109,12 @@ class Processes:
         if self.spread == "ddp":
             devices = [torch.cuda.current_device()] if self._device_type == "cuda" else None
             return nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model,
+                device_ids=devices,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # one step of a recurrent depth leaves its bridge out
+                find_unused_parameters=getattr(model.config, "recurrence", None) is not None,
             )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

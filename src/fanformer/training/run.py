@@ -29,6 +29,7 @@ from fanformer.model.configuration_fanformer import translated
 from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
+from fanformer.training.depth import depth_law
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
 from fanformer.training.events import Event, Listener, Record, Start, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
@@ -46,6 +47,7 @@ from fanformer.training.parallel import Processes
 from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push
 from fanformer.training.run_model import (
     ModelBuilder,
+    begun_with,
     build_fanformer,
     check_model_fields,
     folder_without_weights,
@@ -198,6 +200,7 @@ class Run:
             use_deterministic_operations()
         set_seed(config.seed)
         self.model = make_model(config, self.corpus, build_model, self.before, self._note)
+        self.depth_law = depth_law(self.model, config)
         if self.before is not None:
             check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
         self.skeleton = folder_without_weights(self.model, self.corpus.tokenizer) if processes.is_main else {}
@@ -227,7 +230,7 @@ class Run:
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
             if self.config.init_from is not None and had_some:  # which make_model left to be read, and are damaged
-                self.model.load_state_dict(self.corpus.load_base().state_dict())
+                self.model.load_state_dict(begun_with(self.config, self.corpus).state_dict())
         else:
             self._note(f"resuming from {found}")
         return found
@@ -279,6 +282,8 @@ class Run:
             "versions": versions(),
             "resumed": list(self.before.get("resumed", [])) if self.before is not None else [],
         }
+        if self.depth_law is not None:
+            content["recurrent_depth"] = self.depth_law.to_dict()
         if self.before is not None:
             changes = {name: f"{old} -> {new}" for name, (old, new) in self.changed.items()}
             for name in ("processes", "versions", "length", "machine"):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
-from fanformer.loading import longest_text
 from fanformer.model import FANformerConfig, FANformerForCausalLM
+from fanformer.model.configuration_fanformer import RECURRENCE
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
 from fanformer.training.corpus import Corpus
 from fanformer.training.fields import RunConfig
@@ -43,6 +44,8 @@ def check_model_fields(config: RunConfig) -> None:
             )
         FANformerConfig(**config.model)
         return
+    from fanformer.loading import longest_text
+
     positions = longest_text(config.init_from)
     if positions is not None and config.batch.sequence_length > positions:
         raise ConfigError(
@@ -78,7 +81,7 @@ def make_model(
         # what it began with may be gone since, but adapters need it
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**before["model"]))
     else:
-        model = corpus.load_base()
+        model = begun_with(config, corpus)
     if model.config.vocab_size < len(tokenizer):
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the weights of {config.init_from} only "
@@ -91,6 +94,42 @@ def make_model(
             "shorten it."
         )
     model.generation_config = _generation_config(model, tokenizer)
+    return model
+
+
+def begun_with(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
+    """Return the model of `init_from`, a plain one with the recurrent depth that the run's preset has.
+
+    Its first step is the plain model, whose weights it takes; the bridge starts as the identity.
+
+    Raises:
+        ConfigError: if the saved model cannot have this depth, or has another.
+    """
+    base = corpus.load_base()
+    wanted = {name: config.model[name] for name in RECURRENCE if name in config.model}
+    if not wanted:
+        return base
+    if not isinstance(base, FANformerForCausalLM):
+        raise ConfigError(
+            f"`preset` {config.preset} gives a FANformer recurrent depth, got a {base.config.model_type} in "
+            f"{config.init_from}: take another preset."
+        )
+    try:
+        asked = FANformerConfig.from_dict(base.config.to_dict() | wanted)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(f"the depth of preset {config.preset} does not fit {config.init_from}: {reason}") from error
+    if base.config.recurrence is not None:
+        if asked.recurrence != base.config.recurrence:
+            raise ConfigError(
+                f"{config.init_from} has a recurrent depth of its own, and preset {config.preset} another: leave the "
+                "preset out."
+            )
+        return base
+    model = FANformerForCausalLM(asked)
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    assert {name.startswith("model.bridge.") for name in missing} == {True}, f"only the bridge is new: {missing}"
+    assert not unexpected, f"all weights have a place: {unexpected}"
     return model
 
 

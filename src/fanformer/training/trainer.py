@@ -34,6 +34,7 @@ from fanformer.training.checkpoint import (
     write_state,
 )
 from fanformer.training.chunked_loss import TokenLoss
+from fanformer.training.depth import depth_law, set_steps
 from fanformer.training.environment import Environment
 from fanformer.training.events import Evaluate, Event, Listener, Loss, Record, Rows, SaveModel, note_to, silent
 from fanformer.training.fields import RunConfig
@@ -126,6 +127,7 @@ class Trainer:
         self.listener = listener if processes.is_main else silent
         self._note = note_to(self.listener)
         self.rows, self.held_out_tokens = rows, held_out_tokens
+        self.depth_law = depth_law(model, config)
         self.device = torch.device(environment.device)
         self.autocast_dtype = torch.bfloat16 if environment.precision == "bfloat16" else None
         measured, saving = config.evaluation, config.saving
@@ -223,7 +225,10 @@ class Trainer:
         digest = sum(part for _, part in passes) % (1 << _DIGEST_BITS)
         everyone = processes.exchange([count, clock.progress(state.step + 0.5), digest])
         count_of_step = max(1, int(sum(row[0] for row in everyone)))
-        factor = learning_rate_factor(everyone[0][1], self.config.schedule)  # by one clock
+        progress = everyone[0][1]  # by one clock
+        if self.depth_law is not None:
+            set_steps(self.model, self.depth_law.steps(state.step, progress))
+        factor = learning_rate_factor(progress, self.config.schedule)
         self.learning_rate = self.config.optimizer.learning_rate * factor
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
@@ -417,6 +422,7 @@ class Trainer:
         """Measure the held-out loss; None where a signal to stop came first."""
         started = time.monotonic()
         self.listener(Event("wait", "evaluating"))
+        depth = self._depth_to_measure()
         try:
             figures = self.evaluate(everything, self._stop_if_asked)
         except _StopAskedError:
@@ -429,7 +435,16 @@ class Trainer:
         if self.best is None or figures.loss < self.best[0]:
             self.best = (figures.loss, self.state.step)
         tokens = self.state.step * self.config.batch.tokens_per_step
-        return {"step": self.state.step, "tokens": tokens, **figures.record()}
+        return {"step": self.state.step, "tokens": tokens, **figures.record(), **depth}
+
+    def _depth_to_measure(self) -> Record:
+        """Set how many steps of a recurrent depth an evaluation takes and return them; nothing for a plain model."""
+        if self.depth_law is None:
+            return {}
+        progress = self.processes.exchange([self.clock.progress(self.state.step - 0.5)])[0][0]
+        num_steps = self.depth_law.measured_steps(progress)
+        set_steps(self.model, num_steps)
+        return {"num_steps": num_steps}
 
     def _stop_if_asked(self) -> None:
         if self.request.signal and self.processes.count == 1:  # several must stop at the same place

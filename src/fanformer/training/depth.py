@@ -1,0 +1,127 @@
+"""How deep a recurrent model thinks in each step of its training: once at first, then as often as a law draws."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fanformer.errors import ConfigError
+from fanformer.model.configuration_fanformer import RECURRENCE
+from fanformer.training.fields import RunConfig
+
+_ONE_STEP_FRACTION = 0.45
+_HALVINGS = 200  # of an interval: more than float64 has digits
+
+
+@dataclass(frozen=True)
+class DepthLaw:
+    """The number of steps as a function of the run's seed, the optimizer step and the share of the run that is over.
+
+    Attributes:
+        seed: of the run.
+        one_step_fraction: share of the run in which the core runs once.
+        mean: of the number that is drawn afterwards, the model's default.
+        probabilities: of 1, 2, ... steps.
+    """
+
+    seed: int
+    one_step_fraction: float
+    mean: int
+    probabilities: tuple[float, ...]
+
+    def steps(self, step: int, progress: float) -> int:
+        """Return how many steps of the core the optimizer step after `step` others trains.
+
+        Args:
+            step: optimizer steps done.
+            progress: share of the run that is over, in [0, 1].
+        """
+        if progress < self.one_step_fraction:
+            return 1
+        digest = hashlib.blake2b(f"{self.seed},{step},depth".encode(), digest_size=8).digest()
+        left = int.from_bytes(digest, "little") / 2**64
+        for count, probability in enumerate(self.probabilities, 1):
+            left -= probability
+            if left < 0:
+                return count
+        return len(self.probabilities)
+
+    def measured_steps(self, progress: float) -> int:
+        """Return how many steps the held-out loss is measured with: those that training has had on average."""
+        return 1 if progress < self.one_step_fraction else self.mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the law as run.yaml has it."""
+        return asdict(self) | {"probabilities": list(self.probabilities)}
+
+
+def flattest(largest: int, mean: float) -> tuple[float, ...]:
+    """Return the probabilities of 1 ... `largest` with that mean and the largest entropy: a geometric series.
+
+    Of 8 steps and a mean of 4 no number is drawn less often than one time in 12, and 1 to 4 more often than one in 8.
+    """
+
+    def series(q: float) -> list[float]:
+        weights = [q**count if q <= 1 else q ** (count - largest) for count in range(1, largest + 1)]
+        return [weight / sum(weights) for weight in weights]
+
+    low, high = 0.0, 1.0
+    while _mean(series(high)) < mean and high < 1e9:
+        low, high = high, high * 2
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _mean(series(middle)) < mean else (low, middle)
+    return tuple(series(high))
+
+
+def _mean(probabilities: Sequence[float]) -> float:
+    return sum(count * probability for count, probability in enumerate(probabilities, 1))
+
+
+def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw | None:
+    """Return the law of a run, None where the model is plain.
+
+    Raises:
+        ConfigError: if a field of the law is set where it has no effect.
+    """
+    recurrence = getattr(model.config, "recurrence", None)
+    fraction, scale = config.schedule.one_step_fraction, config.optimizer.core_learning_rate_scale
+    if recurrence is None:
+        for name, value in (("one_step_fraction", fraction), ("core_learning_rate_scale", scale)):
+            if value is not None:
+                raise ConfigError(
+                    f"`{name}` needs a model with recurrent depth, got {value} for a plain one: leave it out, or take "
+                    "a preset such as nano-recurrent."
+                )
+        return None
+    mean = recurrence.mean_steps
+    if config.corpus.objective == "preferences":  # leaving the base counts, which is measured at its mean
+        if fraction is not None:
+            raise ConfigError(
+                f"`one_step_fraction` has no effect on preferences, got {fraction}: leave it out, all steps are taken."
+            )
+        return DepthLaw(config.seed, 0.0, mean, (0.0,) * (mean - 1) + (1.0,))
+    if fraction is None:  # a saved model that has a depth of its own has learnt to use it
+        is_new = config.init_from is None or any(name in config.model for name in RECURRENCE)
+        fraction = _ONE_STEP_FRACTION if is_new else 0.0
+    return DepthLaw(config.seed, fraction, mean, flattest(min(2 * mean, recurrence.largest_steps), mean))
+
+
+def set_steps(model: PreTrainedModel, num_steps: int) -> None:
+    """Let every call of `model` that names no number of steps take this one."""
+    decoder = model.get_decoder()
+    decoder.depth = decoder.depth.changed(decoder.config, num_steps=num_steps)
+
+
+def core_parameters(model: PreTrainedModel) -> set[int]:
+    """Return the ids of the parameters that every step uses: those of the core's blocks."""
+    recurrence = getattr(model.config, "recurrence", None)
+    if recurrence is None:
+        return set()
+    blocks: Sequence[nn.Module] = [model.get_decoder().layers[index] for index in recurrence.core]
+    return {id(parameter) for block in blocks for parameter in block.parameters()}

@@ -8,6 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup setup-dev browser demo test test-ci test-all check check-lifecycle check-resume check-serve check-tuning
+.PHONY: release-model check-release
 .PHONY: bench evidence clean
 
 setup: $(VENV)/.core
@@ -64,6 +65,14 @@ check-serve: setup-dev
 # What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
 check-tuning: setup-dev
 	$(BIN)/python benchmarks/quality/tuning.py --write
+
+# The model in the box, from text to the folder that ships, and the bars it has to reach; release/ has both.
+release-model: setup-dev
+	$(BIN)/python release/make_model.py
+
+check-release: setup-dev
+	command -v link-parser > /dev/null || (apt-get update -qq && apt-get install -y -qq link-grammar)
+	$(BIN)/python release/check.py
 
 bench: setup-dev
 	$(BIN)/python benchmarks/speed/malloc.py --write

@@ -1,7 +1,7 @@
 """What tuning is worth: answers to real questions, what they cost the base, and what else was tried, over seeds.
 
     python benchmarks/quality/tuning.py [--work runs/tuning] [--dry-run] [--parts full,lora,...] [--seeds 3]
-        [--jobs 1] [--base DIR] [--model nano] [--base-tokens 4M] [--data ../shared/data] [--write]
+        [--jobs 1] [--base DIR] [--model nano] [--base-tokens 3M] [--data ../shared/data] [--write]
 
 A base is trained on ../shared/data's text without the stories of the test, and tuned on five sets at once: FairytaleQA,
 ARC, OpenBookQA, titles of abstracts, and self-made instructions. Parts: `full` (all weights learn), `lora`, `unmasked`
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tuning_data import SETS, write_all
-from tuning_tables import figures, tables
+from tuning_tables import aims, figures, tables
 
 from fanformer.comparison.ledger import Entry, write_entry
 from fanformer.machine.versions import command_line, hardware, versions
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("full", "lora", "unmasked", "blind", "llama", "preferences")
-SIZES = {"fairytale": 1500, "arc": 1000, "openbookqa": 1000, "arxiv": 400, "instructions": 2000, "pairs": 1500}
+SIZES = {"fairytale": 1200, "arc": 800, "openbookqa": 800, "arxiv": 300, "instructions": 1500, "pairs": 1200}
 LORA_RANK = 16
 
 
@@ -66,15 +66,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, which share the cores")
     parser.add_argument("--base", type=Path, help="folder of a base to tune in place of one that is trained here")
     parser.add_argument("--model", default="nano", help="architecture of the base, as `fanformer compare` names them")
-    parser.add_argument("--base-tokens", type=parse_count, default=4_000_000, metavar="N")
+    parser.add_argument("--base-tokens", type=parse_count, default=3_000_000, metavar="N")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--lora-learning-rate", type=float, default=2e-3)
     parser.add_argument("--preference-learning-rate", type=float, default=5e-5)
     parser.add_argument("--rows", type=float, default=1.0, help=f"share of the rows: {SIZES}")
-    parser.add_argument("--held-out", type=int, default=300, help="questions of each set that are answered")
-    parser.add_argument("--held-out-bytes", type=parse_count, default=400_000, metavar="N")
+    parser.add_argument("--held-out", type=int, default=200, help="questions of each set that are answered")
+    parser.add_argument("--held-out-bytes", type=parse_count, default=200_000, metavar="N")
     parser.add_argument("--dry-run", action="store_true", help="all of it in little")
     parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -307,6 +307,7 @@ def main() -> None:
     before = base_result(asked)
     data = json.loads((asked.work / "data/data.json").read_text())
     print(tables(results, before, data["baselines"]))
+    print(aims(results, before))
     parts = (data[part]["left_out"].values() for part in ("base", "held_out"))
     left_out = sorted({name for part in parts for one in part for name in one})
     print(f"stories of the test: {', '.join(data['stories'])}")

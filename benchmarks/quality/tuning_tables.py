@@ -9,6 +9,7 @@ from fanformer.comparison.ledger import Figure, interval_over_seeds, ratio_over_
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """By part, what each seed gave."""
+LEAST_ENDED, MOST_FORGOTTEN = 0.98, 0.02
 _SHOWN = {
     "fairytale": ("f1", "exact_match", "explicit_f1", "explicit_exact_match"),
     "arxiv": ("f1", "exact_match"),
@@ -68,6 +69,21 @@ def tables(results: Results, before: Mapping[str, float], rules: Mapping[str, Ma
         told = f"preferences, held-out pairs: {', '.join(shown)}, bits per byte {_change(found, 'preferences')}"
         return f"{_aligned(lines)}\n{told}"
     return _aligned(lines)
+
+
+def aims(results: Results, before: Mapping[str, float]) -> str:
+    """Return for the parts that are products whether they met what was set: answers that end, and little forgotten."""
+    found, lines = figures(results, before), []
+    for part in (part for part in ("full", "lora") if part in results):
+        ended, ratio = found[f"{part}_ended"].value, found[f"{part}_bits_per_byte_ratio"].value
+        ends = f"{ended:.1%} of answers end (aim at least {LEAST_ENDED:.0%}, {_met(ended >= LEAST_ENDED)})"
+        keeps = f"bits per byte {100 * (ratio - 1):+.2f}% (aim at most {MOST_FORGOTTEN:+.0%}, "
+        lines.append(f"{part}: {ends}; {keeps}{_met(ratio <= 1 + MOST_FORGOTTEN)})")
+    return "\n".join(lines)
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "missed"
 
 
 def _change(found: Mapping[str, Figure], part: str) -> str:

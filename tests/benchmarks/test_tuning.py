@@ -76,6 +76,26 @@ def test_without_the_mask_questions_are_learnt_too_and_only_meanwhile(quality, t
     assert before[0] < before[1]
 
 
+def test_figures_are_means_over_seeds_and_aims_are_told(quality):
+    import tuning_tables
+
+    sets = {name: {} for name in quality.data.SETS} | {"arc": {"exact_match": 0.5}}
+    seeds = [{**sets, "ended": ended, "bits_per_byte": 2.0} for ended in (1.0, 0.98)]
+    preferring = {"bits_per_byte": 2.2, "margin": 0.4, "accuracy": 1.0, "loss": 0.3}
+    results = {"full": seeds, "llama": seeds, "preferences": [preferring]}
+    before = {"base": 2.0, "llama": 1.9}
+    found = tuning_tables.figures(results, before)
+    assert found["full_ended"].value == pytest.approx(0.99)
+    assert found["full_ended"].low < 0.98 < found["full_ended"].high
+    assert found["llama_bits_per_byte_ratio"].value == pytest.approx(2.0 / 1.9)
+    assert found["preferences_margin"].value == 0.4
+    told = tuning_tables.aims(results, before)
+    assert told == "full: 99.0% of answers end (aim at least 98%, met); bits per byte +0.00% (aim at most +2%, met)"
+    assert "(aim at most +2%, missed)" in tuning_tables.aims(results, before | {"base": 1.9})
+    table = tuning_tables.tables(results, before, {name: {} for name in quality.data.SETS})
+    assert "margin 0.400, accuracy 1.000, loss 0.300, bits per byte +10.00%" in table
+
+
 def test_a_work_folder_of_other_settings_is_refused(quality, tmp_path, monkeypatch):
     def asked(*words):
         monkeypatch.setattr(sys, "argv", ["tuning.py", "--work", str(tmp_path), *words])

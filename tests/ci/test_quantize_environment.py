@@ -82,3 +82,26 @@ def test_the_nano_model_is_quantized_by_both_methods_and_writes(fanformer, tmp_p
         # after ten steps the model is rough: these bounds find broken weights, not poor ones
         assert after["bits_per_byte"] == pytest.approx(before["bits_per_byte"], rel=most), name
         assert after["bits_per_byte"] != before["bits_per_byte"]
+
+
+@pytest.mark.timeout(1800)
+def test_an_adapter_is_quantized_with_its_base_as_the_merged_folder_is(fanformer, tmp_path):
+    Path(tmp_path / "mine.txt").write_text("a line of text, number one and two and three.\n" * 2000)
+    rows = [{"prompt": f"{word}?", "completion": word} for word in ("one", "two", "three", "line", "text")]
+    Path(tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ("--max-steps", 3, "--sequence-length", 64, "--compile", "off", "--precision", "float32")
+    layers = ("--set", "model.num_hidden_layers=2")
+    fanformer("train", "--preset", "nano", "--data", "mine.txt", *short, *layers, "--output-dir", "out")
+    fanformer("finetune", "out", "--data", "rows.jsonl", "--lora", *short, "--output-dir", "tuned")
+    words = ("--format", "gptq", "--calibration", "mine.txt", "--calibration-tokens", 1024)
+    fanformer("quantize", "tuned", *words, "--output-dir", "merged")
+    fanformer("quantize", "out", "--adapter", "tuned/adapter", *words, "--output-dir", "apart")
+    merged, apart = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("merged", "apart"))
+    assert apart["eos_token_id"] == merged["eos_token_id"]
+    losses = []
+    for name in ("merged", "apart"):
+        measured = fanformer("eval", name, "--text", "mine.txt", "--device", "cpu", "--json", "-")
+        losses.append(json.loads(measured)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # the same weights to a rounding, which a cut may cross
+    notes = json.loads((tmp_path / "apart" / "quantization.json").read_text())["notes"]
+    assert any("tuned/adapter is merged into the weights" in note for note in notes)

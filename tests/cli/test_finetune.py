@@ -61,6 +61,24 @@ def test_preferences_are_learnt_in_place_of_answers(command, saved_model, rows, 
     assert "`dpo_beta` has no effect where the objective is answers, got 0.5" in refused
 
 
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preferences_prove_that_a_killed_run_loses_nothing(process, saved_model, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    said = [{"prompt": f"{word}?", "chosen": word, "rejected": f"no {word}"} for word in ("cat", "mat", "def", "add")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in said))
+    words = ("--preferences", str(pairs), "--output-dir", str(tmp_path / "proof"), "--batch-size", "1")
+    here = ("--max-steps", "6", "--device", "cpu", "--precision", "float32", "--compile", "off")
+    proof = process("finetune", str(saved_model), *words, *here, "--prove-resume", timeout=800)
+    assert proof.code == 0, proof.err
+    findings = json.loads((tmp_path / "proof" / "proof.json").read_text())
+    assert [finding["kills"] for finding in findings] == [1, 2]
+    assert all(all(finding["equal"].values()) for finding in findings)
+    records = (tmp_path / "proof" / "straight" / "metrics.jsonl").read_text().splitlines()
+    assert all("margin" in json.loads(record) for record in records)
+
+
 def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows, tmp_path):
     assert "nowhere" in command("finetune", tmp_path / "nowhere", "--data", rows).refusal()
     refused = command("finetune", saved_model, "--data", rows, "--set", "objective=text").refusal()

@@ -127,6 +127,7 @@ def test_a_run_says_how_far_it_prefers_the_better_answers_and_leaves_the_base_no
     card = (result.folder / "README.md").read_text()
     assert "which of two answers is better" in card
     assert "nats per pair" in card
+    assert "| beta | 0.1 |" in card
     assert any(note.startswith("reference: measuring") for note in notebook.notes)
 
 

@@ -37,7 +37,8 @@ def preference_corpus(opening: Opening) -> Corpus:
         return _figures(model, held_out, beta, batch_size, max_tokens, **options)
 
     used = f"{opened.rows.num_examples:,} pairs, {opened.rows.num_labels:,} tokens of answers"
-    return dataclasses.replace(opened.corpus(rows, PairLoss(beta), used, measure), prepare=prepare)
+    corpus = opened.corpus(rows, PairLoss(beta), used, measure)
+    return dataclasses.replace(corpus, prepare=prepare, description={**opened.description, "dpo_beta": beta})
 
 
 def _figures(

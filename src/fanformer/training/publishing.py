@@ -127,7 +127,7 @@ def _of_objective(
         return [
             ("held-out margin", _figure(record, "val_margin", "nats")),
             ("held-out pairs whose chosen answer is ahead", _figure(record, "val_accuracy", "of 1")),
-            ("beta", str(run["configuration"]["dpo_beta"])),
+            ("beta", str(run["data"]["dpo_beta"])),
         ]
     return [
         ("held-out bits per byte", _figure(record, "val_bits_per_byte", "")),

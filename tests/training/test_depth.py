@@ -49,7 +49,8 @@ def test_steps_are_a_function_of_seed_and_step():
 
 
 def test_a_run_begins_with_one_step_then_draws_and_says_so(run):
-    result, _ = run(max_steps=8, eval_steps=2, log_steps=1, one_step_fraction=0.5, **RECURRENT)
+    result, notebook = run(max_steps=8, eval_steps=2, log_steps=1, one_step_fraction=0.5, **RECURRENT)
+    assert "recurrent depth: one step for 50% of the run, then 1 to 8 steps, 4 on average" in notebook.notes
     content = yaml.safe_load((result.folder / "run.yaml").read_text())
     law = content["recurrent_depth"]
     assert law["one_step_fraction"] == 0.5

@@ -151,7 +151,7 @@ def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = 
     depths = result.get("by_num_steps", {})
     for figures in depths.values() if len(depths) > 1 else [result]:
         if len(depths) > 1:
-            click.echo(f"{figures['num_steps']} steps:")
+            click.echo(f"{figures['num_steps']} step{'s' if figures['num_steps'] > 1 else ''}:")
         if "files" in figures:
             _show_text(figures)
         if tasks:

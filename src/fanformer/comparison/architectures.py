@@ -36,6 +36,8 @@ from fanformer.model.configuration_fanformer import RANKS
 from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 
+OF_DEPTH = ("one_step_fraction", "core_learning_rate_scale")
+"""Fields of RunConfig for models with recurrent depth; comparisons give them to no other."""
 _FULL_RANK = dict.fromkeys(RANKS)
 _PLAIN = {
     "fan_placement": "none",
@@ -218,9 +220,21 @@ class Architecture:
         return 1 if self._named is None else self._named.block
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether it has a recurrent depth."""
+        return getattr(self.config(), "recurrence", None) is not None
+
+    @property
     def recipe(self) -> Mapping[str, Any]:
-        """The fields of RunConfig that its family sets beside those of the comparison."""
-        return {} if self._named is None else self._named.recipe
+        """The fields of RunConfig that its family, or of a recurrent depth its preset, sets beside the comparison's."""
+        own = load_preset(self.family).run if self.is_recurrent and self.family in preset_names() else {}
+        depth = {name: own[name] for name in OF_DEPTH if name in own}
+        return depth if self._named is None else {**self._named.recipe, **depth}
+
+    def applying(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of a comparison's fields of RunConfig that have an effect on this architecture."""
+        left_out = () if self.is_recurrent else OF_DEPTH
+        return {name: value for name, value in settings.items() if name not in left_out}
 
     @property
     def _named(self) -> Family | None:

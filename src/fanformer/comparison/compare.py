@@ -196,7 +196,8 @@ class Comparison:
 
     def settings(self, spec: str, tokens: int) -> dict[str, Any]:
         """Return the fields of RunConfig that an architecture is trained with, rate and machine aside."""
-        return {**architecture(spec).recipe, **self.shared_settings(tokens)}
+        chosen = architecture(spec)
+        return {**chosen.recipe, **chosen.applying(self.shared_settings(tokens))}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Comparison":
@@ -407,7 +408,8 @@ class _Sweep:
         if self.data is None:
             task = self.comparison.rule_task(variant).to_dict()
             rule = {"task": task.pop("name"), **task}
-            return Trial(spec, rate, seed, self.comparison.rule_settings(), rule=rule, block=block)
+            settings = architecture(spec).applying(self.comparison.rule_settings())
+            return Trial(spec, rate, seed, settings, rule=rule, block=block)
         settings = {**self.comparison.settings(spec, variant), **self.machine}
         return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fanformer.comparison.architectures import OF_DEPTH
 from fanformer.comparison.rule_score import RuleScore, accuracy_and_loss, score
 from fanformer.comparison.rules import RuleTask
 from fanformer.errors import ConfigError, refuse_unknown
@@ -31,7 +32,7 @@ FIELDS = (
     *LENGTHS, "batch_size", "eval_steps", "seed", "threads", "device", "precision",
     "optimizer", "learning_rate", "embedding_learning_rate_scale", "muon_learning_rate_scale", "muon_scaling",
     "muon_momentum", "weight_decay", "beta1", "beta2", "max_grad_norm", "max_skipped_steps",
-    "schedule", "warmup_fraction", "decay_fraction", "min_learning_rate_ratio",
+    "schedule", "warmup_fraction", "decay_fraction", "min_learning_rate_ratio", *OF_DEPTH,
 )  # fmt: skip
 """Fields of RunConfig that the training of a rule takes; a row is an example, a batch so many of them."""
 
@@ -55,6 +56,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "linear-regression": {"max_steps": 1000, **_MUON},
     "periodic": {"max_steps": 400, "batch_size": 96},
     "series": {"max_steps": 600, "batch_size": 16},
+    "s3-product": {"max_steps": 3000, "batch_size": 128},
+    "a5-product": {"max_steps": 3000, "batch_size": 128},
+    "pointer-chasing": {"max_steps": 3000, "batch_size": 128},
 }
 """For each task what differs from _DEFAULTS, with which FANformer and Llama learn its examples."""
 _EVALUATIONS = 20

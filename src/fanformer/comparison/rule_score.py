@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fanformer.comparison.depth_rules import DepthTask
+from fanformer.comparison.depth_score import depths, solved_positions
 from fanformer.comparison.rule_base import IGNORED, Examples, RuleTask
 from fanformer.comparison.rules import HoleTask, PeriodicContinuation
 from fanformer.comparison.series import SeriesContinuation
 from fanformer.comparison.series_score import Horizon, score_horizon
 from fanformer.errors import ConfigError
+from fanformer.generation.depth import chosen_depth
 
 SAMPLING_TEMPERATURE = 0.5  # FANformer, arXiv:2502.21309, section 4.4.3, with 10 samples per point
 
@@ -61,6 +64,8 @@ class RuleScore:
         grid: of a hole task the plane.
         by_period: of `periodic` the accuracy for each period, trained ones (with new patterns) and longer ones.
         horizon: of `series` the errors of continuations that read back what they said.
+        by_steps: of a rule of many steps the share of right answers at each position, for each number of steps that a
+            recurrent depth takes; "1" alone for a plain model.
     """
 
     train: Accuracy
@@ -68,10 +73,13 @@ class RuleScore:
     grid: Grid | None = None
     by_period: dict[int, Accuracy] | None = None
     horizon: Horizon | None = None
+    by_steps: dict[str, list[float]] | None = None
 
     def figures(self) -> dict[str, float]:
         """Return what a comparison keeps of it, by name."""
         errors = {} if self.horizon is None else self.horizon.figures()
+        if self.by_steps is not None:
+            errors = {"solved_positions": max(map(solved_positions, self.by_steps.values()))}
         return {
             "train_accuracy": self.train.greedy,
             "hole_accuracy": self.test.greedy,
@@ -163,6 +171,8 @@ def score(model: PreTrainedModel, task: RuleTask) -> RuleScore:
         return _score_hole(model, task)
     if isinstance(task, SeriesContinuation):
         return _score_series(model, task)
+    if isinstance(task, DepthTask):
+        return _score_steps(model, task)
     assert isinstance(task, PeriodicContinuation), f"no score is known for {type(task).__name__}"
     return _score_periods(model, task)
 
@@ -217,3 +227,18 @@ def _score_periods(model: PreTrainedModel, task: PeriodicContinuation) -> RuleSc
     _, trained = measure(task.fresh)
     test, longer = measure(task.test)
     return RuleScore(train, test, by_period={**trained, **longer})
+
+
+def _score_steps(model: PreTrainedModel, task: DepthTask) -> RuleScore:
+    """Measure the answers at the mean of training, and those of the test rows at every number of steps."""
+    recurrence = getattr(model.config, "recurrence", None)
+    mean = None if recurrence is None else recurrence.mean_steps
+    with chosen_depth(model, mean):
+        train, test = (accuracy_and_loss(model, task, part)[0] for part in (task.train[:MAX_TRAIN_ROWS], task.test))
+    asked = task.test.labels[0] != IGNORED
+    shares = {}
+    for steps in depths(model):
+        with chosen_depth(model, steps):
+            right, _, _ = answers(model, task.test)
+        shares[str(steps or 1)] = right[:, asked].double().mean(0).tolist()
+    return RuleScore(train, test, by_steps=shares)

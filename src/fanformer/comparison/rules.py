@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fanformer.comparison.depth_rules import A5Product, PointerChasing, S3Product
 from fanformer.comparison.rule_base import IGNORED, Examples, RuleTask
 from fanformer.comparison.series import SeriesContinuation
 from fanformer.errors import ConfigError, did_you_mean, refuse_unknown
@@ -257,7 +258,16 @@ class PeriodicContinuation(RuleTask):
 
 
 TASKS: Mapping[str, type[RuleTask]] = {
-    task.name: task for task in (ModularAddition, LinearRegression, PeriodicContinuation, SeriesContinuation)
+    task.name: task
+    for task in (
+        ModularAddition,
+        LinearRegression,
+        PeriodicContinuation,
+        SeriesContinuation,
+        S3Product,
+        A5Product,
+        PointerChasing,
+    )
 }
 
 
@@ -265,7 +275,7 @@ def create_task(name: str, **fields: Any) -> RuleTask:
     """Return the task called `name`.
 
     Args:
-        name: modular-addition, linear-regression, periodic or series.
+        name: modular-addition, linear-regression, periodic, series, s3-product, a5-product or pointer-chasing.
         **fields: what differs from the task's defaults, such as `hole_side`.
 
     Raises:

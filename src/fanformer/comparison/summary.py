@@ -57,6 +57,7 @@ UNITS = {
     "hole_accuracy": "share",
     "train_sampled_accuracy": "share",
     "hole_sampled_accuracy": "share",
+    "solved_positions": "positions",
     "error_within_window": "standard deviations",
     "error_beyond_window": "standard deviations",
 }

@@ -148,6 +148,7 @@ def language_config(trial: Trial, folder: Path) -> "RunConfig":
 def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     from fanformer.comparison.architectures import architecture
     from fanformer.evaluation.loss import HeldOutLoss
+    from fanformer.model.footprint import footprint
     from fanformer.training.folder import read_records, read_run_file
     from fanformer.training.run import train
 
@@ -164,7 +165,12 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         raise SystemExit(128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 1)
     described, records = read_run_file(run_folder), read_records(run_folder)
     needed = {name: described["model"][name] for name in _NEEDED if name in described["model"]}
-    counted = chosen.count({**needed, "max_position_embeddings": config.batch.sequence_length})
+    needed |= {"max_position_embeddings": config.batch.sequence_length}
+    counted = chosen.count(needed)
+    operations = counted.training_operations
+    if (law := described.get("recurrent_depth")) is not None:  # the mean counts from where it is drawn
+        once = footprint(chosen.config(needed), num_steps=1).training_operations
+        operations = round(once + (1 - law["one_step_fraction"]) * (operations - once))
     measured = [record for record in records if "val_loss" in record]
     rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
     curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]
@@ -176,7 +182,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "tokens_per_second": rates[len(rates) // 2],
         "parameters": counted.total,
         "parameters_without_embeddings": counted.without_embeddings,
-        "training_operations_per_token": counted.training_operations,
+        "training_operations_per_token": operations,
     }
     details = {name: described[name] for name in ("configuration", "model", "environment", "versions", "resumed")}
     details["data"] = {

@@ -53,6 +53,13 @@ class DepthLaw:
         """Return how many steps the held-out loss is measured with: those that training has had on average."""
         return 1 if progress < self.one_step_fraction else self.mean
 
+    def in_words(self) -> str:
+        """Return the law in one line."""
+        drawn = [count for count, probability in enumerate(self.probabilities, 1) if probability > 0]
+        law = f"{drawn[0]} to {drawn[-1]} steps, {self.mean} on average" if len(drawn) > 1 else f"{self.mean} steps"
+        first = f"one step for {self.one_step_fraction:.0%} of the run, then " if self.one_step_fraction else ""
+        return f"recurrent depth: {first}{law}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the law as run.yaml has it."""
         return asdict(self) | {"probabilities": list(self.probabilities)}

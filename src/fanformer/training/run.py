@@ -314,6 +314,8 @@ class Run:
             f"{self.environment.device}{shared}, {self.environment.precision} ({reasons['precision']}), "
             f"compile {'on' if self.environment.compile else 'off'} ({reasons['compile']})"
         )
+        if self.depth_law is not None:
+            self._note(self.depth_law.in_words())
         machine = self.environment
         asked, measured = self.config.machine, self.config.evaluation
         self.corpus.prepare(self._start())

@@ -105,7 +105,15 @@ def begun_with(config: RunConfig, corpus: Corpus) -> PreTrainedModel:
     Raises:
         ConfigError: if the saved model cannot have this depth, or has another.
     """
-    base = corpus.load_base()
+    return recurrent_from(corpus.load_base(), config)
+
+
+def recurrent_from(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    """Return a saved model with the depth of a run's preset, the model itself where that has none.
+
+    Raises:
+        ConfigError: as `begun_with`.
+    """
     wanted = {name: config.model[name] for name in RECURRENCE if name in config.model}
     if not wanted:
         return base

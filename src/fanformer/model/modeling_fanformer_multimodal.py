@@ -526,7 +526,7 @@ class FANformerMultimodalForCausalLM(FANformerForCausalLM):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = FANformerForCausalLM  # which it is, and is saved as, under its own names
-        vars(model).pop("_weight_conversions", None)
+        model.__dict__.pop("_weight_conversions", None)
         if FANformerForCausalLM._auto_class is None:  # in a process that loads a folder's own code
             FANformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
             FANformerConfig.register_for_auto_class()

@@ -108,7 +108,7 @@ def load_picture(source: Any) -> Image.Image:
         raise ValueError(f"{name} must have at most {MOST_PIXELS:,} pixels, got more: {error}") from error
     except Exception as error:  # what a damaged header leads to depends on the format
         raise ValueError(
-            f"{name} must be a picture in {', '.join(PICTURE_FORMATS)}, got {_what_it_is(content)}."
+            f"{name} must be a whole picture in {', '.join(PICTURE_FORMATS)}, got {_what_it_is(content)}."
         ) from error
     width, height = image.size
     if width * height > MOST_PIXELS:
@@ -168,19 +168,19 @@ def load_recording(source: Any, rate: int = 16000) -> np.ndarray:
         return _checked(source.astype(np.float32), "the recording")
     name, content = _name(source), media_bytes(source)
     soundfile = _package("soundfile")
+    if _is_cut(content):
+        raise ValueError(f"{name} is truncated: it ends before its header says; copy it again.")
     try:
         file = soundfile.SoundFile(io.BytesIO(content))
     except Exception as error:  # of libsndfile, by the format
         got = _what_it_is(content)
-        raise ValueError(f"{name} must be sound in wav, flac, ogg or mp3, got {got}.") from error
+        raise ValueError(f"{name} must be whole sound in wav, flac, ogg or mp3, got {got}.") from error
     with file:
         if file.format not in RECORDING_FORMATS:
             raise ValueError(f"{name} must be sound in wav, flac, ogg or mp3, got {file.format}.")
         seconds = file.frames / max(file.samplerate, 1)
         if seconds > MOST_SECONDS or file.frames * file.channels > _MOST_SAMPLES:
             raise ValueError(f"{name} must last at most {MOST_SECONDS} s, got {seconds:,.0f}: cut it.")
-        if _is_cut(content):
-            raise ValueError(f"{name} is truncated: it ends before its header says; copy it again.")
         try:
             samples = file.read(dtype="float32", always_2d=True)
         except Exception as error:
@@ -204,7 +204,7 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
 
 def _is_cut(content: bytes) -> bool:
     """Whether a wav or Ogg file says that more should follow; libsndfile reads what is there and says nothing."""
-    if content[:4] == b"RIFF" and len(content) >= 8:
+    if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
         size = struct.unpack("<I", content[4:8])[0]
         return size not in (0, 0xFFFFFFFF) and size + 8 > len(content) + 1  # those are written into a pipe
     if content[:4] == b"OggS":
@@ -230,7 +230,7 @@ def _what_it_is(content: bytes) -> str:
         return "a video (MP4)"
     if content[:4] == b"RIFF" and len(content) >= 12:
         kind = content[8:12]
-        return {b"AVI ": "a video (AVI)", b"WAVE": "damaged wav sound", b"WEBP": "a damaged WebP"}.get(kind, "RIFF")
+        return {b"AVI ": "a video (AVI)", b"WAVE": "wav sound", b"WEBP": "a WebP"}.get(kind, "RIFF")
     for beginning, words in _PRETENDERS:
         if start.startswith(beginning):
             return words

@@ -181,6 +181,8 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
         """
         if self.vision_tower is None:
             raise ValueError("`pixel_values` must not be given, got some: this model has no vision tower.")
+        if self.config.blind:
+            pixel_values = torch.zeros_like(pixel_values)
         states = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state  # (N, patches, W)
         n, side = self.config.image_downsample, int(states.shape[1] ** 0.5)
         grid = states.unflatten(1, (side // n, n, side // n, n)).transpose(2, 3)  # (N, side/n, side/n, n, n, W)
@@ -202,6 +204,8 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
         """
         if self.audio_tower is None:
             raise ValueError("`input_features` must not be given, got some: this model has no audio tower.")
+        if self.config.blind:
+            input_features = torch.zeros_like(input_features)
         lengths = input_features_mask.sum(-1)
         found: list[Tensor] = [input_features.new_empty(0)] * len(lengths)
         for length in lengths.unique().tolist():
@@ -253,7 +257,6 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
                     f"{count}: every picture and recording goes with the places of its own."
                 )
             if given is not None:
-                given = torch.zeros_like(given) if self.config.blind else given
                 embeddings = embeddings.masked_scatter(place[..., None], given.to(embeddings.dtype))
         return embeddings
 

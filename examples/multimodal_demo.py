@@ -80,7 +80,7 @@ def run_demo(
         question: about every picture or recording.
         fields: of both runs.
         bar: share of right answers that is asked for.
-        make_data: writes media into a folder, from what `--data` names, and returns what is learnt and what is held out.
+        make_data: writes media into a folder, from what `--data` names; returns what is learnt and what is held out.
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(f"runs/demo-{kind}"))

@@ -1,7 +1,7 @@
 """What a path names: a model folder, on torch, or a GGUF file, on ggml or on torch. Imports only what it needs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fanformer.errors import ConfigError
 
@@ -53,7 +53,7 @@ def load_text_model(
         if threads is not None:
             raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")
         if towers:
-            others = {"adapter": adapter, "compile": compiled or None, "num-steps": num_steps}
+            others: dict[str, Any] = {"adapter": adapter, "compile": compiled or None, "num-steps": num_steps}
             others |= {"exit-threshold": exit_threshold, "draft-tokens": draft_tokens}
             for option, given in others.items():
                 if given is not None:

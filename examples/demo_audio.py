@@ -11,14 +11,15 @@ from multimodal_demo import Example, exit_with, run_demo
 from fanformer.errors import ConfigError, import_extra
 
 FIELDS = {
-    "max_steps": 600,
+    "max_steps": 500,
     "sequence_length": 128,
     "batch_size": 4,
-    "learning_rate": 2e-3,
+    "optimizer": "muon",
+    "learning_rate": 3e-3,
     "audio_token_ms": 40,
     "tower_width": 96,
     "tower_layers": 3,
-    "eval_steps": 200,
+    "eval_steps": 250,
 }
 HELD_OUT_TAKES = 5
 """Of each speaker and digit, the first ones, as the data's authors split them."""

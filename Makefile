@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev browser demo test test-ci test-all check check-lifecycle check-resume check-serve check-tuning
+.PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
+.PHONY: check-tuning
 .PHONY: release-model check-release
 .PHONY: bench evidence clean
 
@@ -28,6 +29,13 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 # Train the nano preset on Python's standard library in five minutes, unless it is trained already; then let it write.
 demo: setup
 	$(BIN)/python examples/demo.py --output-dir runs/demo
+
+# Teach the demo's model to see scanned digits, and to hear spoken ones; DATA=DIR takes other pictures or recordings.
+demo-image: setup-dev
+	$(BIN)/python examples/demo_image.py $(if $(DATA),--data $(DATA))
+
+demo-audio: setup-dev
+	$(BIN)/python examples/demo_audio.py $(if $(DATA),--data $(DATA))
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ci and not gpu"

@@ -1,7 +1,7 @@
 """What a path names: a model folder, on torch, or a GGUF file, on ggml or on torch. Imports only what it needs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fanformer.errors import ConfigError
 
@@ -28,6 +28,7 @@ def load_text_model(
     num_steps: int | None = None,
     exit_threshold: float | None = None,
     draft_tokens: int | None = None,
+    towers: bool = False,
 ) -> "TextModel":
     """Load what writes text: a folder on torch, a .gguf file on ggml, for which torch is never imported.
 
@@ -41,6 +42,7 @@ def load_text_model(
         num_steps: how often a recurrent depth runs its core; None is the mean of its training.
         exit_threshold: of a folder: relative change of its state from which on a token takes no further step.
         draft_tokens: of a folder: as many tokens as one step drafts before all steps verify them, for greedy text.
+        towers: of a folder that has them: load what sees and hears too, a `MediaModel`; else its language model alone.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another kind.
@@ -50,6 +52,17 @@ def load_text_model(
     if not is_gguf(path):
         if threads is not None:
             raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")
+        if towers:
+            others: dict[str, Any] = {"adapter": adapter, "compile": compiled or None, "num-steps": num_steps}
+            others |= {"exit-threshold": exit_threshold, "draft-tokens": draft_tokens}
+            for option, given in others.items():
+                if given is not None:
+                    raise ConfigError(
+                        f"`--{option}` does not go with pictures and recordings, got it for {path}: drop it."
+                    )
+            from fanformer.generation.media_model import load_media_model
+
+            return load_media_model(path, device, dtype)
         from fanformer.generation.torch_model import TorchModel
 
         loaded = load(path, device, dtype, adapter)
@@ -59,6 +72,8 @@ def load_text_model(
             set_depth(loaded.model, num_steps, exit_threshold)
         return TorchModel(*loaded, compiled, draft_tokens=draft_tokens)
     _refuse_adapter(path, adapter)
+    if towers:
+        raise ConfigError(f"pictures and recordings are for model folders, got {path}: name a folder with towers.")
     if compiled:
         raise ConfigError(f"`--compile` is for model folders, got {path}: leave it out, ggml needs no compiling.")
     if device not in ("auto", "cpu"):
@@ -129,6 +144,11 @@ def load_config(path: str | Path) -> "PreTrainedConfig":
     from fanformer.generation.loading import load_config as read_from_folder
 
     return read_from_folder(path)
+
+
+def has_towers(path: str | Path) -> bool:
+    """Return whether the model sees or hears; raises as `load_config`."""
+    return not is_gguf(path) and load_config(path).model_type == "fanformer_multimodal"
 
 
 def longest_text(path: str | Path) -> int | None:

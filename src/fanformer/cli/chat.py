@@ -21,13 +21,14 @@ from fanformer.cli.options import (
     say_depth,
     threads_option,
 )
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, FANformerError
 from fanformer.generation.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from fanformer.generation.text_model import TextModel
 
 HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-C stops the text."
+SHOW = "/image FILE and /audio FILE show something with the next message."
 
 
 @click.command(cls=Verb, example="fanformer chat runs/nano --max-length 60 --temperature 0.5")
@@ -52,13 +53,15 @@ def chat(
     """Talk with the model saved in DIR, or in a .gguf file, line by line.
 
     A tokenizer with a chat template keeps the conversation; a base model continues each line as a new text.
-    Commands: /help, /reset, /exit. Ctrl-C stops the text; twice at the prompt, it leaves.
+    Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees and hears. Ctrl-C stops the text;
+    twice at the prompt, it leaves.
     """
     settings = GenerationSettings(**sampling)
-    from fanformer.loading import load_text_model
+    from fanformer.loading import has_towers, load_text_model
 
     depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold}
-    model = load_text_model(folder, device, dtype, threads, adapter=adapter, **depth)
+    towers = adapter is None and num_steps is exit_threshold is None and has_towers(folder)
+    model = load_text_model(folder, device, dtype, threads, adapter=adapter, towers=towers, **depth)
     say_depth(model.depth_note, num_steps)
     converse(model, settings, name=folder)
 
@@ -77,24 +80,31 @@ def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_w
 
     accept_any_bytes()
     conversation = Conversation(model, settings)
+    shown: list[Any] = []
     if not model.has_chat_template:
         _notice(f"{name} is a base model: it continues what you write, it has not learnt to answer.")
-    _notice(HELP)
+    sees = hasattr(model, "look_at")
+    help_text = f"{HELP} {SHOW}" if sees else HELP
+    _notice(help_text)
     while (line := read_line()) is not None:
         command = line.strip()
         if command == "/exit" or command in exit_words:
             return
         if command == "/help":
-            _notice(HELP)
+            _notice(help_text)
         elif command == "/reset":
             conversation.reset()
+            shown.clear()
             _notice("conversation forgotten.")
+        elif command.split(" ")[0] in ("/image", "/audio"):
+            _show(model if sees else None, command, shown)
         elif command.startswith("/") and " " not in command:
-            _notice(f"no command {command}: {HELP}")
+            _notice(f"no command {command}: {help_text}")
         else:
             try:
                 with interruptible() as interruption:
-                    forgotten = conversation.answer(line, write_now, interruption)
+                    forgotten = conversation.answer(line, write_now, interruption, shown)
+                shown = []
             except ConfigError as error:
                 _notice(f"error: {error}")
                 continue
@@ -103,6 +113,20 @@ def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_w
                 _notice(f"the oldest {forgotten} messages no longer fit and are forgotten.")
             if interruption.requested:
                 _notice("stopped.")
+
+
+def _show(model: Any, command: str, shown: list[Any]) -> None:
+    """Read the picture or recording that a command names, and put it with what the next message shows."""
+    kind, _, name = command[1:].partition(" ")
+    if model is None:
+        _notice(f"error: this model takes text only, got /{kind}: use one that `fanformer train --multimodal` made.")
+        return
+    try:
+        shown.append(model.look_at(kind, name.strip()))
+    except FANformerError as error:
+        _notice(f"error: {error}")
+        return
+    _notice(f"{name.strip()} goes with the next message.")
 
 
 def read_line() -> str | None:

@@ -12,9 +12,11 @@ from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.options import (
     Verb,
     adapter_option,
+    audio_option,
     device_option,
     dtype_option,
     exit_threshold_option,
+    image_option,
     num_steps_option,
     sampling_options,
     say_depth,
@@ -35,6 +37,8 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
     "--compile", "compiled", is_flag=True, help="Compile the step from token to token; pays for long texts of a folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of text.")
+@image_option
+@audio_option
 @sampling_options()
 @num_steps_option
 @exit_threshold_option
@@ -59,6 +63,8 @@ def generate(
     num_steps: int | None,
     exit_threshold: float | None,
     draft_tokens: int | None,
+    images: tuple[str, ...],
+    audio: tuple[str, ...],
     adapter: str | None,
     threads: int | None,
     device: str,
@@ -69,6 +75,8 @@ def generate(
 
     A single text is written as it comes, prompt first. Ctrl-C stops it there. The same seed gives the same text, in
     whatever batch; equal prompts of one call get different texts.
+
+    With pictures and recordings each PROMPT is a question about them, and its answer is written.
     """
     settings = GenerationSettings(**sampling)
     if prompts and prompts_file is not None:
@@ -78,20 +86,30 @@ def generate(
     from fanformer.generation.interruption import interruptible
     from fanformer.loading import load_text_model
 
+    shows = bool(images or audio)
     depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold, "draft_tokens": draft_tokens}
-    model = load_text_model(folder, device, dtype, threads, compiled, adapter, **depth)
+    model = load_text_model(folder, device, dtype, threads, compiled, adapter, towers=shows, **depth)
     say_depth(model.depth_note, num_steps)
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
         on_text = write_now if streamed else None
-        completions = model.complete(texts, settings, on_text, batch_size=batch_size, interruption=interruption)
-        if streamed:
-            write_now(texts[0])
+        options: dict[str, Any] = {"batch_size": batch_size, "interruption": interruption}
+        if shows:
+            from fanformer.generation.media_model import MediaModel, shown_media
+
+            assert isinstance(model, MediaModel), "a model loaded with its towers"
+            shown = [shown_media(images, audio)] * len(texts)
+            completions = model.ask(texts, shown, settings, on_text, **options)
+        else:
+            completions = model.complete(texts, settings, on_text, **options)
+            if streamed:
+                write_now(texts[0])
         for completion in completions:
             if as_json:
                 write_now(_json_line(dataclasses.asdict(completion)))
             else:
-                write_now("\n" if streamed else f"{completion.prompt}{completion.text}\n\n")
+                gap = "\n" if shows else ""
+                write_now("\n" if streamed else f"{completion.prompt}{gap}{completion.text}\n\n")
     return INTERRUPTED if interruption.requested else 0
 
 

@@ -75,6 +75,12 @@ exit_threshold_option = click.option(
     metavar="X",
     help="Relative change of its state from which on a token takes no further step, such as 0.02; for folders.",
 )
+image_option = click.option(
+    "--image", "images", multiple=True, metavar="FILE", help="Picture (PNG, JPEG, WebP) that each PROMPT asks about."
+)
+audio_option = click.option(
+    "--audio", multiple=True, metavar="FILE", help="Recording (wav, flac, ogg, mp3) that each PROMPT asks about."
+)
 threads_option = click.option(
     "--threads", type=int, metavar="N", help="Threads that run a .gguf file.  [default: the cores nobody else uses]"
 )

@@ -13,7 +13,7 @@ from fanformer.cli.options import Verb, echo_table
 from fanformer.errors import ConfigError
 from fanformer.machine.launch import launched_rank
 from fanformer.machine.threads import spin_briefly
-from fanformer.training.configuration import PARSERS, parse_setting, preset_names, resolve_run
+from fanformer.training.configuration import PARSERS, parse_setting, preset_names, resolve_multimodal, resolve_run
 from fanformer.training.events import Listener
 from fanformer.training.fields import FIELDS, RunConfig
 
@@ -63,6 +63,14 @@ def _training_flags(function: Any) -> Any:
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of run fields, such as a run.yaml."
 )
 @_training_flags
+@click.option(
+    "--multimodal",
+    metavar="FILE",
+    help="Rows of messages with pictures and recordings, .jsonl or .parquet, to teach the model of --init-from.",
+)
+@field_option("stage")
+@field_option("vision_tower")
+@field_option("audio_tower")
 @click.option("--resume", is_flag=True, help="Go on from the last good checkpoint of the output folder.")
 @click.option("--allow-changed-data", is_flag=True, help="With --resume: go on with other data than before.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that the output folder holds.")
@@ -87,6 +95,7 @@ def train(
     settings: tuple[str, ...],
     prove_resume: bool,
     log_to: tuple[str, ...],
+    multimodal: str | None,
     **flags: Any,
 ) -> None:
     """Train a model and leave a complete `transformers` folder behind.
@@ -98,11 +107,23 @@ def train(
         overrides["preset"] = preset
     if fan_ratio is not None:
         overrides["model.fan_ratio"] = fan_ratio
-    config = resolve_run(config_file, overrides)
+    if multimodal is not None:
+        config = _resolve_multimodal(multimodal, config_file, overrides)
+    else:
+        config = resolve_run(config_file, overrides)
     if prove_resume:
         prove_and_report(config, log_to)
     else:
         run_and_report(config, log_to)
+
+
+def _resolve_multimodal(file: str, config_file: Path | None, overrides: dict[str, Any]) -> RunConfig:
+    from fanformer.loading import longest_text
+
+    for name, value in (("data", overrides.get("data")), ("config", config_file)):
+        if value is not None:
+            raise ConfigError(f"`--{name}` does not go with `--multimodal`, got {value}: keep one of them.")
+    return resolve_multimodal(lambda: longest_text(overrides["init_from"]), {**overrides, "data": file})
 
 
 def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fanformer.data.multimodal import MEDIA_INPUTS
 from fanformer.data.packing import IGNORED_LABEL, PackedRows
 from fanformer.data.prepared import TokenStream
 from fanformer.data.token_files import lay_out
@@ -43,6 +44,7 @@ class HeldOutLoss:
         loss_stderr: standard error of `loss`.
         perplexity_stderr: standard error of `perplexity`, to first order.
         bits_per_byte_stderr: standard error of `bits_per_byte`; None also where documents' bytes are not known.
+        exact: share of the documents that greedy decoding would write, each token being the likeliest; of answers only.
     """
 
     loss: float
@@ -54,6 +56,7 @@ class HeldOutLoss:
     loss_stderr: float | None = None
     perplexity_stderr: float | None = None
     bits_per_byte_stderr: float | None = None
+    exact: float | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Return the figures by name."""
@@ -62,11 +65,13 @@ class HeldOutLoss:
     def record(self) -> dict[str, float]:
         """Return what metrics.jsonl holds; one document gives no standard error."""
         error = {} if self.loss_stderr is None else {"val_loss_stderr": self.loss_stderr}
-        return {"val_loss": self.loss, **error, "val_bits_per_byte": self.bits_per_byte}
+        exact = {} if self.exact is None else {"val_exact": self.exact}
+        return {"val_loss": self.loss, **error, "val_bits_per_byte": self.bits_per_byte, **exact}
 
     def told(self) -> str:
         """Return loss and bits per byte as a line for people."""
-        return f"held-out loss {self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
+        exact = "" if self.exact is None else f", {self.exact:.2%} of {self.documents:,} answers to the letter"
+        return f"held-out loss {self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte{exact}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     For a model that is not a FANformer this is tried out on rows of 16 tokens: the logits of the second of two
     documents must be the same after another first one, and in a row of its own.
     """
-    if model.config.model_type == "fanformer":
+    if model.config.model_type in ("fanformer", "fanformer_multimodal"):
         return True
     length = 8
     ids = torch.arange(1, 2 * length + 1, device=model.device).remainder(model.config.vocab_size).repeat(2, 1)
@@ -201,22 +206,25 @@ def _separate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: pad(items, batch_first=True, padding_value=fills.get(name, 0)) for name, items in pieces.items()}
 
 
-def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) -> tuple[Tensor, Tensor]:
-    """Return surprise and document number, each (N,), of every label of packed rows that is predicted."""
+def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return surprise, document number and whether another token is likelier, each (N,), of every predicted label."""
     batch_size = len(batch["input_ids"])
-    given = dict(batch) if packed else _separate(batch)
+    media = {name: batch.pop(name) for name in MEDIA_INPUTS if name in batch}  # of all rows, which are then one part
+    given = batch if packed else _separate(batch)
     found: list[Tensor] = []
     for start in range(0, len(given["input_ids"]), batch_size):
         part = {name: values[start : start + batch_size] for name, values in given.items()}
         positions = {"position_ids": part["position_ids"]} if packed else {}
-        logits = model(input_ids=part["input_ids"], use_cache=False, **positions).logits  # (B, T, V)
+        logits = model(input_ids=part["input_ids"], use_cache=False, **positions, **media).logits  # (B, T, V)
         nats = F.cross_entropy(
             logits.flatten(0, 1).float(), part["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
         counts = part["labels"].flatten() != IGNORED_LABEL
-        found.append(torch.stack([nats[counts].double(), part["documents"].flatten()[counts].double()]).cpu())
+        wrong = logits.argmax(-1).flatten() != part["labels"].flatten()
+        kept = (nats, part["documents"].flatten(), wrong)
+        found.append(torch.stack([values[counts].double() for values in kept]).cpu())
     values = torch.cat(found, dim=1)
-    return values[0], values[1].long()
+    return values[0], values[1].long(), values[2]
 
 
 @torch.no_grad()
@@ -230,7 +238,7 @@ def surprise_by_document(
     autocast_dtype: torch.dtype | None = None,
     share: Share = Share(),  # frozen
     between_batches: Callable[[], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum the surprise of the labels of the given rows, document by document.
 
     Batches always have `batch_size` rows, the last one filled up with repetitions that do not count, so that the
@@ -249,12 +257,13 @@ def surprise_by_document(
         between_batches: called before every batch; may raise to end the evaluation.
 
     Returns:
-        Nats (N,) and number of predicted tokens (N,) of every document, of all processes together.
+        Nats (N,), number of predicted tokens (N,), and of those that another one is likelier than (N,), of every
+        document, of all processes together.
     """
     was_training = model.training
     model.eval()
     device = model.device
-    sums = torch.zeros(2, num_documents, dtype=torch.float64)
+    sums = torch.zeros(3, num_documents, dtype=torch.float64)
     autocast = (
         torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
     )
@@ -273,12 +282,15 @@ def surprise_by_document(
             batch["labels"][len(chosen) :] = IGNORED_LABEL
             if not packed and not (batch["labels"] != IGNORED_LABEL).any():
                 continue
-            nats, documents = _surprise(model, {name: values.to(device) for name, values in batch.items()}, packed)
+            nats, documents, wrong = _surprise(
+                model, {name: values.to(device) for name, values in batch.items()}, packed
+            )
             sums[0].index_add_(0, documents, torch.round(nats * _UNITS_PER_NAT))
             sums[1].index_add_(0, documents, torch.ones_like(nats))
+            sums[2].index_add_(0, documents, wrong)
     model.train(was_training)
-    both = np.array(share.sum(sums.flatten().tolist())).reshape(2, num_documents)
-    return both[0] / _UNITS_PER_NAT, both[1].astype(np.int64)
+    every = np.array(share.sum(sums.flatten().tolist())).reshape(3, num_documents)
+    return every[0] / _UNITS_PER_NAT, every[1].astype(np.int64), every[2].astype(np.int64)
 
 
 def _documents_before_rows(stream: TokenStream, rows: PackedRows) -> np.ndarray:
@@ -304,7 +316,7 @@ def _measure(
     wanted = len(rows) if max_tokens is None else max_tokens // sequence_length
     indices = every_nth(len(rows), wanted)
     before = _documents_before_rows(stream, rows)
-    nats, tokens = surprise_by_document(model, rows, before, indices, batch_size, stream.num_documents, **passes)
+    nats, tokens, _ = surprise_by_document(model, rows, before, indices, batch_size, stream.num_documents, **passes)
     return nats, tokens, len(indices) / len(rows)  # of the text, in equal rows but for the last
 
 
@@ -350,10 +362,11 @@ def answer_loss(
     in_rows = rows.document_bytes()
     before = np.cumsum([0, *map(len, in_rows)])
     indices = every_nth(len(rows), len(rows) if max_tokens is None else max_tokens // rows.tokens_per_row)
-    nats, tokens = surprise_by_document(model, rows, before[:-1], indices, batch_size, int(before[-1]), **passes)
+    nats, tokens, wrong = surprise_by_document(model, rows, before[:-1], indices, batch_size, int(before[-1]), **passes)
     measured = tokens > 0
     num_bytes = np.array(list(itertools.chain.from_iterable(in_rows)), dtype=np.int64)[measured]
-    return summarize(nats[measured], tokens[measured], int(num_bytes.sum()), num_bytes)
+    figures = summarize(nats[measured], tokens[measured], int(num_bytes.sum()), num_bytes)
+    return replace(figures, exact=float(np.mean(wrong[measured] == 0)))
 
 
 def default_sequence_length(model: PreTrainedModel) -> int:

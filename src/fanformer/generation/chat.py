@@ -1,7 +1,8 @@
 """A conversation: which tokens the model sees for the next answer, and what is forgotten when they are too many."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fanformer.errors import ConfigError
 from fanformer.generation.interruption import Interruption
@@ -17,7 +18,7 @@ class Conversation:
     """
 
     def __init__(self, model: TextModel, settings: GenerationSettings) -> None:
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self._model = model
         self._settings = settings
         self._answers = 0
@@ -27,13 +28,16 @@ class Conversation:
         """Forget all messages."""
         self.messages = []
 
-    def answer(self, message: str, on_text: Callable[[str], None], interruption: Interruption) -> int:
+    def answer(
+        self, message: str, on_text: Callable[[str], None], interruption: Interruption, media: Sequence[Any] = ()
+    ) -> int:
         """Answer `message`, or continue it where there is no chat template.
 
         Args:
             message: what the user wrote.
             on_text: is handed the answer piece by piece.
             interruption: ends the answer early when requested; what was written of it stays in the conversation.
+            media: pictures and recordings that the user shows with it, for a `MediaModel`.
 
         Returns:
             How many of the oldest messages were forgotten to make room.
@@ -49,16 +53,18 @@ class Conversation:
             list(self._model.complete([message], settings, on_text, interruption=interruption))
             self._answers += 1
             return 0
-        messages = [*self.messages, {"role": "user", "content": message}]
+        content = [*media, message] if media else message
+        messages = [*self.messages, {"role": "user", "content": content}]
         ids, forgotten = self._fit(messages)
+        shown = [part for one in messages[forgotten:] for part in one["content"] if not isinstance(part, str)]
         completion = self._model.complete_ids(
-            ids, message, settings, on_text, interruption=interruption, remembered=self._remembered
+            ids, message, settings, on_text, interruption=interruption, remembered=self._remembered, media=shown
         )
         self.messages = [*messages[forgotten:], {"role": "assistant", "content": completion.text}]
         self._answers += 1
         return forgotten
 
-    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+    def _fit(self, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
         """Return the ids of `messages` without as many of the oldest as do not fit, and their number."""
         positions = self._model.positions
         for start in range(0, len(messages), 2):  # a question goes with its answer

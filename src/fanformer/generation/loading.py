@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
+from fanformer.data.multimodal import PLACEHOLDERS
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.machine.devices import resolve_device, resolve_dtype
 
@@ -56,7 +57,13 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
         DependencyError: if it is quantized and the package that reads it is not installed.
     """
     model = load_model(folder, device, dtype)
-    return LoadedModel(model, load_tokenizer(folder, model.config.vocab_size))
+    return LoadedModel(model, load_tokenizer(folder, known_ids(load_config(folder))))
+
+
+def known_ids(config: PreTrainedConfig) -> int:
+    """Return how many token ids a tokenizer of the model may have: V, or more where placeholders lie beyond."""
+    placeholders = [getattr(config, f"{kind}_token_id", None) for kind in PLACEHOLDERS]
+    return max(config.vocab_size, *(1 + number for number in placeholders if number is not None), 0)
 
 
 def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
@@ -81,13 +88,18 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
             ignore_mismatched_sizes=True,  # so that they come back in the report, which raises
             output_loading_info=True,
         )
+    check_loaded(path, model, report)
+    return model.to(placed).eval()
+
+
+def check_loaded(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raise CheckpointError if what `from_pretrained` reports does not fit, or a weight is no number."""
     _check_report(path, model, report)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(
                 f"{path.absolute()} is of no use: `{name}` holds values that are not finite (its training diverged)."
             )
-    return model.to(placed).eval()
 
 
 @contextmanager
@@ -109,6 +121,8 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
     file = path / "config.json"
     content = _read_json(file)
     model_type = content.get("model_type")
+    if model_type == "fanformer_multimodal":
+        import fanformer.model.multimodal  # noqa: F401  registers it; text alone needs none of it
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"{file.absolute()} has model_type {model_type!r}, expected `fanformer` or one that transformers "
@@ -123,12 +137,32 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
         raise CheckpointError(f"{file.absolute()}: {' '.join(str(reason).split())[:500]}") from error
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     architectures = content.get("architectures") or []
+    if model_type == "fanformer_multimodal" and architectures == ["FANformerForConditionalGeneration"]:
+        return config  # whose language model can be loaded alone
     if causal is None or (architectures and causal.__name__ not in architectures):
         raise CheckpointError(
             f"{path.absolute()} holds {' and '.join(architectures) or model_type}, expected a causal language model"
             f"{f' ({causal.__name__})' if causal is not None else ''}."
         )
     return config
+
+
+def refuse_towers(folder: str | Path, purpose: str) -> None:
+    """Refuse a folder with towers where only its language model could go along.
+
+    Args:
+        folder: a model folder.
+        purpose: what would leave the towers behind, in words.
+
+    Raises:
+        ConfigError: if it has some.
+        CheckpointError: as `load_config`.
+    """
+    if load_config(folder).model_type == "fanformer_multimodal":
+        raise ConfigError(
+            f"{folder} has towers for pictures and sound, which {purpose} would leave behind: name the language model "
+            "that it was made from (`init_from` in its run.yaml)."
+        )
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:

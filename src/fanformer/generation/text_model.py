@@ -45,6 +45,8 @@ class Remembered:
     """The tokens whose keys and values are kept."""
     kept: Any = None
     """Where they are: a cache of torch, or which text of the ggml engine's they belong to."""
+    media: tuple[str, ...] = ()
+    """What tells apart the pictures and recordings among them."""
 
     def take(self, ids: Sequence[int]) -> tuple[int, Any]:
         """Return how many of `ids` need not be read again, and where they are; nothing is remembered until told anew.
@@ -56,6 +58,10 @@ class Remembered:
         limit = min(len(known), len(ids) - 1)
         shared = next((index for index in range(limit) if known[index] != ids[index]), limit)
         return (shared if kept is not None else 0), kept
+
+    def forget(self) -> None:
+        """Remember nothing, so that all is read again."""
+        self.ids, self.kept, self.media = [], None, ()
 
     def keep(self, row: Sequence[int], new: Sequence[int], length: int, kept: Any) -> None:
         """Remember a text that was continued.
@@ -87,6 +93,8 @@ class Batch:
     """What was read before, and takes over what is read now."""
     seeds: Sequence[int] = ()
     """Of each row's random numbers."""
+    media: Sequence[Any] = ()
+    """Pictures and recordings of all rows, in their order, for a model with towers."""
 
 
 class Score(NamedTuple):
@@ -174,7 +182,7 @@ class TextModel(ABC):
             ConfigError: as `complete`, or if a field of the settings is wrong.
         """
         one = isinstance(prompt, str)
-        found = [done.text for done in self.complete([prompt] if one else prompt, _settings(sampling))]  # type: ignore[list-item]
+        found = [done.text for done in self.complete([prompt] if one else prompt, sampling_settings(sampling))]  # type: ignore[list-item]
         return found[0] if one else found
 
     def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
@@ -187,7 +195,7 @@ class TextModel(ABC):
         Raises:
             ConfigError: as `generate`.
         """
-        return self._pieces(prompt, _settings(sampling))
+        return self._pieces(prompt, sampling_settings(sampling))
 
     def _pieces(self, prompt: str, settings: GenerationSettings) -> Iterator[str]:
         """Yield what another thread writes."""
@@ -275,12 +283,14 @@ class TextModel(ABC):
         *,
         interruption: Interruption | None = None,
         remembered: Remembered | None = None,
+        media: Sequence[Any] = (),
     ) -> Completion:
         """Continue a text that is token ids already; `prompt` is what the completion calls it.
 
-        With `remembered` it is read from where it differs from the text before it.
+        With `remembered` it is read from where it differs from the text before it; `media` are its pictures
+        and recordings, for a model with towers.
         """
-        whole = Batch([ids], [""], settings, on_text, interruption or Interruption(), remembered)
+        whole = Batch([ids], [""], settings, on_text, interruption or Interruption(), remembered, media=media)
         return next(self._in_batches([prompt], whole, 1))
 
     def _in_batches(self, prompts: Sequence[str], whole: Batch, batch_size: int) -> Iterator[Completion]:
@@ -351,7 +361,7 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest(), "big")
 
 
-def _settings(sampling: dict[str, Any]) -> GenerationSettings:
+def sampling_settings(sampling: dict[str, Any]) -> GenerationSettings:
     """Return settings from keywords; a wrong name is an error that says which there are."""
     known = [one.name for one in fields(GenerationSettings)]
     for name in sampling:

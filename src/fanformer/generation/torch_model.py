@@ -22,6 +22,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
+from fanformer.data.multimodal import placeholder_ids
 from fanformer.data.tokenizer import encode_documents, start_token_id
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.decoding import TextWriter
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
 
 
 class KnownTokensOnly(LogitsProcessor):
-    """Makes ids that the tokenizer does not have impossible: padding of the vocabulary to a round size."""
+    """Makes ids impossible that the tokenizer does not have, padding of the vocabulary to a round size, and some more.
 
-    def __init__(self, known: int):
-        self._known = known
+    These are placeholders: no text holds a picture.
+    """
+
+    def __init__(self, known: int, placeholders: Sequence[int] = ()):
+        self._known, self._placeholders = known, placeholders
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores` (B, V) with minus infinity from id `known` on.
+        """Return `scores` (B, V) with minus infinity from id `known` on, and at placeholders.
 
         Raises:
             CheckpointError: if a score is no number, which would otherwise come out as arbitrary text.
@@ -49,7 +53,9 @@ class KnownTokensOnly(LogitsProcessor):
             raise CheckpointError(
                 "the model computes values that are no numbers: its dtype may be too narrow, try float32 or bfloat16."
             )
-        return scores.index_fill(-1, torch.arange(self._known, scores.shape[-1], device=scores.device), -torch.inf)
+        vocabulary = scores.shape[-1]
+        never = [*range(self._known, vocabulary), *(number for number in self._placeholders if number < vocabulary)]
+        return scores.index_fill(-1, torch.tensor(never, dtype=torch.int64, device=scores.device), -torch.inf)
 
 
 class BeginsWith(LogitsProcessor):
@@ -176,6 +182,7 @@ class TorchModel(TextModel):
         if self.speculation is not None:
             return self._speculate(self.speculation, batch)
         model, tokenizer, rows, settings, compiling = self.model, self.tokenizer, batch.rows, batch.settings, {}
+        inputs = self.media_inputs(batch)
         on_text, remembered = batch.on_text, batch.remembered
         writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
         width = max(map(len, rows))
@@ -208,6 +215,7 @@ class TorchModel(TextModel):
                 stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(batch.interruption)]),
                 streamer=TextStreamer(writer) if writer is not None else None,
                 past_key_values=cache,
+                **inputs,
             )
         found = []
         for new_ids in output[:, width:].tolist():
@@ -216,6 +224,11 @@ class TorchModel(TextModel):
         if remembered is not None and isinstance(cache, DynamicCache):
             remembered.keep(rows[0], found[0], cache.get_seq_length(), cache)
         return found
+
+    def media_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the model is given beside tokens: nothing, where there are no towers."""
+        assert not batch.media, "a model without towers was asked about media"
+        return {}
 
     def _speculate(self, speculation: "SelfSpeculation", batch: Batch) -> list[list[int]]:
         """Continue the rows of a batch one after the other by drafts that are verified."""
@@ -293,7 +306,8 @@ def _cache_of(model: PreTrainedModel, ids: list[int], remembered: Remembered) ->
 
 def _processors(tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int) -> LogitsProcessorList:
     settings = batch.settings
-    processors = LogitsProcessorList([KnownTokensOnly(max(tokenizer.get_vocab().values()) + 1)])
+    known = max(tokenizer.get_vocab().values()) + 1
+    processors = LogitsProcessorList([KnownTokensOnly(known, placeholder_ids(tokenizer))])
     if any(batch.beginnings):
         processors.append(BeginsWith(tokenizer, batch.beginnings, width))
     if settings.is_greedy:

@@ -15,7 +15,7 @@ from fanformer.data.held_out import DEFAULT_TOKENS
 from fanformer.errors import ConfigError
 from fanformer.files.staging import check_free, staged
 from fanformer.generation.adapters import adapter_note, with_adapter
-from fanformer.generation.loading import LoadedModel, load
+from fanformer.generation.loading import LoadedModel, load, refuse_towers
 from fanformer.generation.torch_model import end_token_ids
 from fanformer.gguf import architecture
 from fanformer.gguf.blocks import TYPES, BlockType, Bytes, Floats, dequantize
@@ -120,6 +120,7 @@ def export_gguf(
     """
     path = output_file(output, settings.type)
     check_free(path, report_file(path), overwrite=settings.overwrite)
+    refuse_towers(folder, "a GGUF file")
     model, tokenizer = load(folder, device="cpu")
     if model.config.model_type != ARCHITECTURE:
         raise ConfigError(

@@ -18,6 +18,7 @@ from fanformer.evaluation.loss import default_sequence_length, every_nth
 from fanformer.files.durable import replace_json, replace_text
 from fanformer.files.staging import replace_folder
 from fanformer.generation.adapters import adapter_note
+from fanformer.generation.loading import refuse_towers
 from fanformer.gguf.file import ARCHITECTURE
 from fanformer.loading import load_config
 from fanformer.quantization.linear_layers import SMALLEST_GROUP, check_bits_and_group, fitting_group, matrices_by_part
@@ -115,6 +116,7 @@ def check_library(module: str, need: str, extra: str, why: str) -> None:
 
 def check_model(source: Path, others: str) -> None:
     """Refuse a folder whose model is of another kind, for which `others` is the remedy, or quantized already."""
+    refuse_towers(source, "quantizing")
     config = load_config(source)
     if config.model_type != ARCHITECTURE:
         raise ConfigError(f"{source.absolute()} is a {config.model_type}, expected a {ARCHITECTURE}: {others}.")

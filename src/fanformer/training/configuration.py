@@ -40,6 +40,20 @@ TUNING: Mapping[str, Any] = {
 PREFERENCES: Mapping[str, Any] = {**TUNING, "objective": "preferences", "learning_rate": 5e-5, "dpo_beta": 0.1}
 """The same for preferences."""
 _RECIPES = {str(recipe["objective"]): recipe for recipe in (TUNING, PREFERENCES)}
+MULTIMODAL: Mapping[str, Any] = {
+    "objective": "multimodal",
+    "epochs": 10.0,
+    "batch_size": 8,
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "embedding_learning_rate_scale": 1.0,
+    "weight_decay": 0.05,
+    "schedule": "cosine",
+    "sample_prompt": None,
+    "compile": "off",
+}
+"""Fields of a training on pictures and recordings in a preset's place."""
+LONGEST_MULTIMODAL_ROW = 256
 LONGEST_TUNING_ROW = 1024
 """Tokens of a row above which the positions of a base are no longer the default."""
 
@@ -145,14 +159,39 @@ def resolve_tuning(base: str, positions: Callable[[], int | None], overrides: Ma
         ConfigError: if a key is unknown, or a value has the wrong type or range.
     """
     folder = overrides.get("output_dir") or f"runs/{Path(base).name}-tuned"
-    fields = {"output_dir": str(folder), "init_from": base, **overrides}
-    if overrides.get("resume") and (Path(folder) / RUN_FILE).is_file():
+    fields = {"init_from": base, **overrides, "output_dir": str(folder)}
+    recipe = _RECIPES.get(overrides.get("objective", ""), TUNING)
+    return _resolve_recipe(recipe, LONGEST_TUNING_ROW, positions, fields)
+
+
+def resolve_multimodal(positions: Callable[[], int | None], overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a training on pictures and recordings; what a run that goes on began with stays.
+
+    Args:
+        positions: returns the longest text that the base takes, or None; asked for a new run only.
+        overrides: fields of RunConfig, `init_from` among those of a new run.
+
+    Raises:
+        ConfigError: if there is no base, a key is unknown, or a value has the wrong type or range.
+    """
+    base = overrides.get("init_from")
+    folder = overrides.get("output_dir") or (f"runs/{Path(base).name}-multimodal" if base else None)
+    fields = {**overrides, "output_dir": folder}
+    if base is None and not (overrides.get("resume") and overrides.get("output_dir")):
+        raise ConfigError("`init_from` is needed beside `--multimodal`, got none: name the folder of a language model.")
+    return _resolve_recipe(MULTIMODAL, LONGEST_MULTIMODAL_ROW, positions, fields)
+
+
+def _resolve_recipe(
+    recipe: Mapping[str, Any], longest: int, positions: Callable[[], int | None], fields: Mapping[str, Any]
+) -> RunConfig:
+    """Return the configuration of a run by a recipe, or of the one that its folder holds."""
+    if fields.get("resume") and (Path(str(fields["output_dir"])) / RUN_FILE).is_file():
         return resolve_run(None, fields)
-    longest = min(positions() or LONGEST_TUNING_ROW, LONGEST_TUNING_ROW)
-    recipe = {**_RECIPES.get(overrides.get("objective", ""), TUNING), "sequence_length": longest}
-    if any(overrides.get(name) is not None for name in LENGTHS[:3]):
-        recipe.pop("epochs")
-    return resolve_run(None, {**recipe, **fields})
+    known = {**recipe, "sequence_length": min(positions() or longest, longest)}
+    if any(fields.get(name) is not None for name in LENGTHS[:3]):
+        known.pop("epochs")
+    return resolve_run(None, {**known, **fields})
 
 
 def tuning_rows(data: str | None, preferences: str | None) -> dict[str, Any]:

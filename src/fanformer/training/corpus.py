@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from fanformer.data.packing import PackedRows
 from fanformer.data.preparation.journal import OtherArgumentsError, partial_place
 from fanformer.data.preparation.prepare import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
     from fanformer.evaluation.preferences import PreferenceFigures
     from fanformer.generation.settings import GenerationSettings
     from fanformer.generation.torch_model import TorchModel
+
+
+def empty_causal_model(fields: Mapping[str, Any]) -> "PreTrainedModel":
+    """Return a causal language model of a configuration's fields, `model_type` among them."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Corpus:
         loss: what a step learns.
         new_ids: tokens that the base does not know.
         prepare: is called once before the first step of the run or of what follows a checkpoint.
+        processor: what is saved in the tokenizer's place, for a model with towers.
+        empty_model: returns a model of the fields that run.yaml holds, whose weights come from a checkpoint.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -89,6 +98,8 @@ class Corpus:
     loss: Loss
     new_ids: tuple[int, ...] = ()
     prepare: Callable[[Start], None] = lambda start: None
+    processor: Any = None
+    empty_model: "Callable[[Mapping[str, Any]], PreTrainedModel]" = empty_causal_model
 
     @property
     def fingerprint(self) -> str:

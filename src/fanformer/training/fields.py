@@ -65,8 +65,10 @@ def _check_number(item: Any, value: float) -> None:
 class CorpusConfig(_Fields):
     """What is trained and measured on, and in which tokens."""
 
-    objective: Literal["text", "answers", "preferences"] = _setting(
-        "text", "what is learnt: text as it stands, the assistant's part of conversations, or which answer is better"
+    objective: Literal["text", "answers", "preferences", "multimodal"] = _setting(
+        "text",
+        "what is learnt: text as it stands, the assistant's part of conversations, which answer is better, or the "
+        "assistant's part of conversations with pictures and recordings",
     )
     data: str = _setting("stdlib", "stdlib, file or glob of .txt/.jsonl/.parquet, hf:NAME[:CONFIG], or prepared folder")
     eval_data: str | None = _setting(None, "data to measure the held-out loss on; default: a held-out part of the data")
@@ -76,6 +78,42 @@ class CorpusConfig(_Fields):
     max_data_bytes: int | None = _setting(None, "read documents only until they hold this many bytes", _ABOVE_0)
     tokenizer: str | None = _setting(None, "folder or hub name of a tokenizer; default: train one on the data")
     vocab_size: int | None = _setting(None, "size of the tokenizer to train; default: the preset's", _ABOVE_0)
+
+
+@dataclass(frozen=True)
+class TowersConfig(_Fields):
+    """What sees and hears, and which of it learns; of objective multimodal only."""
+
+    stage: Literal["auto", "align", "tune"] = _setting(
+        "auto",
+        "align: projectors learn, and towers that began fresh; tune: projectors and adapters; auto: tune where there "
+        "are towers for all that is shown, else align",
+    )
+    vision_tower: str | None = _setting(None, "pretrained SigLIP, a folder or hub name; default: a fresh one")
+    audio_tower: str | None = _setting(None, "pretrained Whisper, a folder or hub name; default: a fresh conformer")
+    image_size: int = _setting(32, "pixels of a picture's side, for a fresh vision tower", _FROM_1)
+    patch_size: int = _setting(4, "pixels of a patch's side, for a fresh vision tower", _FROM_1)
+    tower_width: int = _setting(128, "channels of a fresh tower, a multiple of 4 heads", _FROM_1)
+    tower_layers: int = _setting(4, "layers of a fresh tower", _FROM_1)
+    audio_token_ms: int = _setting(
+        80,
+        "milliseconds of sound in a token, 20, 40, 80 or 160",
+        ("20, 40, 80 or 160", lambda ms: ms in (20, 40, 80, 160)),
+    )
+    adapter_rank: int = _setting(16, "rank of the adapters of each modality, in stage tune", _FROM_1)
+    blind: bool = _setting(False, "train a twin whose towers are given zeros in place of pictures and recordings")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tower_width % 8:
+            raise ConfigError(
+                f"`tower_width` must be a multiple of 8, got {self.tower_width}: it is split among 4 heads."
+            )
+        if self.image_size % (2 * self.patch_size):
+            raise ConfigError(
+                f"`image_size` must be a multiple of twice `patch_size`, got {self.image_size} and {self.patch_size}: "
+                "a token is 2 x 2 patches."
+            )
 
 
 @dataclass(frozen=True)
@@ -286,6 +324,7 @@ class RunConfig(_Fields):
         0, "seed of initialisation, data order and dropout", ("in [0, 2**32)", lambda value: 0 <= value < 1 << 32)
     )
     corpus: CorpusConfig = CorpusConfig()
+    towers: TowersConfig = TowersConfig()
     batch: BatchConfig = BatchConfig()
     length: LengthConfig = LengthConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -45,7 +45,7 @@ EXACT = frozenset(
     for name in ("loss", "loss_stderr", "bits_per_byte", "margin", "accuracy", "grad_norm", "learning_rate")
 )
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
-_FIXED = ("objective", "batch_size", "sequence_length", "seed", "optimizer", "init_from", "lora_rank")
+_FIXED = ("objective", "batch_size", "sequence_length", "seed", "optimizer", "init_from", "lora_rank", "stage")
 """Fields that decide which rows make up a step, or what the optimizer's state means."""
 DATA_FIELDS = tuple(CorpusConfig.__dataclass_fields__)
 MACHINE_FIELDS = ("device", "precision", "compile", "threads")

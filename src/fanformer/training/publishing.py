@@ -53,6 +53,9 @@ _KINDS = {
     "`fanformer finetune`. The loss is that of answers and their ends.",
     "preferences": "A language model taught which of two answers is better, with `fanformer finetune --preferences`. "
     "The loss is DPO's (arXiv:2305.18290), against the model that it began as.",
+    "multimodal": "A language model with towers for pictures or sound, taught to answer about them with `fanformer "
+    "train --multimodal`; the language model itself is as it was. Load it with `AutoModelForMultimodalLM` and "
+    "`AutoProcessor`; what follows is its language model alone. The loss is that of answers and their ends.",
 }
 """What a card says of a model, by the `objective` of its run."""
 
@@ -60,7 +63,8 @@ _KINDS = {
 def title(run: Mapping[str, Any]) -> str:
     """Return what a trained model is called, given the content of its run.yaml."""
     if _objective(run) != "text":
-        return f"{Path(run['configuration']['init_from']).name}, tuned"
+        done = "with towers" if _objective(run) == "multimodal" else "tuned"
+        return f"{Path(run['configuration']['init_from']).name}, {done}"
     kind, preset = run["model"]["model_type"], run["configuration"]["preset"]
     return f"FANformer, preset {preset}" if kind == "fanformer" else f"{kind}, trained as preset {preset}"
 

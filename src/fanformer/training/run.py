@@ -64,6 +64,7 @@ _CORPORA = {
     "text": ("fanformer.training.corpus", "text_corpus"),
     "answers": ("fanformer.training.conversation_corpus", "answer_corpus"),
     "preferences": ("fanformer.training.preference_corpus", "preference_corpus"),
+    "multimodal": ("fanformer.training.multimodal_corpus", "multimodal_corpus"),
 }
 """What opens the corpus of each `objective`, imported where it is wanted."""
 
@@ -129,8 +130,9 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
     started = time.monotonic()
     processes = Processes(config.machine.parallel, resolve_device(config.machine.device).type)
     _check_batch(config, processes.count)
-    if config.lora_rank is not None and processes.count > 1:
-        raise ConfigError(f"`lora_rank` needs a single process, got {processes.count}: start one, or leave it out.")
+    if processes.count > 1 and (config.lora_rank is not None or config.corpus.objective == "multimodal"):
+        what = "`--multimodal`" if config.lora_rank is None else "`lora_rank`"
+        raise ConfigError(f"{what} needs a single process, got {processes.count}: start one, or leave it out.")
     try:
         with contextlib.ExitStack() as stack:
             going_on = False
@@ -203,7 +205,8 @@ class Run:
         self.depth_law = depth_law(self.model, config)
         if self.before is not None:
             check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
-        self.skeleton = folder_without_weights(self.model, self.corpus.tokenizer) if processes.is_main else {}
+        saved_with = self.corpus.processor or self.corpus.tokenizer
+        self.skeleton = folder_without_weights(self.model, saved_with) if processes.is_main else {}
         self.environment = self._decide()
         self.environment.apply()
         self.checkpoint = self._last_checkpoint(going_on or config.output.resume)

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fanformer.data.multimodal import placeholder_ids
 from fanformer.errors import ConfigError
+from fanformer.generation.loading import known_ids, refuse_towers
 from fanformer.generation.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RECURRENCE
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
 from fanformer.training.corpus import Corpus
-from fanformer.training.fields import RunConfig
+from fanformer.training.fields import RunConfig, TowersConfig
 
 _VOCABULARY_MULTIPLE = 64
 
@@ -37,6 +39,11 @@ def check_model_fields(config: RunConfig) -> None:
         ConfigError: if its positions are fewer than a row has.
         ValueError: if a field of the model is wrong.
     """
+    if config.corpus.objective != "multimodal":
+        for name, default in vars(TowersConfig()).items():
+            value = getattr(config.towers, name)
+            if value != default:
+                raise ConfigError(f"`{name}` has no effect without `--multimodal`, got {value!r}: leave it out.")
     if config.init_from is None:
         if config.lora_rank is not None:
             raise ConfigError(
@@ -44,8 +51,10 @@ def check_model_fields(config: RunConfig) -> None:
             )
         FANformerConfig(**config.model)
         return
-    from fanformer.loading import longest_text
+    from fanformer.loading import is_gguf, longest_text
 
+    if config.corpus.objective != "multimodal" and not is_gguf(config.init_from):
+        refuse_towers(config.init_from, "training on text")
     positions = longest_text(config.init_from)
     if positions is not None and config.batch.sequence_length > positions:
         raise ConfigError(
@@ -79,10 +88,10 @@ def make_model(
         model = build_model(_fields(config, tokenizer, note))
     elif before is not None and config.lora_rank is None and checkpoints(config.folder):
         # what it began with may be gone since, but adapters need it
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**before["model"]))
+        model = corpus.empty_model(before["model"])
     else:
         model = begun_with(config, corpus)
-    if model.config.vocab_size < len(tokenizer):
+    if known_ids(model.config) < len(tokenizer):
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the weights of {config.init_from} only "
             f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
@@ -156,7 +165,8 @@ def _fields(config: RunConfig, tokenizer: PreTrainedTokenizerBase, note: Callabl
 
 def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Return the defaults of `generate`; ids that pad the vocabulary are never drawn."""
-    unknown = list(range(len(tokenizer), model.config.vocab_size))
+    placeholders = [number for number in placeholder_ids(tokenizer) if number < model.config.vocab_size]
+    unknown = sorted({*range(len(tokenizer), model.config.vocab_size), *placeholders})
     drawing = GenerationSettings()
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
@@ -172,8 +182,8 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def folder_without_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Return the files of a model folder but its weights: configurations, tokenizer, the model's code.
+def folder_without_weights(model: PreTrainedModel, tokenizer: Any) -> dict[str, bytes]:
+    """Return the files of a model folder but its weights: configurations, tokenizer or processor, the model's code.
 
     They are the same in every checkpoint, and making them keeps Python busy, which a background thread must not do: the
     training loop would wait for the interpreter after each of its operations.
@@ -182,7 +192,8 @@ def folder_without_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         twin = type(model)(copy.deepcopy(model.config))
     twin.generation_config = model.generation_config
     saved = copy.deepcopy(tokenizer)
-    saved.model_max_length = getattr(model.config, "max_position_embeddings", saved.model_max_length)
+    text = getattr(saved, "tokenizer", saved)  # of a processor
+    text.model_max_length = getattr(model.config, "max_position_embeddings", text.model_max_length)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         name, parameter = next(iter(model.named_parameters()))

@@ -68,7 +68,7 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     free = model.config.vocab_size - known
     notes = []
     full = len(missing) > free
-    reserved = _reserved(tokenizer)[: len(missing)] if full else []
+    reserved = reserved_tokens(tokenizer)[: len(missing)] if full else []
     grows = full and len(reserved) < len(missing)
     if grows and not grow:
         raise ConfigError(
@@ -77,7 +77,7 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
             "a model that was trained with a larger `vocab_size`."
         )
     if reserved and not grows:
-        copied = _renamed(copied, dict(zip(reserved, missing, strict=True)))
+        copied = renamed(copied, dict(zip(reserved, missing, strict=True)))
         notes += [f"{new} takes the reserved token {old}" for old, new in zip(reserved, missing, strict=True)]
     _set_special(copied)
     if copied.chat_template not in (None, TEMPLATE):
@@ -101,7 +101,7 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     return ChatTokens(copied, chatml, tuple(rows[token] for token in missing), tuple(notes))
 
 
-def _reserved(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def reserved_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the names of reserved tokens, in the order of their ids."""
     added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
     named = {str(token) for token in tokenizer.special_tokens_map.values()}
@@ -112,7 +112,7 @@ def _reserved(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     ]
 
 
-def _renamed(tokenizer: PreTrainedTokenizerFast, names: dict[str, str]) -> PreTrainedTokenizerFast:
+def renamed(tokenizer: PreTrainedTokenizerFast, names: dict[str, str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer in which tokens have other names, and are special."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for item in content["added_tokens"]:

@@ -202,6 +202,18 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+def _fit_by_group(lengths: Sequence[int], room: int, groups: Sequence[int] | None) -> list[list[int]]:
+    """Return what `best_fit` makes of the things of each group, one group after another."""
+    if groups is None:
+        return best_fit(lengths, room)
+    rows = []
+    for group in sorted(set(groups)):
+        members = [index for index, own in enumerate(groups) if own == group]
+        packed = best_fit([lengths[index] for index in members], room)
+        rows += [[members[index] for index in row] for row in packed]
+    return rows
+
+
 class ConversationRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of T tokens, each holding one or several whole examples and a rest of filler.
 
@@ -214,13 +226,20 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
     digested = ("input_ids", "labels")
     """What tells two rows apart: equal ids may teach other answers."""
 
-    def __init__(self, examples: Iterable[Sequence[MaskedDocument]], sequence_length: int, filler_id: int) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Sequence[MaskedDocument]],
+        sequence_length: int,
+        filler_id: int,
+        groups: Sequence[int] | None = None,
+    ) -> None:
         """Pack the examples; equal ones in equal order give equal rows.
 
         Args:
             examples: the documents of each, as `tokenize_examples` gives them: one of each, or two of each.
             sequence_length: T, tokens per row.
             filler_id: what fills rows up; never a label.
+            groups: of each example, none of which may be without a token to learn then: those of one group share rows.
 
         Raises:
             ConfigError: if `sequence_length` is not positive.
@@ -251,7 +270,7 @@ class ConversationRows(Dataset[dict[str, torch.Tensor]]):
         self._trained = np.concatenate([document.trained for document in documents])
         self._starts = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
         self._bytes = np.array([document.num_bytes for document in documents], dtype=np.int64)
-        self._rows = best_fit(lengths, sequence_length)
+        self._rows = _fit_by_group(lengths, sequence_length, groups)
         self.num_examples = len(kept)
         self.most_examples = max(map(len, self._rows))
         """Examples of the row that holds most."""

@@ -1,0 +1,134 @@
+"""What the demos of pictures and of sound have in common: rows of data, a model, its blind twin, and their accuracy."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fanformer.cli.failure import quiet_libraries
+from fanformer.cli.report import TerminalReporter
+from fanformer.errors import FANformerError
+from fanformer.training.configuration import resolve_multimodal, resolve_run
+
+Example = tuple[str, str]
+"""A media file's name and the answer about it."""
+
+
+def write_rows(file: Path, examples: Sequence[Example], kind: str, question: str) -> None:
+    """Write a conversation about each media file, which lies beside `file`."""
+    lines = []
+    for name, answer in examples:
+        parts = [{"type": kind, "path": name}, {"type": "text", "text": question}]
+        lines.append({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder holds a run that was trained to its end, or another model."""
+    return (folder / "model.safetensors").is_file()
+
+
+def base_model(folder: Path, seconds: float) -> Path:
+    """Return the folder of a language model, trained as `make demo` does where it is not there."""
+    if is_finished(folder):
+        print(f"{folder}: a language model is there, using it")
+        return folder
+    from fanformer.training.run import train
+
+    resume = (folder / "run.yaml").is_file()
+    overrides = {"preset": "nano", "output_dir": str(folder), "max_time": seconds, "resume": resume}
+    with TerminalReporter() as reporter:
+        train(resolve_run(None, overrides), reporter)
+    return folder
+
+
+def train_twin(folder: Path, base: Path, rows: Path, held_out: Path, fields: Mapping[str, Any], blind: bool) -> float:
+    """Train on rows unless that is done; return the share of held-out answers that are right to the letter."""
+    from fanformer.loading import longest_text
+    from fanformer.training.folder import read_records
+    from fanformer.training.run import train
+
+    if not is_finished(folder):
+        given = {
+            "init_from": str(base),
+            "data": str(rows),
+            "eval_data": str(held_out),
+            "output_dir": str(folder),
+            "resume": (folder / "run.yaml").is_file(),
+            "blind": blind,
+            "stage": "align",
+            **fields,
+        }
+        with TerminalReporter() as reporter:
+            train(resolve_multimodal(lambda: longest_text(base), given), reporter)
+    return next(record["val_exact"] for record in reversed(read_records(folder)) if "val_exact" in record)
+
+
+def run_demo(
+    kind: str,
+    question: str,
+    fields: Mapping[str, Any],
+    bar: float,
+    make_data: Callable[[Path, str | None], tuple[list[Example], list[Example]]],
+) -> int:
+    """Make the data, train a model and its blind twin, ask one question, print the verdict, return the exit code.
+
+    Args:
+        kind: "image" or "audio".
+        question: about every picture or recording.
+        fields: of both runs.
+        bar: share of right answers that is asked for.
+        make_data: writes media into a folder, from what `--data` names; returns what is learnt and what is held out.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--output-dir", type=Path, default=Path(f"runs/demo-{kind}"))
+    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder of a language model")
+    parser.add_argument("--base-time", type=float, default=300.0, help="seconds to train it where it is not there")
+    parser.add_argument("--data", default=None, help="folder of more data, or hf:NAME")
+    parser.add_argument("--max-steps", type=int, default=fields["max_steps"])
+    arguments = parser.parse_args()
+    quiet_libraries()
+    folder, data = arguments.output_dir, arguments.output_dir / "media"
+    base = base_model(arguments.base, arguments.base_time)
+    rows, held_out = data / "train.jsonl", data / "held-out.jsonl"
+    if not held_out.is_file():
+        data.mkdir(parents=True, exist_ok=True)
+        learnt, measured = make_data(data, arguments.data)
+        write_rows(rows, learnt, kind, question)
+        write_rows(held_out, measured, kind, question)
+    print(f"{data}: {count_lines(rows)} examples to learn from, {count_lines(held_out)} held out")
+    fields = {**fields, "max_steps": arguments.max_steps}
+    ours = train_twin(folder / "model", base, rows, held_out, fields, blind=False)
+    blind = train_twin(folder / "blind", base, rows, held_out, fields, blind=True)
+    ask(folder / "model", held_out, kind)
+    print(f"held-out answers that are right: {ours:.2%}; the blind twin's: {blind:.2%}; asked for: {bar:.0%}")
+    return 0 if ours >= bar > blind else 1
+
+
+def count_lines(file: Path) -> int:
+    """Return how many lines a file has."""
+    return file.read_text(encoding="utf-8").count("\n")
+
+
+def ask(folder: Path, held_out: Path, kind: str) -> None:
+    """Ask the model about the first things that were held out."""
+    from fanformer.generation.media_model import load_media_model
+
+    model = load_media_model(folder)
+    for line in held_out.read_text(encoding="utf-8").splitlines()[:3]:
+        asked, answer = json.loads(line)["messages"]
+        shown, question = asked["content"]
+        path = held_out.parent / shown["path"]
+        media = {"images": [path]} if kind == "image" else {"audio": [path]}
+        said = model.generate(question["text"], **media, max_length=8, temperature=0.0)
+        print(f"{path.name}  {question['text']}  {said}  ({answer['content']} is right)")
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Run a demo as a program."""
+    try:
+        sys.exit(main())
+    except FANformerError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

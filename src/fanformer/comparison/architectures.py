@@ -233,8 +233,7 @@ class Architecture:
 
     def applying(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of a comparison's fields of RunConfig that have an effect on this architecture."""
-        left_out = () if self.is_recurrent else OF_DEPTH
-        return {name: value for name, value in settings.items() if name not in left_out}
+        return {name: value for name, value in settings.items() if self.is_recurrent or name not in OF_DEPTH}
 
     @property
     def _named(self) -> Family | None:

@@ -24,6 +24,7 @@ from fanformer.training.events import Listener, Record, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import METRICS_FILE, read_records
 from fanformer.training.parallel import Processes
+from fanformer.training.run_model import law_of_depth
 from fanformer.training.schedule import run_length
 from fanformer.training.trainer import Trainer, agreed_checkpoint
 
@@ -192,6 +193,7 @@ def train_rule(task: RuleTask, model: PreTrainedModel, config: RunConfig, listen
             save_model=run.save,
             held_out_tokens=len(task.test),
             started=started,
+            depth_law=law_of_depth(model, config),
         )
         outcome = trainer.run(checkpoint)
     model.eval()

@@ -60,6 +60,11 @@ class DepthLaw:
         first = f"one step for {self.one_step_fraction:.0%} of the run, then " if self.one_step_fraction else ""
         return f"recurrent depth: {first}{law}"
 
+    def set_steps(self, model: PreTrainedModel, num_steps: int) -> None:
+        """Let every call of `model` that names no number of steps take this one."""
+        decoder = model.get_decoder()
+        decoder.depth = decoder.depth.changed(decoder.config, num_steps=num_steps)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the law as run.yaml has it."""
         return asdict(self) | {"probabilities": list(self.probabilities)}
@@ -117,12 +122,6 @@ def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw | None:
         is_new = config.init_from is None or any(name in config.model for name in RECURRENCE)
         fraction = _ONE_STEP_FRACTION if is_new else 0.0
     return DepthLaw(config.seed, fraction, mean, flattest(min(2 * mean, recurrence.largest_steps), mean))
-
-
-def set_steps(model: PreTrainedModel, num_steps: int) -> None:
-    """Let every call of `model` that names no number of steps take this one."""
-    decoder = model.get_decoder()
-    decoder.depth = decoder.depth.changed(decoder.config, num_steps=num_steps)
 
 
 def core_parameters(model: PreTrainedModel) -> set[int]:

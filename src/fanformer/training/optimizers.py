@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fanformer.training.depth import core_parameters
 from fanformer.training.fields import OptimizerConfig
 from fanformer.training.parallel import part_like, whole
 
@@ -180,8 +179,12 @@ def create_optimizer(model: PreTrainedModel, config: OptimizerConfig) -> torch.o
     ]
     if config.optimizer == "adamw":
         groups.append({"params": plain["matrices"] + plain["factors"], "lr": rate, "weight_decay": decay})
-    core = core_parameters(model) if config.core_learning_rate_scale not in (None, 1.0) else set()
+    core: set[int] = set()
     scale_of_core = config.core_learning_rate_scale or 1.0
+    if scale_of_core != 1.0:
+        from fanformer.training.depth import core_parameters
+
+        core = core_parameters(model)
     groups = _slower(groups, core, scale_of_core)
     adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":

@@ -29,7 +29,6 @@ from fanformer.model.configuration_fanformer import translated
 from fanformer.training.attention import choose_attention
 from fanformer.training.checkpoint import ADAPTER_FOLDER, WEIGHTS_FILE, Fill, checkpoints, publish, step_of
 from fanformer.training.corpus import Corpus, Opening, refuse_own_sources
-from fanformer.training.depth import depth_law
 from fanformer.training.environment import Environment, decide, use_deterministic_operations, what_sums_depend_on
 from fanformer.training.events import Event, Listener, Record, Start, data_to, note_to, silent
 from fanformer.training.fields import RunConfig
@@ -51,6 +50,7 @@ from fanformer.training.run_model import (
     build_fanformer,
     check_model_fields,
     folder_without_weights,
+    law_of_depth,
     make_model,
 )
 from fanformer.training.schedule import RunLength, run_length
@@ -202,7 +202,7 @@ class Run:
             use_deterministic_operations()
         set_seed(config.seed)
         self.model = make_model(config, self.corpus, build_model, self.before, self._note)
-        self.depth_law = depth_law(self.model, config)
+        self.depth_law = law_of_depth(self.model, config)
         if self.before is not None:
             check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
         saved_with = self.corpus.processor or self.corpus.tokenizer
@@ -353,6 +353,7 @@ class Run:
             held_out_tokens=min(self.corpus.held_out_tokens, measured.final_eval_tokens or self.corpus.held_out_tokens),
             started=self.started,
             loss=self.corpus.loss,
+            depth_law=self.depth_law,
         )
         return self._finish(trainer.run(self.checkpoint))
 

@@ -4,7 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,13 +12,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fanformer.data.multimodal import placeholder_ids
 from fanformer.errors import ConfigError
-from fanformer.generation.loading import known_ids, refuse_towers
 from fanformer.generation.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RECURRENCE
 from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
 from fanformer.training.corpus import Corpus
 from fanformer.training.fields import RunConfig, TowersConfig
+
+if TYPE_CHECKING:
+    from fanformer.training.depth import DepthLaw
 
 _VOCABULARY_MULTIPLE = 64
 
@@ -29,6 +31,20 @@ ModelBuilder = Callable[[dict[str, Any]], PreTrainedModel]
 def build_fanformer(fields: dict[str, Any]) -> PreTrainedModel:
     """Return a FANformer with fresh weights."""
     return FANformerForCausalLM(FANformerConfig(**fields))
+
+
+def law_of_depth(model: PreTrainedModel, config: RunConfig) -> "DepthLaw | None":
+    """Return how many steps a recurrent depth takes in a run, None where the model is plain.
+
+    Raises:
+        ConfigError: if the run has a field of the law where it has no effect.
+    """
+    asked = (config.schedule.one_step_fraction, config.optimizer.core_learning_rate_scale)
+    if getattr(model.config, "recurrence", None) is None and asked == (None, None):
+        return None
+    from fanformer.training.depth import depth_law
+
+    return depth_law(model, config)
 
 
 def check_model_fields(config: RunConfig) -> None:
@@ -54,6 +70,8 @@ def check_model_fields(config: RunConfig) -> None:
     from fanformer.loading import is_gguf, longest_text
 
     if config.corpus.objective != "multimodal" and not is_gguf(config.init_from):
+        from fanformer.generation.loading import refuse_towers
+
         refuse_towers(config.init_from, "training on text")
     positions = longest_text(config.init_from)
     if positions is not None and config.batch.sequence_length > positions:
@@ -91,11 +109,14 @@ def make_model(
         model = corpus.empty_model(before["model"])
     else:
         model = begun_with(config, corpus)
-    if known_ids(model.config) < len(tokenizer):
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the weights of {config.init_from} only "
-            f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
-        )
+    if config.init_from is not None:
+        from fanformer.generation.loading import known_ids
+
+        if known_ids(model.config) < len(tokenizer):
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the weights of {config.init_from} only "
+                f"{model.config.vocab_size}: pass its own tokenizer with --tokenizer {config.init_from}."
+            )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and corpus.sample_tokens >= positions:
         raise ConfigError(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from fanformer.training.checkpoint import (
     write_state,
 )
 from fanformer.training.chunked_loss import TokenLoss
-from fanformer.training.depth import depth_law, set_steps
 from fanformer.training.environment import Environment
 from fanformer.training.events import Evaluate, Event, Listener, Loss, Record, Rows, SaveModel, note_to, silent
 from fanformer.training.fields import RunConfig
@@ -43,6 +42,9 @@ from fanformer.training.optimizers import create_optimizer
 from fanformer.training.parallel import Processes, whole
 from fanformer.training.schedule import Due, RunClock, RunLength, StopRequest, learning_rate_factor
 from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass
+
+if TYPE_CHECKING:
+    from fanformer.training.depth import DepthLaw
 
 _SPIKE_WINDOW = 32
 """Steps whose losses say what is usual; half of them must be known before a spike is seen."""
@@ -104,6 +106,7 @@ class Trainer:
         held_out_tokens: int,
         started: float,
         loss: Loss | None = None,
+        depth_law: "DepthLaw | None" = None,
     ):
         """Set up; the model is spread over the processes in place.
 
@@ -120,6 +123,7 @@ class Trainer:
             held_out_tokens: that the last evaluation measures.
             started: when this process began its work, on the clock of `time.monotonic`.
             loss: that the model has been made to compute; None is that of the rows' labels.
+            depth_law: how many steps a recurrent depth takes; None for a plain model.
         """
         self.loss = loss or TokenLoss()
         self.config, self.length, self.processes = config, length, processes
@@ -127,7 +131,7 @@ class Trainer:
         self.listener = listener if processes.is_main else silent
         self._note = note_to(self.listener)
         self.rows, self.held_out_tokens = rows, held_out_tokens
-        self.depth_law = depth_law(model, config)
+        self.depth_law = depth_law
         self.device = torch.device(environment.device)
         self.autocast_dtype = torch.bfloat16 if environment.precision == "bfloat16" else None
         measured, saving = config.evaluation, config.saving
@@ -227,7 +231,7 @@ class Trainer:
         count_of_step = max(1, int(sum(row[0] for row in everyone)))
         progress = everyone[0][1]  # by one clock
         if self.depth_law is not None:
-            set_steps(self.model, self.depth_law.steps(state.step, progress))
+            self.depth_law.set_steps(self.model, self.depth_law.steps(state.step, progress))
         factor = learning_rate_factor(progress, self.config.schedule)
         self.learning_rate = self.config.optimizer.learning_rate * factor
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
@@ -443,7 +447,7 @@ class Trainer:
             return {}
         progress = self.processes.exchange([self.clock.progress(self.state.step - 0.5)])[0][0]
         num_steps = self.depth_law.measured_steps(progress)
-        set_steps(self.model, num_steps)
+        self.depth_law.set_steps(self.model, num_steps)
         return {"num_steps": num_steps}
 
     def _stop_if_asked(self) -> None:

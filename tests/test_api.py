@@ -109,3 +109,10 @@ def test_a_tuning_is_the_command_s(saved_model, tmp_path):  # noqa: F811
     assert fanformer.load(result.folder, device="cpu").has_chat_template
     with pytest.raises(ConfigError, match="`epochs` must be"):
         fanformer.finetune(saved_model, data, epochs="two")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = ({"prompt": f"{word}?", "chosen": word, "rejected": "no"} for word in ("cat", "mat"))
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preferring = fanformer.finetune(saved_model, preferences=pairs, output_dir=tmp_path / "two", max_steps=1, **fields)
+    assert (preferring.step, preferring.held_out.pairs) == (1, 1)
+    with pytest.raises(ConfigError, match="`data` or `preferences` is needed to tune a model, got neither"):
+        fanformer.finetune(saved_model)

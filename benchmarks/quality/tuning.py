@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, which share the cores")
-    parser.add_argument("--base", type=Path, help="folder of a base to tune in place of one that is trained here")
+    parser.add_argument("--base", type=Path, help="folder of a base to tune, whatever it has read")
     parser.add_argument("--model", default="nano", help="architecture of the base, as `fanformer compare` names them")
     parser.add_argument("--base-tokens", type=parse_count, default=3_000_000, metavar="N")
     parser.add_argument("--sequence-length", type=int, default=512)

@@ -67,9 +67,10 @@ def write_text(source: Iterable[Row], stories: Stories, most_bytes: int, path: P
     size = documents = 0
     with path.open("w", encoding="utf-8") as file:
         for record in source:
-            for name in stories.in_text(record["text"]):
+            found = stories.in_text(record["text"])
+            for name in found:
                 left_out[name].append(str(record["id"]))
-            if any(ids[-1] == str(record["id"]) for ids in left_out.values()):
+            if found:
                 continue
             file.write(json.dumps({"text": record["text"]}, ensure_ascii=False) + "\n")
             documents, size = documents + 1, size + len(record["text"].encode())

@@ -55,7 +55,7 @@ def test_preferences_are_learnt_in_place_of_answers(command, saved_model, rows, 
     more = command(*words, "--resume", "--max-steps", 3)
     assert more.code == 0, more.err
     refused = command(*words, "--data", rows).refusal()
-    assert "`--data` or `--preferences` is needed to tune a model, got both" in refused
+    assert "`data` or `preferences` is needed to tune a model, got both" in refused
     assert "got neither" in command("finetune", saved_model).refusal()
     refused = command("finetune", saved_model, "--data", rows, "--dpo-beta", 0.5).refusal()
     assert "`dpo_beta` has no effect where the objective is answers, got 0.5" in refused

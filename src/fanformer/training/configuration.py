@@ -206,7 +206,7 @@ def tuning_rows(data: str | None, preferences: str | None) -> dict[str, Any]:
     """
     if (data is None) == (preferences is None):
         got = "neither" if data is None else "both"
-        raise ConfigError(f"`--data` or `--preferences` is needed to tune a model, got {got}: name one file of rows.")
+        raise ConfigError(f"`data` or `preferences` is needed to tune a model, got {got}: name one file of rows.")
     if preferences is not None:
         return {"data": preferences, "objective": PREFERENCES["objective"]}
     return {"data": data}

@@ -35,9 +35,8 @@ from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset, parse_count, preset_names
+from fanformer.training.depth import OF_DEPTH
 
-OF_DEPTH = ("one_step_fraction", "core_learning_rate_scale")
-"""Fields of RunConfig for models with recurrent depth; comparisons give them to no other."""
 _FULL_RANK = dict.fromkeys(RANKS)
 _PLAIN = {
     "fan_placement": "none",

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fanformer.comparison.architectures import OF_DEPTH
 from fanformer.comparison.rule_score import RuleScore, accuracy_and_loss, score
 from fanformer.comparison.rules import RuleTask
 from fanformer.errors import ConfigError, refuse_unknown
 from fanformer.training.checkpoint import WEIGHTS_FILE, Fill
+from fanformer.training.depth import OF_DEPTH
 from fanformer.training.environment import decide
 from fanformer.training.events import Listener, Record, note_to, silent
 from fanformer.training.fields import RunConfig

@@ -12,6 +12,8 @@ from fanformer.errors import ConfigError
 from fanformer.model.configuration_fanformer import RECURRENCE
 from fanformer.training.fields import RunConfig
 
+OF_DEPTH = ("one_step_fraction", "core_learning_rate_scale")
+"""Fields of RunConfig for models with recurrent depth alone."""
 _ONE_STEP_FRACTION = 0.45
 _HALVINGS = 200  # of an interval: more than float64 has digits
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.cli.failure import quiet_libraries
-from fanformer.cli.report import TerminalReporter
+from fanformer.cli.terminal import TerminalReporter
 from fanformer.errors import FANformerError
 from fanformer.training.configuration import resolve_multimodal, resolve_run
 

@@ -202,7 +202,7 @@ def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):
 
 def test_a_run_is_told_by_flat_names_that_no_two_groups_share():
     config = resolve("92m-tuned", overrides={"max_steps": 3, "threads": 2})
-    own = ("preset", "model", "init_from", "lora_rank", "seed")
+    own = ("preset", "model", "init_from", "lora_rank", "dpo_beta", "seed")
     flat = [name for group, value in vars(config).items() if group not in own for name in vars(value)]
     assert sorted([*flat, *own]) == sorted(FIELDS)
     assert RunConfig.from_fields(config.to_dict()) == config

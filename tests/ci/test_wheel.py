@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-IMPORT_NAMES = {"pyyaml": "yaml", "ggml-python": "ggml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "ggml-python": "ggml", "pillow": "PIL"}
 
 
 def requirement_names(requirements):

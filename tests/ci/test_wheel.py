@@ -7,11 +7,12 @@ import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
-IMPORT_NAMES = {"pyyaml": "yaml", "ggml-python": "ggml"}
+IMPORT_NAMES = {"pyyaml": "yaml", "ggml-python": "ggml", "pillow": "PIL"}
 
 
 def requirement_names(requirements):
@@ -42,6 +43,9 @@ def test_the_wheel_trains_and_writes_in_an_environment_without_this_checkout(rep
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(repository)]
     subprocess.run(build, check=True, timeout=300)
     [wheel] = tmp_path.glob("fanformer-*.whl")
+    page = {f"fanformer/server/playground/{path.name}" for path in repository.glob("src/fanformer/server/playground/*")}
+    assert page
+    assert page <= set(zipfile.ZipFile(wheel).namelist())
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel)]

@@ -13,6 +13,8 @@ def test_a_chart_says_in_words_where_its_lines_begin_and_end():
     Reader(html)  # balanced
     told = "Loss &amp; time. nats over tokens. ours: 8.25 at 1k, 2.5 at 2M; theirs: 8.25 at 1k, 3 at 2M."
     assert f'role="img" aria-label="{told}"' in html
+    lost = Line("lost", 0, 0, [0.001, 0.1], [2.5, float("inf")])
+    assert "lost: 2.5 at 0.001, diverged at 0.1." in Chart([lost], "t", "x", "y", "lost", markers=True).in_words()
     many = [Line(f"line {number}", number, 0, [1.0], [1.0]) for number in range(15)]
     assert "line 11: 1 at 1, 1 at 1; and 3 more lines." in Chart(many, "t", "x", "y", "many").in_words()
 

@@ -9,7 +9,7 @@ from fanformer.cli.main import main
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.training.folder import read_records
 from fanformer.training.pages.report import run_page, write_run_page
-from fanformer.training.pages.runs import read_runs
+from fanformer.training.pages.runs import changes, read_runs
 from fanformer.training.run import train
 from tests.pages import Reader
 from tests.training.conftest import tiny_run
@@ -85,6 +85,18 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(runs, tmp_path):
     lines = (runs[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # the fourth is being written
     assert "3 of 6" in Reader(run_page(read_runs([folder]))).text
+
+
+def test_whatever_the_page_reads_counts_as_a_change(runs, tmp_path):
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    seen = [changes([folder])]
+    assert changes([folder]) == seen[0]
+    (folder / "gptq").mkdir()
+    for name in ("metrics.jsonl", "run.yaml", "eval.json", "gptq/quantization.json"):
+        with (folder / name).open("a") as file:
+            file.write("\n")
+        assert changes([folder]) not in seen
+        seen.append(changes([folder]))
 
 
 def test_no_words_of_a_run_become_markup(runs, tmp_path):

@@ -45,18 +45,12 @@ def report(runs: tuple[Path, ...], output: Path | None, live: bool, port: int | 
 def _follow(runs: tuple[Path, ...], port: int, browser: bool) -> None:
     from fanformer.report.live import LIVE_SCRIPT, LiveServer
     from fanformer.training.pages.report import live_page
+    from fanformer.training.pages.runs import changes
 
     make = live_page(runs, LIVE_SCRIPT)
     make()  # what cannot be read is told before a port is opened
-    with LiveServer(port, make, lambda: _changes(runs)) as server:
+    with LiveServer(port, make, lambda: changes(runs)) as server:
         click.echo(f"following {len(runs)} run{'s' if len(runs) > 1 else ''} at {server.address}, until Ctrl-C")
         if browser:
             webbrowser.open(server.address)
         server.serve_forever()
-
-
-def _changes(runs: tuple[Path, ...]) -> list[tuple[str, int, int]]:
-    """Return name, size and time of every file that a page of runs reads."""
-    paths = [path for run in runs for name in ("*.json*", "run.yaml", "*/quantization.json") for path in run.glob(name)]
-    states = [(str(path), path.stat()) for path in sorted(paths)]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]

@@ -9,11 +9,11 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from fanformer.training.events import Event
 
-_BAR_WIDTH = 12  # so that a line fits 80 columns
-_CURVE_WIDTH = 10
+_BAR_WIDTH, _CURVE_WIDTH = 10, 8  # so that a line fits 80 columns
 _BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
@@ -23,8 +23,9 @@ class _Terminal:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.tasks: dict[str, TaskID] = {}
-        texts = ("{task.percentage:>3.0f}%", "{task.fields[figures]}")
-        columns = (TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), *map(TextColumn, texts))
+        figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+        texts = (TextColumn("{task.description:<10}"), TextColumn("{task.percentage:>3.0f}%"))
+        columns = (texts[0], BarColumn(_BAR_WIDTH), texts[1], figures)
         self.has_bars = self.console.is_terminal
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.has_bars)
 

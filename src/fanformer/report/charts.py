@@ -175,7 +175,9 @@ def _set_scale(axes: "Axes", logarithmic: bool, places: Sequence[float]) -> None
 
 
 def _short(value: float) -> str:
-    """Return a number in few characters: 200k, 2M, 5e+15."""
+    """Return a number in few characters: 200k, 2M, 5e+15; what is not finite stands for a training that diverged."""
+    if not math.isfinite(value):
+        return "diverged"
     for size, suffix in ((1e15, None), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value:.4g}" if suffix is None else f"{value / size:.4g}{suffix}"

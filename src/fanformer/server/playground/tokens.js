@@ -26,6 +26,9 @@ const percent = (logprob) => {
 };
 const quoted = (text) => `\u201c${text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5")}\u201d`;
 
+// From which probability on a token has which of the colours p0 to p9: finer where small models are.
+const STEPS = [0, 0.02, 0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9];
+
 export class TokenView {
   constructor(id, detail) {
     this.tokens = [];
@@ -46,7 +49,7 @@ export class TokenView {
       shown.ariaSelected = "false";
       shown.textContent = token.text.slice(token.given ?? 0);
       shown.ariaLabel = `${quoted(token.text)} ${percent(token.logprob)}`;
-      shown.className = `token p${Math.min(9, Math.floor(10 * Math.exp(token.logprob)))}`;
+      shown.className = `token p${STEPS.findLastIndex((least) => Math.exp(token.logprob) >= least)}`;
       shown.addEventListener("pointerenter", () => this.#choose(index));
       this.tokens.push(token);
       this.element.append(shown);

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.errors import ConfigError
-from fanformer.training.folder import read_records, read_run_file
+from fanformer.training.folder import METRICS_FILE, RUN_FILE, read_records, read_run_file
 
 QUANTIZATION_FILE = "quantization.json"
 
@@ -64,6 +64,14 @@ def read_runs(folders: Sequence[Path]) -> list[SeenRun]:
         SeenRun(name, folder, read_run_file(folder), read_records(folder), _evaluations(folder), _quantized(folder))
         for name, folder in zip(names, folders, strict=True)
     ]
+
+
+def changes(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Return name, size and time of every file that `read_runs` reads: another list where there is something new."""
+    patterns = (RUN_FILE, METRICS_FILE, "*.json", f"*/{QUANTIZATION_FILE}")
+    paths = sorted({path for folder in folders for pattern in patterns for path in folder.glob(pattern)})
+    states = [(str(path), path.stat()) for path in paths]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

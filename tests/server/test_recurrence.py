@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fanformer.loading import load
+from fanformer.server.models import ServedModel, SlotSettings
 from tests.gguf_models import export
 from tests.saved_models import recurrent_model  # noqa: F401
 from tests.server.conftest import ENGINES
@@ -31,3 +32,13 @@ def test_slots_have_the_logits_of_their_texts_at_the_mean_of_training(recurrent_
             expected = model(torch.tensor([ids]), num_steps=4).logits[0, -1:].numpy()
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)  # float32 sums in another order
     slots.close()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_served_model_says_how_many_steps_it_takes(recurrent_model, saved_model, kind):  # noqa: F811
+    for folder, depth in ((recurrent_model, ", 4 steps of its recurrent depth"), (saved_model, "")):
+        path = folder if kind == "torch" else export(folder)
+        model = ServedModel.open(path, "tiny", SlotSettings(2, 32, 4), "cpu")
+        assert model.in_words == f"tiny: 2 texts of 32 tokens at once, 0.00 GiB{depth}"
+        assert model.capabilities["num_steps"] is None  # the depth is fixed
+        model.close()

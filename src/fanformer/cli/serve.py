@@ -104,9 +104,8 @@ def run_server(
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
 
         def tell() -> None:
-            for name, model in served.items():
-                slots = f"{model.slots.count} texts of {model.positions} tokens"
-                click.echo(f"serving {name}: {slots} at once, {model.memory_bytes / _GIB:.2f} GiB")
+            for model in served.values():
+                click.echo(f"serving {model.in_words}")
             click.echo(f"playground at {address}")
             click.echo(f"listening at {address}v1")
             on_started(address)

@@ -122,6 +122,11 @@ class TextModel(ABC):
     end_ids: Sequence[int]
 
     @property
+    def num_steps(self) -> int | None:
+        """How many steps of a recurrent depth it takes; None for a model without."""
+        return None
+
+    @property
     def depth_note(self) -> str | None:
         """What a command says of the depth where nobody chose one; None for a model without recurrent depth."""
         return None

@@ -167,6 +167,12 @@ class TorchModel(TextModel):
         self.end_ids = end_token_ids(model, tokenizer)
 
     @property
+    def num_steps(self) -> int | None:
+        """Do what `TextModel.num_steps` says."""
+        recurrent = getattr(self.model.config, "recurrence", None) is not None
+        return int(self.model.get_decoder().depth.largest) if recurrent else None
+
+    @property
     def depth_note(self) -> str | None:
         """Do what `TextModel.depth_note` says."""
         recurrence = getattr(self.model.config, "recurrence", None)

@@ -40,6 +40,11 @@ class GgmlModel(TextModel):
         give_back_freed_memory()
 
     @property
+    def num_steps(self) -> int | None:
+        """Do what `TextModel.num_steps` says."""
+        return None if self.engine.model.steps is None else self.engine.num_steps
+
+    @property
     def depth_note(self) -> str | None:
         """Do what `TextModel.depth_note` says."""
         steps = self.engine.model.steps

@@ -133,6 +133,14 @@ class ServedModel:
         return self.slots.weight_bytes + self.slots.cache_bytes
 
     @property
+    def in_words(self) -> str:
+        """What is served, in a line."""
+        steps = self.text_model.num_steps
+        depth = "" if steps is None else f", {steps} steps of its recurrent depth"
+        slots = f"{self.slots.count} texts of {self.positions} tokens"
+        return f"{self.name}: {slots} at once, {self.memory_bytes / (1 << 30):.2f} GiB{depth}"
+
+    @property
     def chat_template(self) -> str | None:
         """How a conversation is written, as a template; None for a base model."""
         return self._tokenizer.chat_template or None

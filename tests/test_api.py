@@ -11,6 +11,7 @@ import fanformer
 from fanformer.errors import ConfigError, DataError
 from fanformer.generation.settings import GenerationSettings
 from tests.gguf_models import export
+from tests.multimodal_files import TINY, write_rows
 from tests.saved_models import complete_on_torch, loaded, saved_model, tiny_tokenizer  # noqa: F401
 from tests.training.conftest import TINY_MODEL, Notebook, corpus  # noqa: F401
 
@@ -116,3 +117,14 @@ def test_a_tuning_is_the_command_s(saved_model, tmp_path):  # noqa: F811
     assert (preferring.step, preferring.held_out.pairs) == (1, 1)
     with pytest.raises(ConfigError, match="`data` or `preferences` is needed to tune a model, got neither"):
         fanformer.finetune(saved_model)
+
+
+def test_a_model_is_taught_to_see_and_asked_from_python(saved_model, tmp_path):  # noqa: F811
+    rows = write_rows(tmp_path / "rows", 8, 0)
+    fields = {**TINY, "init_from": saved_model, "output_dir": tmp_path / "run", "max_steps": 1}
+    result = fanformer.train(multimodal=rows, **fields)
+    model = fanformer.load(result.folder, device="cpu", towers=True)
+    picture = rows.parent / "p0.png"
+    assert isinstance(model.generate("which?", images=[picture], max_length=3, temperature=0.0), str)
+    with pytest.raises(ConfigError, match="`data` does not go with `multimodal`, got 'a.txt'"):
+        fanformer.train("a.txt", multimodal=rows, **fields)

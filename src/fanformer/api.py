@@ -13,11 +13,18 @@ if TYPE_CHECKING:
 _PathLike = str | os.PathLike[str]
 
 
-def train(data: str = "stdlib", *, listener: "Listener | None" = None, **fields: Any) -> "RunResult":
+def train(
+    data: str = "stdlib",
+    *,
+    multimodal: _PathLike | None = None,
+    listener: "Listener | None" = None,
+    **fields: Any,
+) -> "RunResult":
     """Train a model and leave a complete `transformers` folder behind, as `fanformer train` does.
 
     Args:
         data: what `--data` takes: a file or glob, `stdlib`, `hf:NAME`, or a folder of prepared data.
+        multimodal: in its place, a file of conversations with pictures and recordings, for the model of `init_from`.
         listener: a function that hears every `Event` of the run; None is silence.
         **fields: of the run, such as `preset="nano"`, `output_dir="runs/mine"`, `max_steps=200`, `tokens="2M"`,
             `max_time="5m"`, `resume=True`, or `model={"fan_ratio": 0.25}`. What `fanformer train --help` lists, and
@@ -30,14 +37,23 @@ def train(data: str = "stdlib", *, listener: "Listener | None" = None, **fields:
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
         DivergenceError: if the loss or the gradients do not stay finite.
     """
-    from fanformer.training.configuration import resolve_run
+    from fanformer.training.configuration import resolve_multimodal, resolve_run
     from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
     given = _parsed({"data": data, **fields})
     for name, value in dict(given.pop("model", {})).items():
         given[f"model.{name}"] = value
-    return run(resolve_run(None, given), listener or silent)
+    if multimodal is None:
+        return run(resolve_run(None, given), listener or silent)
+    if data != "stdlib":
+        raise ConfigError(f"`data` does not go with `multimodal`, got {data!r}: keep one of them.")
+    from fanformer.loading import longest_text
+
+    given["data"] = os.fspath(multimodal)
+    if "init_from" in given:
+        given["init_from"] = os.fspath(given["init_from"])
+    return run(resolve_multimodal(lambda: longest_text(given["init_from"]), given), listener or silent)
 
 
 def finetune(

@@ -7,6 +7,7 @@ import pytest
 
 from fanformer.cli.main import main
 from fanformer.errors import CheckpointError, ConfigError
+from fanformer.report.live import LiveServer
 from fanformer.training.folder import read_records
 from fanformer.training.pages.report import run_page, write_run_page
 from fanformer.training.pages.runs import changes, read_runs
@@ -133,3 +134,13 @@ def test_command_writes_into_the_run_and_refuses_what_has_no_effect(runs, tmp_pa
     assert "`--port` applies to --live, got 1 without" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none"), "--live"]) == 2
     assert "is this the folder of a run" in capsys.readouterr().err
+
+
+def test_following_ends_well_by_ctrl_c(runs, capsys, monkeypatch):
+    def interrupted(server):
+        assert "Loss over tokens" in server.page()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LiveServer, "serve_forever", interrupted)
+    assert main(["report", str(runs[0]), str(runs[1]), "--live", "--no-browser"]) == 0
+    assert capsys.readouterr().out.startswith("following 2 runs at http://127.0.0.1:")

@@ -1,5 +1,6 @@
 """`fanformer report`: the pictures of runs, as a page of one file or followed in the browser."""
 
+import contextlib
 import webbrowser
 from pathlib import Path
 
@@ -53,4 +54,5 @@ def _follow(runs: tuple[Path, ...], port: int, browser: bool) -> None:
         click.echo(f"following {len(runs)} run{'s' if len(runs) > 1 else ''} at {server.address}, until Ctrl-C")
         if browser:
             webbrowser.open(server.address)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it, and no failure
+            server.serve_forever()

@@ -126,5 +126,5 @@ def test_a_model_is_taught_to_see_and_asked_from_python(saved_model, tmp_path): 
     model = fanformer.load(result.folder, device="cpu", towers=True)
     picture = rows.parent / "p0.png"
     assert isinstance(model.generate("which?", images=[picture], max_length=3, temperature=0.0), str)
-    with pytest.raises(ConfigError, match="`data` does not go with `multimodal`, got 'a.txt'"):
+    with pytest.raises(ConfigError, match=r"`data` does not go with `multimodal`, got 'a\.txt'"):
         fanformer.train("a.txt", multimodal=rows, **fields)

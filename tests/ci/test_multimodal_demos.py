@@ -17,8 +17,13 @@ def program(repository, *words):
 
 
 @pytest.mark.parametrize(("name", "counts"), [("image", (1438, 359)), ("audio", (2700, 300))])
-def test_a_demo_trains_both_twins_and_says_that_two_steps_are_too_few(request, repository, tmp_path, name, counts):
-    saved_model = request.getfixturevalue("saved_model")
+def test_a_demo_trains_both_twins_and_says_that_two_steps_are_too_few(
+    saved_model,  # noqa: F811
+    repository,
+    tmp_path,
+    name,
+    counts,
+):
     pytest.importorskip("sklearn" if name == "image" else "soundfile")
     words = ("--base", saved_model, "--output-dir", tmp_path / "demo", "--max-steps", 2)
     done = program(repository, f"examples/demo_{name}.py", *words)

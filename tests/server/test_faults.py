@@ -249,7 +249,9 @@ def process(saved_model, tmp_path, repository):
 @pytest.mark.ci
 def test_one_command_serves_and_sigterm_ends_it_well(process, saved_model):
     made, client = process("--slots", "3", "--context", "64")
-    assert client.lines == [f"serving tiny: 3 texts of 64 tokens at once, {0.0:.2f} GiB\n"]
+    [serving, page] = client.lines
+    assert serving == f"serving tiny: 3 texts of 64 tokens at once, {0.0:.2f} GiB\n"
+    assert page == f"playground at http://127.0.0.1:{client.port}/\n"
     assert client.complete(**SHORT)
     made.send_signal(signal.SIGTERM)
     _, errors = made.communicate(timeout=PATIENCE_SECONDS)

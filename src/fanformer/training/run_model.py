@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fanformer.data.multimodal import placeholder_ids
+from fanformer.data.multimodal import known_ids, placeholder_ids
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM
@@ -67,6 +67,7 @@ def check_model_fields(config: RunConfig) -> None:
             )
         FANformerConfig(**config.model)
         return
+    from fanformer.generation.loading import refuse_towers
     from fanformer.loading import is_gguf, longest_text
 
     if config.corpus.objective != "multimodal" and not is_gguf(config.init_from):

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fanformer.data.multimodal import known_ids, placeholder_ids
+from fanformer.data.multimodal import placeholder_ids
 from fanformer.errors import ConfigError
 from fanformer.generation.settings import GenerationSettings
 from fanformer.model import FANformerConfig, FANformerForCausalLM

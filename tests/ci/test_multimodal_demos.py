@@ -17,15 +17,10 @@ def program(repository, *words):
 
 
 @pytest.mark.parametrize(("name", "counts"), [("image", (1438, 359)), ("audio", (2700, 300))])
-def test_a_demo_trains_both_twins_and_says_that_two_steps_are_too_few(
-    saved_model,  # noqa: F811
-    repository,
-    tmp_path,
-    name,
-    counts,
-):
+def test_a_demo_trains_both_twins_and_says_that_two_steps_are_too_few(request, repository, tmp_path, name, counts):
+    base = request.getfixturevalue("saved_model")
     pytest.importorskip("sklearn" if name == "image" else "soundfile")
-    words = ("--base", saved_model, "--output-dir", tmp_path / "demo", "--max-steps", 2)
+    words = ("--base", base, "--output-dir", tmp_path / "demo", "--max-steps", 2)
     done = program(repository, f"examples/demo_{name}.py", *words)
     assert done.returncode == 1, done.stderr[-2000:]
     assert f"{counts[0]} examples to learn from, {counts[1]} held out" in done.stdout

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import fanformer.model  # noqa: F401  registers the Auto classes, so that a saved folder's own code is not asked for
-from fanformer.data.multimodal import PLACEHOLDERS
+from fanformer.data.multimodal import known_ids
 from fanformer.errors import CheckpointError, ConfigError, DependencyError
 from fanformer.machine.devices import resolve_device, resolve_dtype
 
@@ -58,12 +58,6 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     """
     model = load_model(folder, device, dtype)
     return LoadedModel(model, load_tokenizer(folder, known_ids(load_config(folder))))
-
-
-def known_ids(config: PreTrainedConfig) -> int:
-    """Return how many token ids a tokenizer of the model may have: V, or more where placeholders lie beyond."""
-    placeholders = [getattr(config, f"{kind}_token_id", None) for kind in PLACEHOLDERS]
-    return max(config.vocab_size, *(1 + number for number in placeholders if number is not None), 0)
 
 
 def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:

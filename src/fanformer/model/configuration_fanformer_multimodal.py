@@ -48,7 +48,7 @@ class FANformerMultimodalConfig(PreTrainedConfig):
     embedding_norm: float | int = 1.0
     """Mean norm of the token embeddings, which the projectors' outputs start with."""
     blind: bool = False
-    """Whether the towers are given zeros: a twin that learns all that text and lengths give away, and nothing more."""
+    """Whether the towers are given ones alone: a twin that learns what text and lengths give away, and nothing more."""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

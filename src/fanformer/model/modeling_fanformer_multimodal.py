@@ -182,7 +182,7 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
         if self.vision_tower is None:
             raise ValueError("`pixel_values` must not be given, got some: this model has no vision tower.")
         if self.config.blind:
-            pixel_values = torch.zeros_like(pixel_values)
+            pixel_values = torch.ones_like(pixel_values)
         states = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state  # (N, patches, W)
         n, side = self.config.image_downsample, int(states.shape[1] ** 0.5)
         grid = states.unflatten(1, (side // n, n, side // n, n)).transpose(2, 3)  # (N, side/n, side/n, n, n, W)
@@ -205,7 +205,7 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
         if self.audio_tower is None:
             raise ValueError("`input_features` must not be given, got some: this model has no audio tower.")
         if self.config.blind:
-            input_features = torch.zeros_like(input_features)
+            input_features = torch.ones_like(input_features)  # zeros stay zeros there, at which norms have no slope
         lengths = input_features_mask.sum(-1)
         found: list[Tensor] = [input_features.new_empty(0)] * len(lengths)
         for length in lengths.unique().tolist():

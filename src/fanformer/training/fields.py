@@ -101,7 +101,7 @@ class TowersConfig(_Fields):
         ("20, 40, 80 or 160", lambda ms: ms in (20, 40, 80, 160)),
     )
     adapter_rank: int = _setting(16, "rank of the adapters of each modality, in stage tune", _FROM_1)
-    blind: bool = _setting(False, "train a twin whose towers are given zeros in place of pictures and recordings")
+    blind: bool = _setting(False, "train a twin whose towers are given ones in place of pictures and recordings")
 
     def __post_init__(self) -> None:
         super().__post_init__()

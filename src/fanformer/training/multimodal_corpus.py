@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fanformer.data.multimodal import PLACEHOLDERS
+from fanformer.data.multimodal import PLACEHOLDERS, known_ids
 from fanformer.data.multimodal.media_rows import MediaRows, MediaStore
 from fanformer.data.multimodal.messages import Media, MediaExample, read_media_examples
 from fanformer.data.multimodal.placeholders import add_placeholders
 from fanformer.data.multimodal.wording import wording_of
 from fanformer.errors import ConfigError, DataError
 from fanformer.evaluation.loss import HeldOutLoss, answer_loss
-from fanformer.generation.loading import known_ids, load_config, load_tokenizer
+from fanformer.generation.loading import load_config, load_tokenizer
 from fanformer.generation.media_model import MediaModel, load_processor
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.torch_model import TorchModel

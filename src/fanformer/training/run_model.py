@@ -67,6 +67,7 @@ def check_model_fields(config: RunConfig) -> None:
             )
         FANformerConfig(**config.model)
         return
+    from fanformer.generation.loading import refuse_towers
     from fanformer.loading import is_gguf, longest_text
 
     if config.corpus.objective != "multimodal" and not is_gguf(config.init_from):

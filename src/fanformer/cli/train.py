@@ -44,7 +44,7 @@ def field_option(name: str, default: Any = None) -> Callable[[Any], Any]:
 log_to_option = click.option(
     "--log-to",
     multiple=True,
-    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    type=click.Choice(["trackio", "tensorboard", "wandb"]),
     help="Send the figures there too; each needs the extra of its name.",
 )
 

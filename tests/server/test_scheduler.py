@@ -282,7 +282,7 @@ def test_many_threads_lose_and_mix_nothing(served):
 class Still:
     """Slots that compute nothing until they are let."""
 
-    count, positions, chunk_tokens = 1, 32, 8
+    count, positions, chunk_tokens, steps = 1, 32, 8, None
 
     def __init__(self):
         self.gate, self.kept = threading.Event(), 0

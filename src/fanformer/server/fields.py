@@ -36,7 +36,6 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Fields that no answer depends on: they tell who asks, or how to plan."""
 _REASONS = {
-    "num_steps": "the model has no latent steps; leave it out",
     "tools": "the model does not call tools",
     "functions": "the model does not call functions",
     "response_format": "the format of an answer cannot be enforced; expected type text",
@@ -94,6 +93,8 @@ class GenerationFields(_Fields):
     """Added to the logits of token ids, which are written as strings."""
     min_tokens: Annotated[int | None, Field(ge=0)] = None
     """The end token is not drawn before; default 0."""
+    num_steps: Annotated[int | None, Field(ge=1)] = None
+    """How often a recurrent depth runs its core; default the mean of training."""
 
 
 class CompletionFields(GenerationFields):

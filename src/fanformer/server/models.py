@@ -166,8 +166,10 @@ class ServedModel:
         `chat` and `inside` say whether those requests are answered, `inputs` the kinds of message parts, `num_steps`
         the range of latent steps (`least`, `usual`, `most`), None where the depth is fixed.
         """
+        steps = self.slots.steps
+        dial = None if steps is None else {"least": 1, "usual": steps.usual, "most": steps.most}
         has_chat = self.chat_template is not None
-        return {"chat": has_chat, "inside": self.has_inside, "inputs": ["text"], "num_steps": None}
+        return {"chat": has_chat, "inside": self.has_inside, "inputs": ["text"], "num_steps": dial}
 
     def look_inside(self, text: str) -> "tuple[int, list[LayerInside]]":
         """Return what each block does on the beginning of a text, and how many tokens that has.

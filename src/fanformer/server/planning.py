@@ -56,6 +56,7 @@ def plan_completion(fields: CompletionFields, model: ServedModel) -> Plan:
         RefusalError: if a field cannot be honoured.
     """
     refuse_what_is_not_honoured(fields)
+    _check_steps(fields, model)
     told = fields.n or 1
     drawn = fields.best_of or told
     if drawn < told:
@@ -84,6 +85,7 @@ def plan_completion(fields: CompletionFields, model: ServedModel) -> Plan:
                     beginning,
                     likeliest if likeliest is not None else 0 if drawn > told else None,
                     scores_prompt=echo and likeliest is not None,
+                    num_steps=fields.num_steps,
                 )
             )
     _check_lengths(model, requests, "prompt")
@@ -97,6 +99,7 @@ def plan_chat(fields: ChatFields, model: ServedModel) -> Plan:
         RefusalError: if a field cannot be honoured, or the model has no chat template.
     """
     refuse_what_is_not_honoured(fields)
+    _check_steps(fields, model)
     told = fields.n or 1
     _check_number(1, told)
     if fields.top_logprobs and not fields.logprobs:
@@ -111,7 +114,14 @@ def plan_chat(fields: ChatFields, model: ServedModel) -> Plan:
         raise invalid("`max_tokens` must be at least 1, got 0: nothing would be told.", "max_tokens")
     likeliest = (fields.top_logprobs or 0) if fields.logprobs else None
     requests = [
-        Request(ids, max_tokens, _sampling(fields, model, index), _stops(fields), likeliest=likeliest)
+        Request(
+            ids,
+            max_tokens,
+            _sampling(fields, model, index),
+            _stops(fields),
+            likeliest=likeliest,
+            num_steps=fields.num_steps,
+        )
         for index in range(told)
     ]
     _check_lengths(model, requests, "messages")
@@ -198,6 +208,18 @@ def _stops(fields: GenerationFields) -> tuple[str, ...]:
         if not 1 <= len(one) <= _MAX_STOP_CHARACTERS:
             raise invalid(f"`stop` strings must have 1 to {_MAX_STOP_CHARACTERS} characters, got {len(one)}.", "stop")
     return stops
+
+
+def _check_steps(fields: GenerationFields, model: ServedModel) -> None:
+    """Raise RefusalError where a request names steps that the model cannot take."""
+    if fields.num_steps is None:
+        return
+    steps = model.slots.steps
+    if steps is None:
+        reason = "the model has no latent steps, or this engine has a fixed number of them; leave it out"
+        raise invalid(f"`num_steps` cannot be honoured: {reason}.", "num_steps", "unsupported_parameter")
+    if fields.num_steps > steps.most:
+        raise invalid(f"`num_steps` must be in [1, {steps.most}], got {fields.num_steps}.", "num_steps")
 
 
 def _usage(fields: GenerationFields) -> bool:

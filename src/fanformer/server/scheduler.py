@@ -60,6 +60,8 @@ class Request:
     """How many of the likeliest ids to tell with each token's log-probability; None tells neither."""
     scores_prompt: bool = False
     """Whether to tell the log-probabilities of the prompt's tokens too."""
+    num_steps: int | None = None
+    """How often a recurrent depth runs its core; None is as usual. Only where the slots have `steps`."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ class Scheduler:
         self._waiting: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
         self._held: list[list[int]] = [[] for _ in range(slots.count)]
+        usual = None if slots.steps is None else slots.steps.usual
+        self._depths: list[int | None] = [usual] * slots.count  # steps with which `_held` was read
         self._begins: dict[str, NDArray[np.bool_]] = {}
         self._closed = False
         self._failures = 0
@@ -260,12 +264,19 @@ class Scheduler:
             ticket = self._waiting.popleft()
             request = ticket.request
             free = [slot for slot in range(self.slots.count) if slot not in self._active]
-            shared = {slot: _shared(self._held[slot], request.ids) for slot in free}
+            usual = None if self.slots.steps is None else self.slots.steps.usual
+            depth = request.num_steps or usual
+            shared = {
+                slot: _shared(self._held[slot], request.ids) if self._depths[slot] == depth else 0 for slot in free
+            }
             best = max(free, key=lambda slot: (shared[slot], -slot))
             ticket.slot = best if shared[best] >= _LEAST_SHARED else free[0]
             keep = 0 if request.scores_prompt else shared[ticket.slot]
             self.slots.cut(ticket.slot, keep)
             del self._held[ticket.slot][keep:]
+            self._depths[ticket.slot] = depth
+            if depth is not None:
+                self.slots.think(ticket.slot, depth)
             ticket.read = ticket.cached = keep
             noise = self.slots.noise(request.sampling.seed)
             ticket.sampler = TokenSampler(

@@ -2,8 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from fanformer.errors import ConfigError
 from fanformer.generation.sampling import Floats, Noise
+
+
+class Steps(NamedTuple):
+    """How often a recurrent depth may run its core for a text."""
+
+    usual: int
+    """Where a text names no number: the mean of training."""
+    most: int
+    """The largest."""
 
 
 class Slots(ABC):
@@ -13,11 +24,13 @@ class Slots(ABC):
         count: how many slots there are.
         positions: tokens that each has room for.
         chunk_tokens: most tokens of a prompt to read at once, between two steps of the others.
+        steps: how deep texts may be thought through, each as deep as it likes; None where all are alike.
     """
 
     count: int
     positions: int
     chunk_tokens: int
+    steps: Steps | None = None
 
     @property
     @abstractmethod
@@ -48,6 +61,14 @@ class Slots(ABC):
     @abstractmethod
     def cut(self, slot: int, length: int) -> None:
         """Keep only the first `length` tokens of a slot."""
+
+    def think(self, slot: int, num_steps: int) -> None:
+        """Let a slot's text, which must be empty where it had another number, take so many steps of `steps`.
+
+        Raises:
+            ConfigError: if all texts are alike here.
+        """
+        raise ConfigError(f"the depth of these slots is fixed, got {num_steps} steps for one.")
 
     @abstractmethod
     def wipe(self, slot: int) -> None:

@@ -284,6 +284,9 @@ class Still:
 
     count, positions, chunk_tokens, steps = 1, 32, 8, None
 
+    def depth(self, slot):
+        return None
+
     def __init__(self):
         self.gate, self.kept = threading.Event(), 0
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from fanformer.cli.main import main
+from fanformer.cli.train import train as train_command
 from fanformer.errors import DependencyError
 from fanformer.training import trackers
 from fanformer.training.events import Event, silent
@@ -90,6 +91,11 @@ def test_a_missing_package_names_the_extra_before_anything_is_done(run_config, m
     ):
         raise AssertionError("nothing begins")
     assert not config.folder.exists()
+
+
+def test_the_flag_names_every_tracker():
+    [flag] = [parameter for parameter in train_command.params if parameter.name == "log_to"]
+    assert list(flag.type.choices) == list(trackers.TRACKERS)
 
 
 def test_commands_refuse_what_has_no_effect(capsys):

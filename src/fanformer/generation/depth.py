@@ -48,12 +48,17 @@ def note_of(model: PreTrainedModel) -> str | None:
     return None if recurrence is None else depth_note(recurrence.mean_steps, recurrence.largest_steps)
 
 
-def cache_layers(model: PreTrainedModel) -> int:
-    """Return how many layers of keys and values a model keeps at its depth: one for every block that it runs."""
+def cache_layers(model: PreTrainedModel, num_steps: int | None = None) -> int:
+    """Return how many layers of keys and values a model keeps: one for every block that it runs.
+
+    Args:
+        model: of `transformers`; a plain one keeps as many at every depth.
+        num_steps: of a recurrent depth; None is the model's own. Layers of fewer steps come first among those of more.
+    """
     recurrence = getattr(model.config, "recurrence", None)
     if recurrence is None:
         return int(model.config.num_hidden_layers)
-    return int(recurrence.cache_layers(model.get_decoder().depth.largest))
+    return int(recurrence.cache_layers(num_steps or model.get_decoder().depth.largest))
 
 
 def parse_steps(words: str | None) -> list[int | None]:

@@ -71,29 +71,45 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
     if packed and kind == torch.float32:
         raise ConfigError(f"`dtype` must be float16 or bfloat16 for {path.absolute()}, which is in the GPTQ layout.")
     with quiet_gptqmodel() if packed else nullcontext():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=kind or "auto",
-            device_map={"": placed} if packed else None,  # its kernels are chosen for where it is loaded
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that they come back in the report, which raises
-            output_loading_info=True,
-        )
-    check_loaded(path, model, report)
+        # its kernels are chosen for where it is loaded
+        model = read_weights(AutoModelForCausalLM, path, config, kind, device_map={"": placed} if packed else None)
     return model.to(placed).eval()
 
 
-def check_loaded(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Raise CheckpointError if what `from_pretrained` reports does not fit, or a weight is no number."""
+def read_weights(
+    auto_class: Any, path: Path, config: PreTrainedConfig, dtype: torch.dtype | None, **options: Any
+) -> PreTrainedModel:
+    """Return the model that a folder holds; its code is not run, and all weights must be there and fit.
+
+    Args:
+        auto_class: of `transformers`, whose `from_pretrained` reads it.
+        path: the folder.
+        config: of the model.
+        dtype: of the weights; None is as they were saved.
+        **options: more for `from_pretrained`.
+
+    Raises:
+        CheckpointError: if a weight is missing, too many, of another size, or no number.
+    """
+    model, report = auto_class.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # so that they come back in the report, which raises
+        output_loading_info=True,
+        **options,
+    )
     _check_report(path, model, report)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(
                 f"{path.absolute()} is of no use: `{name}` holds values that are not finite (its training diverged)."
             )
+    found: PreTrainedModel = model
+    return found
 
 
 @contextmanager

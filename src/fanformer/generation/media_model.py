@@ -16,7 +16,7 @@ from fanformer.data.multimodal.messages import Media, MediaMessage
 from fanformer.data.multimodal.wording import wording_of
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.loading import check_loaded, check_weights, load_config
+from fanformer.generation.loading import check_weights, load_config, read_weights
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.text_model import Batch, Completion, check_length, check_text, sampling_settings
 from fanformer.generation.torch_model import TorchModel
@@ -177,18 +177,7 @@ def load_with_towers(folder: str | Path, device: str = "auto", dtype: str = "aut
             "train --multimodal` made."
         )
     check_weights(path)
-    model, report = AutoModelForMultimodalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=kind or "auto",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # so that they come back in the report, which raises
-        output_loading_info=True,
-    )
-    check_loaded(path, model, report)
-    return model.to(placed).eval()
+    return read_weights(AutoModelForMultimodalLM, path, config, kind).to(placed).eval()
 
 
 def load_processor(folder: str | Path) -> FANformerProcessor:

@@ -167,8 +167,6 @@ class Scheduler:
         self._waiting: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
         self._held: list[list[int]] = [[] for _ in range(slots.count)]
-        usual = None if slots.steps is None else slots.steps.usual
-        self._depths: list[int | None] = [usual] * slots.count  # steps with which `_held` was read
         self._begins: dict[str, NDArray[np.bool_]] = {}
         self._closed = False
         self._failures = 0
@@ -267,14 +265,13 @@ class Scheduler:
             usual = None if self.slots.steps is None else self.slots.steps.usual
             depth = request.num_steps or usual
             shared = {
-                slot: _shared(self._held[slot], request.ids) if self._depths[slot] == depth else 0 for slot in free
+                slot: _shared(self._held[slot], request.ids) if self.slots.depth(slot) == depth else 0 for slot in free
             }
             best = max(free, key=lambda slot: (shared[slot], -slot))
             ticket.slot = best if shared[best] >= _LEAST_SHARED else free[0]
             keep = 0 if request.scores_prompt else shared[ticket.slot]
             self.slots.cut(ticket.slot, keep)
             del self._held[ticket.slot][keep:]
-            self._depths[ticket.slot] = depth
             if depth is not None:
                 self.slots.think(ticket.slot, depth)
             ticket.read = ticket.cached = keep

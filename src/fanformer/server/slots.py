@@ -62,6 +62,10 @@ class Slots(ABC):
     def cut(self, slot: int, length: int) -> None:
         """Keep only the first `length` tokens of a slot."""
 
+    def depth(self, slot: int) -> int | None:
+        """Return how many steps a slot's text takes; None where all are alike."""
+        return None
+
     def think(self, slot: int, num_steps: int) -> None:
         """Let a slot's text, which must be empty where it had another number, take so many steps of `steps`.
 

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from fanformer.errors import ConfigError
+from fanformer.generation.depth import cache_layers
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.sampling import Floats, Noise
 from fanformer.server.slots import Slots, Steps
@@ -96,11 +97,11 @@ class TorchSlots(Slots):
         self.count, self.positions, self.chunk_tokens = count, positions, _CHUNK
         self._model, self._known = model, known
         self._step = _Step(count, positions)
-        self._recurrence = getattr(model.config, "recurrence", None)
-        if self._recurrence is not None:
-            self.steps = Steps(model.get_decoder().depth.largest, self._recurrence.largest_steps)
+        recurrence = getattr(model.config, "recurrence", None)
+        if recurrence is not None:
+            self.steps = Steps(model.get_decoder().depth.largest, recurrence.largest_steps)
         self._depths = [1 if self.steps is None else self.steps.most] * count
-        self._layers = [_SlotLayer(self._step) for _ in range(self._cache_layers(max(self._depths)))]
+        self._layers = [_SlotLayer(self._step) for _ in range(cache_layers(model, max(self._depths)))]
         self._lengths = [0] * count
         self._additive = model.config._attn_implementation == "eager"
         self._open = ExitStack()
@@ -111,11 +112,9 @@ class TorchSlots(Slots):
         if self.steps is not None:
             self._depths = [self.steps.usual] * count
 
-    def _cache_layers(self, num_steps: int) -> int:
-        """Return how many layers of keys and values so many steps use; those of fewer steps come first."""
-        if self._recurrence is None:
-            return int(self._model.config.num_hidden_layers)
-        return int(self._recurrence.cache_layers(num_steps))
+    def depth(self, slot: int) -> int | None:
+        """Return how many steps a slot's text takes; None where the model has no recurrent depth."""
+        return None if self.steps is None else self._depths[slot]
 
     def think(self, slot: int, num_steps: int) -> None:
         """Do what `Slots.think` says."""
@@ -152,7 +151,7 @@ class TorchSlots(Slots):
         step.first, step.after, step.used, step.places = first, after, used, places.to(device)
         seen = (torch.arange(used) <= positions[..., None])[:, None].to(device)  # (B, 1, T, S)
         deepest, depth = max(self._depths[slot] for slot in tokens), {}
-        if self._recurrence is not None:
+        if self.steps is not None:
             rows = [self._depths[slot] if slot in tokens else 1 for slot in range(first, after)]
             alike = all(self._depths[slot] == deepest for slot in tokens)
             depth = {"num_steps": deepest if alike else torch.tensor(rows, device=device)}
@@ -160,7 +159,7 @@ class TorchSlots(Slots):
             input_ids=ids.to(device),
             attention_mask=self._masked(seen),
             position_ids=positions.to(device),
-            past_key_values=Cache(layers=self._layers[: self._cache_layers(deepest)]),
+            past_key_values=Cache(layers=self._layers[: cache_layers(self._model, deepest)]),
             use_cache=True,
             logits_to_keep=0 if every else 1,
             **depth,

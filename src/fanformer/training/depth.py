@@ -97,8 +97,8 @@ def _mean(probabilities: Sequence[float]) -> float:
     return sum(count * probability for count, probability in enumerate(probabilities, 1))
 
 
-def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw | None:
-    """Return the law of a run, None where the model is plain.
+def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw:
+    """Return the law of a run that has a recurrent depth, or asks for one by a field of the law.
 
     Raises:
         ConfigError: if a field of the law is set where it has no effect.
@@ -106,13 +106,11 @@ def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw | None:
     recurrence = getattr(model.config, "recurrence", None)
     fraction, scale = config.schedule.one_step_fraction, config.optimizer.core_learning_rate_scale
     if recurrence is None:
-        for name, value in (("one_step_fraction", fraction), ("core_learning_rate_scale", scale)):
-            if value is not None:
-                raise ConfigError(
-                    f"`{name}` needs a model with recurrent depth, got {value} for a plain one: leave it out, or take "
-                    "a preset such as nano-recurrent."
-                )
-        return None
+        asked = ("core_learning_rate_scale", scale) if fraction is None else ("one_step_fraction", fraction)
+        raise ConfigError(
+            f"`{asked[0]}` needs a model with recurrent depth, got {asked[1]} for a plain one: leave it out, or take "
+            "a preset such as nano-recurrent."
+        )
     mean = recurrence.mean_steps
     if config.corpus.objective == "preferences":  # leaving the base counts, which is measured at its mean
         if fraction is not None:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from claims import NOT_MEASURED, Row, judge, load_claims, problems, scale_of
+from claims import NOT_MEASURED, Row, judge, load_claims, problems
 from performance import performance_page
-from tables import BREAK, code, how_table, measured_text, number, table, threshold_text
+from tables import BREAK, code, how_table, measured_text, number, scale_text, table, threshold_text
 
 from fanformer.comparison.ledger import Entry, read_ledger
 from fanformer.errors import ConfigError, DataError, FANformerError
@@ -80,8 +80,8 @@ count** if a condition was not reached, **not measured at this scale** if the cl
 An interval over seeds is Student's; a range is the lowest and the highest of repetitions; *exact* is counted, or the
 same in every repetition.
 
-What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
-`fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
+What says *tuned* was measured on the block of preset `92m-tuned`, the default until 2026-11-28, and judges no claim
+about `92m`.
 """
 PARTS = """## What is each part worth?
 
@@ -134,8 +134,7 @@ def claims_table(rows: Sequence[Row]) -> str:
                 note = f" ({claim.note})" if claim.note else ""
                 cells.append([NOT_MEASURED, "-" + note, "-"])
             else:
-                scale = scale_of(row.entry)
-                measured = measured_text(row.figure) + (f", {scale}" if scale not in (None, claim.scale) else "")
+                measured = measured_text(row.figure) + scale_text(claim, row.entry)
                 cells.append([f"**{row.verdict}**", measured, code(row.entry.name)])
         lines.append([claim.claim, threshold_text(claim), *map(BREAK.join, zip(*cells, strict=True))])
     return table(["claim", "threshold", "verdict", "measured", "entry"], lines)

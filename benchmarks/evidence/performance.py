@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from claims import FAILS, HOLDS, NOT_MEASURED, Row
-from tables import code, how_table, interval_text, measured_text, number, table, table_row, threshold_text
+from tables import code, how_table, interval_text, measured_text, number, scale_text, table, table_row, threshold_text
 
 from fanformer.comparison.ledger import Entry
 
@@ -20,8 +20,8 @@ Operations count every query against a whole row of keys (`footprint.OPERATIONS`
 that are dated up to 2026-11-28 counted half of these pairs; the GPU's are recounted, and so is their aim: 0.366 is 0.3
 where causal attention counts half.
 
-What is dated up to 2026-11-28 and says `fanformer`, `92m` or `nano` was measured on the block that is now
-`fanformer-tuned` and preset `92m-tuned`; the default of today has not been measured yet.
+What says *tuned* was measured on the block of preset `92m-tuned`, the default until 2026-11-28, and answers no question
+about `92m`.
 """
 HOW = """## How it was measured
 
@@ -64,7 +64,8 @@ def _cells(row: Row) -> list[str]:
         return [*begin, NOT_MEASURED, f"by {code(claim.command)}", "-"]
     share = entry.result.get(claim.limit) if claim.limit is not None else None
     answer = f"**{WORDS.get(row.verdict, row.verdict)}**"
-    return [*begin, answer, measured_text(figure), "-" if share is None else f"{share.value:.0%}"]
+    measured = measured_text(figure) + scale_text(claim, entry)
+    return [*begin, answer, measured, "-" if share is None else f"{share.value:.0%}"]
 
 
 def settings_table(entry: Entry) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from claims import Claim, thresholds
+from claims import Claim, scale_of, thresholds
 
 from fanformer.comparison.ledger import EXACT, Entry, Figure
 
@@ -46,6 +46,12 @@ def measured_text(figure: Figure) -> str:
     """Return a figure with its unit and its interval."""
     unit = f"{figure.unit}; " if figure.unit not in ("times", "counted", "parameters", "ratio") else ""
     return f"{number(figure.value)} ({unit}{interval_text(figure)})"
+
+
+def scale_text(claim: Claim, entry: Entry) -> str:
+    """Return the scale of an entry as an addition to what was measured, where the claim doesn't say it."""
+    scale = scale_of(entry)
+    return "" if scale in (None, claim.scale) else f", {scale}"
 
 
 def threshold_text(claim: Claim) -> str:

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -59,6 +59,7 @@ from fanformer.training.trainer import Outcome, Trainer, agreed_checkpoint
 if TYPE_CHECKING:
     from fanformer.evaluation.preferences import PreferenceFigures
 
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 _SAMPLE_LENGTH = 40
 _CORPORA = {
     "text": ("fanformer.training.corpus", "text_corpus"),
@@ -127,6 +128,18 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
         DivergenceError: if the loss or the gradients do not stay finite.
     """
+    with opened(config, listener, build_model) as run:
+        return run.train()
+
+
+@contextlib.contextmanager
+def opened(
+    config: RunConfig, listener: Listener = silent, build_model: ModelBuilder = build_fanformer
+) -> Iterator["Run"]:
+    """Open a run, a new one or the one that its folder holds, and hold the folder while the block runs.
+
+    Args and errors are those of `train`.
+    """
     started = time.monotonic()
     processes = Processes(config.machine.parallel, resolve_device(config.machine.device).type)
     _check_batch(config, processes.count)
@@ -145,7 +158,7 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
                 claim = claimed(config.folder, going_on_here, config.output.overwrite, note_to(listener))
                 going_on = stack.enter_context(claim)
             going_on = bool(processes.exchange([float(going_on)])[0][0])
-            return Run(config, listener, build_model, processes, going_on, started).train()
+            yield Run(config, listener, build_model, processes, going_on, started)
     finally:
         processes.leave()
 
@@ -213,6 +226,8 @@ class Run:
         self.latest: dict[str, Any] = {"step": 0, "tokens": 0}
         self.measured: HeldOutLoss | PreferenceFigures | None = None
         self.content = self._describe()
+        self.also_saved: list[Fill] = []
+        """What else is written into every checkpoint."""
         if processes.is_main:
             write_run_file(self.folder, self.content)
 
@@ -307,6 +322,14 @@ class Run:
 
     def train(self) -> RunResult:
         """Train to the end and write the finished folder."""
+        return self._finish(self.trainer(Trainer).run(self.checkpoint))
+
+    def trainer(self, kind: type[AnyTrainer]) -> AnyTrainer:
+        """Make everything ready and return the loop, which is to be called once.
+
+        Args:
+            kind: Trainer, or what goes another way through the steps.
+        """
         reasons = self.environment.reasons
         self._note(
             f"{self.model.num_parameters():,} parameters, {len(self.corpus.rows):,} rows of "
@@ -340,7 +363,7 @@ class Run:
                 layer.compile(fullgraph=True, options=options)
             self._compiling_since = time.monotonic()
             self.listener(Event("wait", "compiling"))
-        trainer = Trainer(
+        return kind(
             self.model,
             self.corpus.rows,
             config=self.config,
@@ -355,7 +378,6 @@ class Run:
             loss=self.corpus.loss,
             depth_law=self.depth_law,
         )
-        return self._finish(trainer.run(self.checkpoint))
 
     def _add_adapter(self, rank: int) -> None:
         from fanformer.training.adapters import add_adapter
@@ -431,6 +453,8 @@ class Run:
                 (folder / name).write_bytes(content)
             save_file(self._plain(weights, folder), folder / WEIGHTS_FILE, metadata={"format": "pt"})
             self._write_card(folder, figures, finished=False)
+            for write in self.also_saved:
+                write(folder)
 
         return fill
 

@@ -65,6 +65,11 @@ GROUPS = {
     ),
     "reliability": Group("Can it be relied on?", "Kills, restarts and damage; zero and one are counts, and exact."),
     "quantization": Group("What do fewer bits cost?", "Held-out loss over that of the folder it was made from."),
+    "community": Group(
+        "Can several train it together?",
+        "Simulated in one process with real updates, a model of about 0.3M parameters; "
+        "[community.md](community.md) has the tables.",
+    ),
     "later": Group("What is not built yet", "Claims that wait for their part of the project."),
 }
 HEAD = """# Evidence

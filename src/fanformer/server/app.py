@@ -251,14 +251,16 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 def _add_inside(app: FastAPI, service: Service) -> None:
     @app.post("/inside", responses=_ERRORS)
     def inside(fields: Annotated[InsideFields, Body()]) -> dict[str, Any]:
-        """Tell what the gates and Fourier channels of every block do on a text."""
+        """Tell what the gates and Fourier channels of every block do on a text, and how the heads of one attend."""
         refuse_what_is_not_honoured(fields)
         model = _find(service, fields.model)
         try:
             tokens, blocks = model.look_inside(fields.prompt)
         except ConfigError as error:
-            raise invalid(str(error), "prompt" if model.has_inside else "model") from error
-        return {"model": model.name, "tokens": tokens, "layers": [asdict(block) for block in blocks]}
+            raise invalid(str(error), param) from error
+        shares = [[[round(share, 4) for share in row] for row in head] for head in heads]
+        names = [model.token_name(number) for number in ids]
+        return found | {"attention": {"layer": fields.layer, "tokens": names, "heads": shares}}
 
 
 def _add_state(app: FastAPI, service: Service, lost_log_lines: Callable[[], int]) -> None:
@@ -273,3 +275,9 @@ def _add_state(app: FastAPI, service: Service, lost_log_lines: Callable[[], int]
         """Tell numbers for Prometheus."""
         text = render(service.models.values(), service.gate, lost_log_lines())
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
+        param = "prompt" if model.has_inside else "model"
+            found = {"model": model.name, "tokens": tokens, "layers": [asdict(block) for block in blocks]}
+            if fields.layer is None:
+                return found
+            param = "layer"
+            ids, heads = model.attention_maps(fields.prompt, fields.layer)

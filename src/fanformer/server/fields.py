@@ -171,6 +171,8 @@ def refuse_what_is_not_honoured(fields: BaseModel, where: str = "") -> None:
     for name, value in (fields.model_extra or {}).items():
         if name in _WITHOUT_EFFECT or any(_equal(value, one) for one in (*_NOTHING, *_NEUTRAL.get(name, ()))):
             continue
+    layer: Annotated[int | None, Field(ge=0)] = None
+    """The block whose attention is told too."""
         shown = f"{where}{name}"[:64]
         reason = _REASONS.get(name, "it is not supported; leave it out")
         raise invalid(f"`{shown}` cannot be honoured: {reason}.", shown, "unsupported_parameter")

@@ -24,6 +24,8 @@ _DEFAULT_POSITIONS = 2048
 _MOST_INSIDE_TOKENS = 512
 """Of a text whose inside is looked at: more would keep others waiting."""
 _TEMPLATE_ERRORS = ("TemplateError", "UndefinedError", "TemplateRuntimeError", "SecurityError", "CheckpointError")
+_MOST_ATTENTION_TOKENS = 64
+"""Of a text whose attention is told: the numbers grow with the square."""
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -177,11 +179,9 @@ class ServedModel:
         Raises:
             ConfigError: if there is nothing to look at, or the text is too short or no valid Unicode.
         """
-        if not self.has_inside:
-            raise ConfigError(f"`{self.name}` has no gates or Fourier channels to look at: name a FANformer's folder.")
         from fanformer.evaluation.inside import look_inside
 
-        ids = self.encode(text)[: min(self.positions, _MOST_INSIDE_TOKENS)]
+        ids = self._looked_at(text, _MOST_INSIDE_TOKENS)
         with self._looking:
             return len(ids), look_inside(self._model_on_torch, ids)
 
@@ -192,6 +192,23 @@ class ServedModel:
             ConfigError: if it is no valid Unicode.
         """
         with self._encoding:
+    def attention_maps(self, text: str, layer: int) -> tuple[list[int], list[list[list[float]]]]:
+        """Return the first ids of a text, and the weights that `attention_maps` of the look inside tells of them.
+
+        Raises:
+            ConfigError: as `look_inside`, or if there is no such block.
+        """
+        from fanformer.evaluation.inside import attention_maps
+
+        ids = self._looked_at(text, _MOST_ATTENTION_TOKENS)
+        with self._looking:
+            return ids, attention_maps(self._model_on_torch, ids, layer)
+
+    def _looked_at(self, text: str, most: int) -> list[int]:
+        if not self.has_inside:
+            raise ConfigError(f"`{self.name}` has no gates or Fourier channels to look at: name a FANformer's folder.")
+        return self.encode(text)[: min(self.positions, most)]
+
             return self.text_model.encode(text)
 
     def encode_to_continue(self, text: str) -> tuple[list[int], str]:
@@ -239,6 +256,14 @@ def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:
     table = _byte_table() if "ByteLevel" in kinds else None
 
     def read(number: int) -> bytes:
+    def token_name(self, number: int) -> str:
+        """Return a token as /v1/completions names it: its text, or `bytes:` with what is no whole character."""
+        value = self.token_bytes(number)
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
         token = backend.id_to_token(number) or ""
         if number in special:
             return token.encode()

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fanformer.errors import ConfigError
-from fanformer.evaluation.inside import BINS, has_inside, look_inside
+from fanformer.evaluation.inside import BINS, attention_maps, has_inside, look_inside
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.model.modeling_fanformer import FANLayer, FANProjection
 
@@ -105,6 +105,26 @@ def test_what_others_compute_meanwhile_is_not_seen(tiny_model, monkeypatch):
 
     monkeypatch.setattr(norm, "forward", with_another)
     assert look_inside(model, IDS) == expected
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "no norms", "recurrent"])
+def test_attention_maps_are_the_weights_of_eager_attention(tiny_model, name):
+    recurrent = {"num_hidden_layers": 3, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1}
+    model = tiny_model(**{**VARIANTS, "no norms": {"qkv_norm": "none"}, "recurrent": recurrent}[name])
+    with fast_decoding(model):
+        found = [attention_maps(model, IDS, layer) for layer in range(len(model.model.layers))]
+    model.set_attn_implementation("eager")
+    steps = {"num_steps": 1} if name == "recurrent" else {}
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS]), output_attentions=True, **steps).attentions
+    for heads, weights in zip(found, expected, strict=True):
+        assert len(heads) == weights.shape[1] == 4
+        for head, rows in zip(heads, weights[0], strict=True):
+            for place, row in enumerate(head):
+                assert row == pytest.approx(rows[place, : place + 1].tolist(), abs=1e-5)
+                assert sum(row) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ConfigError, match=r"`layer` must be in \[0, \d\), got 9: the model has \d blocks"):
+        attention_maps(model, IDS, 9)
 
 
 def test_models_without_such_parts_are_refused(tiny_model):

@@ -68,6 +68,13 @@ def test_ids_beyond_the_known_ones_are_never_drawn():
     assert sampler(temperature=0).draw(LOGITS) == 0
 
 
+def test_ids_that_are_never_drawn_are_not_whatever_is_asked():
+    for settings in ({"temperature": 0}, {"temperature": 1.0}, {"temperature": 0, "logit_bias": {0: 100.0}}):
+        noise = lambda: np.ones(KNOWN, dtype=np.float32)  # noqa: E731
+        made = TokenSampler(Sampling(**settings), noise, KNOWN, [], [], never=[0, 9])
+        assert [made.draw(LOGITS) for _ in range(5)] == [1] * 5
+
+
 def test_the_frequency_penalty_counts_what_was_written_and_not_the_prompt():
     one = sampler(prompt=[0, 0, 0], temperature=0, frequency_penalty=0.6)
     assert [one.draw(LOGITS) for _ in range(5)] == [0, 0, 1, 0, 1]

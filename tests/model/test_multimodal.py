@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from fanformer.generation.fast_decoding import FewRowsLinear, fast_decoding
 from fanformer.generation.media_model import load_media_model
 from fanformer.loading import load_model
 from tests.multimodal_files import save_with_towers, write_picture, write_tone
@@ -101,6 +103,39 @@ def test_outside_a_forward_pass_no_row_is_routed(loaded, shown):
             loaded.model(**{**batch, "pixel_values": None})
         after = loaded.model.model.language_model(inputs_embeds=embeddings).last_hidden_state
     assert torch.equal(before, after)
+
+
+def test_threads_that_share_a_model_route_their_own_rows(loaded, shown):
+    batch = prompts(loaded.store.processor, shown)[0]
+    text = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = loaded.model(text).logits, loaded.model(**batch).logits
+        meanwhile = []
+
+        def compute(module, given, output):
+            if threading.get_ident() == mine:
+                other = threading.Thread(target=lambda: meanwhile.append(loaded.model(text).logits.detach()))
+                other.start()
+                other.join()
+
+        mine = threading.get_ident()
+        handle = loaded.model.model.language_model.layers[0].register_forward_hook(compute)
+        found = loaded.model(**batch).logits
+        handle.remove()
+    assert torch.equal(meanwhile[0], expected[0])
+    assert torch.equal(found, expected[1])
+
+
+def test_decoding_the_fast_way_keeps_the_adapters(loaded):
+    routed = [module for module in loaded.model.modules() if hasattr(module, "lora_scale")]
+    batch = {"input_ids": torch.arange(1, 9)[None], "modality_ids": torch.tensor([3])}
+    with torch.inference_mode():
+        plain = loaded.model(**batch).logits
+        with fast_decoding(loaded.model), fast_decoding(loaded.model):
+            assert routed
+            assert all(isinstance(module, FewRowsLinear) for module in routed)
+            torch.testing.assert_close(loaded.model(**batch).logits, plain, rtol=1e-4, atol=1e-4)  # another order
+        assert torch.equal(loaded.model(**batch).logits, plain)
 
 
 def test_a_mixed_batch_is_written_as_each_row_alone_with_and_without_a_cache(loaded, shown):

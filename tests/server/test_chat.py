@@ -126,8 +126,8 @@ def test_a_second_turn_reads_only_what_is_new(both):
                     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}]}
                 ]
             },
-            "messages[0].content[0].image_url",
-            "cannot be honoured",
+            "messages[0].content[0]",
+            "of type image_url, expected text: the model reads text only",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},

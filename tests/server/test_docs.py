@@ -3,10 +3,12 @@
 import pytest
 
 from fanformer.cli.serve import serve
+from fanformer.model.media_fanformer import MOST_PIXELS
 from fanformer.server.fields import ChatFields, CompletionFields
 from fanformer.server.gate import ROUTES
 from fanformer.server.ggml_slots import CHUNK
 from fanformer.server.limits import Limits
+from fanformer.server.messages import MAX_MEDIA
 from fanformer.server.scheduler import _FAILURES, _LEAST_SHARED
 from fanformer.server.torch_slots import _CHUNK
 
@@ -28,6 +30,7 @@ def test_every_option_of_the_command_is_a_known_one(page):
     named = {word.strip("`,.;:()") for word in page.split() if word.startswith(("`--", "--"))}
     assert named - options == {
         *("--dry-run", "--write"),  # the benchmark's
+        *("--multimodal", "--image"),  # other verbs'
         *("--policy", "--worker-urls"),  # the router's
         *("--trust-remote-code", "--model-impl", "--model-path"),  # the engines'
     }
@@ -41,7 +44,10 @@ def test_numbers_are_those_of_the_code(page):
         f"{limits.requests_per_client} requests in work, and there may be {limits.connections} connections",
         f"A head has {limits.header_seconds:g} seconds, a body {limits.body_seconds:g}, an idle connection "
         f"{limits.idle_seconds:g}, an answer that is not read {limits.write_seconds:g}",
-        f"too large ({limits.body_bytes >> 20} MiB)",
+        f"too large ({limits.body_bytes >> 20} MiB; {limits.media_body_bytes >> 20} MiB where a model takes pictures",
+        f"A request may show {MAX_MEDIA}, and its body have {limits.media_body_bytes >> 20} MiB",
+        f"too large together ({limits.bodies_bytes >> 20} MiB)",
+        f"Pixels ({MOST_PIXELS // 10**6} million)",
         f"({CHUNK} tokens on ggml, {_CHUNK} on torch)",
         f"begins with at least {_LEAST_SHARED} of its tokens",
     ):

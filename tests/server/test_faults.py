@@ -34,11 +34,11 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def sent(client, body, **fields):
+def sent(client, body, path="/v1/completions", **fields):
     """Send a request without reading the answer; return the socket."""
     data = json.dumps({**body, **fields}).encode()
     begun = client.socket()
-    begun.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(data) + data)
+    begun.sendall(HEAD.replace(b"/v1/completions", path.encode()) + b"content-length: %d\r\n\r\n" % len(data) + data)
     return begun
 
 

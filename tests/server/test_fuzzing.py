@@ -39,7 +39,8 @@ LEAVES = st.one_of(
     st.text(max_size=8),
     st.sampled_from(["tiny", "user", "text", "\ud800", "0", "299", "\x00", "the cat"]),
 )
-NAMES = st.sampled_from(["role", "content", "type", "text", "include_usage", "0", "5"]) | st.text(max_size=4)
+KEYS = ["role", "content", "type", "text", "image_url", "url", "include_usage", "0", "5"]
+NAMES = st.sampled_from(KEYS) | st.text(max_size=4)
 STATUSES = Counter()
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=8

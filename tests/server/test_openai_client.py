@@ -1,5 +1,6 @@
 """The official Python client against a real socket: what it reads, what it raises, what it tries again."""
 
+import base64
 import json
 import shutil
 import threading
@@ -121,3 +122,30 @@ def test_closing_a_stream_frees_its_slot(api, model, monkeypatch):
             break
         threading.Event().wait(0.01)
     assert model.scheduler.counters.finished["cancelled"] == before + 1
+
+
+def test_pictures_and_recordings_are_sent_as_openai_writes_them(saved_model, tmp_path):
+    from fanformer.generation.media_model import load_media_model
+    from tests.multimodal_files import save_with_towers, write_picture, write_tone
+
+    folder = save_with_towers(saved_model, tmp_path / "sees")
+    picture, tone = write_picture(tmp_path / "red.png", "red"), write_tone(tmp_path / "low.wav", "low")
+    expected = load_media_model(folder, "cpu").generate(
+        "what?", images=[picture], audio=[tone], max_length=10, min_length=0, temperature=0.0
+    )
+    coded = [base64.b64encode(file.read_bytes()).decode() for file in (picture, tone)]
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded[0]}", "detail": "auto"}},
+        {"type": "input_audio", "input_audio": {"data": coded[1], "format": "wav"}},
+        {"type": "text", "text": "what?"},
+    ]
+    served = ServedModel.open(folder, "sees", SlotSettings(2, 100, queue_size=2), device="cpu")
+    with running({"sees": served}) as client:
+        made = openai.OpenAI(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="none", max_retries=0)
+        asked = {"model": "sees", "messages": [{"role": "user", "content": parts}], "max_tokens": 10, "temperature": 0}
+        assert made.chat.completions.create(**asked).choices[0].message.content == expected
+        parts[0]["image_url"]["url"] = "https://example.org/a.png"
+        with pytest.raises(openai.BadRequestError, match="no address is opened"):
+            made.chat.completions.create(**asked)
+        made.close()
+    served.close()

@@ -96,6 +96,26 @@ def test_a_look_inside_tells_every_block_or_says_why_not(client, served):
     assert client.refused("/inside", prompt="")[1]["message"].startswith("a look inside needs at least 2 tokens, got 1")
 
 
+def test_the_attention_of_a_block_is_told_of_the_first_tokens(client, served):
+    if not served.has_inside:
+        pytest.skip("a GGUF file has nothing to look at")
+    prompt = "the cat sat on the mat"
+    plain = client("POST", "/inside", {"model": "tiny", "prompt": prompt})[2]
+    found = client("POST", "/inside", {"model": "tiny", "prompt": prompt, "layer": 1})[2]
+    attention = found.pop("attention")
+    assert found == plain
+    assert attention["layer"] == 1
+    assert "".join(attention["tokens"][1:]) == prompt
+    ids, heads = served.attention_maps(prompt, 1)
+    assert attention["heads"] == [[[round(share, 4) for share in row] for row in head] for head in heads]
+    assert [len(row) for row in attention["heads"][0]] == list(range(1, len(ids) + 1))
+    long = client("POST", "/inside", {"model": "tiny", "prompt": "the cat " * 400, "layer": 0})[2]["attention"]
+    assert {len(head) for head in long["heads"]} == {len(long["tokens"])} == {64}
+    status, error = client.refused("/inside", prompt=prompt, layer=2)
+    assert (status, error["param"]) == (400, "layer")
+    assert error["message"] == "`layer` must be in [0, 2), got 2: the model has 2 blocks."
+
+
 def test_the_newest_models_are_found(tmp_path, capsys, monkeypatch):
     for age, name in enumerate(["e", "d", "c", "b", "a"]):
         (tmp_path / "runs" / name).mkdir(parents=True)

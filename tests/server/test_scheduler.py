@@ -300,6 +300,9 @@ class Still:
     def wipe(self, slot):
         self.kept = 0
 
+    def show(self, slot, shown):
+        pass
+
     def noise(self, seed):
         return lambda: np.ones(300, dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""What a model's own parts do on a text: how open its gates are, how far its Fourier channels turn, and how fast."""
+"""What a model's own parts do on a text: open gates, turns of Fourier channels and their frequencies, attention."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
-from fanformer.model.modeling_fanformer import CoLAInput, FANformerResidual, FANLayer, FANProjection
+from fanformer.model.modeling_fanformer import (
+    CoLAInput,
+    FANformerResidual,
+    FANLayer,
+    FANProjection,
+    apply_rotary,
+)
 
 BINS = 16
 """Frequencies of a spectrum, from 0 to half a cycle per token."""
@@ -66,14 +72,64 @@ def look_inside(model: PreTrainedModel, ids: list[int]) -> list[LayerInside]:
         )
     if len(ids) < 2:
         raise ConfigError(f"a look inside needs at least 2 tokens, got {len(ids)}: give a longer text.")
-    blocks = model.model.layers
+    blocks: Any = model.get_decoder().layers
     phases: list[list[Tensor]] = [[] for _ in blocks]
     with ExitStack() as stack, torch.inference_mode():
         for block, found in zip(blocks, phases, strict=True):
             stack.enter_context(_phases_to(block, found))
-        once = {} if getattr(model.config, "recurrence", None) is None else {"num_steps": 1}
-        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, **once)
+        _read(model, ids)
         return [_describe(block, found) for block, found in zip(blocks, phases, strict=True)]
+
+
+def attention_maps(model: PreTrainedModel, ids: list[int], layer: int) -> list[list[list[float]]]:
+    """Return how the heads of one block spread their attention over a text, computed in the way of `look_inside`.
+
+    Args:
+        model: a FANformer in evaluation mode.
+        ids: T token ids.
+        layer: index of the block.
+
+    Returns:
+        For each head and each token the weights of that token and those before it: H lists of T, the first of 1 weight.
+
+    Raises:
+        ConfigError: if there is no such block.
+    """
+    blocks: Any = model.get_decoder().layers
+    if not 0 <= layer < len(blocks):
+        raise ConfigError(f"`layer` must be in [0, {len(blocks)}), got {layer}: the model has {len(blocks)} blocks.")
+    attention = blocks[layer].self_attn
+    thread, found = threading.get_ident(), dict[str, Any]()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                found[name] = output[0]  # (T, heads, K)
+
+        return hook
+
+    def note_positions(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            found["positions"] = named["position_embeddings"]
+
+    with ExitStack() as stack, torch.inference_mode():
+        stack.callback(attention.q_norm.register_forward_hook(note("q")).remove)
+        stack.callback(attention.k_norm.register_forward_hook(note("k")).remove)
+        stack.callback(attention.register_forward_pre_hook(note_positions, with_kwargs=True).remove)
+        _read(model, ids)
+        q, k = (apply_rotary(found[name][None].float(), *found["positions"])[0] for name in ("q", "k"))
+        k = k.repeat_interleave(attention.num_key_value_groups, dim=1)  # (T, H, K)
+        scores = torch.einsum("thk,shk->hts", q, k) * attention.scaling
+        future = torch.ones(len(ids), len(ids), dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)  # (H, T, T)
+    return [[row[: index + 1] for index, row in enumerate(head)] for head in weights.tolist()]
+
+
+def _read(model: PreTrainedModel, ids: list[int]) -> None:
+    """Run the blocks over a text, those of a recurrent depth once."""
+    decoder: Any = model.get_decoder()
+    once = {} if getattr(decoder.config, "recurrence", None) is None else {"num_steps": 1}
+    decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False, **once)
 
 
 def _is_seen(module: nn.Module) -> bool:

@@ -55,9 +55,10 @@ def cache_layers(model: PreTrainedModel, num_steps: int | None = None) -> int:
         model: of `transformers`; a plain one keeps as many at every depth.
         num_steps: of a recurrent depth; None is the model's own. Layers of fewer steps come first among those of more.
     """
-    recurrence = getattr(model.config, "recurrence", None)
+    config = model.config.get_text_config()
+    recurrence = getattr(config, "recurrence", None)
     if recurrence is None:
-        return int(model.config.num_hidden_layers)
+        return int(config.num_hidden_layers)
     return int(recurrence.cache_layers(num_steps or model.get_decoder().depth.largest))
 
 

@@ -6,6 +6,7 @@ The weights stay the model's own, under their own names: they are laid out one a
 reads them as one matrix. It holds within `fast_decoding` only: a model's own arithmetic is what its file says.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -48,6 +49,12 @@ class FewRowsLinear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
+
+
+@functools.cache
+def _with_few_rows(kind: Any) -> Any:
+    """Return the class that computes as `kind`, a class of linear layers, with the product of `FewRowsLinear`."""
+    return FewRowsLinear if kind is nn.Linear else type(f"FewRows{kind.__name__}", (kind, FewRowsLinear), {})
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -212,16 +219,19 @@ def fast_decoding(model: PreTrainedModel, join: bool = True) -> Iterator[None]:
             not in the middle of a training, whose sums must not depend on when it was resumed.
     """
     attention = model.config._attn_implementation
-    linears = [module for module in model.modules() if is_plain(module)]
+    # beside plain layers a model's with towers, which add the adapters of some rows to a plain product
+    found = [module for module in model.modules() if is_plain(module) or hasattr(module, "lora_scale")]
+    slow = [module for module in found if not isinstance(module, FewRowsLinear)]
+    linears: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in slow]
     if attention == "sdpa":
         model.set_attn_implementation(_GROUPED)
-    for module in linears:
-        module.__class__ = FewRowsLinear
+    for module, kind in linears:
+        module.__class__ = _with_few_rows(kind)
     try:
         with joined_products(model) if join else nullcontext():
             yield
     finally:
-        for module in linears:
-            module.__class__ = nn.Linear
+        for module, kind in linears:
+            module.__class__ = kind
         if attention == "sdpa":
             model.set_attn_implementation(attention)

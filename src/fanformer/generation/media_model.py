@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
@@ -41,18 +42,39 @@ class MediaModel(TorchModel):
         self.wording = wording_of(self.tokenizer, {kind: number for kind, number in ids.items() if number is not None})
         self._places = set(placeholder_ids(self.tokenizer))
 
-    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], store: MediaStore | None = None) -> list[int]:
         """Return the ids of a conversation whose next answer is to be written.
 
         Args:
             messages: `role` and `content` of each, the content a text or a list of texts and `Media`.
+            store: reads what is shown; None is the model's own, which keeps it.
 
         Raises:
             DataError: if a picture or recording is wrong, or the model has no tower for it.
         """
         asked = [MediaMessage(one["role"], _parts(one["content"])) for one in messages]
-        counts = [self.store.tokens(part) for one in asked for part in one.parts if isinstance(part, Media)]
+        shown = [part for one in asked for part in one.parts if isinstance(part, Media)]
+        counts = [(store or self.store).tokens(part) for part in shown]
         return self.wording.encode(asked, counts, prompt=True).ids
+
+    @torch.inference_mode()
+    def features(self, media: Sequence[Media], store: MediaStore) -> list[Tensor]:
+        """Return what the towers make of each picture and recording, (tokens, D) each, in their order.
+
+        Args:
+            media: one at least.
+            store: has read them.
+
+        Raises:
+            ValueError: if a recording is longer than its tower takes.
+        """
+        inputs = {name: value.to(self.model.device) for name, value in store.inputs(media).items()}
+        found: dict[str, Iterator[Tensor]] = {}
+        if "pixel_values" in inputs:
+            found["image"] = iter(self.model.get_image_features(inputs.pop("pixel_values")))
+        if inputs:
+            found["audio"] = iter(self.model.get_audio_features(**inputs))
+        return [next(found[one.kind]) for one in media]
 
     def look_at(self, kind: str, path: str) -> Media:
         """Return the picture or recording in a file, read and found right.

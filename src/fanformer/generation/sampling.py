@@ -77,6 +77,7 @@ class TokenSampler:
         end_ids: Sequence[int],
         prompt_ids: Sequence[int],
         excluded_first: NDArray[np.bool_] | None = None,
+        never: Sequence[int] = (),
     ) -> None:
         """Begin a text.
 
@@ -87,9 +88,11 @@ class TokenSampler:
             end_ids: what ends a text.
             prompt_ids: what the repetition penalty counts as written.
             excluded_first: (known) True where a token cannot be the first one.
+            never: ids that are never drawn.
         """
         self._sampling, self._noise, self._known, self._excluded = sampling, noise, known, excluded_first
         self._end_ids = [number for number in end_ids if number < known]
+        self._never = [number for number in never if number < known]
         self._bias_ids = np.array([number for number in sampling.logit_bias if number < known], dtype=np.int64)
         self._bias = np.array([sampling.logit_bias[int(number)] for number in self._bias_ids], dtype=np.float32)
         self._counts: dict[int, int] = {}
@@ -131,6 +134,7 @@ class TokenSampler:
             scores[self._excluded] = -np.inf
         if self._drawn < sampling.min_tokens:
             scores[self._end_ids] = -np.inf
+        scores[self._never] = -np.inf
         return scores
 
     def _sample(self, scores: Floats) -> int:

@@ -150,16 +150,17 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_recording(source: Any, rate: int = 16000) -> np.ndarray:
+def load_recording(source: Any, rate: int = 16000, most_seconds: float | None = None) -> np.ndarray:
     """Return a recording (samples,) float32, one channel at `rate` Hz; several channels are averaged.
 
     Args:
         source: a path, a data: URI, bytes of wav, flac, ogg or mp3, or an array (samples,) at `rate` already.
         rate: in Hz.
+        most_seconds: that a file may last, which its header says; None is MOST_SECONDS.
 
     Raises:
-        ValueError: if there is none, it is damaged, of another format, empty, longer than MOST_SECONDS, or holds what
-            is no number.
+        ValueError: if there is none, it is damaged, of another format, empty, too long, or holds what is no
+            number.
         ImportError: if soundfile or soxr is not installed.
     """
     if isinstance(source, np.ndarray):
@@ -178,9 +179,9 @@ def load_recording(source: Any, rate: int = 16000) -> np.ndarray:
     with file:
         if file.format not in RECORDING_FORMATS:
             raise ValueError(f"{name} must be sound in wav, flac, ogg or mp3, got {file.format}.")
-        seconds = file.frames / max(file.samplerate, 1)
-        if seconds > MOST_SECONDS or file.frames * file.channels > _MOST_SAMPLES:
-            raise ValueError(f"{name} must last at most {MOST_SECONDS} s, got {seconds:,.0f}: cut it.")
+        seconds, most = file.frames / max(file.samplerate, 1), MOST_SECONDS if most_seconds is None else most_seconds
+        if seconds > most or file.frames * file.channels > _MOST_SAMPLES:
+            raise ValueError(f"{name} must last at most {most:,.4g} s, got {seconds:,.4g}: cut it.")
         try:
             samples = file.read(dtype="float32", always_2d=True)
         except Exception as error:

@@ -12,6 +12,7 @@ What differs from the paper:
 """
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -38,11 +39,18 @@ _BITS = {VISION: 1, AUDIO: 2}
 """What `modality_ids` are sums of: 0 is a row of text."""
 
 
-class AdapterRoute:
-    """Which rows of the batch at hand each adapter works on: (rows,) int64 each; none outside a forward pass."""
+class AdapterRoute(threading.local):
+    """Which rows of the batch at hand each adapter works on: (rows,) int64 each; none outside a forward pass.
+
+    Each thread has its own: threads that share a model compute other batches.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type["AdapterRoute"], tuple[()]]:
+        """Copy and pickle as an empty one: no copy is made within a forward pass."""
+        return AdapterRoute, ()
 
 
 class RoutedLinear(nn.Linear):

@@ -83,12 +83,12 @@ class FANformerProcessor(ProcessorMixin):
             return load_image(source)
         return source if hasattr(source, "shape") else load_picture(source)
 
-    def recording(self, source: Any) -> np.ndarray:
-        """Return a recording (samples,) from an array, path, URL or data: URI."""
+    def recording(self, source: Any, most_seconds: float | None = None) -> np.ndarray:
+        """Return a recording (samples,) from an array, path, URL or data: URI, which may last `most_seconds`."""
         rate = self.feature_extractor.sampling_rate
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             return load_recording(load_audio(source, sampling_rate=rate), rate)
-        return load_recording(np.asarray(source) if hasattr(source, "shape") else source, rate)
+        return load_recording(np.asarray(source) if hasattr(source, "shape") else source, rate, most_seconds)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Do what `ProcessorMixin.apply_chat_template` does, with media that are read as this class reads them.

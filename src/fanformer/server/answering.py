@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
@@ -188,8 +189,15 @@ def _submit(scheduler: Scheduler, plan: Plan, listeners: Sequence[Listener]) -> 
         raise invalid(
             f"a request may have {most} answers here, got {len(plan.requests)}: send fewer prompts.", "prompt"
         )
-    try:
+    with refused_in_http(scheduler):
         return scheduler.submit(plan.requests, listeners)
+
+
+@contextmanager
+def refused_in_http(scheduler: Scheduler) -> Iterator[None]:
+    """Let what the scheduler refuses within the `with` block be a RefusalError."""
+    try:
+        yield
     except QueueFullError as error:
         headers = {"retry-after": str(retry_seconds(scheduler))}
         raise RefusalError(429, str(error), code="rate_limit_exceeded", headers=headers) from error

@@ -1,8 +1,8 @@
 """The routes: what each takes and answers, behind the gate."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI
@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from fanformer import __version__
 from fanformer.errors import ConfigError
-from fanformer.server.answering import Answering, ClientGoneError, EventStream, unless_gone
+from fanformer.server.answering import Answering, ClientGoneError, EventStream, refused_in_http, unless_gone
 from fanformer.server.fields import (
     ChatFields,
     CompletionFields,
@@ -24,6 +24,7 @@ from fanformer.server.fields import (
 )
 from fanformer.server.gate import Gate
 from fanformer.server.limits import Access, Limits
+from fanformer.server.messages import shows
 from fanformer.server.metrics import CONTENT_TYPE, render
 from fanformer.server.models import ServedModel
 from fanformer.server.page import add_page
@@ -83,6 +84,8 @@ def build(
         lost_log_lines: tells how many lines of the log could not be written.
     """
     access, limits = access or Access(), limits or Limits()
+    if any(model.kinds for model in models.values()):
+        limits = replace(limits, body_bytes=limits.media_body_bytes)
     app = FastAPI(title="FANformer", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     gate = Gate(app, access, limits)
     service = Service(models, gate, limits)
@@ -139,16 +142,26 @@ def _handle_errors(app: FastAPI) -> None:
 
 def _field_refusal(error: RequestValidationError) -> RefusalError:
     """Return what is wrong with the first wrong field."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
     if first["type"] == "json_invalid":
         return invalid("the body is no JSON: send an object with Content-Type: application/json.", None, "invalid_json")
-    place = [str(part) for part in first["loc"][1:]]
+    place = first["loc"][1:]
     if not place:
         return invalid("the body must be a JSON object, with Content-Type: application/json.", None, "invalid_json")
-    name = place[0][:64]
+    field = str(place[0])[:64]
+    if field == "messages":  # a part that is wrong is told before that parts are no text
+        first = max(errors, key=lambda one: len(one["loc"]))
     got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
     reason = first["msg"][:1].lower() + first["msg"][1:]
-    return invalid(f"`{name}` is wrong: {reason}{got}.", name, "invalid_value")
+    name = _named(first["loc"][1:]) if field == "messages" else field
+    return invalid(f"`{name}` is wrong: {reason}{got}.", field, "invalid_value")
+
+
+def _named(place: Sequence[str | int]) -> str:
+    """Return a place as clients write it, such as messages[0].content, without the names of types on the way."""
+    words = [part for part in place if isinstance(part, int) or not (part == "str" or "[" in part)]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in words)[1:65]
 
 
 def _shown(value: Any) -> str:
@@ -165,6 +178,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             return EventStream(answering)
         return JSONResponse(await unless_gone(request, answering.whole()))
 
+    looking = asyncio.Lock()
+
+    async def plan_shown(fields: ChatFields, model: ServedModel) -> Plan:
+        """Let one request after the other look at its pictures: others' threads and the memory are spared."""
+        async with looking:
+            with refused_in_http(model.scheduler):
+                model.scheduler.check_room()
+            return await asyncio.to_thread(plan_chat, fields, model)
+
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(request: HTTPRequest, fields: Annotated[CompletionFields, Body()]) -> Response:
         """Continue texts."""
@@ -175,7 +197,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: HTTPRequest, fields: Annotated[ChatFields, Body()]) -> Response:
         """Answer a conversation."""
         model = _find(service, fields.model)
-        return await answer(request, model, await asyncio.to_thread(plan_chat, fields, model), True)
+        if shows(fields.messages):
+            plan = await unless_gone(request, plan_shown(fields, model))
+        else:
+            plan = await asyncio.to_thread(plan_chat, fields, model)
+        return await answer(request, model, plan, True)
 
 
 def _find(service: Service, name: str | None) -> ServedModel:
@@ -221,7 +247,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             raise invalid("exactly one of `prompt` and `messages` must be given, got both or neither.", "prompt")
         try:
             if fields.messages is not None:
-                ids = encode_conversation(model, fields.messages)
+                ids = encode_conversation(model, fields.messages).ids
             else:
                 ids = model.encode(fields.prompt or "")[0 if fields.add_special_tokens else 1 :]
         except ConfigError as error:
@@ -251,14 +277,22 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 def _add_inside(app: FastAPI, service: Service) -> None:
     @app.post("/inside", responses=_ERRORS)
     def inside(fields: Annotated[InsideFields, Body()]) -> dict[str, Any]:
-        """Tell what the gates and Fourier channels of every block do on a text."""
+        """Tell what the gates and Fourier channels of every block do on a text, and how the heads of one attend."""
         refuse_what_is_not_honoured(fields)
         model = _find(service, fields.model)
+        param = "prompt" if model.has_inside else "model"
         try:
             tokens, blocks = model.look_inside(fields.prompt)
+            found = {"model": model.name, "tokens": tokens, "layers": [asdict(block) for block in blocks]}
+            if fields.layer is None:
+                return found
+            param = "layer"
+            ids, heads = model.attention_maps(fields.prompt, fields.layer)
         except ConfigError as error:
-            raise invalid(str(error), "prompt" if model.has_inside else "model") from error
-        return {"model": model.name, "tokens": tokens, "layers": [asdict(block) for block in blocks]}
+            raise invalid(str(error), param) from error
+        shares = [[[round(share, 4) for share in row] for row in head] for head in heads]
+        names = [model.token_name(number) for number in ids]
+        return found | {"attention": {"layer": fields.layer, "tokens": names, "heads": shares}}
 
 
 def _add_state(app: FastAPI, service: Service, lost_log_lines: Callable[[], int]) -> None:

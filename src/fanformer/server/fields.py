@@ -110,11 +110,30 @@ class CompletionFields(GenerationFields):
     """How many likeliest tokens to tell with each token's log-probability, which is that before sampling filters."""
 
 
+class ImageURL(_Fields):
+    """A picture."""
+
+    url: str
+    """`data:image/...;base64,...` of a PNG, JPEG or WebP; nothing is fetched."""
+    detail: str | None = None
+    """Only "auto": every picture is read at the size that the model takes."""
+
+
+class InputAudio(_Fields):
+    """A recording."""
+
+    data: str
+    """In base64."""
+    format: Literal["wav", "mp3", "flac", "ogg"]
+
+
 class ContentPart(_Fields):
-    """A part of a message."""
+    """A part of a message: of its `type` text, image_url or input_audio it has the field of that name, and no other."""
 
     type: str
     text: str | None = None
+    image_url: ImageURL | None = None
+    input_audio: InputAudio | None = None
 
 
 class Message(_Fields):
@@ -152,6 +171,8 @@ class InsideFields(_Fields):
     model: str | None = None
     prompt: str
     """The text to look at; its first tokens where it is long."""
+    layer: Annotated[int | None, Field(ge=0)] = None
+    """The block whose attention is told too."""
 
 
 class DetokenizeFields(_Fields):
@@ -184,28 +205,3 @@ def refuse_what_is_not_honoured(fields: BaseModel, where: str = "") -> None:
 
 def _equal(value: Any, neutral: Any) -> bool:
     return type(value) is type(neutral) and value == neutral
-
-
-def message_text(message: Message, index: int) -> dict[str, str]:
-    """Return a message as templates take it: its role, and its parts as one text.
-
-    Raises:
-        RefusalError: if a part is no text.
-    """
-    role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    texts = []
-    for number, part in enumerate(message.content):
-        place = f"messages[{index}].content[{number}]"
-        if part.type != "text":
-            kind = "".join(character for character in part.type[:32] if character.isalnum() or character in "_-")
-            raise invalid(
-                f"`{place}` is a part of type {kind}, expected text: the model reads text only.",
-                place,
-                "unsupported_content",
-            )
-        if part.text is None:
-            raise invalid(f"`{place}` has no `text`: expected a text.", place)
-        texts.append(part.text)
-    return {"role": role, "content": "".join(texts)}

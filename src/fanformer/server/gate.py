@@ -47,6 +47,8 @@ class Gate:
         """Whether newcomers are sent away."""
         self.in_work = 0
         """Requests that are being answered; asking for health and metrics does not count."""
+        self.held_bytes = 0
+        """Of the bodies of these."""
         self._clients: Counter[str] = Counter()
         self.responses: Counter[tuple[str, int]] = Counter()
         """How many responses there were, by route and status."""
@@ -104,10 +106,13 @@ class Gate:
             )
         self._clients[client] += 1
         self.in_work += 1
+        parts: list[bytes] = []
         try:
-            body = await self._body(headers, receive)
-            await self._app(scope, _replayed(body, receive), send)
+            await self._read(parts, headers, receive)
+            parts[:] = [b"".join(parts)]
+            await self._app(scope, _replayed(parts[0], receive), send)
         finally:
+            self.held_bytes -= sum(map(len, parts))
             self.in_work -= 1
             self._clients[client] -= 1
             self._clients += Counter()  # drops those at 0
@@ -142,28 +147,31 @@ class Gate:
             return hashlib.sha256(headers.get("authorization", "").encode()).hexdigest()
         return str(scope["client"][0]) if scope.get("client") else ""
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """Read the body, within its limits.
+    async def _read(self, parts: list[bytes], headers: Headers, receive: Receive) -> None:
+        """Read the body into `parts`, within the limits.
 
         Raises:
-            RefusalError: if it is too large or too slow.
+            RefusalError: if it is too large or too slow, or there are too many large ones.
         """
         most = self._limits.body_bytes
         declared = headers.get("content-length", "0")
         if declared.isdigit() and (len(declared) > 18 or int(declared) > most):
             await _discard(receive, _DISCARDED * most)
             raise _too_large(most)
-        parts, size = [], 0
+        size = 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                while size <= most:
+                while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise RefusalError(400, "the connection ended within the request.", code="disconnected")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size <= most and not message.get("more_body", False):
-                        return b"".join(parts)
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size > most:
+                        break
+                    self._hold(parts, piece)
+                    if not message.get("more_body", False):
+                        return
         except TimeoutError as error:
             raise RefusalError(
                 408,
@@ -171,9 +179,16 @@ class Gate:
                 code="timeout",
                 headers={"connection": "close"},
             ) from error
-        parts.clear()
         await _discard(receive, _DISCARDED * most)
         raise _too_large(most)
+
+    def _hold(self, parts: list[bytes], piece: bytes) -> None:
+        if self.held_bytes + len(piece) > self._limits.bodies_bytes:
+            message = "too many large requests are in work: try again later."
+            headers = {"retry-after": "1", "connection": "close"}
+            raise RefusalError(429, message, code="rate_limit_exceeded", headers=headers)
+        self.held_bytes += len(piece)
+        parts.append(piece)
 
     def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin")

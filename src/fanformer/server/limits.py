@@ -12,6 +12,10 @@ class Limits:
 
     body_bytes: int = 4 << 20
     """Most bytes of a request's body."""
+    media_body_bytes: int = 16 << 20
+    """The same where a model takes pictures or recordings."""
+    bodies_bytes: int = 256 << 20
+    """Most bytes of the bodies of all requests in work."""
     header_bytes: int = 32 << 10
     """Most bytes of a request's head."""
     header_seconds: float = 10.0

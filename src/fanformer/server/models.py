@@ -13,16 +13,19 @@ from tokenizers import Tokenizer
 
 from fanformer.errors import ConfigError
 from fanformer.generation.text_model import TextModel, check_text, withhold_spaces
-from fanformer.loading import is_gguf, load_text_model
+from fanformer.loading import has_towers, is_gguf, load_text_model
 from fanformer.server.scheduler import Scheduler
-from fanformer.server.slots import Slots
+from fanformer.server.slots import Conversation, Slots
 
 if TYPE_CHECKING:
     from fanformer.evaluation.inside import LayerInside
+    from fanformer.server.media import MediaReader
 
 _DEFAULT_POSITIONS = 2048
 _MOST_INSIDE_TOKENS = 512
 """Of a text whose inside is looked at: more would keep others waiting."""
+_MOST_ATTENTION_TOKENS = 64
+"""Of a text whose attention is told: the numbers grow with the square."""
 _TEMPLATE_ERRORS = ("TemplateError", "UndefinedError", "TemplateRuntimeError", "SecurityError", "CheckpointError")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -59,22 +62,31 @@ class TokenReader:
 class ServedModel:
     """A model under a name, computing in a thread of its own."""
 
-    def __init__(self, name: str, text_model: TextModel, slots: Slots, known: int, queue_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        text_model: TextModel,
+        slots: Slots,
+        known: int,
+        queue_size: int,
+        media: "MediaReader | None" = None,
+    ) -> None:
         """Start serving.
 
         Args:
             name: what requests call it.
             text_model: whose tokenizer and settings are used.
             slots: of the same model.
-            known: how many ids the tokenizer has.
+            known: how many ids may be written.
             queue_size: most requests that wait for a slot.
+            media: reads pictures and recordings for the slots; None for a model of text.
         """
-        self.name, self.text_model, self.slots, self.known = name, text_model, slots, known
+        self.name, self.text_model, self.slots, self.known, self._media = name, text_model, slots, known, media
         self._tokenizer: Any = text_model.tokenizer
         self._model_on_torch: Any = getattr(text_model, "model", None)
         self._encoding, self._looking = threading.Lock(), threading.Lock()
         self.reader = TokenReader(self._tokenizer.backend_tokenizer)
-        self.scheduler = Scheduler(slots, self.reader, known, text_model.end_ids, queue_size)
+        self.scheduler = Scheduler(slots, self.reader, known, text_model.end_ids, queue_size, self.places)
         self._token_bytes = functools.lru_cache(maxsize=65536)(_byte_reader(self.reader))
 
     @classmethod
@@ -100,27 +112,13 @@ class ServedModel:
         Raises:
             CheckpointError, ConfigError, DependencyError: as `load_text_model`, or if the slots cannot be made.
         """
-        model = load_text_model(path, device, dtype, threads)
+        model = load_text_model(path, device, dtype, threads, towers=has_towers(path))
         longest = model.positions or _DEFAULT_POSITIONS
         positions = min(longest, _DEFAULT_POSITIONS) if settings.positions is None else settings.positions
         if not 2 <= positions <= longest:
             raise ConfigError(f"`context` must be from 2 to the {longest} positions of {name}, got {positions}.")
-        slots: Slots
-        if is_gguf(path):
-            from fanformer.gguf.ggml_model import GgmlModel
-            from fanformer.server.ggml_slots import GgmlSlots
-
-            assert isinstance(model, GgmlModel)
-            known = model.tokenizer.known
-            slots = GgmlSlots(model.engine, known, settings.slots, positions)
-        else:
-            from fanformer.generation.torch_model import TorchModel
-            from fanformer.server.torch_slots import TorchSlots
-
-            assert isinstance(model, TorchModel)
-            known = max(model.tokenizer.get_vocab().values()) + 1
-            slots = TorchSlots(model.model, known, settings.slots, positions)
-        return cls(name, model, slots, known, settings.queue_size)
+        slots, known, media = (_on_ggml if is_gguf(path) else _on_torch)(model, settings.slots, positions)
+        return cls(name, model, slots, known, settings.queue_size, media)
 
     @property
     def positions(self) -> int:
@@ -137,13 +135,24 @@ class ServedModel:
         """What is served, in a line."""
         steps = self.text_model.num_steps
         depth = "" if steps is None else f", {steps} steps of its recurrent depth"
+        takes = f", takes {' and '.join(self.kinds)} too" if self.kinds else ""
         slots = f"{self.slots.count} texts of {self.positions} tokens"
-        return f"{self.name}: {slots} at once, {self.memory_bytes / (1 << 30):.2f} GiB{depth}"
+        return f"{self.name}: {slots} at once, {self.memory_bytes / (1 << 30):.2f} GiB{depth}{takes}"
 
     @property
     def chat_template(self) -> str | None:
         """How a conversation is written, as a template; None for a base model."""
         return self._tokenizer.chat_template or None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What messages may show: "image", "audio", both, or nothing."""
+        return () if self._media is None else self._media.kinds
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Ids that stand for places of pictures and recordings, and that no text has."""
+        return () if self._media is None else self._media.places
 
     @property
     def special_ids(self) -> dict[str, int | None]:
@@ -163,13 +172,13 @@ class ServedModel:
     def capabilities(self) -> dict[str, Any]:
         """What the model can do beside continuing text, for clients that ask before they offer it.
 
-        `chat` and `inside` say whether those requests are answered, `inputs` the kinds of message parts, `num_steps`
-        the range of latent steps (`least`, `usual`, `most`), None where the depth is fixed.
+        `chat` and `inside` say whether those requests are answered, `inputs` what messages may hold (`text`, `image`,
+        `audio`), `num_steps` the range of latent steps (`least`, `usual`, `most`), None where the depth is fixed.
         """
         steps = self.slots.steps
         dial = None if steps is None else {"least": 1, "usual": steps.usual, "most": steps.most}
         has_chat = self.chat_template is not None
-        return {"chat": has_chat, "inside": self.has_inside, "inputs": ["text"], "num_steps": dial}
+        return {"chat": has_chat, "inside": self.has_inside, "inputs": ["text", *self.kinds], "num_steps": dial}
 
     def look_inside(self, text: str) -> "tuple[int, list[LayerInside]]":
         """Return what each block does on the beginning of a text, and how many tokens that has.
@@ -177,13 +186,28 @@ class ServedModel:
         Raises:
             ConfigError: if there is nothing to look at, or the text is too short or no valid Unicode.
         """
-        if not self.has_inside:
-            raise ConfigError(f"`{self.name}` has no gates or Fourier channels to look at: name a FANformer's folder.")
         from fanformer.evaluation.inside import look_inside
 
-        ids = self.encode(text)[: min(self.positions, _MOST_INSIDE_TOKENS)]
+        ids = self._looked_at(text, _MOST_INSIDE_TOKENS)
         with self._looking:
             return len(ids), look_inside(self._model_on_torch, ids)
+
+    def attention_maps(self, text: str, layer: int) -> tuple[list[int], list[list[list[float]]]]:
+        """Return the first ids of a text, and the weights that `attention_maps` of the look inside tells of them.
+
+        Raises:
+            ConfigError: as `look_inside`, or if there is no such block.
+        """
+        from fanformer.evaluation.inside import attention_maps
+
+        ids = self._looked_at(text, _MOST_ATTENTION_TOKENS)
+        with self._looking:
+            return ids, attention_maps(self._model_on_torch, ids, layer)
+
+    def _looked_at(self, text: str, most: int) -> list[int]:
+        if not self.has_inside:
+            raise ConfigError(f"`{self.name}` has no gates or Fourier channels to look at: name a FANformer's folder.")
+        return self.encode(text)[: min(self.positions, most)]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, the start token in front; what looks like a special token is plain text.
@@ -198,19 +222,26 @@ class ServedModel:
         """Return the ids of a text to continue, and the spaces at its end, which belong to the first new token."""
         return withhold_spaces(self.reader, self.encode(text))
 
-    def encode_conversation(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the ids of messages up to where the answer begins.
+    def encode_conversation(self, messages: list[dict[str, Any]]) -> Conversation:
+        """Return messages up to where the answer begins.
+
+        Args:
+            messages: as `read_messages` returns them for this model's `kinds`.
 
         Raises:
             ConfigError: if the model has no chat template, it refuses the messages, or one is no valid Unicode.
+            RefusalError: if a picture or recording cannot be read.
         """
         if self.chat_template is None:
             raise ConfigError(f"`{self.name}` is a base model without a chat template: use /v1/completions.")
         for message in messages:
-            check_text(message["content"])
+            said = [message["content"]] if isinstance(message["content"], str) else message["content"]
+            check_text("".join(part for part in said if isinstance(part, str)))
+        if self._media is not None:
+            return self._media.read(messages, self._encoding)
         try:
             with self._encoding:
-                return self.text_model.encode_messages(messages)
+                return Conversation(self.text_model.encode_messages(messages))
         except Exception as error:
             if type(error).__name__ not in _TEMPLATE_ERRORS:
                 raise
@@ -225,9 +256,38 @@ class ServedModel:
         """Return the bytes that a token stands for; a special token's are its name."""
         return self._token_bytes(number)
 
+    def token_name(self, number: int) -> str:
+        """Return a token as /v1/completions names it: its text, or `bytes:` with what is no whole character."""
+        value = self.token_bytes(number)
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
     def close(self) -> None:
         """End all requests."""
         self.scheduler.close()
+
+
+def _on_ggml(model: Any, count: int, positions: int) -> "tuple[Slots, int, MediaReader | None]":
+    """Return slots of a GGUF file, how many ids it writes, and None: it takes text only."""
+    from fanformer.server.ggml_slots import GgmlSlots
+
+    known = model.tokenizer.known
+    return GgmlSlots(model.engine, known, count, positions), known, None
+
+
+def _on_torch(model: Any, count: int, positions: int) -> "tuple[Slots, int, MediaReader | None]":
+    """Return slots of a folder, how many ids it writes, and what reads pictures and recordings where it has towers."""
+    from fanformer.server.torch_slots import MediaSlots, TorchSlots
+
+    # ids beyond the vocabulary stand for places of pictures, and no text has them
+    known = min(max(model.tokenizer.get_vocab().values()) + 1, model.model.config.vocab_size)
+    if model.model.config.model_type != "fanformer_multimodal":
+        return TorchSlots(model.model, known, count, positions), known, None
+    from fanformer.server.media import MediaReader
+
+    return MediaSlots(model.model, known, count, positions), known, MediaReader(model, positions)
 
 
 def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:

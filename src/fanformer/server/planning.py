@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fanformer.errors import ConfigError
 from fanformer.generation.sampling import Sampling
@@ -13,12 +13,13 @@ from fanformer.server.fields import (
     CompletionFields,
     GenerationFields,
     Message,
-    message_text,
     refuse_what_is_not_honoured,
 )
+from fanformer.server.messages import read_messages
 from fanformer.server.models import ServedModel
 from fanformer.server.refusal import RefusalError, invalid
 from fanformer.server.scheduler import Request
+from fanformer.server.slots import Conversation
 
 _MAX_STOP_CHARACTERS = 1024
 _DEFAULT_TOKENS = 16
@@ -107,7 +108,9 @@ def plan_chat(fields: ChatFields, model: ServedModel) -> Plan:
     given = {one for one in (fields.max_tokens, fields.max_completion_tokens) if one is not None}
     if len(given) > 1:
         raise invalid("`max_tokens` and `max_completion_tokens` differ: give one of them.", "max_completion_tokens")
-    ids = encode_conversation(model, fields.messages)
+    conversation = encode_conversation(model, fields.messages)
+    # what is shown stands at its places in any case: the id there is one that a text may have
+    ids = [conversation.ids[0] if number in model.places else number for number in conversation.ids]
     room = model.positions - len(ids)
     max_tokens = given.pop() if given else max(room, 1)
     if max_tokens == 0:
@@ -125,18 +128,21 @@ def plan_chat(fields: ChatFields, model: ServedModel) -> Plan:
         for index in range(told)
     ]
     _check_lengths(model, requests, "messages")
+    if conversation.look is not None:
+        shown = conversation.look()
+        requests = [replace(request, shown=shown) for request in requests]
     return Plan(requests, [""], told, told, bool(fields.stream), _usage(fields), likeliest=likeliest)
 
 
-def encode_conversation(model: ServedModel, messages: Sequence[Message]) -> list[int]:
-    """Return the ids of a conversation up to where the answer begins.
+def encode_conversation(model: ServedModel, messages: Sequence[Message]) -> Conversation:
+    """Return a conversation up to where the answer begins.
 
     Raises:
-        RefusalError: if the model has no chat template, or it refuses the messages.
+        RefusalError: if the model has no chat template, or it refuses the messages or what they show.
     """
-    texts = [message_text(message, index) for index, message in enumerate(messages)]
+    read = read_messages(messages, model.kinds)
     try:
-        return model.encode_conversation(texts)
+        return model.encode_conversation(read)
     except ConfigError as error:
         is_base = model.chat_template is None
         raise invalid(
@@ -180,7 +186,7 @@ def _sampling(fields: GenerationFields, model: ServedModel, index: int) -> Sampl
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
         repetition_penalty=_given(fields.repetition_penalty, 1.0),
-        logit_bias=_bias(fields.logit_bias or {}, model.known),
+        logit_bias=_bias(fields.logit_bias or {}, model),
         min_tokens=fields.min_tokens or 0,
         seed=row_seed(seed, index),
     )
@@ -190,11 +196,13 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _bias(bias: dict[str, float], known: int) -> dict[int, float]:
+def _bias(bias: dict[str, float], model: ServedModel) -> dict[int, float]:
     found: dict[int, float] = {}
     for name, value in bias.items():
-        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < known):
-            raise invalid(f"`logit_bias` has the key {name[:16]!r}, expected ids in [0, {known}).", "logit_bias")
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < model.known):
+            raise invalid(f"`logit_bias` has the key {name[:16]!r}, expected ids in [0, {model.known}).", "logit_bias")
+        if int(name) in model.places:
+            raise invalid(f"`logit_bias` has the key {name}, which is never written: leave it out.", "logit_bias")
         found[int(name)] = value
     return found
 
@@ -243,6 +251,12 @@ def _check_lengths(model: ServedModel, requests: Sequence[Request], param: str) 
             )
         if max(request.ids) >= model.known:
             raise invalid(f"`prompt` has the id {max(request.ids)}, expected ids below {model.known}.", "prompt")
+        if places := set(request.ids).intersection(model.places):
+            raise invalid(
+                f"`prompt` has the id {min(places)}, which stands for a picture or recording: show it in a message of "
+                "/v1/chat/completions.",
+                "prompt",
+            )
         if request.sampling.min_tokens > request.max_tokens:
             raise invalid(
                 f"`min_tokens` must be at most max_tokens ({request.max_tokens}), got {request.sampling.min_tokens}.",

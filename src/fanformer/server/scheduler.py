@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from fanformer.generation.sampling import (
     log_probabilities,
 )
 from fanformer.server.refusal import log_failure
-from fanformer.server.slots import Slots
+from fanformer.server.slots import Shown, Slots
 from fanformer.server.stopping import OutgoingText, Token, Written
 
 _LEAST_SHARED = 8
@@ -62,6 +63,13 @@ class Request:
     """Whether to tell the log-probabilities of the prompt's tokens too."""
     num_steps: int | None = None
     """How often a recurrent depth runs its core; None is as usual. Only where the slots have `steps`."""
+    shown: Shown | None = None
+    """Pictures and recordings, at whose places `ids` have any id. Only where the slots take them."""
+
+    @cached_property
+    def names(self) -> list[int]:
+        """What tells its tokens apart from those of others: only where these are the same is computed work shared."""
+        return self.ids if self.shown is None else self.shown.named(self.ids)
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,7 @@ class Scheduler:
         known: int,
         end_ids: Sequence[int],
         queue_size: int = 256,
+        never: Sequence[int] = (),
     ) -> None:
         """Start computing in a thread.
 
@@ -159,10 +168,11 @@ class Scheduler:
             known: how many ids it has.
             end_ids: what ends a text.
             queue_size: most requests that wait for a slot.
+            never: ids that are never drawn.
         """
         self.slots, self.known, self.queue_size = slots, known, queue_size
         self.counters = Counters()
-        self._tokenizer, self._end_ids = tokenizer, list(end_ids)
+        self._tokenizer, self._end_ids, self._never = tokenizer, list(end_ids), list(never)
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
@@ -204,15 +214,18 @@ class Scheduler:
             self._check(request)
         tickets = [Ticket(request, listener) for request, listener in zip(requests, listeners, strict=True)]
         with self._changed:
-            if self._closed:
-                raise ClosedError("the server is shutting down: ask another one.")
-            free = self.queue_size + self.slots.count - len(self._waiting) - len(self._active)
-            if len(tickets) > free:
-                self.counters.refused += len(tickets)
-                raise QueueFullError(f"{len(self._waiting)} requests wait already: try again later.")
+            self.check_room(len(tickets))
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
+
+    def check_room(self, count: int = 1) -> None:
+        """Raise what `submit` raises where there is no room for so many requests now."""
+        if self._closed:
+            raise ClosedError("the server is shutting down: ask another one.")
+        if count > self.queue_size + self.slots.count - len(self._waiting) - len(self._active):
+            self.counters.refused += count
+            raise QueueFullError(f"{len(self._waiting)} requests wait already: try again later.")
 
     def _check(self, request: Request) -> None:
         ids, positions = request.ids, self.slots.positions
@@ -265,7 +278,8 @@ class Scheduler:
             usual = None if self.slots.steps is None else self.slots.steps.usual
             depth = request.num_steps or usual
             shared = {
-                slot: _shared(self._held[slot], request.ids) if self.slots.depth(slot) == depth else 0 for slot in free
+                slot: _shared(self._held[slot], request.names) if depth == self.slots.depth(slot) else 0
+                for slot in free
             }
             best = max(free, key=lambda slot: (shared[slot], -slot))
             ticket.slot = best if shared[best] >= _LEAST_SHARED else free[0]
@@ -274,10 +288,12 @@ class Scheduler:
             del self._held[ticket.slot][keep:]
             if depth is not None:
                 self.slots.think(ticket.slot, depth)
+            self.slots.show(ticket.slot, request.shown)
             ticket.read = ticket.cached = keep
             noise = self.slots.noise(request.sampling.seed)
+            first = self._excluded(request.beginning)
             ticket.sampler = TokenSampler(
-                request.sampling, noise, self.known, self._end_ids, request.ids, self._excluded(request.beginning)
+                request.sampling, noise, self.known, self._end_ids, request.ids, first, self._never
             )
             ticket.text = OutgoingText(self._tokenizer, request.ids, request.beginning, request.stops)
             self._active[ticket.slot] = ticket
@@ -297,6 +313,7 @@ class Scheduler:
 
     def _release(self, ticket: Ticket, outcome: str) -> None:
         del self._active[ticket.slot]
+        self.slots.show(ticket.slot, None)
         self.counters.finished[outcome] += 1
 
     def _step(self) -> None:
@@ -331,8 +348,9 @@ class Scheduler:
             return
         self._failures = 0
         for slot, row in tokens.items():
-            self._held[slot].extend(row)
             ticket = self._active[slot]
+            names = ticket.request.names[ticket.read : ticket.read + len(row)]
+            self._held[slot].extend(row if ticket.next is not None else names)
             try:
                 use(ticket, row, found[slot])
             except CheckpointError as error:

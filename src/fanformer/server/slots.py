@@ -1,8 +1,9 @@
 """Places for texts that are computed together and start and end when they like: what an engine offers the scheduler."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fanformer.errors import ConfigError
 from fanformer.generation.sampling import Floats, Noise
@@ -15,6 +16,40 @@ class Steps(NamedTuple):
     """Where a text names no number: the mean of training."""
     most: int
     """The largest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Pictures and recordings in a prompt: what stands at the places of their tokens."""
+
+    places: tuple[int, ...]
+    """In the prompt, in their order."""
+    names: tuple[int, ...]
+    """For each place a number below -9, which another shares only where it shows the same."""
+    modality: int
+    """Which kinds there are, as the model numbers them: its adapters work on the whole text."""
+    embeddings: Any
+    """(places, D), of the engine's own kind."""
+
+    def named(self, ids: Sequence[int]) -> list[int]:
+        """Return a prompt's ids with what tells its tokens apart from those of others.
+
+        All that follows the first token depends on it: there stands which adapters computed the text.
+        """
+        found = list(ids)
+        for place, name in zip(self.places, self.names, strict=True):
+            found[place] = name
+        found[0] = -self.modality - 1
+        return found
+
+
+class Conversation(NamedTuple):
+    """A conversation in tokens, up to where the answer begins."""
+
+    ids: list[int]
+    """At a place of a picture or recording the one that stands for it."""
+    look: Callable[[], Shown] | None = None
+    """Computes what stands at these places, which takes its time; None where nothing is shown."""
 
 
 class Slots(ABC):
@@ -73,6 +108,15 @@ class Slots(ABC):
             ConfigError: if all texts are alike here.
         """
         raise ConfigError(f"the depth of these slots is fixed, got {num_steps} steps for one.")
+
+    def show(self, slot: int, shown: Shown | None) -> None:
+        """Let pictures and recordings stand at their places of a slot's text, or none.
+
+        Raises:
+            ConfigError: if the model takes text only.
+        """
+        if shown is not None:
+            raise ConfigError("these slots take text only, got pictures or recordings for one.")
 
     @abstractmethod
     def wipe(self, slot: int) -> None:

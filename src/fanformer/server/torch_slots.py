@@ -17,7 +17,7 @@ from fanformer.errors import ConfigError
 from fanformer.generation.depth import cache_layers
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.sampling import Floats, Noise
-from fanformer.server.slots import Slots, Steps
+from fanformer.server.slots import Shown, Slots, Steps
 
 _CHUNK = 128
 
@@ -90,20 +90,21 @@ class TorchSlots(Slots):
         Raises:
             ConfigError: if a layer keeps less than the whole text, so that a slot could not be cut.
         """
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        config = model.config.get_text_config()
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
         if kinds - {DynamicLayer}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise ConfigError(f"a served model must attend to its whole text in every layer, got {names}.")
         self.count, self.positions, self.chunk_tokens = count, positions, _CHUNK
         self._model, self._known = model, known
         self._step = _Step(count, positions)
-        recurrence = getattr(model.config, "recurrence", None)
+        recurrence = getattr(config, "recurrence", None)
         if recurrence is not None:
             self.steps = Steps(model.get_decoder().depth.largest, recurrence.largest_steps)
         self._depths = [1 if self.steps is None else self.steps.most] * count
         self._layers = [_SlotLayer(self._step) for _ in range(cache_layers(model, max(self._depths)))]
         self._lengths = [0] * count
-        self._additive = model.config._attn_implementation == "eager"
+        self._additive = config._attn_implementation == "eager"
         self._open = ExitStack()
         self._open.enter_context(fast_decoding(model))
         self.forward({slot: [0] for slot in range(count)})  # takes the memory now, not when requests wait
@@ -156,7 +157,7 @@ class TorchSlots(Slots):
             alike = all(self._depths[slot] == deepest for slot in tokens)
             depth = {"num_steps": deepest if alike else torch.tensor(rows, device=device)}
         output = self._model(
-            input_ids=ids.to(device),
+            **self._inputs(ids.to(device), tokens),
             attention_mask=self._masked(seen),
             position_ids=positions.to(device),
             past_key_values=Cache(layers=self._layers[: cache_layers(self._model, deepest)]),
@@ -168,6 +169,10 @@ class TorchSlots(Slots):
             lengths[slot] += width
         logits = output.logits.float().cpu().numpy()
         return {slot: logits[slot - first] for slot in tokens}
+
+    def _inputs(self, ids: Tensor, tokens: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """Return what the model is given of ids (B, T), those of the step's slots in their order, 0 for idle ones."""
+        return {"input_ids": ids}
 
     def _masked(self, seen: Tensor) -> Tensor:
         """Return the mask (B, 1, T, S) in the form that the model's attention takes."""
@@ -203,3 +208,32 @@ class TorchSlots(Slots):
     def close(self) -> None:
         """Leave the model as it was."""
         self._open.close()
+
+
+class MediaSlots(TorchSlots):
+    """Slots of a FANformer with towers: texts about pictures and recordings beside plain ones, in the same steps."""
+
+    def __init__(self, model: PreTrainedModel, known: int, count: int, positions: int) -> None:
+        """Take the model and the memory of all slots, as `TorchSlots` does."""
+        self._shown: list[tuple[Shown, Tensor] | None] = [None] * count
+        super().__init__(model, known, count, positions)
+
+    def show(self, slot: int, shown: Shown | None) -> None:
+        """Do what `Slots.show` says."""
+        self._shown[slot] = None if shown is None else (shown, torch.tensor(shown.places))
+
+    def _inputs(self, ids: Tensor, tokens: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """Return embeddings (B, T, D), what is shown at its places, and which adapters work on each row (B,)."""
+        embeddings = self._model.get_input_embeddings()(ids)
+        modality = torch.zeros(len(ids), dtype=torch.int64)
+        for slot, row in tokens.items():
+            found = self._shown[slot]
+            if found is None:
+                continue
+            shown, places = found
+            at, start = slot - self._step.first, self._lengths[slot]
+            modality[at] = shown.modality
+            inside = ((places >= start) & (places < start + len(row))).nonzero()[:, 0]
+            if len(inside):
+                embeddings[at, places[inside] - start] = shown.embeddings[inside].to(embeddings.dtype)
+        return {"inputs_embeds": embeddings, "modality_ids": modality.to(ids.device)}

@@ -120,21 +120,13 @@ class Wire:
             else:
                 # the token itself is always among them
                 pairs = dict([(token.id, token.log_probability), *token.likeliest])
-                tops.append({self._name(number): value for number, value in pairs.items()})
+                tops.append({self._model.token_name(number): value for number, value in pairs.items()})
         return {
-            "tokens": [self._name(token.id) for token in answer.tokens],
+            "tokens": [self._model.token_name(token.id) for token in answer.tokens],
             "token_logprobs": [token.log_probability for token in answer.tokens],
             "top_logprobs": tops,
             "text_offset": answer.offsets,
         }
-
-    def _name(self, number: int) -> str:
-        """Return a token as /v1/completions names it: its text, or `bytes:` with what is no whole character."""
-        value = self._model.token_bytes(number)
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
 
     def _chat_logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if self._plan.likeliest is None:

@@ -20,8 +20,20 @@ _KEPT_BYTES = 2 << 30
 class MediaStore:
     """Reads pictures and recordings, checks them, and prepares each for its tower."""
 
-    def __init__(self, processor: FANformerProcessor) -> None:
+    def __init__(self, processor: FANformerProcessor, most_tokens: int | None = None) -> None:
+        """Begin without any.
+
+        Args:
+            processor: of the model.
+            most_tokens: what a recording may have, so that a longer one need not be decoded; None is what the processor
+                takes.
+        """
         self.processor = processor
+        extractor = processor.feature_extractor
+        self._most_seconds: float | None = None
+        if most_tokens is not None and extractor is not None:
+            samples = most_tokens * processor.frames_per_audio_token * extractor.hop_length
+            self._most_seconds = samples / extractor.sampling_rate
         self._kept: dict[Media, np.ndarray] = {}
         self._tokens: dict[Media, int] = {}
         self._digests: dict[Media, str] = {}
@@ -43,7 +55,7 @@ class MediaStore:
                 picture = self.processor.picture(source)
                 made = self.processor.image_processor(picture, return_tensors="np")["pixel_values"][0]
             else:
-                made = self.processor.spectrogram(self.processor.recording(source))
+                made = self.processor.spectrogram(self.processor.recording(source, self._most_seconds))
         except ImportError as error:
             raise DependencyError(str(error)) from error
         except ValueError as error:

@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
-.PHONY: check-tuning
+.PHONY: check-tuning community-drill
 .PHONY: release-model check-release
 .PHONY: bench evidence clean
 
@@ -70,6 +70,13 @@ check-resume: setup-dev
 check-serve: setup-dev
 	$(BIN)/python benchmarks/serve.py --generate-batch --write
 
+# A community run under kills, freezes, cut links and attacks: two hours; links are cut where root may make namespaces.
+COMMUNITY := $(VENV)-community
+community-drill: setup-dev
+	test -x $(COMMUNITY)/bin/python || $(PYTHON) -m venv $(COMMUNITY)
+	$(COMMUNITY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[community]'
+	$(COMMUNITY)/bin/python benchmarks/proofs/community_drill.py --write
+
 # What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
 check-tuning: setup-dev
 	$(BIN)/python benchmarks/quality/tuning.py --write
@@ -104,4 +111,4 @@ evidence: setup-dev
 	$(BIN)/python benchmarks/evidence/evidence.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(COMMUNITY) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -25,6 +25,7 @@ VERBS = {
     "serve": ("fanformer.cli.serve:serve", "Serve models to clients of OpenAI's API."),
     "eval": ("fanformer.cli.eval:evaluate", "Measure a model on text and on benchmark tasks."),
     "report": ("fanformer.cli.report:report", "Show what trainings did, as a page with charts."),
+    "community": ("fanformer.cli.community:community", "Train one model together, each on a machine of their own."),
     "compare": ("fanformer.cli.compare:compare", "Train architectures on the same tokens and compare them."),
     "quantize": ("fanformer.cli.quantize:quantize", "Write a model as a smaller file."),
     "convert": ("fanformer.cli.convert:convert", "Turn the published implementations' weights into a model folder."),

@@ -101,6 +101,7 @@ class TerminalReporter(_Terminal):
         parts = [f"{progress:4.0%}", f"step {record['step']:>6,}"]
         if "loss" in record:
             parts += [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
+        if "tokens_per_second" in record:
             parts.append(f"{record['tokens_per_second']:>7,.0f} tokens/s")
         if "margin" in record:
             parts.append(f"margin {record['margin']:.4f}, {record['accuracy']:.0%} ahead")

@@ -33,7 +33,7 @@ async function look() {{
 }}
 setTimeout(look, {SECONDS * 1000});
 """
-_POLICY = (
+POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", f"{kind}; charset=utf-8")
         self.send_header("content-length", str(len(body)))
-        self.send_header("content-security-policy", _POLICY)
+        self.send_header("content-security-policy", POLICY)
         self.send_header("etag", hashlib.sha256(body).hexdigest()[:16])
         self.send_header("cache-control", "no-store")
         self.end_headers()

@@ -1,0 +1,72 @@
+"""A member of a community run that is not as it should be: it attacks, or its clock is wrong. For the drill alone.
+
+    python benchmarks/proofs/community_member.py [--attack nan] [--clock-seconds 3600] -- JOIN-ARGUMENTS
+
+What follows `--` is what `fanformer community join` takes; attacks are those of quality/community_attacks.py.
+"""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
+
+from community_attacks import ATTACKS, Attacker
+
+from fanformer.cli.main import main as fanformer
+from fanformer.community.flower import joining
+from fanformer.community.offers import Sealed, open_offer
+from fanformer.community.updates import fragments
+from fanformer.community.volunteering import Answer, Volunteer
+
+
+class Attacking(Volunteer):
+    """A volunteer that trains its share and sends something else."""
+
+    kind = "nan"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._attacker: Attacker | None = None
+
+    def answer(self, sealed: Sealed, base: bytes | None, *arguments: Any) -> Answer:
+        """Answer with what the attack makes of the honest update."""
+        honest = super().answer(sealed, base, *arguments)
+        if honest.payload is None:
+            return honest
+        offer, member = open_offer(sealed, self._invitation), self._member
+        assert offer.task is not None, "it was trained"
+        assert member is not None, "it was trained"
+        if self._attacker is None:
+            self._attacker = Attacker(self.kind, offer.plan.bits, seed=0)
+        names = fragments(member.shapes, offer.plan.fragments)[offer.task.fragment]
+        return Answer(self._attacker.send(offer.task, honest.payload, {name: member.shapes[name] for name in names}))
+
+
+def shift_clock(seconds: float) -> None:
+    """Let Flower's part of this process see another time, as on a machine whose clock is wrong."""
+    from flwr.supernode import node_auth_http_interceptor as signing
+
+    right = signing.now
+    signing.now = lambda: right() + datetime.timedelta(seconds=seconds)
+
+
+def main() -> int:
+    """Join as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attack", choices=ATTACKS)
+    parser.add_argument("--clock-seconds", type=float)
+    parser.add_argument("arguments", nargs="+")
+    asked = parser.parse_args()
+    if asked.attack is not None:
+        Attacking.kind = asked.attack
+        joining.Volunteer = Attacking
+    if asked.clock_seconds is not None:
+        shift_clock(asked.clock_seconds)
+    return fanformer(["community", "join", *asked.arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

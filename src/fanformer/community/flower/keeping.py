@@ -1,0 +1,140 @@
+"""A host at work: its processes started, watched, and started again where they died, until all rounds are accepted."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fanformer.community.flower.outcome import Outcome, clear_outcome, read_outcome
+from fanformer.community.flower.processes import HostProcesses
+from fanformer.community.identity import PublicMember, read_public_members
+from fanformer.community.status import read_status
+from fanformer.errors import CheckpointError, DataError, FANformerError
+
+_LOOK_SECONDS = 1.0
+_BEGIN_SECONDS = 180.0
+"""How long the process that keeps the rounds may take to begin."""
+_MOST_RESTARTS = 5
+"""In a row, without an accepted round between them."""
+
+
+def keep(
+    folder: Path,
+    processes: HostProcesses,
+    members: Path,
+    note: Callable[[str], None],
+    on_open: Callable[[], None] = lambda: None,
+) -> None:
+    """Host a run that is begun until all its rounds are accepted.
+
+    Args:
+        folder: of the run.
+        processes: of the host, not started.
+        members: folder of the public keys of those who may take part; keys that come later are let in.
+        note: is told one line.
+        on_open: is called once members may join.
+
+    Raises:
+        FANformerError: what ended the rounds, such as a full disk; the run goes on from its last round.
+        DataError: if the processes die again and again.
+    """
+    watch = _Watch(folder, processes, members, note)
+    watch.begin()
+    on_open()
+    while not watch.is_over():
+        time.sleep(_LOOK_SECONDS)
+
+
+class _Watch:
+    """What is watched."""
+
+    def __init__(self, folder: Path, processes: HostProcesses, members: Path, note: Callable[[str], None]) -> None:
+        self._folder, self._processes, self._members, self._note = folder, processes, members, note
+        self._began = 0.0
+        self._restarts, self._accepted = 0, -1
+        self._told: Mapping[str, Any] = {}
+        self._known: list[PublicMember] = []
+
+    def begin(self) -> None:
+        """Start everything."""
+        clear_outcome(self._folder)
+        self._processes.start()
+        self._register()
+        self._processes.submit()
+        self._began = time.monotonic()
+
+    def _register(self) -> None:
+        members = read_public_members(self._members)
+        if members != self._known:
+            for name in self._processes.register(members):
+                self._note(f"{name} may take part")
+            self._known = members
+
+    def is_over(self) -> bool:
+        """Look once, mend what died, and return whether all rounds are accepted."""
+        outcome = read_outcome(self._folder)
+        self._tell()
+        if outcome.state == "finished":
+            return True
+        if outcome.state == "failed":
+            raise DataError(outcome.error)
+        try:
+            self._register()
+        except FANformerError as error:  # a file that is being copied there
+            self._note(str(error))
+        if not self._processes.is_alive or self._is_gone(outcome):
+            self._begin_again()
+        return False
+
+    def _is_gone(self, outcome: Outcome) -> bool:
+        """Whether the process that keeps the rounds is not there any more, or never came."""
+        if outcome.state == "running":
+            return not _is_alive(outcome.pid)
+        return time.monotonic() - self._began > _BEGIN_SECONDS
+
+    def _begin_again(self) -> None:
+        self._restarts += 1
+        if self._restarts > _MOST_RESTARTS:
+            raise DataError(
+                f"the host's processes died {self._restarts} times without an accepted round: "
+                f"{self._processes.last_words()}"
+            )
+        self._note("a process of the host died: going on from the last round")
+        self.begin()
+
+    def _tell(self) -> None:
+        """Tell what is new."""
+        try:
+            status = read_status(self._folder)
+        except CheckpointError:
+            return
+        if status["number"] > self._accepted:
+            self._accepted, self._restarts = status["number"], 0
+        seen = {one["round"] for one in self._told.get("last_rounds", ())}
+        for one in status["last_rounds"] if self._told else []:
+            if one["round"] not in seen:
+                self._note(_told_round(one, status))
+        before = {one["name"]: one["connected"] for one in self._told.get("members", ())}
+        for one in status["members"]:
+            if one["connected"] != before.get(one["name"], False):
+                self._note(f"{one['name']} {'is connected' if one['connected'] else 'went away'}")
+        self._told = status
+
+
+def _told_round(one: Mapping[str, Any], status: Mapping[str, Any]) -> str:
+    outcome = "accepted" if one["accepted"] else f"rejected, {one['reason']}"
+    loss = "" if one["held_out_loss"] is None else f", held out {one['held_out_loss']:.4f}"
+    return (
+        f"round {one['round']} {outcome}: {one['counted']} of {one['reports']} updates, {one['tokens']:,} tokens{loss}"
+        f", {one['seconds']:.0f} s; {status['number']} of {status['rounds']} done"
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

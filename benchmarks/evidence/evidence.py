@@ -83,10 +83,8 @@ of it is on the other side, **undecided** if it straddles the threshold or there
 count** if a condition was not reached, **not measured at this scale** if the claim is about another size of model.
 
 An interval over seeds is Student's; a range is the lowest and the highest of repetitions; *exact* is counted, or the
-same in every repetition.
-
-What says *tuned* was measured on the block of preset `92m-tuned`, the default until 2026-11-28, and judges no claim
-about `92m`.
+same in every repetition. What says *tuned* was measured on the block of preset `92m-tuned`, the default until
+2026-11-28, and judges no claim about `92m`.
 """
 PARTS = """## What is each part worth?
 

@@ -6,12 +6,15 @@ import shutil
 import struct
 import threading
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 from fanformer.server.limits import Access
 from fanformer.server.models import ServedModel, SlotSettings
-from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401
+from tests.multimodal_files import save_with_towers, write_picture
+from tests.saved_models import recurrent_model, saved_model, tiny_tokenizer  # noqa: F401
 from tests.server.conftest import PATIENCE_SECONDS, running
 from tests.server.test_chat import TEMPLATE
 
@@ -245,6 +248,48 @@ def test_a_look_inside_shows_every_block(tab, client):
         assert all(f"{value:.2f}" in shown for value in middles)
 
 
+def test_attention_is_told_of_every_head_and_token_by_pointer_and_keys(tab, client):
+    page = tab.page
+    page.fill("#prompt", PROMPT)
+    page.click("#inside > summary")
+    page.select_option("#inside-model", "tiny")
+    page.click("#look")
+    page.select_option("#inside-layer", "1")
+    page.wait_for_selector(".attention canvas")
+    asked = {"model": "tiny", "prompt": PROMPT, "layer": 1}
+    attention = client("POST", "/inside", asked)[2]["attention"]
+    names = [name.removeprefix("bytes:") for name in attention["tokens"]]
+    tokens = page.locator(".attention [role=option]")
+    assert [one.text_content() for one in tokens.all()] == names
+    heads = page.locator(".attention [type=radio]")
+    expect(heads).to_have_count(len(attention["heads"]))
+    expect(page.locator(".attention canvas")).to_have_count(len(attention["heads"]))
+    detail = page.locator(".attention .detail")
+
+    def told(head, token):
+        row = attention["heads"][head][token]
+        place = max(range(len(row)), key=row.__getitem__)
+        share = f"{100 * row[place]:.0f}%" if row[place] >= 0.1 else f"{100 * row[place]:.1f}%"
+        return f"\u201c{names[token]}\u201d in head {head} looks at \u201c{names[place]}\u201d {share}"
+
+    expect(detail).to_contain_text(told(0, len(names) - 1))
+    tokens.nth(3).hover()
+    expect(detail).to_contain_text(told(0, 3))
+    heads.first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    expect(detail).to_contain_text(told(2, 3))
+    page.keyboard.press("Tab")
+    page.keyboard.press("Home")
+    expect(detail).to_contain_text(told(2, 0))
+    page.keyboard.press("ArrowRight")
+    expect(detail).to_contain_text(told(2, 1))
+    active = page.get_attribute(".attention [role=listbox]", "aria-activedescendant")
+    assert page.locator(f"#{active}").text_content() == names[1]
+    page.select_option("#inside-layer", "")
+    expect(page.locator(".attention")).to_have_count(0)
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
 def test_it_is_accessible_and_fits_the_window(client, open_tab, width, dark):
     tab = open_tab(f"http://127.0.0.1:{client.port}/", width, dark)
@@ -260,6 +305,8 @@ def test_it_is_accessible_and_fits_the_window(client, open_tab, width, dark):
     page.click("#inside > summary")
     page.click("#look")
     page.wait_for_selector("#inside-shown table")
+    page.select_option("#inside-layer", "1")
+    page.wait_for_selector(".attention canvas")
     assert tab.violations() == []
     assert tab.is_as_wide_as_its_window()
 
@@ -274,45 +321,121 @@ def test_everything_is_reached_by_the_tab_key(tab):
     assert buttons <= seen
 
 
-def test_dial_picture_and_microphone_are_there_where_the_model_takes_them(client, open_tab, monkeypatch):
-    address = f"http://127.0.0.1:{client.port}/"
-    plain = open_tab(address).page
-    plain.check("[name=mode][value=chat]")
-    assert not any(plain.is_visible(f"#{name}") for name in ("num_steps", "picture-part", "record"))
-    able = {"chat": True, "inside": True, "inputs": ["text", "image", "audio"],
-            "num_steps": {"least": 1, "usual": 4, "most": 16}}  # fmt: skip
-    monkeypatch.setattr(ServedModel, "capabilities", property(lambda model: able))
-    page = open_tab(address).page
-    page.uncheck("#model-0")
-    page.check("[name=mode][value=chat]")
-    bodies = []
+def test_the_dial_is_there_where_a_model_has_one_and_does_what_it_says(saved_model, recurrent_model, open_tab):  # noqa: F811
+    paths = {"tiny": saved_model, "deep": recurrent_model}
+    served = {name: ServedModel.open(path, name, SlotSettings(2, 100, 4), device="cpu") for name, path in paths.items()}
+    with running(served) as client:
+        tab = open_tab(f"http://127.0.0.1:{client.port}/")
+        page = tab.page
+        page.uncheck("#model-0")
+        page.fill("#num_steps", "8")
+        expect(page.locator("#steps-shown")).to_have_text("8")
+        page.fill("#prompt", PROMPT)
+        fill(page)
+        page.click("#send")
+        expect(page.locator("#status")).to_have_text("Done.")
+        asked = {"model": "deep", "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "num_steps": 8}
+        assert answers(page).text_content() == client.complete(**asked)["choices"][0]["text"]
+        page.check("#model-0")
+        page.uncheck("#model-1")
+        assert not page.is_visible("#num_steps")
+    for model in served.values():
+        model.close()
 
-    def answer(route):
-        bodies.append(json.loads(route.request.post_data))
-        route.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
 
-    page.route("**/v1/chat/completions", answer)
-    page.fill("#num_steps", "9")
-    expect(page.locator("#steps-shown")).to_have_text("9")
-    page.set_input_files("#picture", {"name": "dot.png", "mimeType": "image/png", "buffer": b"\x89PNG not really"})
-    page.click("#record")
-    expect(page.locator("#record")).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("#record")).to_have_text("Stop recording, 1 s")
-    page.click("#record")
-    expect(page.locator("#attached li")).to_have_count(2)
-    page.fill("#prompt", "what is this?")
-    page.click("#send")
-    expect(page.locator("#status")).to_have_text("Done.")
-    [body] = bodies
-    picture, sound, words = body["messages"][-1]["content"]
-    assert body["num_steps"] == 9
-    assert base64.b64decode(picture["image_url"]["url"].partition("base64,")[2]) == b"\x89PNG not really"
+@pytest.fixture(scope="module")
+def seeing(tiny_model, tiny_tokenizer, tmp_path_factory):  # noqa: F811
+    """A model with towers that has room for a long recording: the machine may be busy."""
+    base, folder = (tmp_path_factory.mktemp("seeing") / name for name in ("base", "sees"))
+    tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=2048).save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    model = ServedModel.open(save_with_towers(base, folder), "sees", SlotSettings(2, None, 4), device="cpu")
+    yield model
+    model.close()
+
+
+PASTE = """(coded) => {
+  const bytes = Uint8Array.from(atob(coded), (letter) => letter.charCodeAt(0));
+  const clipboardData = new DataTransfer();
+  clipboardData.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
+  document.getElementById("prompt").dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+}"""
+
+
+def test_a_picture_a_pasted_one_and_a_recording_are_answered(models, seeing, open_tab, tmp_path):
+    red, blue = (write_picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
+    with running({"tiny": models["tiny"], "sees": seeing}) as client:
+        tab = open_tab(f"http://127.0.0.1:{client.port}/")
+        page = tab.page
+        assert page.is_checked("[name=mode][value=chat]")
+        page.uncheck("#model-1")
+        assert not page.is_visible("#picture-part")
+        assert not page.is_visible("#record")
+        page.check("#model-1")
+        page.uncheck("#model-0")
+        page.set_input_files("#picture", {"name": "a.gif", "mimeType": "image/gif", "buffer": b"GIF89a"})
+        expect(page.locator("#status")).to_have_text("a.gif is no PNG, JPEG or WebP.")
+        page.set_input_files("#picture", red)
+        expect(page.locator("#attached li")).to_have_count(1)
+        page.evaluate(PASTE, base64.b64encode(blue.read_bytes()).decode())
+        expect(page.locator("#attached li")).to_have_count(2)
+        page.click("#record")
+        expect(page.locator("#record")).to_have_attribute("aria-pressed", "true")
+        expect(page.locator("#record")).to_have_text("Stop recording, 1 s")
+        page.click("#record")
+        expect(page.locator("#attached li")).to_have_count(3)
+        assert tab.violations() == []
+        fill(page, max_tokens="6")
+        page.fill("#prompt", "what is this?")
+        page.click("#send")
+        expect(page.locator("#status")).to_have_text("Done.")
+        expect(page.locator("#attached li")).to_have_count(0)
+        sent = next(json.loads(one.post_data) for one in tab.requests if one.url.endswith("/chat/completions"))
+        check_content(sent["messages"][-1]["content"], red, blue)
+        status, _, found = client("POST", "/v1/chat/completions", {**sent, "stream": False})
+        assert status == 200
+        assert answers(page).text_content() == found["choices"][0]["message"]["content"]
+        pictures = page.locator(".turn.user img")
+        assert [one.get_attribute("alt") for one in pictures.all()] == ["red.png", "pasted.png"]
+        assert page.locator(".turn.user").text_content() == "[recording] what is this?"
+        assert tab.violations() == []
+        page.reload()
+        page.wait_for_selector("body[data-ready]")
+        page.fill("#prompt", "and now?")
+        page.click("#send")
+        expect(page.locator("#status")).to_have_text("Done.")
+        again = [json.loads(one.post_data) for one in tab.requests if one.url.endswith("/chat/completions")][-1]
+        assert again["messages"][0] == sent["messages"][-1]
+        assert again["messages"][-1] == {"role": "user", "content": "and now?"}
+
+
+def check_content(content, red, blue):
+    """Check the parts of a message: both files as they are, a whole WAV, and the words."""
+    *pictures, sound, words = content
+    coded = [one["image_url"]["url"].partition("data:image/png;base64,")[2] for one in pictures]
+    assert [base64.b64decode(one) for one in coded] == [red.read_bytes(), blue.read_bytes()]
     assert words == {"type": "text", "text": "what is this?"}
     wav = base64.b64decode(sound["input_audio"]["data"])
     assert sound["input_audio"]["format"] == "wav"
     kind, channels, rate = struct.unpack_from("<HHI", wav, 20)
     assert (wav[:4], wav[8:12], kind, channels, rate) == (b"RIFF", b"WAVE", 1, 1, 16000)
     assert len(wav) == 44 + struct.unpack_from("<I", wav, 40)[0] > 1000
+
+
+def test_more_than_a_tab_keeps_is_told_after_a_reload(seeing, open_tab, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    with running({"sees": seeing}) as client:
+        page = open_tab(f"http://127.0.0.1:{client.port}/").page
+        fill(page, max_tokens="3")
+        page.set_input_files("#picture", tmp_path / "large.png")
+        expect(page.locator("#attached li")).to_have_count(1)
+        page.click("#send")
+        expect(page.locator("#status")).to_have_text("Done.")
+        page.reload()
+        page.wait_for_selector("body[data-ready]")
+        expect(page.locator("#status")).to_contain_text("What was shown is more than a tab keeps")
+        expect(page.locator(".turn")).to_have_count(0)
 
 
 def test_a_server_with_keys_shows_the_page_and_asks_for_one(models, open_tab):

@@ -188,6 +188,7 @@ def test_texts_and_conversations_become_ids_and_back(both):
     assert model.decode(conversation) == "user: the cat\nassistant:"
     assert both.refused("/tokenize", prompt="a", messages=HELLO)[0] == 404  # no model called tiny here
     assert both.refused("/tokenize", model="chat")[1]["param"] == "prompt"
+    assert both.refused("/tokenize", model="chat", messages=[])[1]["param"] == "messages"
     assert both.refused("/detokenize", model="chat", tokens=[300])[1]["param"] == "tokens"
     info = both("GET", "/tokenizer_info")[2]
     assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<|endoftext|>", "<|endoftext|>", None)
@@ -208,4 +209,10 @@ def test_the_schema_names_every_route_and_field(both):
     assert "422" not in responses
     assert responses["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorEnvelope")
     fields = schema["components"]["schemas"]["CompletionFields"]["properties"]
+    assert fields["model"]["enum"] == ["base", "chat"]
+    [name] = schema["paths"]["/v1/models/{name}"]["get"]["parameters"]
+    assert name["schema"]["enum"] == ["base", "chat"]
+    tokenized = schema["components"]["schemas"]["TokenizeFields"]["properties"]["model"]
+    assert tokenized["anyOf"][0]["enum"] == ["base", "chat"]
+    assert list(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
     assert {"prompt", "best_of", "echo", "logprobs", "min_p", "repetition_penalty", "logit_bias", "seed"} <= set(fields)

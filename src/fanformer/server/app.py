@@ -96,12 +96,12 @@ def build(
     _add_inside(app, service)
     _add_state(app, service, lost_log_lines)
     add_page(app)
-    _mend_schema(app)
+    _mend_schema(app, list(models))
     return service
 
 
-def _mend_schema(app: FastAPI) -> None:
-    """Take what FastAPI says of wrong fields out of the schema: here they are a 400 like any other."""
+def _mend_schema(app: FastAPI, names: Sequence[str]) -> None:
+    """Put the models' names into the schema, and take out what FastAPI says of wrong fields: here a 400 like any."""
     whole = app.openapi
 
     def mended() -> dict[str, Any]:
@@ -109,6 +109,12 @@ def _mend_schema(app: FastAPI) -> None:
         for operations in schema["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                for parameter in operation.get("parameters", ()):
+                    parameter["schema"]["enum"] = list(names)  # the only one is a model's name
+        for described in schema["components"]["schemas"].values():
+            field = described.get("properties", {}).get("model")
+            if field is not None:
+                field.get("anyOf", [field])[0]["enum"] = list(names)
         return schema
 
     app.openapi = mended
@@ -302,7 +308,7 @@ def _add_state(app: FastAPI, service: Service, lost_log_lines: Callable[[], int]
         status = "draining" if service.gate.draining else "ok" if service.is_healthy else "broken"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
-    @app.get("/metrics", responses=_ERRORS)
+    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Tell numbers for Prometheus."""
         text = render(service.models.values(), service.gate, lost_log_lines())

@@ -160,7 +160,7 @@ class TokenizeFields(_Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_SEQUENCES)] | None = None
     add_special_tokens: bool = True
     """Whether the start token comes first; for a text."""
 

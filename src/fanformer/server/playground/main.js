@@ -1,8 +1,9 @@
 // The page: settings, prompt and panes; what was written outlives a reload of the tab.
 
+import { Attachments } from "/page/attachments.js";
+import { AttentionView } from "/page/attention.js";
 import { ask, ServerError, useKey } from "/page/client.js";
 import { insideTable } from "/page/inside.js";
-import { picturePart, Recorder } from "/page/media.js";
 import { Pane } from "/page/pane.js";
 
 const STORE = "fanformer-playground";
@@ -12,20 +13,26 @@ const at = (id) => document.getElementById(id);
 const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
 let models = []; // as /v1/models tells them
 let panes = [];
-let attached = []; // {part, shown}
+let looked = null; // {model, prompt} of the look inside that is shown
 let running = null; // AbortController of the answers that are coming
 
 const mode = () => document.querySelector("[name=mode]:checked").value;
 const chosen = () => models.filter((model) => at(`model-${models.indexOf(model)}`).checked);
 const can = (test) => chosen().some((model) => test(model.capabilities ?? {}));
 const say = (text) => (at("status").textContent = text);
+const attached = new Attachments(at("attached"), at("record"), say);
 
 function save() {
   const fields = Object.fromEntries([...NUMBERS, "prompt", "system", "stop-strings"].map((id) => [id, at(id).value]));
   const turns = panes.map(({ model, turns }) => ({ model, turns }));
   const names = chosen().map((model) => model.id);
   const content = { fields, turns, names, mode: mode(), sure: at("sure").checked };
-  sessionStorage.setItem(STORE, JSON.stringify(content));
+  try {
+    sessionStorage.setItem(STORE, JSON.stringify(content));
+  } catch (error) {
+    if (error.name !== "QuotaExceededError") throw error;
+    sessionStorage.setItem(STORE, JSON.stringify({ ...content, turns: [], isCut: true }));
+  }
 }
 
 function restore() {
@@ -58,7 +65,10 @@ async function loadModels() {
       return label;
     }),
   );
-  say(models.length === 1 ? "1 model is ready." : `${models.length} models are ready.`);
+  const ready = models.length === 1 ? "1 model is ready." : `${models.length} models are ready.`;
+  say(kept.isCut ? `${ready} What was shown is more than a tab keeps: the conversation begins anew.` : ready);
+  const isShown = models.some((model) => model.capabilities?.inputs?.length > 1);
+  if (isShown && !kept.mode) document.querySelector("[name=mode][value=chat]").checked = true;
   arrange();
   document.body.dataset.ready = "yes";
 }
@@ -80,6 +90,7 @@ function arrange() {
   at("picture-part").hidden = !inputs("image");
   at("record").hidden = !inputs("audio");
   at("media").hidden = !inputs("image") && !inputs("audio");
+  if (at("media").hidden) attached.clear();
   const dial = chosen().map((model) => model.capabilities?.num_steps).find((steps) => steps);
   at("steps-part").hidden = !dial;
   if (dial) setDial(dial);
@@ -124,10 +135,9 @@ function requestOf(pane, prompt) {
   const messages = pane.turns
     .filter((turn) => turn.role === "user" || turn.role === "assistant")
     .map((turn) => ({ role: turn.role, content: turn.content ?? turn.text }));
-  const parts = attached.map((one) => one.part);
-  const content = parts.length ? [...parts, { type: "text", text: prompt }] : prompt;
-  const shown = attached.map((one) => `[${one.shown}] `).join("") + prompt;
-  const given = { role: "user", text: shown, tokens: [], content };
+  const { parts, names } = attached;
+  const content = parts.length ? [...parts, ...(prompt ? [{ type: "text", text: prompt }] : [])] : prompt;
+  const given = { role: "user", text: prompt, tokens: [], content, names };
   messages.push({ role: "user", content });
   if (system) messages.unshift({ role: "system", content: system });
   const body = { ...fields, messages, logprobs: true, top_logprobs: ALTERNATIVES };
@@ -147,7 +157,7 @@ async function send() {
   const { signal } = running;
   const answers = panes.map((pane) => pane.ask(...requestOf(pane, prompt), signal));
   if (mode() === "chat") at("prompt").value = "";
-  attach([]);
+  attached.clear();
   const ended = await Promise.all(answers);
   running = null;
   at("send").disabled = false;
@@ -166,63 +176,38 @@ function clear() {
     pane.turns = [];
     pane.about.textContent = "";
   });
+  attached.clear();
   showTurns();
   save();
 }
 
-function attach(list) {
-  attached = list;
-  at("attached").replaceChildren(
-    ...attached.map((one) => {
-      const item = document.createElement("li");
-      const remove = document.createElement("button");
-      remove.type = "button";
-      remove.textContent = `${one.shown}: remove`;
-      remove.addEventListener("click", () => attach(attached.filter((other) => other !== one)));
-      if (one.part.image_url) {
-        const image = new Image();
-        image.src = one.part.image_url.url;
-        image.alt = "";
-        item.append(image);
-      }
-      item.append(remove);
-      return item;
-    }),
-  );
-}
-
-let recorder = null;
-async function record() {
-  const button = at("record");
-  if (recorder) {
-    const ended = recorder;
-    recorder = null;
-    button.setAttribute("aria-pressed", "false");
-    button.textContent = "Record";
-    attach([...attached, { part: await ended.stop(), shown: "recording" }]);
-    return;
-  }
-  const begun = new Recorder();
+// Returns what the server tells of the inside, or null where it says why not.
+async function askInside(fields) {
   try {
-    await begun.start((seconds) => (button.textContent = `Stop recording, ${seconds} s`));
+    return await ask("/inside", fields);
   } catch (error) {
-    say(`The microphone cannot be used: ${error.message}.`);
-    return;
+    if (!(error instanceof ServerError)) throw error;
+    at("inside-shown").textContent = error.message;
+    at("attention-part").hidden = true;
+    return null;
   }
-  recorder = begun;
-  button.setAttribute("aria-pressed", "true");
-  button.textContent = "Stop recording";
 }
 
 async function look() {
   const pane = panes.find((one) => one.model === at("inside-model").value);
-  const prompt = pane.turns.map((turn) => turn.text).join("") || at("prompt").value;
-  try {
-    at("inside-shown").replaceChildren(insideTable(await ask("/inside", { model: pane.model, prompt })));
-  } catch (error) {
-    if (!(error instanceof ServerError)) throw error;
-    at("inside-shown").textContent = error.message;
-  }
+  looked = { model: pane.model, prompt: pane.turns.map((turn) => turn.text).join("") || at("prompt").value };
+  const found = await askInside(looked);
+  if (!found) return;
+  at("inside-shown").replaceChildren(insideTable(found));
+  at("inside-layer").replaceChildren(new Option("choose", ""), ...found.layers.map((_, index) => new Option(index)));
+  at("attention-shown").replaceChildren();
+  at("attention-part").hidden = false;
+}
+
+async function showAttention() {
+  const layer = at("inside-layer").value;
+  const found = layer === "" ? null : await askInside({ ...looked, layer: Number(layer) });
+  at("attention-shown").replaceChildren(...(found ? [new AttentionView(looked.model, found.attention).element] : []));
 }
 
 at("composer").addEventListener("submit", (event) => {
@@ -247,12 +232,17 @@ at("stop").addEventListener("click", stop);
 at("clear").addEventListener("click", clear);
 at("sure").addEventListener("change", showTurns);
 at("look").addEventListener("click", look);
-at("record").addEventListener("click", record);
+at("inside-layer").addEventListener("change", showAttention);
 at("num_steps").addEventListener("input", () => (at("steps-shown").textContent = at("num_steps").value));
 at("picture").addEventListener("change", async () => {
-  const [file] = at("picture").files;
-  if (file) attach([...attached, { part: await picturePart(file), shown: file.name }]);
+  await attached.addPictures([...at("picture").files]);
   at("picture").value = "";
+});
+at("prompt").addEventListener("paste", (event) => {
+  const pictures = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
+  if (!pictures.length || at("media").hidden || at("picture-part").hidden) return;
+  event.preventDefault();
+  attached.addPictures(pictures);
 });
 at("use-key").addEventListener("click", () => {
   useKey(at("key").value);

@@ -36,14 +36,19 @@ export function wav(samples, rate) {
 }
 
 export class Recorder {
+  get isRecording() {
+    return this.recorder?.state === "recording";
+  }
+
   // Begins; `tell` hears the seconds that are recorded, once each.
   async start(tell) {
+    if (!navigator.mediaDevices) throw new Error("a page has one over https or on this machine only");
     this.source = await navigator.mediaDevices.getUserMedia({ audio: true });
     this.pieces = [];
     this.recorder = new MediaRecorder(this.source);
     this.recorder.ondataavailable = (event) => {
       this.pieces.push(event.data);
-      if (this.recorder.state === "recording") tell(this.pieces.length);
+      if (this.isRecording) tell(this.pieces.length);
     };
     this.recorder.start(1000);
   }

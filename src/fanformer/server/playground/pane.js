@@ -12,8 +12,20 @@ function make(tag, className, text = "") {
   return element;
 }
 
+// Returns what stands for the pictures and recordings of a message: the pictures themselves, and words.
+function shownMedia(turn) {
+  const media = Array.isArray(turn.content) ? turn.content.filter((part) => part.type !== "text") : [];
+  return media.map((part, index) => {
+    if (!part.image_url) return make("span", "quiet", `[${turn.names[index]}] `);
+    const image = new Image();
+    image.src = part.image_url.url;
+    image.alt = turn.names[index];
+    return image;
+  });
+}
+
 export class Pane {
-  // turns: {role: "given" | "text" | "user" | "assistant", text, tokens}
+  // turns: {role: "given" | "text" | "user" | "assistant", text, tokens}; of a user's, `content` and `names` of media
   constructor(model, turns = []) {
     this.model = model;
     this.turns = turns;
@@ -54,7 +66,8 @@ export class Pane {
       this.answer.append(this.view.element);
     } else {
       this.view = null;
-      this.plain = make("div", `turn ${turn.role}`, turn.text);
+      this.plain = make("div", `turn ${turn.role}`);
+      this.plain.append(...shownMedia(turn), turn.text);
       this.answer.append(this.plain);
     }
   }

@@ -19,12 +19,12 @@ export function tokensOf(choice) {
   }));
 }
 
-const shownName = (name) => (name.startsWith("bytes:\\x") ? name.slice(6) : name);
+export const shownName = (name) => (name.startsWith("bytes:\\x") ? name.slice(6) : name);
 const percent = (logprob) => {
   const value = 100 * Math.exp(logprob);
   return `${value >= 10 ? value.toFixed(0) : value >= 0.1 ? value.toFixed(1) : "under 0.1"}%`;
 };
-const quoted = (text) => `\u201c${text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5")}\u201d`;
+export const quoted = (text) => `\u201c${text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5")}\u201d`;
 
 // From which probability on a token has which of the colours p0 to p9: finer where small models are.
 const STEPS = [0, 0.02, 0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9];

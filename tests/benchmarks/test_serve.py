@@ -1,11 +1,14 @@
 """The load benchmark: its dry run asks a real server, and it tells right answers from others."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401
 
 pytest.importorskip("fastapi", reason="needs the extra `serve` (fastapi)")
 
@@ -16,6 +19,13 @@ def serve(repository, monkeypatch):
     import serve
 
     return serve
+
+
+@pytest.fixture
+def beside(serve):
+    import serve_beside
+
+    return serve_beside
 
 
 @pytest.mark.ci
@@ -56,3 +66,22 @@ def test_only_the_first_other_token_of_a_greedy_answer_is_weighed(serve):
             return [0.0, {6: -1.0, 7: -1.25}[ids[-1]]]
 
     assert serve.gap(Model(), serve.Case([0, 9], None, [5, 6, 1]), [5, 7, 2]) == 0.25
+
+
+def test_the_load_beside_another_server_asks_what_nobody_asked_and_counts_whole_answers(beside, saved_model):  # noqa: F811
+    from fanformer.server.models import ServedModel, SlotSettings
+    from tests.server.conftest import running
+
+    model = ServedModel.open(saved_model, "model", SlotSettings(2, 60, queue_size=8), device="cpu")
+    counters = model.scheduler.counters
+    with running({"model": model}) as client:
+        asker = beside.Asker(client.port, 290, 20, 7, {"min_tokens": 7})
+        assert asyncio.run(asker.rate(3, 6)) > 0
+        assert (counters.prompt_tokens, counters.completion_tokens, counters.cached_tokens) == (6 * 20, 6 * 7, 0)
+        short = beside.Asker(client.port, 290, 20, 7, {"min_tokens": 0, "logit_bias": {"0": 100}})
+        with pytest.raises(SystemExit, match="an answer must have 7 tokens, got 1"):
+            asyncio.run(short.rate(1, 1))
+        wrong = beside.Asker(client.port, 290, 20, 7, {"min_tokens": 99})
+        with pytest.raises(SystemExit, match=r"a server refused: b'HTTP/1\.1 400 "):
+            asyncio.run(wrong.rate(1, 1))
+    model.close()

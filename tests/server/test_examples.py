@@ -1,4 +1,6 @@
-"""examples/serving: the manifest fits Kubernetes' schema, its times add up, and its words are the command's."""
+"""examples/serving: the manifest fits Kubernetes' schema, times add up, and the words are the command's."""
+
+import configparser
 
 import kubernetes_validate
 import pytest
@@ -45,3 +47,16 @@ def test_the_labels_select_the_pods(objects):
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert objects["Service"]["spec"]["selector"] == labels
     assert objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+
+
+def test_the_unit_stops_in_time_and_its_words_are_those_of_the_command(repository):
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read_string((repository / "examples/serving/fanformer.service").read_text(encoding="utf-8"))
+    program, verb, *words = unit["Service"]["ExecStart"].split()
+    assert (program.rpartition("/")[2], verb) == ("fanformer", "serve")
+    with serve.make_context("serve", words) as context:
+        assert context.params["models"] == ("/opt/fanformer/models/assistant",)
+        assert context.params["drain_seconds"] < float(unit["Service"]["TimeoutStopSec"])
+        name = context.params["api_key_file"].rpartition("/")[2]
+    assert unit["Service"]["LoadCredential"].startswith(f"{name}:")

@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
-.PHONY: check-tuning community-drill check-serve-beside llama-server
+.PHONY: check-tuning check-multimodal community-drill check-serve-beside llama-server
 .PHONY: release-model check-release
 .PHONY: bench evidence clean
 
@@ -30,7 +30,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 demo: setup
 	$(BIN)/python examples/demo.py --output-dir runs/demo
 
-# Teach the demo's model to see scanned digits, and to hear spoken ones; DATA=DIR takes other pictures or recordings.
+# Teach the demo's model to see scanned digits, and to hear spoken ones; DATA=DIR or DATA=hf:NAME takes others.
 demo-image: setup-dev
 	$(BIN)/python examples/demo_image.py $(if $(DATA),--data $(DATA))
 
@@ -112,6 +112,11 @@ community-drill: setup-dev
 # What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
 check-tuning: setup-dev
 	$(BIN)/python benchmarks/quality/tuning.py --write
+
+# What seeing and hearing is worth, over three seeds beside blind twins, on the folder BASE: hours of two cores; the same
+# command goes on, and fills in docs/multimodal.md. TASKS="naming both" takes some.
+check-multimodal: setup-dev
+	$(BIN)/python benchmarks/quality/multimodal.py --base $(or $(BASE),runs/demo) $(addprefix --task ,$(TASKS)) --write
 
 # The model in the box, from text to the folder that ships, and the bars it has to reach; release/ has both.
 release-model: setup-dev

@@ -6,12 +6,13 @@ Fails if fewer than 90% of the 300 held-out recordings are named right, or if a 
 import json
 from pathlib import Path
 
-from multimodal_demo import Example, exit_with, run_demo
+from hub_media import hub_examples
+from multimodal_demo import Example, Recipe, exit_with, run_demo
 
 from fanformer.errors import ConfigError, import_extra
 
 FIELDS = {
-    "max_steps": 500,
+    "max_steps": 400,
     "sequence_length": 128,
     "batch_size": 4,
     "optimizer": "muon",
@@ -30,11 +31,14 @@ def make_recordings(folder: Path, data: str | None) -> tuple[list[Example], list
 
     Args:
         folder: to write into.
-        data: a folder of wavs named DIGIT_SPEAKER_TAKE.wav, in place of those beside this file.
+        data: a folder of wavs named DIGIT_SPEAKER_TAKE.wav, or hf:NAME, in place of those beside this file.
 
     Raises:
         ConfigError: if `data` is no such folder.
+        DataError: if it is no such dataset.
     """
+    if data is not None and data.startswith("hf:"):
+        return hub_examples(data, folder, "audio")
     if data is not None:
         return named_recordings(folder, Path(data))
     soundfile = import_extra("soundfile", "reading sound", "multimodal")
@@ -62,17 +66,20 @@ def named_recordings(folder: Path, data: Path) -> tuple[list[Example], list[Exam
     for path in sorted(data.glob("*.wav")):
         parts = path.stem.split("_")
         if len(parts) != 3 or not (parts[0] + parts[2]).isdecimal():
-            raise ConfigError(f"`--data` must hold files like 7_jackson_32.wav, got {path}.")
+            raise ConfigError(f"`--data` must hold files like 7_jackson_32.wav, or be hf:NAME, got {path}.")
         (folder / path.name).write_bytes(path.read_bytes())
         (held_out if int(parts[2]) < HELD_OUT_TAKES else learnt).append((path.name, parts[0]))
     if not learnt or not held_out:
-        raise ConfigError(f"`--data` must hold takes below {HELD_OUT_TAKES} and others, got {data}.")
+        raise ConfigError(
+            f"`--data` must hold takes below {HELD_OUT_TAKES} and others, or be hf:NAME, got {data}: name other data."
+        )
     return learnt, held_out
 
 
 def main() -> int:
     """Run the demo and return its exit code."""
-    return run_demo("audio", "Which digit?", FIELDS, 0.9, make_recordings)
+    own, other = Recipe("Which digit?", FIELDS), Recipe("What is said?", FIELDS)
+    return run_demo("audio", own, other, 0.9, make_recordings)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ Fails if fewer than 95% of the held-out fifth are named right, or if a twin that
 from pathlib import Path
 
 import numpy as np
-from multimodal_demo import Example, exit_with, run_demo
+from hub_media import hub_examples
+from multimodal_demo import Example, Recipe, exit_with, run_demo
 from PIL import Image
 
 from fanformer.errors import ConfigError
 
 FIELDS = {
-    "max_steps": 500,
+    "max_steps": 400,
     "sequence_length": 128,
     "batch_size": 4,
     "learning_rate": 2e-3,
@@ -29,11 +30,14 @@ def make_pictures(folder: Path, data: str | None) -> tuple[list[Example], list[E
 
     Args:
         folder: to write into.
-        data: a folder with a sub-folder of pictures for each name, in place of scikit-learn's digits.
+        data: a folder with a sub-folder of pictures for each name, or hf:NAME, in place of scikit-learn's digits.
 
     Raises:
         ConfigError: if `data` is no such folder.
+        DataError: if it is no such dataset.
     """
+    if data is not None and data.startswith("hf:"):
+        return hub_examples(data, folder, "image")
     if data is not None:
         return named_pictures(folder, Path(data))
     from sklearn.datasets import load_digits
@@ -55,7 +59,9 @@ def named_pictures(folder: Path, data: Path) -> tuple[list[Example], list[Exampl
     """
     found = sorted(path for path in data.glob("*/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if len(found) < 10:
-        raise ConfigError(f"`--data` must be a folder with a sub-folder of pictures for each name, got {data}.")
+        raise ConfigError(
+            f"`--data` must be a folder with a sub-folder of pictures for each name, or hf:NAME, got {data}."
+        )
     examples = []
     for index, path in enumerate(found):
         name = f"{index:06}{path.suffix.lower()}"
@@ -66,7 +72,8 @@ def named_pictures(folder: Path, data: Path) -> tuple[list[Example], list[Exampl
 
 def main() -> int:
     """Run the demo and return its exit code."""
-    return run_demo("image", "Which digit?", FIELDS, 0.95, make_pictures)
+    own, other = Recipe("Which digit?", FIELDS), Recipe("What is this?", {**FIELDS, "image_size": 32})
+    return run_demo("image", own, other, 0.95, make_pictures)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,33 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fanformer.cli.failure import quiet_libraries
 from fanformer.cli.terminal import TerminalReporter
-from fanformer.errors import FANformerError
+from fanformer.errors import CheckpointError, ConfigError, FANformerError
 from fanformer.training.configuration import resolve_multimodal, resolve_run
 
 Example = tuple[str, str]
 """A media file's name and the answer about it."""
+SOURCE_FILE, OWN_DATA = "source.txt", "the demo's own data"
+TUNING = {"max_steps": 150, "optimizer": "adamw", "learning_rate": 2e-3, "eval_steps": 150}
+"""Fields of the stage in which adapters learn. A base that has read little is not steered by a tower alone."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How both twins learn.
+
+    Attributes:
+        question: about every picture or recording.
+        fields: of their runs in the stage in which towers learn.
+    """
+
+    question: str
+    fields: Mapping[str, Any]
 
 
 def write_rows(file: Path, examples: Sequence[Example], kind: str, question: str) -> None:
@@ -45,31 +62,42 @@ def base_model(folder: Path, seconds: float) -> Path:
 
 
 def train_twin(folder: Path, base: Path, rows: Path, held_out: Path, fields: Mapping[str, Any], blind: bool) -> float:
-    """Train on rows unless that is done; return the share of held-out answers that are right to the letter."""
+    """Align a tower, then tune adapters; return the share of held-out answers that are right to the letter.
+
+    Raises:
+        CheckpointError: if a run was stopped.
+    """
+    aligned = folder.with_name(f"{folder.name}-aligned")
+    data = {"data": str(rows), "eval_data": str(held_out), "blind": blind}
+    train_stage(aligned, {**fields, **data, "init_from": str(base), "stage": "align"})
+    tuning = {**TUNING, "max_steps": min(TUNING["max_steps"], fields["max_steps"])}
+    return train_stage(folder, {**fields, **tuning, **data, "init_from": str(aligned), "stage": "tune"})
+
+
+def train_stage(folder: Path, fields: Mapping[str, Any]) -> float:
+    """Train unless that is done; return as `train_twin` does.
+
+    Raises:
+        CheckpointError: if it was stopped.
+    """
     from fanformer.loading import longest_text
     from fanformer.training.folder import read_records
     from fanformer.training.run import train
 
-    if not is_finished(folder):
-        given = {
-            "init_from": str(base),
-            "data": str(rows),
-            "eval_data": str(held_out),
-            "output_dir": str(folder),
-            "resume": (folder / "run.yaml").is_file(),
-            "blind": blind,
-            "stage": "align",
-            **fields,
-        }
+    done = read_records(folder)
+    if not is_finished(folder) or not done or done[-1]["step"] < fields["max_steps"]:
+        given = {**fields, "output_dir": str(folder), "resume": (folder / "run.yaml").is_file()}
         with TerminalReporter() as reporter:
-            train(resolve_multimodal(lambda: longest_text(base), given), reporter)
+            result = train(resolve_multimodal(lambda: longest_text(fields["init_from"]), given), reporter)
+        if not result.reached_end:
+            raise CheckpointError(f"{folder} was stopped after step {result.step}: the same command goes on.")
     return next(record["val_exact"] for record in reversed(read_records(folder)) if "val_exact" in record)
 
 
 def run_demo(
     kind: str,
-    question: str,
-    fields: Mapping[str, Any],
+    own: Recipe,
+    other: Recipe,
     bar: float,
     make_data: Callable[[Path, str | None], tuple[list[Example], list[Example]]],
 ) -> int:
@@ -77,8 +105,8 @@ def run_demo(
 
     Args:
         kind: "image" or "audio".
-        question: about every picture or recording.
-        fields: of both runs.
+        own: recipe for the demo's data.
+        other: recipe for what `--data` names.
         bar: share of right answers that is asked for.
         make_data: writes media into a folder, from what `--data` names; returns what is learnt and what is held out.
     """
@@ -86,25 +114,40 @@ def run_demo(
     parser.add_argument("--output-dir", type=Path, default=Path(f"runs/demo-{kind}"))
     parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder of a language model")
     parser.add_argument("--base-time", type=float, default=300.0, help="seconds to train it where it is not there")
-    parser.add_argument("--data", default=None, help="folder of more data, or hf:NAME")
-    parser.add_argument("--max-steps", type=int, default=fields["max_steps"])
+    parser.add_argument("--data", default=None, help="folder of other data, or hf:NAME")
+    parser.add_argument("--max-steps", type=int, help="of the stage in which towers learn")
     arguments = parser.parse_args()
     quiet_libraries()
     folder, data = arguments.output_dir, arguments.output_dir / "media"
+    recipe = own if arguments.data is None else other
+    check_source(data, arguments.data)
     base = base_model(arguments.base, arguments.base_time)
     rows, held_out = data / "train.jsonl", data / "held-out.jsonl"
     if not held_out.is_file():
         data.mkdir(parents=True, exist_ok=True)
+        (data / SOURCE_FILE).write_text(f"{arguments.data or OWN_DATA}\n", encoding="utf-8")
         learnt, measured = make_data(data, arguments.data)
-        write_rows(rows, learnt, kind, question)
-        write_rows(held_out, measured, kind, question)
+        write_rows(rows, learnt, kind, recipe.question)
+        write_rows(held_out, measured, kind, recipe.question)
     print(f"{data}: {count_lines(rows)} examples to learn from, {count_lines(held_out)} held out")
-    fields = {**fields, "max_steps": arguments.max_steps}
+    fields = {**recipe.fields, "max_steps": arguments.max_steps or recipe.fields["max_steps"]}
     ours = train_twin(folder / "model", base, rows, held_out, fields, blind=False)
     blind = train_twin(folder / "blind", base, rows, held_out, fields, blind=True)
     ask(folder / "model", held_out, kind)
     print(f"held-out answers that are right: {ours:.2%}; the blind twin's: {blind:.2%}; asked for: {bar:.0%}")
     return 0 if ours >= bar > blind else 1
+
+
+def check_source(folder: Path, asked: str | None) -> None:
+    """Raise if a folder of media was made of other data than is asked for.
+
+    Raises:
+        ConfigError: if so.
+    """
+    file = folder / SOURCE_FILE
+    made_of, wanted = file.read_text(encoding="utf-8").strip() if file.is_file() else None, asked or OWN_DATA
+    if made_of not in (None, wanted):
+        raise ConfigError(f"`--data` must be {made_of} for {folder}, got {wanted}: give another `--output-dir`.")
 
 
 def count_lines(file: Path) -> int:

@@ -1,144 +1,297 @@
 """What a model that sees and hears gets right on real data, held out, beside a blind twin that was trained alike.
 
-    python benchmarks/quality/multimodal.py --base DIR --data FOLDER --work DIR [--steps 3000]
-        [--task NAME ...] [--dry-run]
+    python benchmarks/quality/multimodal.py --base DIR [--data ../shared/data] [--work runs/multimodal] [--seeds 3]
+        [--task NAME ...] [--jobs 2] [--size small|large] [--write] [--estimate] [--dry-run] [--tables]
 
-FOLDER has mnist-test, emoji-captions and spoken-digits. Every task trains two models, stage align; WORK keeps them, so
-that the same command goes on where it was stopped, and result.json. Hours on two cores; `--dry-run` takes few rows and
-two steps.
+DATA has mnist-test, emoji-captions and spoken-digits. Every task aligns towers with the base, most then tune adapters,
+and each does so for every seed twice: the twin's towers are given ones. What is done is kept in WORK, and the same
+command goes on. --write puts each task into the ledger as it ends, and the ledger's tables into docs/multimodal.md;
+--tables does only the latter. --estimate trains a few steps of every task and says how long all of them take;
+--dry-run does everything in little, and proves nothing.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
-import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from multimodal_data import TASKS, Sources, Task
+from multimodal_data import GROUPS, TASK_FILE, TASKS, Sources, Task, read_task, write_task
+from multimodal_tables import Results, figures, tables, write_page
 
-from fanformer.cli.failure import quiet_libraries
-from fanformer.data.multimodal.messages import read_media_examples
-from fanformer.evaluation.loss import evaluate_documents
-from fanformer.generation.media_model import MediaModel, load_media_model
-from fanformer.generation.settings import GenerationSettings
-from fanformer.loading import load, longest_text
-from fanformer.training.configuration import resolve_multimodal
-from fanformer.training.run import train
+from fanformer.comparison.ledger import Entry, measured_today, read_ledger, write_entry
 
-RECIPE = {"optimizer": "muon", "learning_rate": 3e-3, "batch_size": 8, "tower_width": 128, "tower_layers": 4}
-DRY = {"tower_width": 16, "tower_layers": 1, "batch_size": 2}
-TEXT = Path(__file__).read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parents[2]
+RESULTS, PAGE = REPOSITORY / "benchmarks" / "results", REPOSITORY / "docs" / "multimodal.md"
+COMMON = {"optimizer": "muon", "learning_rate": 3e-3, "sequence_length": 128, "keep_last": 1, "keep_best": False}
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "small": {"batch_size": 8, "tower_width": 128, "tower_layers": 4},
+    "large": {"batch_size": 64, "tower_width": 384, "tower_layers": 8, "learning_rate": 1e-3},
+}
+DRY = {"batch_size": 2, "sequence_length": 128, "tower_width": 16, "tower_layers": 1, "precision": "float32"}
+DRY_STEPS, DRY_ROWS, ESTIMATED_STEPS, ESTIMATED_ROWS = 2, 6, 6, 600
+TWINS = ("model", "blind")
+
+
+class Cell(NamedTuple):
+    """A model that is trained and measured."""
+
+    task: str
+    twin: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Names its folder and its result."""
+        return f"{self.task}.{self.twin}.{self.seed}"
+
+
+def parse() -> argparse.Namespace:
+    """Return what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="folder of the language model that rests")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of real data")
+    parser.add_argument("--work", type=Path, default=Path("runs/multimodal"), help="folder of what is done")
+    parser.add_argument("--task", action="append", choices=list(GROUPS), help="may be repeated; default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, each with as many threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a training")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of towers and batches")
+    parser.add_argument("--device", default="cpu")
+    for flag in ("--write", "--estimate", "--dry-run", "--tables"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.base is None and not asked.tables:
+        parser.error("--base is needed: name the folder of a language model")
+    if asked.dry_run:
+        asked.seeds = 1
+    asked.task = asked.task or list(GROUPS)
+    return asked
+
+
+def settings(asked: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides the results, beside the code."""
+    weights = hashlib.sha256((asked.base / "model.safetensors").read_bytes()).hexdigest()[:16]
+    return {"base": asked.base.name, "base_weights": weights, "size": asked.size, "dry_run": asked.dry_run}
+
+
+def check_work(asked: argparse.Namespace) -> None:
+    """End if the work folder was begun with other settings."""
+    asked.work.mkdir(parents=True, exist_ok=True)
+    file, now = asked.work / "settings.json", settings(asked)
+    before = json.loads(file.read_text()) if file.is_file() else now
+    if before != now:
+        name = next(name for name in now if before.get(name) != now[name])
+        sys.exit(f"{asked.work} was begun with {name} {before.get(name)}, got {now[name]}: give another --work")
+    file.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def tasks_of(asked: argparse.Namespace, group: str) -> tuple[str, ...]:
+    """Return the tasks that are told together, two of them at most in a dry run."""
+    return GROUPS[group][: 2 if asked.dry_run else None]
+
+
+def prepared(asked: argparse.Namespace, name: str) -> Task:
+    """Return a task, its rows written unless they are."""
+    place = asked.work / "rows" / name
+    if not (place / TASK_FILE).is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        limit = DRY_ROWS if asked.dry_run else ESTIMATED_ROWS if asked.estimate else None
+        write_task(place, TASKS[name](Sources(asked.data, place, limit)))
+    return read_task(place)
+
+
+def train_stages(
+    asked: argparse.Namespace, cell: Cell, task: Task, most_steps: int | None = None, listener: Any = None
+) -> Path:
+    """Train the stages of a cell, or go on with them, and return the folder of the last.
+
+    Args:
+        asked: what is asked for.
+        cell: the model.
+        task: its rows and stages.
+        most_steps: of each stage; default: the task's.
+        listener: hears what the runs do.
+    """
+    from fanformer.loading import longest_text
+    from fanformer.training.configuration import resolve_multimodal
+    from fanformer.training.run import train
+
+    rows, base = asked.work / "rows" / cell.task, asked.base
+    for number, stage in enumerate(task.stages):
+        place, steps = asked.work / "cells" / cell.name / f"stage-{number}", min(stage.steps, most_steps or stage.steps)
+        fields: dict[str, Any] = {**COMMON, **SIZES[asked.size], **task.fields, **stage.fields}
+        fields |= DRY if asked.dry_run else {}
+        fields |= {"device": asked.device, "threads": asked.threads, "seed": cell.seed, "max_steps": steps}
+        fields |= {"init_from": str(base), "output_dir": str(place), "resume": True, "eval_steps": 10**6}
+        fields |= {"data": str(rows / stage.file), "eval_data": str(rows / next(iter(task.held_out.values())).file)}
+        fields |= {"blind": cell.twin == "blind", "stage": "tune" if number else "align"}
+        if not (place / "ended").is_file():
+            run = resolve_multimodal(lambda base=base: longest_text(base), fields)
+            result = train(run, listener or (lambda event: None))
+            if not result.reached_end:
+                sys.exit(f"{cell.name} was stopped after step {result.step}: the same command goes on")
+            for checkpoint in place.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            (place / "ended").touch()
+        base = place
+    return base
+
+
+def result_file(asked: argparse.Namespace, cell: Cell) -> Path:
+    """Return where the result of a cell is."""
+    return asked.work / "results" / f"{cell.name}.json"
+
+
+def do_cell(asked: argparse.Namespace, cell: Cell) -> None:
+    """Train and measure a cell where that is not done; its result is a file."""
+    done = result_file(asked, cell)
+    if done.is_file():
+        return
+    from multimodal_measures import measure, text_bits
+    from transformers.utils.logging import disable_progress_bar
+
+    from fanformer.cli.failure import quiet_libraries
+
+    quiet_libraries()
+    disable_progress_bar()
+    task, began = prepared(asked, cell.task), time.monotonic()
+    folder = train_stages(asked, cell, task, DRY_STEPS if asked.dry_run else None)
+    trained = time.monotonic()
+    found = measure(folder, asked.work / "rows" / cell.task, task, cell.twin == "blind", asked.device)
+    found["text_bits_per_byte"] = {"base": text_bits(asked.base), "with_towers": text_bits(folder)}
+    found["seconds"] = {"training": round(trained - began), "measuring": round(time.monotonic() - trained)}
+    done.parent.mkdir(exist_ok=True)
+    aside = done.with_suffix(".new")
+    aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(done)
+    print(f"{cell.name}: {found['scores']}, seconds of {found['seconds']}", flush=True)
+
+
+def do_cells(asked: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """Do cells, several at a time in processes of their own where that is asked for."""
+    left = [cell for cell in cells if not result_file(asked, cell).is_file()]
+    for name in dict.fromkeys(cell.task for cell in left):
+        prepared(asked, name)
+    if asked.jobs == 1:
+        for cell in left:
+            do_cell(asked, cell)
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
+
+    def start(cell: Cell) -> int:
+        return subprocess.run([sys.executable, *sys.argv, "--cell", cell.name], env=environment).returncode
+
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        if any(list(pool.map(start, left))):
+            sys.exit("a cell failed, as it says above: the same command goes on")
+
+
+def do_group(asked: argparse.Namespace, name: str) -> list[Entry]:
+    """Do all cells of what is told together, and return its entry, and that of adapters where it has some for both."""
+    of_group = tasks_of(asked, name)
+    cells = [Cell(task, twin, seed) for seed in range(asked.seeds) for task in of_group for twin in TWINS]
+    do_cells(asked, cells)
+    results: Results = {}
+    for cell in cells:
+        content = json.loads(result_file(asked, cell).read_text(encoding="utf-8"))
+        content.pop("said")  # stays in the file
+        results.setdefault(cell.task, {}).setdefault(cell.twin, []).append(content)
+    tasks = {task: prepared(asked, task) for task in of_group}
+    digest = hashlib.sha256()
+    for task in of_group:
+        for path in sorted((asked.work / "rows" / task).glob("*.jsonl")):
+            digest.update(path.read_bytes())
+    shape = next(iter(tasks.values()))
+    configuration = {
+        "task": name,
+        **settings(asked),
+        "scale": asked.size,
+        "steps": [stage.steps for stage in shape.stages],
+    }
+    configuration |= {"fields": {**COMMON, **SIZES[asked.size], **shape.fields}}
+    held_out = {key: {"bar": one.bar, "chance": one.chance, "score": one.score} for key, one in shape.held_out.items()}
+    entry = measured_today(
+        f"multimodal-{name}-{asked.base.name}" + ("" if asked.size == "small" else f"-{asked.size}"),
+        what=f"{name}: right answers about pictures and sound, held out, beside a blind twin's",
+        kind="evaluation",
+        seeds=list(range(asked.seeds)),
+        configuration=configuration,
+        data={"source": "mnist-test, emoji-captions, spoken-digits", "fingerprint": digest.hexdigest()},
+        result=figures(tasks, results),
+        details={"held_out": held_out, "results": results},
+    )
+    return [entry, costs(asked)] if name == "both" else [entry]
+
+
+def costs(asked: argparse.Namespace) -> Entry:
+    """Return the entry of what adapters cost, measured once on the first model that adds."""
+    from multimodal_measures import adapter_costs
+
+    folder = asked.work / "cells" / Cell("both", "model", 0).name / "stage-1"
+    return measured_today(
+        f"multimodal-adapters-{asked.base.name}" + ("" if asked.size == "small" else f"-{asked.size}"),
+        what="size of towers, projectors and adapters, and the time of rows by what they hold over that of the base",
+        configuration={"task": "adapters", **settings(asked), "scale": asked.size, "adapter_rank": 16},
+        result=adapter_costs(asked.base, folder, 1 if asked.dry_run else 9),
+    )
+
+
+def estimate(asked: argparse.Namespace) -> None:
+    """Train a few steps of every stage, and print how long all of it takes by the time that a core works on a step."""
+    asked.work = Path(tempfile.mkdtemp(prefix="estimate-"))
+    total = 0.0
+    for group in asked.task:
+        task, times = prepared(asked, GROUPS[group][0]), list[float]()
+
+        def hear(event: Any, times: list[float] = times) -> None:
+            if event.kind == "step":
+                times.append(time.process_time())
+
+        train_stages(asked, Cell(GROUPS[group][0], "model", 0), task, ESTIMATED_STEPS, hear)
+        seconds = 0.0
+        for number, stage in enumerate(task.stages):
+            clock = times[number * ESTIMATED_STEPS : (number + 1) * ESTIMATED_STEPS]
+            seconds += stage.steps * statistics.median(b - a for a, b in itertools.pairwise(clock))
+        trainings = len(GROUPS[group]) * len(TWINS) * asked.seeds
+        hours = seconds * trainings / asked.jobs / 3600
+        total += hours
+        print(f"{group}: {seconds / 60:.0f} min a training, {trainings} of them: {hours:.1f} h", flush=True)
+    shutil.rmtree(asked.work)
+    print(f"all: {total:.1f} h on {asked.jobs} free cores, without reading the rows and measuring")
 
 
 def main() -> None:
-    """Measure every task that is asked for and write result.json."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--task", action="append", choices=sorted(TASKS))
-    parser.add_argument("--dry-run", action="store_true")
-    asked = parser.parse_args()
-    quiet_libraries()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    sources = Sources(asked.data, 6 if asked.dry_run else None)
-    fields = {**RECIPE, **(DRY if asked.dry_run else {}), "max_steps": 2 if asked.dry_run else asked.steps}
-    found: dict[str, Any] = {"base": asked.base.name, "steps": fields["max_steps"], "tasks": {}}
-    for name in asked.task or TASKS:
-        made = TASKS[name](sources)
-        several = made if isinstance(made, list) else [made]
-        measured = [measure(task, asked.work / f"{name}-{n}", asked.base, fields) for n, task in enumerate(several)]
-        found["tasks"][name] = summary(measured)
-        print(json.dumps({name: found["tasks"][name]}), flush=True)
-    found["text_changed"] = text_changed(asked.base, asked.work / f"{next(iter(found['tasks']))}-0" / "model")
-    (asked.work / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
-def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean over runs of one task, and whether it reaches the bar and is above the blind twin's interval."""
-    right, blind = (fmean(one[name] for one in measured) for name in ("right", "blind"))
-    held_out, bar = sum(one["held_out"] for one in measured), measured[0]["bar"]
-    error = math.sqrt(max(right * (1 - right) + blind * (1 - blind), 1e-12) / held_out)
-    probe = measured[0].get("probe")
-    least = bar if bar is not None else (probe or 0.0)
-    met = right >= least and right - blind > 1.96 * error
-    extra = {} if probe is None else {"probe": probe}
-    return {"right": right, "blind": blind, "held_out": held_out, "bar": bar, "met": met, **extra}
-
-
-def measure(task: Task, folder: Path, base: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Train both twins on a task unless that is done, and return what they get right."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, rows in (("train", task.train), ("held-out", task.held_out)):
-        files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found: dict[str, Any] = {"held_out": len(task.held_out), "bar": task.bar}
-    for name, blind in (("right", False), ("blind", True)):
-        place = folder / ("blind" if blind else "model")
-        if not (place / "model.safetensors").is_file():
-            given = {"init_from": str(base), "data": str(files["train"]), "eval_data": str(files["held-out"])}
-            given |= {"output_dir": str(place), "stage": "align", "blind": blind, "eval_steps": 10**6}
-            given["resume"] = (place / "run.yaml").is_file()
-            train(resolve_multimodal(lambda: longest_text(base), {**fields, **task.fields, **given}))
-        found[name] = answered(load_media_model(place), files["held-out"], task.by_words)
-    if task.bar is None:
-        found["probe"] = probe(load_media_model(folder / "model"), files)
-    return found
-
-
-def answered(model: MediaModel, file: Path, by_words: bool) -> float:
-    """Return the share of questions that greedy decoding answers to the letter, or one less the word error rate."""
-    examples = read_media_examples(file)
-    questions = [str(example.messages[0].parts[-1]) for example in examples]
-    settings = GenerationSettings(max_length=16, temperature=0.0)
-    said = [done.text for done in model.ask(questions, [one.media for one in examples], settings, batch_size=32)]
-    if not by_words:
-        return fmean(text == example.answer for text, example in zip(said, examples, strict=True))
-    errors = [word_errors(text.split(), one.answer.split()) for text, one in zip(said, examples, strict=True)]
-    return 1 - sum(errors) / sum(len(one.answer.split()) for one in examples)
-
-
-def word_errors(said: list[str], right: list[str]) -> int:
-    """Return the fewest insertions, deletions and substitutions between two lists of words (Levenshtein)."""
-    before = list(range(len(right) + 1))
-    for number, word in enumerate(said, 1):
-        now = [number]
-        for place, other in enumerate(right, 1):
-            now.append(min(before[place] + 1, now[-1] + 1, before[place - 1] + (word != other)))
-        before = now
-    return before[-1]
-
-
-def probe(model: MediaModel, files: dict[str, Path]) -> float:
-    """Return what a linear classifier on the means of the tower's states gets right."""
-    import torch
-    from sklearn.linear_model import LogisticRegression
-
-    sets = []
-    for name in ("train", "held-out"):
-        examples = read_media_examples(files[name])
-        states = []
-        for start in range(0, len(examples), 64):
-            media = [example.media[0] for example in examples[start : start + 64]]
-            with torch.no_grad():
-                pixels = model.store.inputs(media)["pixel_values"].to(model.model.device)
-                states.append(model.model.model.vision_tower(pixels).last_hidden_state.mean(1).cpu())
-        sets.append((torch.cat(states).numpy(), [example.answer for example in examples]))
-    if len(set(sets[0][1])) < 2:
-        return 0.0
-    return float(LogisticRegression(max_iter=2000).fit(*sets[0]).score(*sets[1]))
-
-
-def text_changed(base: Path, folder: Path) -> float:
-    """Return by how much the language model's bits per byte differ from its base's, on this program's text."""
-    figures = []
-    for place in (base, folder):
-        model, tokenizer = load(place)
-        figures.append(evaluate_documents(model, tokenizer, [TEXT]).figures().bits_per_byte)
-    return abs(figures[0] - figures[1])
+    """Do what is not done, print the tables, and write what is asked for."""
+    asked = parse()
+    ledger = asked.work / "ledger" if asked.dry_run else RESULTS
+    if asked.estimate:
+        estimate(asked)
+        return
+    if asked.cell is not None:
+        task, twin, seed = asked.cell.split(".")
+        do_cell(asked, Cell(task, twin, int(seed)))
+        return
+    if not asked.tables:
+        check_work(asked)
+        for group in asked.task:
+            found = do_group(asked, group)
+            print(tables(found), flush=True)
+            if asked.write or asked.dry_run:
+                write_entry(ledger, *found)
+    if (asked.write or asked.tables) and not asked.dry_run:
+        write_page(PAGE, read_ledger(RESULTS))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Rows about real pictures and recordings for `multimodal.py`: what is learnt, what is held out, and the bar."""
+"""Rows about real pictures and recordings for `multimodal.py`: what is learnt in which stage, what is held out."""
 
 import base64
+import dataclasses
 import gzip
 import io
+import itertools
 import json
 import wave
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,54 @@ import numpy as np
 from PIL import Image
 
 Row = dict[str, Any]
+Recording = tuple[np.ndarray, int, str, int]
+"""Samples, digit, speaker and take."""
 LEARNT_TAKES_FROM = 5
 """Of each speaker and digit; the takes before are held out, as the data's authors split them."""
+LEARNT_DIGITS = 8000
+"""Of MNIST's test pictures; those behind are held out."""
+LEAST_KEYWORD_USES = 20
+"""Of a keyword in the pictures that are learnt; rarer ones are not asked for."""
+TASK_FILE = "task.json"
+TUNING = {"optimizer": "adamw", "learning_rate": 2e-3}
+"""Fields of a stage in which adapters learn."""
+BY_PATCHES_OF_7 = {"image_size": 28, "patch_size": 7}
+BLANK_MARGIN = 0.05
+"""What an answer may be right above chance where one medium is blank."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a task; the first aligns, a second tunes.
+
+    Attributes:
+        file: of the rows.
+        steps: of the optimizer.
+        fields: of the run, beside the task's.
+    """
+
+    file: str
+    steps: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that are measured.
+
+    Attributes:
+        file: of the rows.
+        score: one of `multimodal_measures.SCORES`.
+        bar: that the score is to reach; None where there is a probe or a chance.
+        chance: of being right for who knows all but what is blank in these rows; None where nothing is.
+        probed: whether the score is to reach that of a linear probe on the same tower.
+    """
+
+    file: str
+    score: str = "exact"
+    bar: float | None = None
+    chance: float | None = None
+    probed: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,20 +73,26 @@ class Task:
     """Something that is learnt and measured.
 
     Attributes:
-        name: of the task.
-        train: rows that are learnt.
-        held_out: rows that are measured.
-        bar: share of right answers that is asked for; None where it is to be above the blind twin's and a probe's.
-        fields: of the run.
-        by_words: whether the measure is one less the word error rate, answers being words.
+        stages: in their order.
+        held_out: by name.
+        fields: of all its runs.
     """
 
-    name: str
-    train: list[Row]
-    held_out: list[Row]
-    bar: float | None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    by_words: bool = False
+    stages: list[Stage]
+    held_out: dict[str, HeldOut]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def write_task(folder: Path, task: Task) -> None:
+    """Write what a task is beside its rows."""
+    (folder / TASK_FILE).write_text(json.dumps(dataclasses.asdict(task), indent=1) + "\n", encoding="utf-8")
+
+
+def read_task(folder: Path) -> Task:
+    """Read what `write_task` wrote."""
+    content = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+    stages = [Stage(**one) for one in content["stages"]]
+    return Task(stages, {name: HeldOut(**one) for name, one in content["held_out"].items()}, content["fields"])
 
 
 def row(parts: list[dict[str, str]], question: str, answer: str) -> Row:
@@ -62,6 +117,15 @@ def recording(samples: np.ndarray, rate: int = 8000) -> dict[str, str]:
     return {"type": "audio", "base64": base64.b64encode(buffer.getvalue()).decode()}
 
 
+def moved(pixels: np.ndarray, chooser: np.random.Generator) -> np.ndarray:
+    """Return a picture moved by up to two pixels each way; what comes in has the colour of its first corner."""
+    down, right = (int(n) for n in chooser.integers(0, 5, 2))
+    margins = ((2, 2), (2, 2), *[(0, 0)] * (pixels.ndim - 2))
+    padded = np.pad(pixels, margins, mode="edge")
+    padded[:2], padded[-2:], padded[:, :2], padded[:, -2:] = (pixels[0, 0],) * 4
+    return padded[down : down + pixels.shape[0], right : right + pixels.shape[1]]
+
+
 def in_a_row(digits: list[np.ndarray]) -> np.ndarray:
     """Return pictures (28, 28) side by side in the middle of a black square of 112 pixels."""
     square = np.zeros((112, 112), dtype=np.uint8)
@@ -71,12 +135,24 @@ def in_a_row(digits: list[np.ndarray]) -> np.ndarray:
     return square
 
 
-class Sources:
-    """The folder of real data, each set read once."""
+def commonest_share(values: Iterable[Any]) -> float:
+    """Return the share of the commonest value."""
+    counts = Counter(values)
+    return max(counts.values()) / counts.total()
 
-    def __init__(self, folder: Path, limit: int | None) -> None:
-        """Take the folder, and how many rows a task has at most."""
-        self.folder, self.limit = folder, limit
+
+class Sources:
+    """The folder of real data, each set read once, and the folder that rows are written into."""
+
+    def __init__(self, folder: Path, place: Path, limit: int | None) -> None:
+        """Take the data, the place of a task's files, and how many rows a file has at most."""
+        self.folder, self.place, self.limit = folder, place, limit
+
+    def write(self, name: str, rows: Iterable[Row]) -> str:
+        """Write rows into a file of the task, and return its name."""
+        with (self.place / name).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(one) + "\n" for one in itertools.islice(rows, self.limit))
+        return name
 
     @cached_property
     def mnist(self) -> tuple[np.ndarray, np.ndarray]:
@@ -90,140 +166,211 @@ class Sources:
         )
 
     @cached_property
-    def spoken(self) -> list[tuple[np.ndarray, int, str, int]]:
-        """Samples, digit, speaker and take of every recording."""
+    def spoken(self) -> list[Recording]:
+        """Every recording, in a mixed order that is always the same."""
         with np.load(self.folder / "spoken-digits/fsdd.npz") as data:
             audio, places = data["audio"], data["offset"]
-            told = zip(data["label"], data["speaker"], data["index"], strict=True)
-            return [
-                (audio[places[n] : places[n + 1]], int(digit), str(speaker), int(take))
-                for n, (digit, speaker, take) in enumerate(told)
-            ]
+            told = list(zip(data["label"], data["speaker"], data["index"], strict=True))
+        found = [
+            (audio[places[n] : places[n + 1]], int(digit), str(speaker), int(take))
+            for n, (digit, speaker, take) in enumerate(told)
+        ]
+        return [found[n] for n in np.random.default_rng(0).permutation(len(found))]
 
     @cached_property
-    def emoji(self) -> list[tuple[np.ndarray, str, str]]:
-        """Pixels (32, 32, 3), category and split of every emoji that has a category."""
+    def emoji(self) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        """Pixels (32, 32, 3) of every emoji and what is told of it, in a mixed order that is always the same."""
         with np.load(self.folder / "emoji-captions/emoji32.npz") as data:
             images = data["images"]
         lines = (self.folder / "emoji-captions/captions.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = map(json.loads, lines)
-        return [(images[one["i"]], str(one["category"]), str(one["split"])) for one in rows if one["category"]]
+        rows = [json.loads(line) for line in lines]
+        return [(images[rows[n]["i"]], rows[n]) for n in np.random.default_rng(0).permutation(len(rows))]
+
+
+def _digits(data: Sources, start: int, stop: int, copies: int = 1) -> Iterator[Row]:
+    """Yield rows that name one digit; copies behind the first are moved."""
+    images, labels = data.mnist
+    chooser = np.random.default_rng(0)
+    for copy in range(copies):
+        for n in range(start, stop):
+            shown = moved(images[n], chooser) if copy else images[n]
+            yield row([picture(shown)], "Which digit?", str(labels[n]))
 
 
 def naming(data: Sources) -> Task:
     """Name one digit."""
-    images, labels = data.mnist
-
-    def rows(start: int, stop: int) -> list[Row]:
-        chosen = range(start, min(stop, start + (data.limit or stop)))
-        return [row([picture(images[n])], "Which digit?", str(labels[n])) for n in chosen]
-
-    return Task("naming", rows(0, 8000), rows(8000, 10000), 0.97, {"image_size": 32})
+    stage = Stage(data.write("align.jsonl", _digits(data, 0, LEARNT_DIGITS, 4)), 1500)
+    measured = data.write("right.jsonl", _digits(data, LEARNT_DIGITS, 10000))
+    return Task([stage], {"right": HeldOut(measured, bar=0.97)}, {**BY_PATCHES_OF_7})
 
 
 def reading(data: Sources) -> Task:
     """Read two to four digits as a number."""
     images, labels = data.mnist
 
-    def rows(start: int, stop: int, count: int, seed: int) -> list[Row]:
-        chooser, found = np.random.default_rng(seed), []
-        for _ in range(min(count, data.limit or count)):
+    def rows(start: int, stop: int, count: int, seed: int) -> Iterator[Row]:
+        chooser = np.random.default_rng(seed)
+        for _ in range(count):
             chosen = chooser.integers(start, stop, chooser.integers(2, 5))
-            shown = picture(in_a_row([images[n] for n in chosen]))
-            found.append(row([shown], "Which number?", "".join(str(labels[n]) for n in chosen)))
-        return found
+            digits = [images[n] if start else moved(images[n], chooser) for n in chosen]
+            yield row([picture(in_a_row(digits))], "Which number?", "".join(str(labels[n]) for n in chosen))
 
-    fields = {"image_size": 112, "patch_size": 7}
-    return Task("reading", rows(0, 8000, 12000, 0), rows(8000, 10000, 2000, 1), 0.9, fields)
+    learnt = data.write("align.jsonl", rows(0, LEARNT_DIGITS, 12000, 0))
+    measured = data.write("right.jsonl", rows(LEARNT_DIGITS, 10000, 2000, 1))
+    stages = [Stage(learnt, 2500), Stage(learnt, 500, TUNING)]
+    return Task(stages, {"right": HeldOut(measured, bar=0.9)}, {"image_size": 112, "patch_size": 14})
 
 
 def emoji(data: Sources) -> Task:
-    """Say an emoji's category; no concept is in both splits."""
+    """Say an emoji's category and its keywords; no concept, and no picture, is both learnt and held out."""
+    held_out = [one for one in data.emoji if one[1]["split"] != "train"]
+    known = {pixels.tobytes() for pixels, _ in held_out}  # some concepts share their picture, across the data's split
+    learnt = [one for one in data.emoji if one[1]["split"] == "train" and one[0].tobytes() not in known]
+    uses = Counter(word for _, told in learnt for word in set(told["keywords"]))
+    asked = {word for word, count in uses.items() if count >= LEAST_KEYWORD_USES}
 
-    def rows(is_held: bool) -> list[Row]:
-        chosen = [one for one in data.emoji if (one[2] != "train") == is_held][: data.limit]
-        return [row([picture(pixels)], "Which category?", category) for pixels, category, _ in chosen]
+    def about(pixels: np.ndarray, told: Mapping[str, Any], what: str) -> Iterator[Row]:
+        keywords = [word for word in dict.fromkeys(told["keywords"]) if word in asked]
+        if what == "category" and told["category"]:
+            yield row([picture(pixels)], "Which category?", told["category"])
+        if what == "keywords" and keywords:
+            yield row([picture(pixels)], "Which keywords?", ", ".join(keywords))
 
-    return Task("emoji", rows(False), rows(True), None, {"image_size": 32})
+    def train() -> Iterator[Row]:
+        chooser = np.random.default_rng(0)
+        for copy in range(3):
+            for pixels, told in learnt:
+                for what in ("category", "keywords"):
+                    yield from about(moved(pixels, chooser) if copy else pixels, told, what)
+
+    sets = {}
+    for what, score in (("category", "exact"), ("keywords", "keywords")):
+        rows = itertools.chain.from_iterable(about(pixels, told, what) for pixels, told in held_out)
+        sets[what] = HeldOut(data.write(f"{what}.jsonl", rows), score, probed=True)
+    return Task([Stage(data.write("align.jsonl", train()), 1000)], sets, {"image_size": 32})
 
 
-def _spoken(data: Sources, name: str, milliseconds: int, bar: float, unheard: str | None = None) -> Task:
-    train, held_out = [], []
-    for samples, digit, speaker, take in data.spoken:
-        is_held = take < LEARNT_TAKES_FROM if unheard is None else speaker == unheard
-        rows = held_out if is_held else train
-        if data.limit is None or len(rows) < data.limit:
-            rows.append(row([recording(samples)], "Which digit?", str(digit)))
-    return Task(name, train, held_out, bar, {"audio_token_ms": milliseconds})
+def _heard(voices: Iterable[Recording]) -> Iterator[Row]:
+    """Yield rows that name one digit that somebody speaks."""
+    for samples, digit, _, _ in voices:
+        yield row([recording(samples)], "Which digit?", str(digit))
 
 
-def unheard(data: Sources) -> list[Task]:
-    """Name digits of a speaker who was not heard in training, each in turn."""
-    speakers = sorted({speaker for _, _, speaker, _ in data.spoken})
-    chosen = speakers if data.limit is None else speakers[:2]
-    return [_spoken(data, "unheard-speaker", 80, 0.85, speaker) for speaker in chosen]
+def _is_held(voice: Recording) -> bool:
+    return voice[3] < LEARNT_TAKES_FROM
+
+
+def _spoken(data: Sources, milliseconds: int, bar: float, is_held: Callable[[Recording], bool]) -> Task:
+    learnt = data.write("align.jsonl", _heard(voice for voice in data.spoken if not is_held(voice)))
+    measured = data.write("right.jsonl", _heard(voice for voice in data.spoken if is_held(voice)))
+    return Task([Stage(learnt, 400)], {"right": HeldOut(measured, bar=bar)}, {"audio_token_ms": milliseconds})
+
+
+def unheard(data: Sources, speaker: str) -> Task:
+    """Name digits of a speaker who was not heard in training."""
+    return _spoken(data, 80, 0.85, lambda voice: voice[2] == speaker)
 
 
 def connected(data: Sources) -> Task:
     """Write two to five digits of one speaker that were joined."""
-    by_speaker: dict[tuple[str, bool], list[tuple[np.ndarray, int]]] = {}
-    for samples, digit, speaker, take in data.spoken:
-        by_speaker.setdefault((speaker, take < LEARNT_TAKES_FROM), []).append((samples, digit))
+    voices: dict[tuple[bool, str], list[Recording]] = {}
+    for voice in data.spoken:
+        voices.setdefault((_is_held(voice), voice[2]), []).append(voice)
+    speakers = sorted({speaker for _, speaker in voices})
 
-    def rows(is_held: bool, count: int, seed: int) -> list[Row]:
-        chooser, found = np.random.default_rng(seed), []
-        voices = [voice for (_, held), voice in sorted(by_speaker.items(), key=lambda item: item[0]) if held == is_held]
-        for _ in range(min(count, data.limit or count)):
-            voice = voices[chooser.integers(len(voices))]
-            chosen = [voice[n] for n in chooser.integers(0, len(voice), chooser.integers(2, 6))]
-            heard = recording(np.concatenate([samples for samples, _ in chosen]))
-            found.append(row([heard], "Which digits?", " ".join(str(digit) for _, digit in chosen)))
-        return found
+    def rows(is_held: bool, count: int, seed: int) -> Iterator[Row]:
+        chooser = np.random.default_rng(seed)
+        for _ in range(count):
+            mine = voices[is_held, speakers[chooser.integers(len(speakers))]]
+            chosen = [mine[n] for n in chooser.integers(0, len(mine), chooser.integers(2, 6))]
+            heard = recording(np.concatenate([voice[0] for voice in chosen]))
+            yield row([heard], "Which digits?", " ".join(str(voice[1]) for voice in chosen))
 
-    return Task("connected", rows(False, 8000, 0), rows(True, 600, 1), 0.9, {"audio_token_ms": 80}, by_words=True)
+    learnt = data.write("align.jsonl", rows(False, 5000, 0))
+    measured = data.write("words.jsonl", rows(True, 600, 1))
+    fields = {"audio_token_ms": 80, "sequence_length": 256, "batch_size": 4}
+    return Task([Stage(learnt, 1000), Stage(learnt, 400, TUNING)], {"words": HeldOut(measured, "words", 0.9)}, fields)
 
 
 def both(data: Sources) -> Task:
-    """Add a digit that is seen and one that is heard."""
+    """Add a digit that is seen and one that is heard; towers are aligned on one at a time."""
     images, labels = data.mnist
+    spoken = {held: [voice for voice in data.spoken if _is_held(voice) == held] for held in (False, True)}
 
-    def rows(is_held: bool, count: int, seed: int) -> list[Row]:
-        chooser, found = np.random.default_rng(seed), []
-        voices = [(samples, digit) for samples, digit, _, take in data.spoken if (take < LEARNT_TAKES_FROM) == is_held]
-        for _ in range(min(count, data.limit or count)):
-            seen = chooser.integers(8000, 10000) if is_held else chooser.integers(0, 8000)
-            samples, digit = voices[chooser.integers(len(voices))]
-            parts = [picture(images[seen]), recording(samples)]
-            found.append(row(parts, "What is the sum?", str(int(labels[seen]) + digit)))
-        return found
+    def alone() -> Iterator[Row]:
+        seen, heard = _digits(data, 0, LEARNT_DIGITS, 2), itertools.cycle(_heard(spoken[False]))
+        for number, one in enumerate(seen):
+            yield one
+            if number % 2:
+                yield next(heard)
 
-    return Task("both", rows(False, 12000, 0), rows(True, 1000, 1), 0.8, {"image_size": 32, "audio_token_ms": 80})
+    def pairs(is_held: bool, count: int, seed: int) -> Iterator[tuple[int, Recording]]:
+        chooser = np.random.default_rng(seed)
+        span = (LEARNT_DIGITS, 10000) if is_held else (0, LEARNT_DIGITS)
+        for _ in range(count):
+            yield int(chooser.integers(*span)), spoken[is_held][chooser.integers(len(spoken[is_held]))]
+
+    def sums(chosen: Iterable[tuple[int, Recording]], blank: str = "") -> Iterator[Row]:
+        for seen, (samples, digit, _, _) in chosen:
+            shown = np.zeros_like(images[seen]) if blank == "picture" else images[seen]
+            heard = np.zeros_like(samples) if blank == "recording" else samples
+            yield row([picture(shown), recording(heard)], "What is the sum?", str(int(labels[seen]) + digit))
+
+    measured = list(itertools.islice(pairs(True, 1000, 1), data.limit))
+    chances = {
+        "picture": commonest_share(int(labels[seen]) for seen, _ in measured),
+        "recording": commonest_share(voice[1] for _, voice in measured),
+    }
+    sets = {"right": HeldOut(data.write("right.jsonl", sums(measured)), bar=0.8)}
+    for what, chance in chances.items():
+        file = data.write(f"without-{what}.jsonl", sums(measured, what))
+        sets[f"without_{what}"] = HeldOut(file, chance=chance)
+    learnt = data.write("tune.jsonl", sums(pairs(False, 12000, 0)))
+    stages = [Stage(data.write("align.jsonl", alone()), 1200), Stage(learnt, 800, TUNING)]
+    return Task(stages, sets, {**BY_PATCHES_OF_7, "audio_token_ms": 80})
 
 
 def two_pictures(data: Sources) -> Task:
-    """Add the digits of two pictures."""
+    """Write the digits of two pictures in their order."""
     images, labels = data.mnist
 
-    def rows(start: int, stop: int, count: int, seed: int) -> list[Row]:
-        chooser, found = np.random.default_rng(seed), []
-        for _ in range(min(count, data.limit or count)):
-            one, other = chooser.integers(start, stop, 2)
-            parts = [picture(images[one]), picture(images[other])]
-            found.append(row(parts, "What is the sum?", str(int(labels[one]) + int(labels[other]))))
-        return found
+    def pairs(start: int, stop: int, count: int, seed: int) -> list[tuple[int, int]]:
+        chosen = np.random.default_rng(seed).integers(start, stop, (count, 2))
+        return [(int(one), int(other)) for one, other in chosen[: data.limit]]
 
-    return Task("two-pictures", rows(0, 8000, 12000, 0), rows(8000, 10000, 1000, 1), 0.8, {"image_size": 32})
+    def rows(chosen: Iterable[tuple[int, int]], blank: int | None = None) -> Iterator[Row]:
+        for pair in chosen:
+            shown = [np.zeros_like(images[n]) if place == blank else images[n] for place, n in enumerate(pair)]
+            yield row([picture(one) for one in shown], "Which digits?", " ".join(str(labels[n]) for n in pair))
+
+    measured = pairs(LEARNT_DIGITS, 10000, 1000, 1)
+    sets = {"right": HeldOut(data.write("right.jsonl", rows(measured)), bar=0.9)}
+    for place, name in enumerate(("first", "second")):
+        chance = commonest_share(int(labels[pair[place]]) for pair in measured)
+        file = data.write(f"without-{name}.jsonl", rows(measured, place))
+        sets[f"without_{name}"] = HeldOut(file, chance=chance)
+    learnt = data.write("tune.jsonl", rows(pairs(0, LEARNT_DIGITS, 12000, 0)))
+    stages = [Stage(data.write("align.jsonl", _digits(data, 0, LEARNT_DIGITS, 2)), 800), Stage(learnt, 600, TUNING)]
+    return Task(stages, sets, {**BY_PATCHES_OF_7})
 
 
-TASKS: Mapping[str, Callable[[Sources], Task | list[Task]]] = {
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+UNHEARD = {f"unheard-{name}": partial(unheard, speaker=name) for name in SPEAKERS}
+TASKS: Mapping[str, Callable[[Sources], Task]] = {
     "naming": naming,
     "reading": reading,
     "emoji": emoji,
-    "spoken": lambda data: _spoken(data, "spoken", 80, 0.95),
-    "spoken-40ms": lambda data: _spoken(data, "spoken-40ms", 40, 0.95),
-    "unheard-speaker": unheard,
+    "spoken": partial(_spoken, milliseconds=80, bar=0.95, is_held=_is_held),
+    "spoken-40ms": partial(_spoken, milliseconds=40, bar=0.95, is_held=_is_held),
+    **UNHEARD,
     "connected": connected,
     "both": both,
     "two-pictures": two_pictures,
 }
-"""What makes the rows of each task, or of several whose mean counts."""
+"""What writes the rows of each task."""
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("naming", "reading", "emoji", "spoken", "spoken-40ms")},
+    "unheard": tuple(UNHEARD),
+    **{name: (name,) for name in ("connected", "both", "two-pictures")},
+}
+"""What is asked for and told together: a task, or several whose mean counts."""

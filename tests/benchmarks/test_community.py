@@ -150,7 +150,7 @@ def test_all_of_it_in_little_and_nothing_twice(repository, tmp_path):
 
     first = run()
     results = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work/results").iterdir()}
-    assert len(results) == 27 + 1
+    assert len(results) == 24 + 1
     dropped = {
         attack: json.loads((tmp_path / f"work/results/attacks-{attack}-0.json").read_text())["false_dropped"]
         for attack in ("nan", "oversized", "shapes", "replayed")

@@ -50,7 +50,7 @@ export class AttentionView {
     const about = make("p", "quiet", `${model}, block ${layer}, the first ${tokens.length} tokens. In a map each row is `);
     about.append("a token, and each column one that it looks at. Choose a head, then go through the tokens.");
     const choice = make("fieldset", "heads");
-    choice.append(make("legend", "", "Head"), ...heads.map((rows, index) => this.#radio(rows, index)));
+    choice.append(make("legend", "", "Head, and where it looks on average"), ...heads.map((rows, index) => this.#radio(rows, index)));
     this.list = make("div", "turn text");
     this.list.role = "listbox";
     this.list.tabIndex = 0;

@@ -120,7 +120,7 @@ def speeds(given: argparse.Namespace) -> Figures:
     for _ in range(given.rounds + 1):
         for name, model in ways.items():
             began = time.perf_counter()
-            done = [next(model.complete([prompt], settings)) for prompt in PROMPTS[:3]]
+            done = [next(model.complete([prompt], settings)) for prompt in PROMPTS[: 1 if given.dry_run else 3]]
             rates[name].append(sum(one.tokens for one in done) / (time.perf_counter() - began))
             texts[name] = [one.text for one in done]
     found = {}

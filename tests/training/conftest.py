@@ -62,6 +62,7 @@ def tiny_run(corpus, folder, **fields):
         "sequence_length": 32,
         "batch_size": 4,
         "max_steps": 6,
+        "eval_steps": 1000,  # at the end only: an evaluation costs more than a step here
         "eval_tokens": 256,
         "sample_prompt": "zq" * 14,  # fills most of the 32 positions: few tokens are drawn after an evaluation
         "device": "cpu",

@@ -54,6 +54,7 @@ def prefer(saved_model, tmp_path):  # noqa: F811
             "output_dir": str(tmp_path / name),
             "batch_size": 2,
             "max_steps": 4,
+            "eval_steps": 1000,
             "device": "cpu",
             "precision": "float32",
             "compile": "off",
@@ -148,9 +149,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit_without_its_base(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.ci
 def test_adapters_learn_preferences_against_the_base_and_resume(prefer, saved_model):  # noqa: F811
     pytest.importorskip("peft", reason="needs the extra `lora`")
-    fields = {"max_steps": 4, "save_steps": 2, "keep_last": 9, "lora_rank": 4, "learning_rate": 1e-2}
+    fields = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "keep_last": 9, "lora_rank": 4, "learning_rate": 1e-2}
     full, _ = prefer("full")
     straight, _ = prefer("straight", **fields)
     assert same_reference(straight.folder, full.folder)

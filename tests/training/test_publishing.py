@@ -170,6 +170,7 @@ def test_push_that_cannot_work_is_refused_before_training(hub, monkeypatch):
     hub.start()
 
 
+@pytest.mark.ci
 def test_pushed_model_loads_by_its_name_with_equal_weights(hub, run_folder, tmp_path):
     from safetensors.torch import load_file
 

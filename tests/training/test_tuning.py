@@ -55,6 +55,7 @@ def tune(saved_model, tmp_path):  # noqa: F811
             "output_dir": str(tmp_path / name),
             "batch_size": 2,
             "max_steps": 4,
+            "eval_steps": 1000,
             "device": "cpu",
             "precision": "float32",
             "compile": "off",
@@ -224,6 +225,7 @@ def test_adapters_merge_into_the_folder_and_load_by_peft(tune, saved_model):  # 
     assert (ids == start).any()
 
 
+@pytest.mark.ci
 def test_adapters_resume_bit_for_bit(tune):
     pytest.importorskip("peft", reason="needs the extra `lora`")
     fields = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "keep_last": 9, "lora_rank": 4}

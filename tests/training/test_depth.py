@@ -159,7 +159,7 @@ def test_a_plain_model_refuses_what_has_no_effect(run, name):
         run(**{name: 0.5})
 
 
-@pytest.mark.parametrize(("name", "base", "third"), [("nano-recurrent", "nano", 2), ("92m-recurrent", "92m", 4)])
+@pytest.mark.parametrize(("name", "base", "third"), [("nano-recurrent", "nano", 1), ("92m-recurrent", "92m", 4)])
 def test_recurrent_presets_are_their_base_and_the_bridge(name, base, third):
     models = []
     for preset in (name, base):

@@ -20,7 +20,7 @@ from tests.training.conftest import tiny_run
 def runs(corpus, tmp_path_factory):
     """Two finished runs of other lengths and rates."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, fields in (("one", {}), ("two", {"max_steps": 4, "learning_rate": 0.01})):
+    for name, fields in (("one", {}), ("two", {"max_steps": 4, "learning_rate": 0.02})):
         train(tiny_run(corpus, folder / name, eval_steps=2, log_steps=1, save_steps=4, **fields))
     return [folder / "one", folder / "two"]
 
@@ -45,7 +45,7 @@ def test_page_of_two_runs_has_their_figures_and_needs_no_other_file(runs, tmp_pa
         assert records[-1]["sample"] in "".join(page.words)
     assert "How the runs differ setting one two" in page.text
     assert "max_steps 6 4" in page.text
-    assert "learning_rate 0.005 0.01" in page.text
+    assert "learning_rate 0.01 0.02" in page.text
     assert "batch_size" not in page.text.partition("How the runs differ")[2].partition("Configuration")[0]
     names = ["loss-tokens", "loss-time", "bits-per-byte", "learning-rate", "gradient-norm", "throughput"]
     assert [one.name for one in written] == ["page.html", *(f"{name}.png" for name in names)]

@@ -210,7 +210,7 @@ def test_a_longer_run_and_another_rate_are_allowed_and_recorded(run):
     assert result.step == 4
     content = yaml.safe_load((first.folder / "run.yaml").read_text())
     changes = content["resumed"][0]["changes"]
-    assert changes["learning_rate"] == "0.005 -> 0.001"
+    assert changes["learning_rate"] == "0.01 -> 0.001"
     assert changes["max_steps"] == "2 -> 4"
     assert content["configuration"]["max_steps"] == 4
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -148,7 +149,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_at_its_last_checkpoint_with_a_
     said = str(caught.value)
     assert said.startswith("step 7 left out: loss nan, gradient norm nan, not finite in `")
     assert "the 3th in a row, at learning rate" in said or "3 in a row" in said
-    assert "the last finite loss was 5." in said
+    assert re.search(r"the last finite loss was \d\.\d", said)
     assert "--resume and a lower --learning-rate" in said
     assert "\n" not in said
     finite = load_file(checkpoints(config.folder)[-1] / "model.safetensors")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -39,10 +40,12 @@ def wait_until(holds: Callable[[], Any], what: str, seconds: float = _PATIENCE_S
 
 
 def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return int(tried.getsockname()[1])
+    """Return a port that nobody listens at, of those that systems hand out to nobody by themselves."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 class Command:

@@ -106,7 +106,7 @@ def _host(
     place: tuple[str, int],
     listener: Any,
 ) -> None:
-    from fanformer.community.flower.keeping import keep
+    from fanformer.community.flower.keeping import end_left_behind, keep
     from fanformer.community.flower.processes import HostProcesses
     from fanformer.community.hosted_run import KEYS_FOLDER, begun
     from fanformer.community.identity import CERTIFICATE, PUBLIC_KEY
@@ -119,9 +119,13 @@ def _host(
     if config.output.output_dir is None:
         config = config.replace(output_dir=f"runs/{config.preset}-community")
     folder, note = config.folder, note_to(listener)
+    lock = folder / ".host.lock", f"the run {folder.absolute()}"
+    if (folder / "flower").is_dir():
+        with hold(*lock):
+            end_left_behind(folder)
     with begun(config, _plan(plan_fields, config), [*addresses, "127.0.0.1", "localhost"], listener):
         pass  # all that can be wrong with the input is, before anybody is invited
-    with hold(folder / ".host.lock", f"the run {folder.absolute()}"), HostProcesses(folder, *place) as processes:
+    with hold(*lock), HostProcesses(folder, *place) as processes:
         pems = [(folder / KEYS_FOLDER / CERTIFICATE).read_text(), (folder / PUBLIC_KEY).read_text()]
 
         def tell() -> None:

@@ -96,7 +96,8 @@ class Volunteer:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Save what the next round needs, unless something went wrong, and let go of the folder."""
         try:
-            if kind is None and self._member is not None and self.rounds:
+            is_well = kind is None or issubclass(kind, KeyboardInterrupt)
+            if is_well and self._member is not None and self.rounds:
                 self._member.save()
         finally:
             self._stack.close()

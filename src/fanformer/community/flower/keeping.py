@@ -1,5 +1,6 @@
 """A host at work: its processes started, watched, and started again where they died, until all rounds are accepted."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from fanformer.community.status import read_status
 from fanformer.errors import CheckpointError, DataError, FANformerError
 
 _LOOK_SECONDS = 1.0
-_BEGIN_SECONDS = 180.0
+_BEGIN_SECONDS = 900.0
 """How long the process that keeps the rounds may take to begin."""
+_ASK_SECONDS = 5.0
+_END_SECONDS = 30.0
 _MOST_RESTARTS = 5
 """In a row, without an accepted round between them."""
 
@@ -47,23 +50,41 @@ def keep(
         time.sleep(_LOOK_SECONDS)
 
 
+def end_left_behind(folder: Path) -> None:
+    """End the process that keeps the rounds for a host that was killed, should it be there still.
+
+    Args:
+        folder: of the run, of which no host is at work.
+    """
+    outcome = read_outcome(folder)
+    if outcome.state != "running" or not _is_alive(outcome.pid):
+        return
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(outcome.pid)
+        if any("flwr" in word or "flower" in word for word in process.cmdline()):  # its number may be another's by now
+            process.kill()
+            process.wait(_END_SECONDS)
+
+
 class _Watch:
     """What is watched."""
 
     def __init__(self, folder: Path, processes: HostProcesses, members: Path, note: Callable[[str], None]) -> None:
         self._folder, self._processes, self._members, self._note = folder, processes, members, note
-        self._began = 0.0
+        self._began = self._asked = 0.0
         self._restarts, self._accepted = 0, -1
         self._told: Mapping[str, Any] = {}
         self._known: list[PublicMember] = []
 
     def begin(self) -> None:
         """Start everything."""
+        self._processes.stop()
+        end_left_behind(self._folder)
         clear_outcome(self._folder)
         self._processes.start()
         self._register()
         self._processes.submit()
-        self._began = time.monotonic()
+        self._began = self._asked = time.monotonic()
 
     def _register(self) -> None:
         members = read_public_members(self._members)
@@ -86,6 +107,11 @@ class _Watch:
             self._note(str(error))
         if not self._processes.is_alive or self._is_gone(outcome):
             self._begin_again()
+        elif not outcome.state and time.monotonic() - self._asked > _ASK_SECONDS:
+            self._asked = time.monotonic()
+            if self._processes.is_given_up():
+                self._note("the host's process began too slowly for Flower: once more")
+                self._processes.submit()
         return False
 
     def _is_gone(self, outcome: Outcome) -> bool:

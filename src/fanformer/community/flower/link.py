@@ -7,6 +7,7 @@ registered already, none that fetches an app's code, and answers with the run's 
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -17,8 +18,11 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fanformer.community.status import STATUS_FILE, read_status, status_page
 from fanformer.errors import FANformerError, import_extra
+from fanformer.files.durable import replace_text
 from fanformer.report.live import LIVE_SCRIPT, POLICY
 
 Scope = MutableMapping[str, Any]
@@ -26,6 +30,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+PORT_FILE = "local-port"
 MEMBERS_CALLS = frozenset(
     f"/v1/fleet/{name}"
     for name in (
@@ -44,7 +49,6 @@ LARGEST_REQUEST = 64 << 20
 """Bytes of a request; Flower sends large arrays in pieces of 20 MB."""
 _SPARE_BYTES = 4 << 20
 _PARENT_SECONDS = 0.5
-_BACKLOG = 512
 
 
 class Guard:
@@ -170,16 +174,19 @@ async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def run_link(folder: Path, host: str, port: int, local_port: int, arguments: Sequence[str]) -> None:
+def run_link(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
     """Run Flower's SuperLink in this process until it is told to stop, or its parent is gone.
+
+    The port on the loopback, for Flower's commands and apps, is a free one; PORT_FILE in the working folder says which.
 
     Args:
         folder: of the run.
         host: address of the public port.
         port: the public one.
-        local_port: for Flower's commands and apps, on the loopback.
         arguments: of `flower-superlink`, besides its address.
     """
+    sockets = [_bind("127.0.0.1", 0), _bind(host, port)]
+    local_port = sockets[0].getsockname()[1]
     uvicorn: Any = import_extra("uvicorn", "a community run", extra="community")
     header = import_extra("flwr.supercore.constant", "a community run", extra="community").FLEET_HTTP_PUBLIC_KEY_HEADER
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -188,10 +195,10 @@ def run_link(folder: Path, host: str, port: int, local_port: int, arguments: Seq
         """Serve as Flower asks, on both ports."""
         options = {name: value for name, value in options.items() if name not in ("host", "port", "workers", "reload")}
         config = uvicorn.Config(Guard(app, local_port, folder, header), **options)
-        sockets = [_bind("127.0.0.1", local_port), _bind(host, port)]
         uvicorn.Server(config).run(sockets=sockets)
 
     uvicorn.run = run
+    replace_text(Path(PORT_FILE), str(local_port))
     sys.argv = ["flower-superlink", "--host", "127.0.0.1", "--port", str(local_port), *arguments]
     import_extra("flwr.superlink.cli.flower_superlink", "a community run", extra="community").flower_superlink()
 
@@ -201,7 +208,6 @@ def _bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
-    bound.listen(_BACKLOG)
     return bound
 
 
@@ -209,7 +215,15 @@ def _end_with_parent(parent: int) -> None:
     """End this process, and with it what Flower started, when the host's command is gone, however it went."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
+    end_all(psutil.Process().children(recursive=True))
     os._exit(0)
+
+
+def end_all(processes: Sequence[psutil.Process]) -> None:
+    """End processes that Flower started: its apps outlive their SuperLink, and ask for it for ever."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _main() -> None:
@@ -217,9 +231,8 @@ def _main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("host")
     parser.add_argument("port", type=int)
-    parser.add_argument("local_port", type=int)
     known, arguments = parser.parse_known_args()
-    run_link(known.folder, known.host, known.port, known.local_port, arguments)
+    run_link(known.folder, known.host, known.port, arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The host's processes: Flower's SuperLink and what it starts, registered members, and a run handed to them."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -13,7 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fanformer.community.flower.content import flower
+from fanformer.community.flower.link import PORT_FILE, end_all
 from fanformer.community.flower.outcome import NODES_FILE
 from fanformer.community.hosted_run import KEYS_FOLDER
 from fanformer.community.identity import CERTIFICATE, CERTIFICATE_KEY, PublicMember, read_public_bytes
@@ -22,8 +26,9 @@ from fanformer.files.durable import read_json, replace_json
 
 LINK_LOG = "link.log"
 _FLOWER_FOLDER, _APP_FOLDER, _HOME_FOLDER, _DATABASE = "flower", "app", "home", "state.db"
-_START_SECONDS = 180.0
+_START_SECONDS = 300.0
 _STOP_SECONDS = 15.0
+_LEFT_BEHIND_SECONDS = 30.0
 _APP = {
     "pyproject.toml": """[build-system]
 requires = ["hatchling"]
@@ -84,9 +89,10 @@ class HostProcesses:
         self._folder, self._host, self._port = folder.absolute(), host, port
         self._own = self._folder / _FLOWER_FOLDER
         self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._local_port = 0
+        self._local_port = self._run = 0
         self._link: subprocess.Popen[bytes] | None = None
-        _require_free(host, port)
+        # of a host that was killed, the processes end a moment later
+        _require_free(host, port, _LEFT_BEHIND_SECONDS if (self._own / LINK_LOG).exists() else 0.0)
 
     def __enter__(self) -> "HostProcesses":
         return self
@@ -112,7 +118,7 @@ class HostProcesses:
             DataError: if it does not; the message has its last words.
         """
         self.stop()
-        self._local_port = _free_port()
+        (self._own / PORT_FILE).unlink(missing_ok=True)
         keys = self._folder / KEYS_FOLDER
         words = [
             "--ssl-certfile", keys / CERTIFICATE, "--ssl-keyfile", keys / CERTIFICATE_KEY, "--ssl-ca-certfile",
@@ -120,7 +126,7 @@ class HostProcesses:
             self._own / _DATABASE,
         ]  # fmt: skip
         command = [sys.executable, "-m", "fanformer.community.flower.link", self._folder, self._host, self._port,
-                   self._local_port, *words]  # fmt: skip
+                   *words]  # fmt: skip
         with (self._own / LINK_LOG).open("ab") as log:
             self._link = subprocess.Popen(
                 list(map(str, command)), env=self._environment(), cwd=self._own, stdin=subprocess.DEVNULL, stdout=log,
@@ -129,11 +135,13 @@ class HostProcesses:
         self._wait()
 
     def _wait(self) -> None:
-        until = time.monotonic() + _START_SECONDS
+        until, place = time.monotonic() + _START_SECONDS, self._own / PORT_FILE
         while time.monotonic() < until and self.is_alive:
-            with socket.socket() as tried:
-                if not tried.connect_ex(("127.0.0.1", self._local_port)):
-                    return
+            if place.exists():
+                self._local_port = int(place.read_text())
+                with socket.socket() as tried:
+                    if not tried.connect_ex(("127.0.0.1", self._local_port)):
+                        return
             time.sleep(0.2)
         raise DataError(f"Flower's SuperLink did not start: {self.last_words()}")
 
@@ -206,12 +214,26 @@ class HostProcesses:
         fab = flower("supercore.fab").Fab(hashlib.sha256(body).hexdigest(), body, {})
         settings = serde.user_config_to_proto({"folder": str(self._folder)})
         with self._control() as client:
-            client.StartRun(kinds.StartRunRequest(fab=serde.fab_to_proto(fab), override_config=settings))
+            started = client.StartRun(kinds.StartRunRequest(fab=serde.fab_to_proto(fab), override_config=settings))
+        self._run = int(started.run_id)
+
+    def is_given_up(self) -> bool:
+        """Return whether Flower has ended what was submitted last, as it does with a process that begins too slowly.
+
+        Raises:
+            DataError: if it does not say.
+        """
+        with self._control() as client:
+            runs = client.ListRuns(flower("proto.control_pb2").ListRunsRequest(run_id=self._run)).run_dict
+        return self._run in runs and runs[self._run].status.status == flower("common.constant").Status.FINISHED
 
     def stop(self) -> None:
         """Stop the SuperLink, and with it all that it started."""
         if self._link is None:
             return
+        started: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):  # it has ended already
+            started = psutil.Process(self._link.pid).children(recursive=True)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._link.poll() is None:
                 self._link.send_signal(number)
@@ -219,22 +241,22 @@ class HostProcesses:
                     self._link.wait(_STOP_SECONDS)
                 except subprocess.TimeoutExpired:
                     continue
+        end_all(started)
         self._link = None
 
 
-def _require_free(host: str, port: int) -> None:
+def _require_free(host: str, port: int, patience_seconds: float) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"cannot listen at `--listen` {host}, `--port` {port}: {error}; choose another."
-            ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return int(tried.getsockname()[1])
+    until = time.monotonic() + patience_seconds
+    while True:
+        with socket.socket(family) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((host, port))
+                return
+            except (OSError, OverflowError) as error:
+                if time.monotonic() >= until:
+                    raise ConfigError(
+                        f"cannot listen at `--listen` {host}, `--port` {port}: {error}: choose others."
+                    ) from error
+        time.sleep(0.5)

@@ -116,19 +116,20 @@ class _Rounds:
             del self._busy[name]  # its share may have been lost with it: it gets it again when it is back
         for name in sorted(there.keys() - self._busy.keys()):
             sealed = self._reception.offer(name)
-            if sealed is not None:
-                self._busy[name] = self._send(name, there[name], offer_content(sealed, self._reception.base()))
+            if sealed is not None and self._send(name, there[name], offer_content(sealed, self._reception.base())):
                 changed = True
         return changed
 
-    def _send(self, name: str, number: int, content: Any) -> str:
-        """Send a member a message, and return its identifier."""
+    def _send(self, name: str, number: int, content: Any) -> bool:
+        """Send a member a message, and return whether Flower took it: a member may have gone away meanwhile."""
         message = flower("app").Message(content, number, "train", ttl=self._wait_seconds)
         [sent] = self._grid.push_messages([message])
         if sent is None:
-            raise DataError(f"Flower took no message for {name}: flower/link.log in the run's folder says why.")
+            self._reception.excuse(name, "Flower took no message for it")
+            return False
         self._sent[sent] = name, time.monotonic() + self._wait_seconds
-        return str(sent)
+        self._busy[name] = str(sent)
+        return True
 
     def _hear(self) -> bool:
         """Take what came back, also to messages of rounds that are closed: it is told so."""
@@ -138,25 +139,28 @@ class _Rounds:
         for reply in replies:
             answered = reply.metadata.reply_to_message_id
             name, _ = self._sent.pop(answered, ("", 0.0))
-            if name and self._take(name, reply) and self._busy.get(name) == answered:
-                del self._busy[name]
+            if name:
+                self._take(name, reply, self._busy.get(name) == answered)
         return bool(replies)
 
-    def _take(self, name: str, reply: Any) -> bool:
-        """Take a reply; return whether the member may be asked again in this round."""
+    def _take(self, name: str, reply: Any, is_expected: bool) -> None:
+        """Take a reply; where it holds nothing, the member is not waited for, unless a newer message is on its way."""
+        payload, reason = None, ""
         if reply.has_error():
-            self._reception.excuse(name, f"no reply ({ascii(str(reply.error.reason))[:200]})")
-            return True
-        try:
-            payload, reason = read_reply(reply.content)
-        except DataError as error:
-            payload, reason = None, str(error)
-        if payload is None:
+            reason = f"no reply ({ascii(str(reply.error.reason))[:200]})"
+            if is_expected:
+                del self._busy[name]  # the message was lost: it may be asked again in this round
+        else:
+            try:
+                payload, reason = read_reply(reply.content)
+            except DataError as error:
+                reason = str(error)
+        if payload is not None:
+            if refused := self._reception.take(name, payload):
+                self._say(f"refused {name}: {refused}")
+        elif is_expected:
             self._say(f"{name} hands in nothing: {reason}")
             self._reception.excuse(name, reason)
-        elif refused := self._reception.take(name, payload):
-            self._say(f"refused {name}: {refused}")
-        return False
 
     def _say(self, text: str) -> None:
         _print(Event("note", text))

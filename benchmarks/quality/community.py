@@ -14,15 +14,12 @@ table into docs/community.md.
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cells import Work
 from community_attacks import ATTACKS
 from community_run import Setting, simulate
 from community_tables import figures, insert_table, table
@@ -179,13 +176,8 @@ def prepare(asked: argparse.Namespace) -> None:
     from fanformer.data.preparation.prepare import prepare as prepare_data
     from fanformer.data.sources.documents import is_prepared_folder, open_source
 
-    asked.work.mkdir(parents=True, exist_ok=True)
-    file, now = asked.work / "settings.json", json.loads(json.dumps(settings(asked)))
-    before = json.loads(file.read_text()) if file.is_file() else now
-    if before != now:
-        name = next(name for name in now if before.get(name) != now[name])
-        sys.exit(f"{asked.work} was begun with {name} {before.get(name)}, got {now[name]}: give another --work")
-    file.write_text(json.dumps(now, indent=1) + "\n")
+    now = settings(asked)
+    Work(asked.work).begin(now)
     if not is_prepared_folder(str(asked.work / "data")):
         size = now["model"]["vocab_size"]
         prepare_data(
@@ -193,58 +185,29 @@ def prepare(asked: argparse.Namespace) -> None:
         )
 
 
-def result_file(asked: argparse.Namespace, name: str) -> Path:
-    """Return where the result of a cell is."""
-    return asked.work / "results" / f"{name}.json"
-
-
-def keep(asked: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
-    """Write a result in one step."""
-    done = result_file(asked, name)
-    done.parent.mkdir(exist_ok=True)
-    aside = done.with_suffix(".new")
-    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    aside.replace(done)
-
-
 def do_cell(asked: argparse.Namespace, cell: Cell) -> None:
     """Run and measure a cell where that is not done; its result is a file."""
-    if result_file(asked, cell.name).is_file():
+    work = Work(asked.work)
+    if work.has(cell.name):
         return
     started = time.monotonic()
     found = simulate(cell.setting, recipe(asked, cell.seed), asked.work / f"at-{cell.name}", asked.gate_tokens)
     found |= {"seconds": round(time.monotonic() - started, 1), "setting": dataclasses.asdict(cell.setting)}
-    keep(asked, cell.name, found)
+    work.keep(cell.name, found)
     print(f"{cell.name}: loss {found['loss']:.4f} in {found['seconds']:.0f} s", flush=True)
-
-
-def do_all(asked: argparse.Namespace, todo: list[Cell]) -> None:
-    """Do cells, several at a time in processes of their own where that is asked for, the longest first."""
-    if asked.jobs == 1:
-        for cell in todo:
-            do_cell(asked, cell)
-        return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(cell: Cell) -> int:
-        return subprocess.run([sys.executable, *sys.argv, "--cell", cell.name], env=environment).returncode
-
-    left = [cell for cell in todo if not result_file(asked, cell.name).is_file()]
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        if any(list(pool.map(start, sorted(left, key=lambda cell: -cell.setting.members * cell.setting.steps)))):
-            sys.exit("a cell failed, as it says above: the same command goes on")
 
 
 def do_bytes(asked: argparse.Namespace) -> None:
     """Count the bytes of real payloads of this model, and of the presets that are asked about."""
-    if result_file(asked, "bytes").is_file():
+    work = Work(asked.work)
+    if work.has("bytes"):
         return
     from community_tables import payload_sizes
 
     models = {"simulated": recipe(asked, 0).model}
     if not asked.dry_run:
         models["92m"] = resolve("92m").model
-    keep(asked, "bytes", {name: payload_sizes(dict(model)) for name, model in models.items()})
+    work.keep("bytes", {name: payload_sizes(dict(model)) for name, model in models.items()})
 
 
 def main() -> None:
@@ -255,16 +218,18 @@ def main() -> None:
     if asked.cell is not None:
         do_cell(asked, next(cell for cell in todo if cell.name == asked.cell))
         return
-    do_all(asked, todo)
+    work = Work(asked.work)
+    longest_first = sorted(todo, key=lambda cell: -cell.setting.members * cell.setting.steps)
+    work.do(longest_first, lambda cell: do_cell(asked, cell), asked.jobs, threads=1)
     if "bytes" in asked.parts.split(","):
         do_bytes(asked)
     for part in asked.parts.split(","):
         found: dict[str, Any] = {}
         if part == "bytes":
-            found = json.loads(result_file(asked, "bytes").read_text())
+            found = work.read("bytes")
         for cell in todo:
             if cell.part == part:
-                found.setdefault(cell.arm, []).append(json.loads(result_file(asked, cell.name).read_text()))
+                found.setdefault(cell.arm, []).append(work.read(cell.name))
         if not found:
             continue
         text = table(part, found)

@@ -13,19 +13,16 @@ command goes on. --write puts each task into the ledger as it ends, and the ledg
 import argparse
 import hashlib
 import itertools
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cells import Work
 from multimodal_data import GROUPS, TASK_FILE, TASKS, Sources, Task, read_task, write_task
 from multimodal_tables import Results, figures, tables, write_page
 
@@ -86,17 +83,6 @@ def settings(asked: argparse.Namespace) -> dict[str, Any]:
     return {"base": asked.base.name, "base_weights": weights, "size": asked.size, "dry_run": asked.dry_run}
 
 
-def check_work(asked: argparse.Namespace) -> None:
-    """End if the work folder was begun with other settings."""
-    asked.work.mkdir(parents=True, exist_ok=True)
-    file, now = asked.work / "settings.json", settings(asked)
-    before = json.loads(file.read_text()) if file.is_file() else now
-    if before != now:
-        name = next(name for name in now if before.get(name) != now[name])
-        sys.exit(f"{asked.work} was begun with {name} {before.get(name)}, got {now[name]}: give another --work")
-    file.write_text(json.dumps(now, indent=1) + "\n")
-
-
 def tasks_of(asked: argparse.Namespace, group: str) -> tuple[str, ...]:
     """Return the tasks that are told together, two of them at most in a dry run."""
     return GROUPS[group][: 2 if asked.dry_run else None]
@@ -149,15 +135,10 @@ def train_stages(
     return base
 
 
-def result_file(asked: argparse.Namespace, cell: Cell) -> Path:
-    """Return where the result of a cell is."""
-    return asked.work / "results" / f"{cell.name}.json"
-
-
 def do_cell(asked: argparse.Namespace, cell: Cell) -> None:
     """Train and measure a cell where that is not done; its result is a file."""
-    done = result_file(asked, cell)
-    if done.is_file():
+    work = Work(asked.work)
+    if work.has(cell.name):
         return
     from multimodal_measures import measure, text_bits
     from transformers.utils.logging import disable_progress_bar
@@ -172,40 +153,22 @@ def do_cell(asked: argparse.Namespace, cell: Cell) -> None:
     found = measure(folder, asked.work / "rows" / cell.task, task, cell.twin == "blind", asked.device)
     found["text_bits_per_byte"] = {"base": text_bits(asked.base), "with_towers": text_bits(folder)}
     found["seconds"] = {"training": round(trained - began), "measuring": round(time.monotonic() - trained)}
-    done.parent.mkdir(exist_ok=True)
-    aside = done.with_suffix(".new")
-    aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(done)
+    work.keep(cell.name, found)
     print(f"{cell.name}: {found['scores']}, seconds of {found['seconds']}", flush=True)
-
-
-def do_cells(asked: argparse.Namespace, cells: Sequence[Cell]) -> None:
-    """Do cells, several at a time in processes of their own where that is asked for."""
-    left = [cell for cell in cells if not result_file(asked, cell).is_file()]
-    for name in dict.fromkeys(cell.task for cell in left):
-        prepared(asked, name)
-    if asked.jobs == 1:
-        for cell in left:
-            do_cell(asked, cell)
-        return
-    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
-
-    def start(cell: Cell) -> int:
-        return subprocess.run([sys.executable, *sys.argv, "--cell", cell.name], env=environment).returncode
-
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        if any(list(pool.map(start, left))):
-            sys.exit("a cell failed, as it says above: the same command goes on")
 
 
 def do_group(asked: argparse.Namespace, name: str) -> list[Entry]:
     """Do all cells of what is told together, and return its entry, and that of adapters where it has some for both."""
     of_group = tasks_of(asked, name)
     cells = [Cell(task, twin, seed) for seed in range(asked.seeds) for task in of_group for twin in TWINS]
-    do_cells(asked, cells)
+    work = Work(asked.work)
+    for task in of_group:
+        if not all(work.has(cell.name) for cell in cells if cell.task == task):
+            prepared(asked, task)
+    work.do(cells, lambda cell: do_cell(asked, cell), asked.jobs, asked.threads)
     results: Results = {}
     for cell in cells:
-        content = json.loads(result_file(asked, cell).read_text(encoding="utf-8"))
+        content = work.read(cell.name)
         content.pop("said")  # stays in the file
         results.setdefault(cell.task, {}).setdefault(cell.twin, []).append(content)
     tasks = {task: prepared(asked, task) for task in of_group}
@@ -284,7 +247,7 @@ def main() -> None:
         do_cell(asked, Cell(task, twin, int(seed)))
         return
     if not asked.tables:
-        check_work(asked)
+        Work(asked.work).begin(settings(asked))
         for group in asked.task:
             found = do_group(asked, group)
             print(tables(found), flush=True)

@@ -17,15 +17,14 @@ import datetime
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from cells import Work
 from tuning_data import SETS, write_all
 from tuning_tables import aims, figures, tables
 
@@ -107,13 +106,7 @@ def settings(asked: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(asked: argparse.Namespace) -> None:
     """Write the data, or go on with those of the same settings; others are refused."""
-    asked.work.mkdir(parents=True, exist_ok=True)
-    file, now = asked.work / "settings.json", json.loads(json.dumps(settings(asked)))
-    before = json.loads(file.read_text()) if file.is_file() else now
-    if before != now:
-        name = next(name for name in now if before.get(name) != now[name])
-        sys.exit(f"{asked.work} was begun with {name} {before.get(name)}, got {now[name]}: give another --work")
-    file.write_text(json.dumps(now, indent=1) + "\n")
+    Work(asked.work).begin(settings(asked))
     write_all(asked.data, asked.work / "data", sizes(asked), 5 * asked.base_tokens, asked.held_out_bytes)
 
 
@@ -211,8 +204,8 @@ def tuning(asked: argparse.Namespace, cell: Cell, common: dict[str, Any]) -> "Ru
 
 def do_cell(asked: argparse.Namespace, cell: Cell) -> None:
     """Train and measure a cell where that is not done; its result is a file."""
-    done = result_file(asked, cell)
-    if done.is_file():
+    work = Work(asked.work)
+    if work.has(cell.name):
         return
     from tuning_measures import bits_per_byte, measure, measure_preferences
 
@@ -226,46 +219,20 @@ def do_cell(asked: argparse.Namespace, cell: Cell) -> None:
     else:
         found = measure(folder, base_folder(asked, cell.part), data, blind=cell.part == "blind")
     found["seconds"] = {"training": round(trained - started), "measuring": round(time.monotonic() - trained)}
-    done.parent.mkdir(exist_ok=True)
-    aside = done.with_suffix(".new")
-    aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(done)
+    work.keep(cell.name, found)
     print(f"{cell.name}: seconds of {found['seconds']}", flush=True)
-
-
-def result_file(asked: argparse.Namespace, cell: Cell) -> Path:
-    """Return where the result of a cell is."""
-    return asked.work / "results" / f"{cell.name}.json"
-
-
-def do_stage(asked: argparse.Namespace, cells: list[Cell]) -> None:
-    """Do cells, several at a time in processes of their own where that is asked for."""
-    if asked.jobs == 1:
-        for cell in cells:
-            do_cell(asked, cell)
-        return
-    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
-
-    def start(cell: Cell) -> int:
-        return subprocess.run([sys.executable, *sys.argv, "--cell", cell.name], env=environment).returncode
-
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        if any(list(pool.map(start, [cell for cell in cells if not result_file(asked, cell).is_file()]))):
-            sys.exit("a cell failed, as it says above: the same command goes on")
 
 
 def base_result(asked: argparse.Namespace) -> dict[str, float]:
     """Return the bits per byte of the base by the part's name in the results, measured once also where it was given."""
     from tuning_measures import bits_per_byte
 
-    file = result_file(asked, Cell("base", 0))
-    if not file.is_file():  # --base
-        file.parent.mkdir(exist_ok=True)
+    work, own, llama = Work(asked.work), Cell("base", 0).name, Cell("llama-base", 0).name
+    if not work.has(own):  # --base
         base = base_folder(asked, "full")
-        file.write_text(json.dumps({"bits_per_byte": bits_per_byte(base, base, asked.work / "data/held-out.jsonl")}))
-    llama = result_file(asked, Cell("llama-base", 0))
-    found = {"base": json.loads(file.read_text())["bits_per_byte"]}
-    return found | ({"llama": json.loads(llama.read_text())["bits_per_byte"]} if llama.is_file() else {})
+        work.keep(own, {"bits_per_byte": bits_per_byte(base, base, asked.work / "data/held-out.jsonl")})
+    names = {"base": own, "llama": llama}
+    return {part: work.read(name)["bits_per_byte"] for part, name in names.items() if work.has(name)}
 
 
 def write(asked: argparse.Namespace, results: dict[str, list[dict[str, Any]]], before: dict[str, float]) -> None:
@@ -299,11 +266,12 @@ def main() -> None:
         part, _, seed = asked.cell.rpartition("-")
         do_cell(asked, Cell(part, int(seed)))
         return
+    work = Work(asked.work)
     for cells in stages(asked):
-        do_stage(asked, cells)
+        work.do(cells, lambda cell: do_cell(asked, cell), asked.jobs, asked.threads)
     results: dict[str, list[dict[str, Any]]] = {}
     for cell in [cell for cells in stages(asked)[2:] for cell in cells]:
-        results.setdefault(cell.part, []).append(json.loads(result_file(asked, cell).read_text()))
+        results.setdefault(cell.part, []).append(work.read(cell.name))
     before = base_result(asked)
     data = json.loads((asked.work / "data/data.json").read_text())
     print(tables(results, before, data["baselines"]))

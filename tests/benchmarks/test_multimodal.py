@@ -185,14 +185,14 @@ def test_the_document_has_the_tables_of_the_ledger(quality, repository, tmp_path
 
 
 def test_a_work_folder_of_another_base_is_refused(quality, saved_model, folder, tmp_path, monkeypatch):  # noqa: F811
-    def asked(base):
+    def begin(base):
         monkeypatch.setattr(sys, "argv", ["multimodal.py", "--base", str(base), "--work", str(tmp_path)])
-        return quality.run.parse()
+        quality.run.Work(tmp_path).begin(quality.run.settings(quality.run.parse()))
 
-    quality.run.check_work(asked(saved_model))
-    quality.run.check_work(asked(saved_model))
+    begin(saved_model)
+    begin(saved_model)
     with pytest.raises(SystemExit, match=r"was begun with base .*, got .*: give another --work"):
-        quality.run.check_work(asked(folder))
+        begin(folder)
 
 
 def shown(row, place):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from claims import NOT_MEASURED, Row, judge, load_claims, problems
+from claims import NOT_MEASURED, OTHER_SCALE, Row, judge, load_claims, problems, scale_of
 from performance import performance_page
 from tables import BREAK, code, how_table, measured_text, number, scale_text, table, threshold_text
 
@@ -128,11 +128,15 @@ def build(repository: Path, output: Path) -> None:
 
 
 def claims_table(rows: Sequence[Row]) -> str:
-    """Return the table of claims: a row for each, in which every entry that measures it has a line."""
+    """Return the table of claims: a row for each, in which every entry that measures it has a line.
+
+    One of another scale has a line only where none is of the claim's.
+    """
     lines = []
-    for claim, several in itertools.groupby(rows, key=lambda row: row.claim):
-        cells = []
-        for row in several:
+    for claim, group in itertools.groupby(rows, key=lambda row: row.claim):
+        several, cells = list(group), []
+        judged = [row for row in several if row.verdict != OTHER_SCALE]
+        for row in judged or several:
             if row.entry is None or row.figure is None:
                 note = f" ({claim.note})" if claim.note else ""
                 cells.append([NOT_MEASURED, "-" + note, "-"])
@@ -159,7 +163,8 @@ def ablations_table(entries: Sequence[Entry]) -> str:
             size = number(entry.details["parameters_without_embeddings"][slug])
             cells.append([code(arms[slug]), size, f"{losses[slug]:.4f}", words])
         cells += [[f"without result: {line}", "-", "-", "-"] for line in entry.details["troubles"]]
-        rows.append([code(entry.name), *map(BREAK.join, zip(*cells, strict=True))])
+        name = code(entry.name) + (f", {scale}" if (scale := scale_of(entry)) is not None else "")
+        rows.append([name, *map(BREAK.join, zip(*cells, strict=True))])
     return table(["entry", "architecture", "parameters in the blocks", "bits per byte", "less the default's"], rows)
 
 

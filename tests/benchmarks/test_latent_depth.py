@@ -76,7 +76,7 @@ def test_a_plain_run_goes_on_as_recurrent_and_its_first_step_is_itself(
     tiny_tokenizer,  # noqa: F811
     tmp_path,
 ):
-    given.base = save(tmp_path / "base", tiny_model(vocab_size=320, num_hidden_layers=6), tiny_tokenizer)
+    given.base = save(tmp_path / "base", tiny_model(vocab_size=320, num_hidden_layers=3), tiny_tokenizer)
     given.preset = "nano-recurrent"
     figures = depth.retrofit(given)
     assert figures["first_step_is_plain"].value == 1

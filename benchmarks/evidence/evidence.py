@@ -104,6 +104,7 @@ def build(repository: Path, output: Path) -> None:
     lacking = problems([*rows, *speeds], entries)
     if lacking:
         raise DataError(f"the evidence page cannot be made: {'; '.join(lacking)}.")
+    rows = of_nearest_scale(rows)
     for row in rows:
         if row.claim.group not in GROUPS:
             expected = ", ".join(GROUPS)
@@ -127,16 +128,18 @@ def build(repository: Path, output: Path) -> None:
     (output / SPEED_PAGE).write_text(performance_page(speeds, entries), encoding="utf-8")
 
 
-def claims_table(rows: Sequence[Row]) -> str:
-    """Return the table of claims: a row for each, in which every entry that measures it has a line.
+def of_nearest_scale(rows: Sequence[Row]) -> list[Row]:
+    """Return rows without those of another scale than the claim's, where it has some of its own."""
+    own = {row.claim.id for row in rows if row.verdict != OTHER_SCALE}
+    return [row for row in rows if row.verdict != OTHER_SCALE or row.claim.id not in own]
 
-    One of another scale has a line only where none is of the claim's.
-    """
+
+def claims_table(rows: Sequence[Row]) -> str:
+    """Return the table of claims: a row for each, in which every entry that measures it has a line."""
     lines = []
     for claim, group in itertools.groupby(rows, key=lambda row: row.claim):
-        several, cells = list(group), []
-        judged = [row for row in several if row.verdict != OTHER_SCALE]
-        for row in judged or several:
+        cells = []
+        for row in group:
             if row.entry is None or row.figure is None:
                 note = f" ({claim.note})" if claim.note else ""
                 cells.append([NOT_MEASURED, "-" + note, "-"])

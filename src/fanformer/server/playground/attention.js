@@ -1,18 +1,12 @@
 // How the heads of one block attend: a map a head, and for the token that is pointed at where it looks.
 
+import { make, placeAfter } from "/page/dom.js";
 import { quoted, shownName } from "/page/tokens.js";
 
 // From which share on a token has which of the colours p9 to p0.
 const STEPS = [0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65];
 const LARGEST = 5;
 const percent = (share) => `${share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)}%`;
-
-function make(tag, className, text = "") {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  element.textContent = text;
-  return element;
-}
 
 // Draws rows of shares, one a token, as a square: a column for each token that is looked at.
 function map(rows) {
@@ -88,11 +82,8 @@ export class AttentionView {
   }
 
   #move(event) {
-    const last = this.tokens.length - 1;
-    const to = { ArrowRight: this.active + 1, ArrowLeft: this.active - 1, Home: 0, End: last }[event.key];
-    if (to === undefined) return;
-    event.preventDefault();
-    this.#choose(Math.min(Math.max(to, 0), last));
+    const place = placeAfter(event, this.active, this.tokens.length);
+    if (place !== undefined) this.#choose(place);
   }
 
   #choose(index) {

@@ -1,16 +1,10 @@
 // One model's column: what was said, the answer as it comes, and what it took.
 
 import { ServerError, stream } from "/page/client.js";
+import { make } from "/page/dom.js";
 import { TokenView, tokensOf } from "/page/tokens.js";
 
 let panes = 0;
-
-function make(tag, className, text = "") {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  element.textContent = text;
-  return element;
-}
 
 // Returns what stands for the pictures and recordings of a message: the pictures themselves, and words.
 function shownMedia(turn) {

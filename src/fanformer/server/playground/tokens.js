@@ -1,5 +1,7 @@
 // Tokens with how sure the model was: by colour, and the alternatives of the one that is pointed at or chosen by keys.
 
+import { placeAfter } from "/page/dom.js";
+
 // Returns the tokens of a chunk's choice, of either route: text, logprob, and alternatives as [text, logprob].
 // One that is no whole character is shown by its bytes, as \xe4.
 export function tokensOf(choice) {
@@ -62,11 +64,8 @@ export class TokenView {
     this.element.ariaLabel = "Tokens; arrow keys go through them";
     this.element.addEventListener("focus", () => this.#choose(Math.max(0, this.active)));
     this.element.addEventListener("keydown", (event) => {
-      const last = this.tokens.length - 1;
-      const to = { ArrowRight: this.active + 1, ArrowLeft: this.active - 1, Home: 0, End: last }[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      this.#choose(Math.min(Math.max(to, 0), last));
+      const place = placeAfter(event, this.active, this.tokens.length);
+      if (place !== undefined) this.#choose(place);
     });
   }
 

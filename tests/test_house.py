@@ -105,6 +105,21 @@ def test_experiments_say_what_was_tried_what_came_of_it_and_what_was_decided():
     assert wrong == []
 
 
+def test_files_that_the_documents_name_are_there():
+    """Targets of links, and files of code by name or with a part of their path; experiments tell of the past."""
+    tree = [str(path.relative_to(ROOT)) for path in tracked()]
+    wrong = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text):
+            if not (path.parent / target).exists():
+                wrong.append(f"{path.relative_to(ROOT)}: {target}")
+        for name in re.findall(r"`([\w/]+\.py)`", text) if path.name != "experiments.md" else ():
+            if not any(f"/{known}".endswith(f"/{name}") for known in tree):
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert wrong == []
+
+
 def test_no_file_names_a_folder_of_somebody_s_machine():
     own = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/[\w.-]+")
     wrong = []

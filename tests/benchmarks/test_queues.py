@@ -40,7 +40,7 @@ def trials_of(comparison, machines, fingerprints):
             task = comparison.rule_task(variant).to_dict()
             yield Trial(spec, rate, seed, comparison.run, rule={"task": task.pop("name"), **task}, block=block)
             continue
-        settings = comparison.shared_settings(variant)
+        settings = comparison.settings(spec, variant)
         for machine, fingerprint in itertools.product(machines, fingerprints):
             yield Trial(spec, rate, seed, {**settings, **dict(machine)}, "data", fingerprint, block=block)
 
@@ -48,7 +48,7 @@ def trials_of(comparison, machines, fingerprints):
 @pytest.mark.parametrize(
     ("queue", "least"),
     [
-        ("ablation", 23),
+        ("ablation", 16),
         ("accelerator", 2),
         ("ladder", 45),
         ("ladder-accelerator", 6),

@@ -102,12 +102,20 @@ llama-server: setup-dev $(LLAMA_SERVER)
 check-serve-beside: $(SERVING)/.ready llama-server
 	$(SERVING)/bin/python benchmarks/serve_beside.py --llama-server $(LLAMA_SERVER) --write
 
-# A community run under kills, freezes, cut links and attacks: two hours; links are cut where root may make namespaces.
+# Flower's packages in front of .venv's; they come first, since pip would else go by those of .venv.
 COMMUNITY := $(VENV)-community
-community-drill: setup-dev
-	test -x $(COMMUNITY)/bin/python || $(PYTHON) -m venv $(COMMUNITY)
-	$(COMMUNITY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[community]'
-	$(COMMUNITY)/bin/python benchmarks/proofs/community_drill.py --write
+
+$(COMMUNITY)/.ready: requirements-community.txt $(VENV)/.dev
+	$(PYTHON) -m venv --clear $(COMMUNITY)
+	$(COMMUNITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-community.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)/src')" \
+		> $$(echo $(COMMUNITY)/lib/python3*/site-packages)/borrowed.pth
+	touch $@
+
+# A community run under kills, freezes, cut links and attacks: two hours; links are cut where root may make namespaces.
+# Each part writes its entry and its table of docs/community.md when it is done; PARTS="attacks links" does some.
+community-drill: $(COMMUNITY)/.ready
+	$(COMMUNITY)/bin/python benchmarks/proofs/community_drill.py $(if $(PARTS),--only $(PARTS)) --write
 
 # What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
 check-tuning: setup-dev

@@ -180,10 +180,23 @@ class Camp:
         """Start a member that attacks."""
         return self.join(name, program=(MEMBER_PROGRAM, "--attack", kind))
 
+    def revive(self) -> list[str]:
+        """Start again what ended by itself and not well, which is to be nothing, and return what did."""
+        ended = []
+        if self.host is not None and self.host.process.poll():
+            ended.append(f"the host ended with {self.host.process.returncode}: {self.host.output[-300:]}")
+            self.start_host()
+        for name, member in list(self.members.items()):
+            if member.process.poll():
+                ended.append(f"{name} ended with {member.process.returncode}: {member.output[-300:]}")
+                self.join(name)
+        return ended
+
     def records(self) -> list[dict[str, Any]]:
         """Return what became of the rounds so far."""
         path = self.run / "rounds.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+        return [json.loads(line) for line in whole.splitlines()]  # without a line that is being written
 
     def accepted(self) -> int:
         """Return how many rounds are accepted."""
@@ -252,8 +265,13 @@ def set_link(space: str, number: int, state: str) -> None:
                        capture_output=True)  # fmt: skip
 
 
-def shape_link(space: str, number: int, rate: str, delay: str, loss: str) -> bool:
-    """Let what leaves a namespace go slowly, late and not always; return whether this kernel can."""
-    words = ["tc", "qdisc", "add", "dev", f"n{number}", "root", "netem", "rate", rate, "delay", delay, "loss", loss]
-    done = subprocess.run(["ip", "netns", "exec", space, *words], capture_output=True)
-    return done.returncode == 0
+def shape_link(space: str, number: int, rate: str, delay: str, loss: str) -> str:
+    """Let what leaves a namespace go slowly, late and not always, and return how much of that this kernel can."""
+    begin = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", f"n{number}", "root"]
+    for told, words in (
+        (f"{rate}, {delay}, {loss} loss", ["netem", "rate", rate, "delay", delay, "loss", loss]),
+        (f"{rate} alone", ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]),
+    ):
+        if not subprocess.run([*begin, *words], capture_output=True).returncode:
+            return told
+    return ""

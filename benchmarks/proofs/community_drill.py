@@ -1,13 +1,15 @@
 """A community run under fire: real commands and processes, killed, frozen, cut off and attacked; and what it costs.
 
-    python benchmarks/proofs/community_drill.py [--only faults attacks refusals links] [--rounds 50] [--write]
+    python benchmarks/proofs/community_drill.py [--only refusals links attacks faults] [--rounds 50] [--write]
 
 Parts: `faults` (kill -9 of random members and of the host, frozen members, cut links, clocks that differ a little),
 `attacks` (one of five members sends NaN, its update times 100, or its sign; the loss beside the run without it),
 `refusals` (an unregistered key, another certificate, a changed round, a clock an hour off, Flower's commands on the
 public port), `links` (a round over a link of 20 Mbit/s, 100 ms and 1% loss, beside the estimate for it, and the
-estimate for 1B parameters and 100 members). Links are cut and shaped where this machine may make network namespaces. It
-needs the extra `community`. The short form is tests/community/test_flower.py.
+estimate for 1B parameters and 100 members). Links are cut and shaped where this machine may make network namespaces. A
+part that fails is told and the others go on; with `--write` each writes its entry of the ledger and its table of
+docs/community.md as soon as it is done. It needs the extra `community`. The short form is
+tests/community/test_flower.py.
 """
 
 import argparse
@@ -16,14 +18,17 @@ import json
 import random
 import signal
 import ssl
+import statistics
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from community_commands import (
@@ -35,16 +40,19 @@ from community_commands import (
     set_link,
     shape_link,
 )
+from community_tables import insert_table
 from safetensors.torch import load_file
 
 from fanformer.comparison.ledger import EXACT, Figure, measured_today, write_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PARTS = ("faults", "attacks", "refusals", "links")
+PARTS = ("refusals", "links", "attacks", "faults")
 ATTACKS = ("nan", "scaled", "flipped")
 LINK = {"rate": "20mbit", "delay": "100ms", "loss": "1%"}
 BITS_PER_SECOND = 20e6
+_LONGEST_ROUND_SECONDS = 240.0
+"""On average over the run under faults; where it takes longer, the run stalls."""
 
 
 def check_rounds(camp: Camp) -> list[str]:
@@ -125,13 +133,18 @@ def faults(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
         monkey = Monkey(camp, names, seed)
         started, calm = time.monotonic(), random.Random(seed + 1)
         camp.wait_for(1)
+        wrong: list[str] = []
         while camp.accepted() < rounds - 1:
+            if time.monotonic() - started > _LONGEST_ROUND_SECONDS * rounds:
+                raise TimeoutError(f"{camp.accepted()} of {rounds} rounds after {time.monotonic() - started:.0f} s")
             time.sleep(calm.uniform(5, 30))
+            wrong += camp.revive()
             if camp.accepted() < rounds - 1:
                 monkey.strike()
         camp.wait_for_end(600)
         seconds = round(time.monotonic() - started)
-        return {"faults": monkey.done, "wrong": check_rounds(camp), "seconds": seconds, "spaces": bool(spaces)}
+        wrong += check_rounds(camp)
+        return {"faults": monkey.done, "wrong": wrong, "seconds": seconds, "spaces": bool(spaces)}
 
 
 def run_of_five(folder: Path, attack: str) -> tuple[float, list[str]]:
@@ -184,7 +197,8 @@ def refusals(folder: Path) -> dict[str, bool]:
         camp.join("ada")
         camp.wait_for_end()
         weights = camp.run / "checkpoint-2" / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0"[:1])
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         verified = fanformer("community", "verify", camp.run)
         found["a changed round"] = verified.returncode == 1 and "model.safetensors" in verified.stdout
     return found
@@ -205,6 +219,11 @@ def _is_closed(port: int) -> bool:
     return True
 
 
+def update_bytes(parameters: int, bits: int) -> float:
+    """Return the bytes of an update: so many bits for a number, and a scale of 32 for every 128 of them."""
+    return (bits + 32 / 128) / 8 * parameters
+
+
 def estimate(parameters: int, members: int, down: float, up: float, host: float, bits: int = 8) -> dict[str, float]:
     """Return the seconds of a round that moving bytes takes.
 
@@ -214,9 +233,9 @@ def estimate(parameters: int, members: int, down: float, up: float, host: float,
         down: bits per second of a member's link, inwards.
         up: outwards.
         host: of the host's link, each way; all members share it.
-        bits: of an update's numbers, beside a scale of 32 bits for every 128.
+        bits: of an update's numbers.
     """
-    base, update = 16.0 * parameters, (bits + 32 / 128) * parameters
+    base, update = 16.0 * parameters, 8 * update_bytes(parameters, bits)
     return {
         "base_seconds": max(base / down, members * base / host),
         "update_seconds": max(update / up, members * update / host),
@@ -229,11 +248,13 @@ def links(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"of_1b_and_100_members": large | {"of_4_bits": estimate(10**9, 100, 1e8, 2e7, 1e9, 4)}}
     if not can_have_namespaces():
         return found | {"measured": "this machine may not make network namespaces"}
-    with namespaces(["ada"]) as spaces, Camp(folder, spaces, rounds=3, round_steps=2, round_time="10m") as camp:
+    plan = {"rounds": 3, "round_steps": 2, "round_time": "10m", "gate": 9}  # every round is to send everything
+    with namespaces(["ada"]) as spaces, Camp(folder, spaces, **plan) as camp:
         camp.model = {**camp.model, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 128, "qkv_rank": 192,
                       "o_rank": 128, "gate_up_rank": 192, "down_rank": 192, "num_hidden_layers": 6}  # fmt: skip
-        if not shape_link(spaces["ada"], 0, LINK["rate"], LINK["delay"], LINK["loss"]):
-            return found | {"measured": "this kernel has no netem"}
+        shaped = shape_link(spaces["ada"], 0, LINK["rate"], LINK["delay"], LINK["loss"])
+        if not shaped:
+            return found | {"measured": "this kernel can shape no link"}
         camp.make_key("ada")
         camp.start_host()
         camp.join("ada")
@@ -244,7 +265,7 @@ def links(folder: Path) -> dict[str, Any]:
         told = estimate(status["parameters"], 1, 1e9, BITS_PER_SECOND, 1e9)
         return found | {
             "measured": {
-                "parameters": status["parameters"], "update_bytes": status["update_bytes"],
+                "shaped": shaped, "parameters": status["parameters"], "update_bytes": status["update_bytes"],
                 "seconds_beside_training": seconds, "estimate_seconds": sum(told.values()),
             }
         }  # fmt: skip
@@ -256,6 +277,91 @@ def _seconds_of_training(camp: Camp) -> list[str]:
     return re.findall(r"tokens in ([\d.]+) s", camp.members["ada"].output)
 
 
+def do_part(part: str, folder: Path, rounds: int, seed: int) -> dict[str, Any]:
+    """Do a part and return what came of it; of one that does not end as it is to, why, so that the others go on."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "faults": lambda: faults(folder, rounds, seed),
+        "attacks": lambda: attacks(folder),
+        "refusals": lambda: refusals(folder),
+        "links": lambda: links(folder),
+    }
+    try:
+        return parts[part]()
+    except Exception as error:  # whatever it is, an hour of the others is worth more
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def violated(part: str, found: dict[str, Any]) -> list[str]:
+    """Return what of a part was not as it is to be."""
+    if "failed" in found:
+        return [f"{part} did not come to its end: {found['failed']}"]
+    if part == "faults":
+        return list(found["wrong"])
+    if part == "attacks":
+        return [
+            f"with {attack} the loss is {one['over_clean']:+.2%} of the clean one"
+            for attack, one in found["attacks"].items()
+            if one["over_clean"] > 0.01
+        ]
+    return [f"{name} was not refused" for name, holds in found.items() if not holds] if part == "refusals" else []
+
+
+def table_of(part: str, found: dict[str, Any], rounds: int) -> str:
+    """Return a part's table for the page."""
+    lines: list[Sequence[str]]
+    if part == "faults":
+        counts = sorted(found["faults"].items())
+        lines = [["accepted rounds", *(f"{kind}s" for kind, _ in counts), "minutes", "violations"]]
+        counted = [str(count) for _, count in counts]
+        lines.append([str(rounds), *counted, f"{found['seconds'] / 60:.0f}", str(len(found["wrong"]))])
+    elif part == "attacks":
+        lines = [["", "held-out loss", "over the clean run", "what was said of its updates"]]
+        lines.append(["nobody", f"{found['clean']:.4f}", "", ""])
+        for attack, one in found["attacks"].items():
+            told = "; ".join(sorted({reason.partition(":")[0] for reason in one["reasons"] if reason}))
+            lines.append([attack, f"{one['loss']:.4f}", f"{one['over_clean']:+.2%}", told])
+    elif part == "refusals":
+        lines = [["what", "refused"], *([name, "yes" if holds else "**no**"] for name, holds in found.items())]
+    else:
+        lines = [["", "bytes of an update", "estimate for moving a round's bytes", "measured, median of rounds"]]
+        large, one = found["of_1b_and_100_members"], found["measured"]
+        for bits, estimated in ((8, large), (4, large["of_4_bits"])):
+            seconds = estimated["base_seconds"] + estimated["update_seconds"]
+            name = f"1B parameters, 100 members, {bits} bits"
+            lines.append([name, f"{update_bytes(10**9, bits) / 1e6:,.0f} MB", f"{seconds / 60:.0f} min", ""])
+        if isinstance(one, str):
+            lines.append(["one member behind a slow link", "", "", one])
+        else:
+            median = statistics.median(one["seconds_beside_training"])
+            name = f"{one['parameters']:,} parameters, one member, {one['shaped']}"
+            told = f"{one['update_bytes'] / 1e6:.1f} MB"
+            lines.append([name, told, f"{one['estimate_seconds']:.1f} s", f"{median:.1f} s"])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def entry_of(part: str, found: dict[str, Any], violations: list[str], asked: argparse.Namespace) -> Any:
+    """Return the ledger's entry of a part."""
+    result = {"violations": Figure(len(violations), "of what is to hold", interval=EXACT)}
+    if part == "faults":
+        result["faults"] = Figure(sum(found["faults"].values()), "kills, freezes and cuts", interval=EXACT)
+        result["rounds"] = Figure(asked.rounds, "accepted rounds", interval=EXACT)
+    if part == "attacks":
+        for attack, one in found["attacks"].items():
+            result[f"{attack}_over_clean"] = Figure(one["over_clean"], "of the clean run's held-out loss")
+    if part == "links" and isinstance(found["measured"], dict):
+        seconds = found["measured"]["seconds_beside_training"]
+        result["seconds_beside_training"] = Figure(statistics.median(seconds), "seconds of a round")
+    return measured_today(
+        f"community-drill-{part}-{{date}}",
+        what=f"a community run through Flower in separate processes: {part}",
+        seeds=[asked.seed],
+        configuration={"part": part, "rounds": asked.rounds},
+        result=result,
+        details=found,
+    )
+
+
 def main() -> int:
     """Do what is asked for; return 1 where something was violated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,51 +369,23 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50, help="of the run under faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="for all files; default: one that goes afterwards")
-    parser.add_argument("--write", action="store_true", help="write an entry of the ledger")
+    parser.add_argument("--write", action="store_true", help="write entries of the ledger, and tables")
     asked = parser.parse_args()
+    violations: list[str] = []
     with tempfile.TemporaryDirectory() as place:
-        folder = (asked.folder or Path(place)).resolve()
-        found: dict[str, Any] = {}
         for part in asked.only:
-            found[part] = {
-                "faults": lambda: faults(folder / "faults", asked.rounds, asked.seed),
-                "attacks": lambda: attacks(folder / "attacks"),
-                "refusals": lambda: refusals(folder / "refusals"),
-                "links": lambda: links(folder / "links"),
-            }[part]()
-            print(f"{part}: {json.dumps(found[part], indent=1)}", flush=True)
-    violations = violated(found)
+            folder = (asked.folder or Path(place)).resolve() / part
+            if folder.exists():
+                parser.error(f"{folder} is there already: give another --folder")
+            found = do_part(part, folder, asked.rounds, asked.seed)
+            wrong = violated(part, found)
+            print(f"{part}: {json.dumps(found, indent=1)}", *wrong, sep="\n", flush=True)
+            violations += wrong
+            if asked.write and "failed" not in found:
+                print(write_entry(RESULTS, entry_of(part, found, wrong, asked)))
+                insert_table(ROOT / "docs" / "community.md", f"drill-{part}", table_of(part, found, asked.rounds))
     print("\n".join(violations) or "nothing was violated")
-    if asked.write:
-        print(write_entry(RESULTS, entry_of(found, violations, asked)))
     return 1 if violations else 0
-
-
-def violated(found: dict[str, Any]) -> list[str]:
-    """Return what was not as it is to be."""
-    wrong = list(found.get("faults", {}).get("wrong", []))
-    for attack, one in found.get("attacks", {}).get("attacks", {}).items():
-        if one["over_clean"] > 0.01:
-            wrong.append(f"with {attack} the loss is {one['over_clean']:+.2%} of the clean one")
-    return wrong + [f"{name} was not refused" for name, holds in found.get("refusals", {}).items() if not holds]
-
-
-def entry_of(found: dict[str, Any], violations: list[str], asked: argparse.Namespace) -> Any:
-    """Return the ledger's entry."""
-    result = {"violations": Figure(len(violations), "of what is to hold", interval=EXACT)}
-    if "faults" in found:
-        result["faults"] = Figure(sum(found["faults"]["faults"].values()), "kills, freezes and cuts", interval=EXACT)
-        result["rounds"] = Figure(asked.rounds, "accepted rounds", interval=EXACT)
-    for attack, one in found.get("attacks", {}).get("attacks", {}).items():
-        result[f"{attack}_over_clean"] = Figure(one["over_clean"], "of the clean run's held-out loss")
-    return measured_today(
-        "community-drill-{date}",
-        what="a community run through Flower in separate processes: faults, attacks, refusals, slow links",
-        seeds=[asked.seed],
-        configuration={"parts": asked.only, "rounds": asked.rounds},
-        result=result,
-        details=found,
-    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""A member of a community run that is not as it should be: it attacks, or its clock is wrong. For the drill alone.
+"""A member of a community run that is not as it should be: it attacks, its clock is wrong, or it dies. For the drill.
 
-    python benchmarks/proofs/community_member.py [--attack nan] [--clock-seconds 3600] -- JOIN-ARGUMENTS
+    python benchmarks/proofs/community_member.py [--attack nan] [--clock-seconds 3600] [--die-sending 3] -- ARGUMENTS
 
 What follows `--` is what `fanformer community join` takes; attacks are those of quality/community_attacks.py.
 """
 
 import argparse
 import datetime
+import itertools
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,11 +56,27 @@ def shift_clock(seconds: float) -> None:
     signing.now = lambda: right() + datetime.timedelta(seconds=seconds)
 
 
+def die_sending(number: int) -> None:
+    """Kill this process when the host knows that its update of this number comes, and nothing of it is there."""
+    from fanformer.community.flower.node import Node
+
+    announce, count = Node._announce, itertools.count(1)
+
+    def announced(self: Node, reply: Any, tree: Any) -> Any:
+        accepted = announce(self, reply, tree)
+        if "update" in reply.content and next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return accepted
+
+    Node._announce = announced
+
+
 def main() -> int:
     """Join as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attack", choices=ATTACKS)
     parser.add_argument("--clock-seconds", type=float)
+    parser.add_argument("--die-sending", type=int, metavar="N", help="with the Nth update")
     parser.add_argument("arguments", nargs="+")
     asked = parser.parse_args()
     if asked.attack is not None:
@@ -65,6 +84,8 @@ def main() -> int:
         joining.Volunteer = Attacking
     if asked.clock_seconds is not None:
         shift_clock(asked.clock_seconds)
+    if asked.die_sending is not None:
+        die_sending(asked.die_sending)
     return fanformer(["community", "join", *asked.arguments])
 
 

@@ -41,7 +41,10 @@ class Work:
             name = next(name for name in {**now, **before} if before.get(name) != now.get(name))
             got = f"{name} {before.get(name)}, got {now.get(name)}"
             sys.exit(f"{self.folder} was begun with {got}: give another --work")
-        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        if not file.is_file():  # cells that run at once read it
+            aside = file.with_suffix(".new")
+            aside.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            aside.replace(file)
 
     def file(self, name: str) -> Path:
         """Return where the result of a cell is."""

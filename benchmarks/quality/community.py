@@ -75,6 +75,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     asked = parser.parse_args(words)
     if unknown := [part for part in asked.parts.split(",") if part not in PARTS]:
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {unknown[0]!r}")
+    if asked.write and asked.arms is not None:
+        parser.error("--write needs all arms of a part, whose table it replaces: leave --arms out")
     asked.rows, asked.length, asked.gate_tokens = 16, 128, 8192
     if asked.dry_run:
         if asked.write:

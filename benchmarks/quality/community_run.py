@@ -7,6 +7,7 @@ import contextlib
 import random
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ def simulate(setting: Setting, config: RunConfig, folder: Path, gate_tokens: int
         if setting.members == 0:
             asked = config.replace(output_dir=str(folder), batch_size=setting.rows, max_steps=setting.steps)
             result = train(asked)
+            _end_where_asked(result.stopped_by)
             assert result.held_out is not None, "a run that ends is measured"
             return {"loss": result.held_out.loss, "tokens": setting.steps * asked.batch.tokens_per_step}
         return _together(setting, config, folder, gate_tokens)
@@ -138,6 +140,7 @@ def _rounds(
             if not setting.feedback:
                 members[name].feedback = ErrorFeedback()
             payload = members[name].take_part(task, base, most.__le__)
+            _end_where_asked(members[name].stopped_by)
             sizes.append(len(payload))
             if attacker is not None and name == last:
                 payload = attacker.send(task, payload, like)
@@ -147,6 +150,12 @@ def _rounds(
         assert host.is_due(0.0), "an honest member has reported"
         host.close(1.0, measure, lambda state, record: None)
     return sizes
+
+
+def _end_where_asked(signal: str | None) -> None:
+    """End the program after a signal, which ends a training early and well: what came of it is no result."""
+    if signal is not None:
+        sys.exit(f"stopped by {signal}: the same command goes on")
 
 
 def _told(records: tuple[RoundRecord, ...] | Any, attacked: bool) -> dict[str, Any]:

@@ -136,6 +136,20 @@ def test_the_cells_are_those_of_the_page(quality, tmp_path):
         quality.run.prepare(asked)
 
 
+def test_a_table_is_not_replaced_by_part_of_it(quality, capsys):
+    with pytest.raises(SystemExit):
+        quality.run.parse(["--write", "--arms", "sync"])
+    assert "--write needs all arms of a part" in capsys.readouterr().err
+
+
+def test_what_a_signal_cut_short_is_no_result(quality):
+    import community_run
+
+    community_run._end_where_asked(None)
+    with pytest.raises(SystemExit, match="stopped by SIGTERM: the same command goes on"):
+        community_run._end_where_asked("SIGTERM")
+
+
 @pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,10 +63,86 @@ def test_a_lost_or_repeated_round_is_found(drill, tmp_path, records, words):
     assert any("verify says" in one for one in found)
 
 
+FOUND = {
+    "faults": {"faults": {"kill host": 2, "cut link": 3}, "wrong": [], "seconds": 600, "spaces": True},
+    "attacks": {"clean": 6.0, "attacks": {"nan": {"loss": 6.024, "over_clean": 0.004, "reasons": ["not finite"]}}},
+    "refusals": {"an unregistered key": True},
+    "links": {
+        "of_1b_and_100_members": {"base_seconds": 1600.0, "update_seconds": 825.0,
+                                  "of_4_bits": {"base_seconds": 1600.0, "update_seconds": 425.0}},
+        "measured": {"shaped": "20mbit alone", "parameters": 3_000_000, "update_bytes": 3_100_000,
+                     "estimate_seconds": 1.3, "seconds_beside_training": [9.0, 4.0, 5.0]},
+    },
+}  # fmt: skip
+
+
 def test_what_was_violated_is_told(drill):
-    fine = {"faults": {"wrong": []}, "attacks": {"attacks": {"nan": {"over_clean": 0.004}}}, "refusals": {"a": True}}
-    assert drill.violated(fine) == []
-    bad = json.loads(json.dumps(fine))
+    assert [drill.violated(part, found) for part, found in FOUND.items()] == [[]] * 4
+    bad = json.loads(json.dumps(FOUND))
+    bad["faults"]["wrong"] = ["an update counted twice"]
     bad["attacks"]["attacks"]["nan"]["over_clean"] = 0.02
-    bad["refusals"]["a"] = False
-    assert drill.violated(bad) == ["with nan the loss is +2.00% of the clean one", "a was not refused"]
+    bad["refusals"]["an unregistered key"] = False
+    assert [drill.violated(part, found) for part, found in bad.items()] == [
+        ["an update counted twice"],
+        ["with nan the loss is +2.00% of the clean one"],
+        ["an unregistered key was not refused"],
+        [],
+    ]
+    assert drill.violated("links", {"failed": "x"}) == ["links did not come to its end: x"]
+
+
+def test_a_part_that_fails_is_told_and_the_others_go_on(drill, tmp_path, monkeypatch):
+    def never(folder):
+        raise TimeoutError("waited 240 s for 1 rounds")
+
+    monkeypatch.setattr(drill, "attacks", never)
+    found = drill.do_part("attacks", tmp_path, 2, 0)
+    assert found == {"failed": "TimeoutError: waited 240 s for 1 rounds"}
+
+
+def test_every_part_has_a_table_and_its_place_in_the_page(drill, repository, tmp_path):
+    tables = {part: drill.table_of(part, FOUND[part], 50) for part in drill.PARTS}
+    assert "| 50 | 3 | 2 | 10 | 0 |" in tables["faults"]
+    assert "| nan | 6.0240 | +0.40% | not finite |" in tables["attacks"]
+    assert "| an unregistered key | yes |" in tables["refusals"]
+    assert "| 1B parameters, 100 members, 8 bits | 1,031 MB | 40 min |  |" in tables["links"]
+    assert "| 3,000,000 parameters, one member, 20mbit alone | 3.1 MB | 1.3 s | 5.0 s |" in tables["links"]
+    page = tmp_path / "page.md"
+    page.write_text((repository / "docs" / "community.md").read_text(encoding="utf-8"), encoding="utf-8")
+    for part, table in tables.items():
+        drill.insert_table(page, f"drill-{part}", table)
+    assert all(table in page.read_text(encoding="utf-8") for table in tables.values())
+
+
+def test_every_part_has_an_entry_of_its_own(drill, tmp_path):
+    asked = SimpleNamespace(seed=0, rounds=50)
+    entries = [drill.entry_of(part, FOUND[part], [], asked) for part in drill.PARTS]
+    drill.write_entry(tmp_path, *entries)
+    assert len({entry.name for entry in entries}) == 4
+    assert entries[-1].result["rounds"].value == 50
+
+
+def test_members_that_end_by_themselves_are_started_again_and_told(drill, tmp_path):
+    commands = sys.modules["community_commands"]
+    joined = []
+
+    class Watched(commands.Camp):
+        """Says who is joined."""
+
+        def join(self, name, *words, **options):
+            joined.append(name)
+
+    with Watched(tmp_path) as camp:
+        for name, code in (("ada", 0), ("ben", 2)):
+            camp.members[name] = commands.Command(["-c", f"print('bye'); raise SystemExit({code})"], tmp_path / name)
+            camp.members[name].wait()
+        assert camp.revive() == ["ben ended with 2: bye\n"]
+    assert joined == ["ben"]
+
+
+def test_a_record_that_is_being_written_is_left_for_later(drill, tmp_path):
+    camp = sys.modules["community_commands"].Camp(tmp_path)
+    assert camp.records() == []
+    camp.run.mkdir()
+    (camp.run / "rounds.jsonl").write_text('{"round": 0, "accepted": true}\n{"round": 1, "acc')
+    assert camp.records() == [{"round": 0, "accepted": True}]

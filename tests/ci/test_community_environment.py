@@ -8,24 +8,26 @@ import pytest
 
 pytestmark = pytest.mark.ci
 
-PINS = ("cryptography==50.0.2", "flwr==1.41.0")
 FILES = (
     "tests/community/test_identity.py",
     "tests/community/test_release.py",
     "tests/community/test_offers.py",
     "tests/community/test_guard.py",
+    "tests/community/test_joining.py",
+    "tests/community/test_replies.py",
     "tests/community/test_doors.py",
     "tests/community/test_flower.py",
 )
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
+def python(tmp_path_factory, repository):
     """An interpreter that has the extra, with all that it needs in its versions, in front of what this one has."""
     folder = tmp_path_factory.mktemp("environment") / "env"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PINS], check=True, timeout=600)
+    pins = repository / "requirements-community.txt"
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r", str(pins)], check=True, timeout=600)
     [site] = (folder / "lib").glob("python*/site-packages")
     borrowed = next(path for path in sys.path if path.endswith("site-packages"))
     (site / "borrowed.pth").write_text(borrowed + "\n")

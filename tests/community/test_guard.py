@@ -1,16 +1,20 @@
 """What the public port of a host lets through: members' calls within bounds, the run's status, and nothing else."""
 
 import asyncio
+import base64
+import hashlib
 import json
 
 import pytest
 
 from fanformer.community.flower.link import LARGEST_REQUEST, MEMBERS_CALLS, Budget, Guard
-from fanformer.community.status import STATUS_FILE
+from fanformer.community.flower.outcome import NODES_FILE
+from fanformer.community.folder import STATUS_FILE
 from tests.community.test_status import a_status
 
 LOCAL, PUBLIC = 4001, 4002
-KEY = (b"flwr-key", b"alice")
+KEYS = {"alice": b"the key of alice", "bob": b"the key of bob"}
+KEY, BOB, STRANGER = ((b"flwr-key", base64.b64encode(key)) for key in (*KEYS.values(), b"another key"))
 
 
 class Inside:
@@ -50,6 +54,10 @@ def ask(guard, path, port=PUBLIC, method="POST", pieces=(b"",), headers=(KEY,)):
 def guard(tmp_path):
     def make(inside=None, **status):
         (tmp_path / STATUS_FILE).write_text(json.dumps(a_status(**status)))
+        (tmp_path / "flower").mkdir(exist_ok=True)
+        nodes = [{"number": number, "name": name, "fingerprint": hashlib.sha256(key).hexdigest()}
+                 for number, (name, key) in enumerate(KEYS.items())]  # fmt: skip
+        (tmp_path / "flower" / NODES_FILE).write_text(json.dumps(nodes))
         return Guard(inside or Inside(), LOCAL, tmp_path, "Flwr-Key")
 
     return make
@@ -77,6 +85,18 @@ def test_the_loopback_port_lets_flowers_own_processes_through(guard):
     assert inside.seen == [("/v1/control/start-run", 0, "http.request")]
 
 
+def test_a_connection_that_is_no_request_is_closed(guard):
+    inside, sent = Inside(), []
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "websocket", "server": ("127.0.0.1", PUBLIC), "path": "/v1/control/start-run"}
+    asyncio.run(guard(inside)(scope, None, send))
+    assert sent == [{"type": "websocket.close"}]
+    assert inside.seen == []
+
+
 def test_a_request_without_end_is_cut_off(guard):
     inside = Inside()
     piece = bytes(1 << 20)
@@ -86,6 +106,14 @@ def test_a_request_without_end_is_cut_off(guard):
     assert last == "http.disconnect"
 
 
+@pytest.mark.parametrize("headers", [[STRANGER], [(b"flwr-key", b"no base64")], []], ids=["key", "garbage", "none"])
+def test_what_comes_without_a_registered_key_is_not_read(guard, headers):
+    """Flower reads a request before it looks at the signature."""
+    inside = Inside()
+    assert ask(guard(inside), "/v1/fleet/activate-node", headers=headers)[0] == 401
+    assert inside.seen == []
+
+
 def test_a_member_may_send_two_updates_and_a_little_in_a_round(guard, tmp_path):
     inside = Inside()
     public = guard(inside, round=3, update_bytes=1000)
@@ -93,7 +121,7 @@ def test_a_member_may_send_two_updates_and_a_little_in_a_round(guard, tmp_path):
     for _ in range(5):
         assert ask(public, "/v1/fleet/push-object", pieces=[megabyte])[0] == 200
     assert ask(public, "/v1/fleet/push-object", pieces=[megabyte])[0] == 429
-    assert ask(public, "/v1/fleet/push-object", pieces=[megabyte], headers=[(b"flwr-key", b"bob")])[0] == 200
+    assert ask(public, "/v1/fleet/push-object", pieces=[megabyte], headers=[BOB])[0] == 200
     assert len(inside.seen) == 6
     (tmp_path / STATUS_FILE).write_text(json.dumps(a_status(round=4, update_bytes=1000)))
     assert ask(public, "/v1/fleet/push-object", pieces=[megabyte])[0] == 200

@@ -27,6 +27,7 @@ from fanformer.community.identity import (
 from fanformer.community.invitation import (
     Invitation,
     UnreachableError,
+    check_address,
     fetch_certificate,
     fetch_status,
     invite,
@@ -195,10 +196,18 @@ def test_an_invitation_comes_back_from_its_text():
         assert parse_invitation(str(invitation)) == invitation
 
 
+def test_what_members_are_to_dial_has_no_port():
+    for address in ("host.example.org", "10.1.2.3", "2001:db8::1", "localhost"):
+        check_address(address)
+    for address in ("host:8000", "https://host", "", "a b"):
+        with pytest.raises(ConfigError, match="`--address` must be a name or an IP address, got"):
+            check_address(address)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "host:8000", "http://host:8000/#" + "a" * 32 + "-" + "b" * 32, "https://host/#" + "a" * 32 + "-" + "b" * 32,
-     "https://host:8000/", "https://host:8000/#" + "a" * 32, "https://host:99999/#x-y"],
+     "https://host:8000/", "https://host:8000/#" + "a" * 32, "https://host:99999/#x-y", "https://[host:8000/#x-y"],
 )  # fmt: skip
 def test_half_an_invitation_is_refused(text):
     with pytest.raises(ConfigError, match=r"an invitation must be https://HOST:PORT/#CERTIFICATE-KEY, got"):

@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from fanformer.community.flower.keeping import end_left_behind
-from fanformer.community.flower.outcome import Outcome, clear_outcome, read_outcome, write_outcome
+from fanformer.community.flower.outcome import (
+    NODES_FILE,
+    Outcome,
+    clear_outcome,
+    read_nodes,
+    read_outcome,
+    write_outcome,
+)
+from fanformer.community.flower.processes import _changed
 
 
 def test_an_outcome_comes_back_in_one_line(tmp_path):
@@ -62,6 +70,22 @@ def test_only_the_process_that_kept_the_rounds_is_ended(tmp_path, sleeper, word,
     path.write_text(json.dumps({**json.loads(path.read_text()), "pid": process.pid}))
     end_left_behind(tmp_path)
     assert (process.poll() is not None) == ends
+
+
+def test_whose_key_is_gone_may_take_part_no_more_until_it_is_back(tmp_path):
+    known = [{"number": 1, "name": "alice", "fingerprint": "a"}, {"number": 2, "name": "mal", "fingerprint": "b"}]
+    (tmp_path / "flower").mkdir()
+
+    def change(wanted):
+        told = _changed(known, wanted)
+        (tmp_path / "flower" / NODES_FILE).write_text(json.dumps(known))
+        return told, read_nodes(tmp_path)
+
+    assert read_nodes(tmp_path) == {}
+    assert change({"a", "b"}) == ([], {1: "alice", 2: "mal"})
+    assert change({"a"}) == (["mal may take part no more"], {1: "alice"})
+    assert change({"a"}) == ([], {1: "alice"})
+    assert change({"a", "b"}) == (["mal may take part again"], {1: "alice", 2: "mal"})
 
 
 def test_what_ended_by_itself_is_no_trouble(tmp_path):

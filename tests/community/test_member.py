@@ -87,8 +87,10 @@ def test_the_schedule_spans_the_run_whatever_a_member_missed(member):
 
 
 @pytest.mark.ci
-def test_a_member_that_was_killed_goes_on_as_if_it_had_not_been(member, tmp_path):
-    straight, killed = member("anna"), member("anna", folder=tmp_path / "killed")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_member_that_was_killed_goes_on_as_if_it_had_not_been(member, tmp_path, optimizer):
+    asked = {"optimizer": optimizer}
+    straight, killed = member("anna", **asked), member("anna", folder=tmp_path / "killed", **asked)
     base = weights_of(straight)
     first = [one.take_part(task_for(base), base) for one in (straight, killed)]
     assert first[0] == first[1]
@@ -97,7 +99,7 @@ def test_a_member_that_was_killed_goes_on_as_if_it_had_not_been(member, tmp_path
     expected = straight.take_part(task_for(moved, 1, place=6), moved)
     assert expected != killed.take_part(task_for(moved, 1, place=12), moved)  # of which nothing is kept
     member.leave()
-    again = member("anna", folder=tmp_path / "killed")
+    again = member("anna", folder=tmp_path / "killed", **asked)
     assert again.take_part(task_for(moved, 1, place=6), moved) == expected
 
 

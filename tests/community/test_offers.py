@@ -70,7 +70,19 @@ def test_an_offer_of_another_key_is_refused(keys, invitation, tmp_path):
 
 @pytest.mark.parametrize(
     "field",
-    ["output_dir", "push_to_hub", "overwrite", "device", "threads", "tokenizer", "init_from", "eval_data", "unknown"],
+    [
+        "output_dir",
+        "push_to_hub",
+        "overwrite",
+        "device",
+        "threads",
+        "tokenizer",
+        "init_from",
+        "eval_data",
+        "unknown",
+        "objective",
+        "vision_tower",
+    ],
 )
 def test_no_host_decides_about_a_members_machine(keys, invitation, field):
     assert field not in shared_configuration(resolve("nano"))

@@ -11,8 +11,9 @@ from fanformer.errors import CheckpointError
 pytest.importorskip("cryptography", reason="needs the extra `community` (cryptography)")
 
 from fanformer.community.identity import ensure_host_identity, read_signing_key
+from fanformer.community.invitation import key_fingerprint
 from fanformer.community.release import digest_of, sign_folder, verify_run
-from fanformer.training.checkpoint import write_checkpoint
+from fanformer.training.checkpoint import publish, write_checkpoint
 
 
 def write_round(run, number, weights):
@@ -93,6 +94,47 @@ def test_a_true_round_in_another_ones_place_is_found(run):
     assert "it does not follow checkpoint-2" in problems(run)["checkpoint-3"]
     shutil.rmtree(run / "checkpoint-2")
     assert problems(run) == {"checkpoint-3": "it was signed as round 2"}
+
+
+@pytest.fixture
+def published(run):
+    """A run whose newest round is in its folder too, beside what a host keeps there."""
+    publish(run / "checkpoint-3", run)
+    for name in (
+        "run.yaml",
+        "status.json",
+        "status.json.new",
+        "rounds.jsonl",
+        "metrics.jsonl",
+        "open.json",
+        "loss.png",
+    ):
+        (run / name).write_text("the host's")
+    return run
+
+
+def test_the_model_in_the_runs_folder_is_checked_too(published, capsys):
+    assert problems(published) == {}
+    assert main(["community", "verify", str(published)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("as signed") == 4
+    assert f"key: {key_fingerprint((published / 'public-key.pem').read_text())}" in shown
+    weights = published / "model.safetensors"
+    weights.unlink()  # it shares its bytes with the round's
+    weights.write_bytes(b"another model")
+    assert "the SHA-256 of model.safetensors" in problems(published)[published.name]
+    assert main(["community", "verify", str(published)]) == 1
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "modeling_evil.py", "model-00001-of-00002.safetensors"])
+def test_nothing_that_a_model_could_be_loaded_with_may_lie_beside_it(published, name):
+    (published / name).write_text("{}")
+    assert problems(published) == {published.name: f"{name} is there and was not signed"}
+
+
+def test_a_model_without_a_signature_is_found(run):
+    (run / "model.safetensors").write_bytes(b"a model")
+    assert "it is not signed" in problems(run)[run.name]
 
 
 def test_a_folder_of_something_else_is_one_line(tmp_path, capsys):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fanformer.community.aggregation import Defence
+from fanformer.community.folder import OPEN_FILE
 from fanformer.community.outer import OuterSettings, outer_begin, outer_step
 from fanformer.community.plan import Plan, Task
 from fanformer.community.records import RoundLog, contributions
-from fanformer.community.rounds import OPEN_FILE, Host, HostState
+from fanformer.community.rounds import Host, HostState
 from fanformer.community.updates import Limits, Source, Update, decode_update, encode_update, weights_checksum
 from fanformer.errors import CheckpointError, ConfigError, DataError
 
@@ -109,8 +110,10 @@ def test_a_round_waits_for_as_many_reports_as_it_needs_and_its_time_begins_anew(
     task = one.join("anna", 0.0)
     one.receive("anna", report(one, task, "anna"), 1.0)
     assert not one.is_due(500.0)
+    assert (one.is_overtime(99.0), one.is_overtime(500.0)) == (False, True)
     assert one.join("bert", 500.0).seconds == 100.0
     assert not one.is_due(550.0)
+    assert not one.is_overtime(550.0)
 
 
 def test_the_same_report_again_gets_the_same_answer_and_counts_once(host):
@@ -179,7 +182,7 @@ def test_who_sends_only_what_is_refused_stalls_nobody(host):
 
 
 def test_a_round_that_makes_the_loss_worse_is_rejected_and_the_base_stays(host):
-    one, states, losses = host(), [], iter([3.0, 4.0, 3.1])
+    one, states, losses = host(), [], iter([9.0, 3.0, 4.0, 3.1])  # the first is that of what the run began with
     records = []
     for number in range(3):
         records.append(do_round(one, now=10.0 * number, states=states, measure=lambda weights: next(losses)))
@@ -190,6 +193,21 @@ def test_a_round_that_makes_the_loss_worse_is_rejected_and_the_base_stays(host):
     assert (one.state.best_loss, one.state.number) == (3.0, 2)
     assert records[2].round == 2
     assert one.join("anna", 90.0).first_step == 20  # the schedule counts accepted rounds
+
+
+def test_the_first_round_is_judged_by_what_the_run_began_with(host):
+    """A run that goes on from a good model is not at the mercy of its first round."""
+    one, states, begun = host(), [], weights_checksum(first_state().weights("float32"))
+
+    def measure(weights):
+        return 2.0 if weights_checksum(weights) == begun else 6.0
+
+    record = do_round(one, states=states, measure=measure)
+    assert (record.accepted, record.reason) == (
+        False,
+        "the held-out loss 6.0000 is too far above 2.0000, the lowest so far",
+    )
+    assert (states, one.checksum, one.state.best_loss) == ([], begun, 2.0)
 
 
 def test_a_loss_that_is_no_number_and_weights_without_room_in_their_type_are_rejected(host):
@@ -386,6 +404,19 @@ def test_a_half_written_line_and_rounds_beyond_the_state_are_dropped(host, tmp_p
     path.write_text("no record\n")
     with pytest.raises(CheckpointError, match=r"rounds.jsonl:1 must be the record of a round \(JSONDecodeError\)"):
         host(state=states[0])
+
+
+def test_no_number_is_used_twice_by_a_host_that_went_back_and_was_killed(host):
+    """A member takes no round twice: a host that began anew with an old number would wait for it for ever."""
+    one, states = host(), []
+    for number in range(3):
+        do_round(one, now=float(number), states=states)
+    again = host(state=states[0])  # the folders of the later rounds were damaged
+    assert again.round == 3
+    once_more = host(state=states[0])  # killed before a share was handed out: the log forgot those rounds already
+    assert once_more.round == 3
+    do_round(once_more, now=9.0, states=states)
+    assert host(state=states[-1]).round == 4
 
 
 def test_damage_is_named(host, tmp_path):

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from fanformer.cli.main import main
-from fanformer.community.status import STATUS_FILE, lines, read_status, status_page
+from fanformer.community.folder import STATUS_FILE
+from fanformer.community.status import lines, note_end, read_status, status_page
 from fanformer.errors import CheckpointError
 from tests.pages import Reader
 
@@ -59,6 +60,17 @@ def test_status_of_a_folder(tmp_path, capsys):
     assert "2 of 10 accepted" in capsys.readouterr().out
     assert main(["community", "status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == a_status()
+
+
+def test_a_status_says_how_a_host_ended(tmp_path):
+    note_end(tmp_path, "stopped")  # before the run has one
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / STATUS_FILE).write_text(json.dumps(a_status()))
+    note_end(tmp_path, "failed", "the disk has no room")
+    found = read_status(tmp_path)
+    assert "failed: the disk has no room" in lines(found, NOW)[0]
+    assert found["written"] > a_status()["written"]
+    assert [one["connected"] for one in found["members"]] == [False]
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", '{"format_version": 2}'])

@@ -140,6 +140,7 @@ def test_what_is_not_exactly_an_update_is_refused_in_one_line(case):
         ({"inner_loss": math.nan}, "`inner_loss` of an update must be a finite number, got nan"),
         ({"sources": (Source("a", "b", 1),) * 65}, "`sources` of an update must be at most 64 lists"),
         ({"sources": (Source("a\x1b[2J", "b", 1),)}, "`sources` of an update"),
+        ({"sources": (Source("a", "b", 60), Source("c", "d", 41))}, "must have its 100 tokens at most, got 101"),
     ],
 )
 def test_words_of_the_wrong_type_or_range_are_refused(fields, words):
@@ -232,6 +233,21 @@ def test_a_base_travels_in_float32_to_the_bit_and_in_float16_rounded():
         decode_weights(payload, SHAPES, "0" * 64)
     with pytest.raises(DataError, match="`a` of a base must hold finite numbers of float16"):
         encode_weights({"a": torch.tensor([1e6])}, "float16")
+
+
+def test_of_a_base_only_what_moved_need_travel():
+    weights = an_update().tensors
+    moved = {**weights, "scalar": weights["scalar"] + 1}
+    payload, checksum = encode_weights({"scalar": moved["scalar"]}), weights_checksum(moved)
+    got = decode_weights(payload, SHAPES, checksum, weights)
+    assert weights_checksum(got) == checksum
+    assert weights_checksum(decode_weights(encode_weights({}), SHAPES, checksum, moved)) == checksum
+    assert weights_checksum(decode_weights(encode_weights(moved), SHAPES, checksum, weights)) == checksum
+    older = {**weights, "model.layers.0.w": weights["model.layers.0.w"] + 1}
+    with pytest.raises(DataError, match=r"must have the checksum .*: fetch it again"):
+        decode_weights(payload, SHAPES, checksum, older)
+    with pytest.raises(DataError, match=r"`model.layers.0.w` is missing"):
+        decode_weights(payload, SHAPES, checksum)
 
 
 def test_the_checksum_knows_names_shapes_and_every_bit():

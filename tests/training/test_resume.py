@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints, read_state
-from fanformer.training.folder import read_records
+from fanformer.training.folder import ROUNDS_FILE, RUN_FILE, read_records
 from tests.training.test_run import figures, same_weights
 
 
@@ -330,3 +330,12 @@ def test_what_the_bits_depend_on_is_recorded_and_its_change_told(run, monkeypatc
     changes = yaml.safe_load((first.folder / "run.yaml").read_text())["resumed"][0]["changes"]
     assert "COMPATIBLE" in changes["machine"]
     assert any(note.startswith("changed since the run began: ") and "machine" in note for note in notebook.notes)
+
+
+def test_a_community_run_is_not_gone_on_with_by_oneself(run, finished):
+    """Its host compares the recipe in run.yaml with its own, which a training would have replaced."""
+    (finished / ROUNDS_FILE).write_text("{}")
+    before = (finished / RUN_FILE).read_bytes()
+    with pytest.raises(CheckpointError, match="holds a community run: go on with the same `fanformer community host`"):
+        run(resume=True, max_steps=3)
+    assert (finished / RUN_FILE).read_bytes() == before

@@ -11,7 +11,7 @@ import click
 
 from fanformer.cli.options import Verb, VerbGroup, echo_table
 from fanformer.cli.train import field_option, parsed_fields
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, FANformerError
 from fanformer.training.configuration import PARSERS, preset_names
 
 if TYPE_CHECKING:
@@ -108,34 +108,44 @@ def _host(
 ) -> None:
     from fanformer.community.flower.keeping import end_left_behind, keep
     from fanformer.community.flower.processes import HostProcesses
-    from fanformer.community.hosted_run import KEYS_FOLDER, begun
+    from fanformer.community.folder import FLOWER_FOLDER, HOST_LOCK_FILE, KEYS_FOLDER
+    from fanformer.community.hosted_run import begun, refuse_without_effect
     from fanformer.community.identity import CERTIFICATE, PUBLIC_KEY
-    from fanformer.community.invitation import invite
+    from fanformer.community.invitation import check_address, invite
+    from fanformer.community.status import note_end
     from fanformer.files.locking import hold
     from fanformer.training.configuration import resolve_run
     from fanformer.training.events import note_to
 
+    refuse_without_effect(overrides)
+    for address in addresses:
+        check_address(address)
     config = resolve_run(None, overrides)
     if config.output.output_dir is None:
         config = config.replace(output_dir=f"runs/{config.preset}-community")
     folder, note = config.folder, note_to(listener)
-    lock = folder / ".host.lock", f"the run {folder.absolute()}"
-    if (folder / "flower").is_dir():
+    lock = folder / HOST_LOCK_FILE, f"the run {folder.absolute()}"
+    if (folder / FLOWER_FOLDER).is_dir():
         with hold(*lock):
             end_left_behind(folder)
     with begun(config, _plan(plan_fields, config), [*addresses, "127.0.0.1", "localhost"], listener):
         pass  # all that can be wrong with the input is, before anybody is invited
-    with hold(*lock), HostProcesses(folder, *place) as processes:
-        pems = [(folder / KEYS_FOLDER / CERTIFICATE).read_text(), (folder / PUBLIC_KEY).read_text()]
+    pems = [(folder / KEYS_FOLDER / CERTIFICATE).read_text(), (folder / PUBLIC_KEY).read_text()]
 
-        def tell() -> None:
-            for address in addresses:
-                click.echo(f"invitation: {invite(address, place[1], *pems)}")
+    def tell() -> None:
+        for address in addresses:
+            click.echo(f"invitation: {invite(address, place[1], *pems)}")
 
+    with hold(*lock):
         try:
-            keep(folder, processes, members, note, tell)
+            with HostProcesses(folder, *place) as processes:
+                keep(folder, processes, members, note, tell)
         except KeyboardInterrupt:
+            note_end(folder, "stopped")
             click.echo(f"stopped: the same command goes on from the last round in {folder}")
+            raise
+        except (FANformerError, OSError) as error:
+            note_end(folder, "failed", str(error))
             raise
     click.echo(f"model: {folder}")
 
@@ -253,7 +263,9 @@ def _follow(ask: Callable[[], Mapping[str, Any]]) -> None:
 @community.command(cls=Verb, example="fanformer community verify runs/nano-community")
 @click.argument("folder", metavar="DIR", type=_path)
 def verify(folder: Path) -> None:
-    """Check signature and every byte of the accepted rounds in a run's folder; exit code 1 where one is wrong."""
+    """Check signature and every byte of a run's accepted rounds and of its model; exit code 1 where one is wrong."""
+    from fanformer.community.identity import read_public_key
+    from fanformer.community.invitation import key_fingerprint
     from fanformer.community.release import verify_run
 
     found = verify_run(folder)
@@ -263,5 +275,6 @@ def verify(folder: Path) -> None:
         result, tokens = str(record.get("result", ""))[:16], record.get("tokens")
         rows.append([one.folder.name, one.problem or "as signed", result, "" if tokens is None else f"{tokens:,}"])
     echo_table(rows)
+    click.echo(f"key: {key_fingerprint(read_public_key(folder).text)}, which is how the run's invitation is to end")
     if any(one.problem for one in found):
         raise click.exceptions.Exit(1)

@@ -1,22 +1,15 @@
-"""A run in rounds on the host's disk: begun, gone on with, and every accepted round signed.
-
-community.json  the plan of the rounds and the run's identifier
-public-key.pem  of the key that signs accepted rounds
-checkpoint-N/   accepted round N, a `transformers` folder, signed (`release.py`), with the host's state in it
-metrics.jsonl   a line for every accepted round, whose number is its `step`
-status.json     what people are told of the run (`status.py`)
-rounds.jsonl, open.json, reports/   of the rounds themselves (`rounds.py`)
-keys/           private: the signing key, the certificate and its key
-All else is as of any training (`training/folder.py`); the model of the newest round lies in the folder itself too.
-"""
+"""A run in rounds on the host's disk: begun, gone on with, and every accepted round signed; its files: `folder.py`."""
 
 import dataclasses
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fanformer.community.folder import KEYS_FOLDER
 from fanformer.community.hosting import first_state, last_state, measure_of, publisher
 from fanformer.community.identity import ensure_host_identity, read_signing_key
 from fanformer.community.member import member_config
@@ -29,17 +22,37 @@ from fanformer.errors import CheckpointError, ConfigError
 from fanformer.files.durable import read_json, replace_json, replace_text
 from fanformer.training.checkpoint import checkpoint_name, newest_intact
 from fanformer.training.checkpoint import publish as publish_model
+from fanformer.training.configuration import OF_ONE_COMMAND
 from fanformer.training.events import Listener, note_to
-from fanformer.training.fields import RunConfig
-from fanformer.training.folder import RUN_FILE, RecordFile, fingerprint, read_records, read_run_file
+from fanformer.training.fields import LENGTHS, RunConfig
+from fanformer.training.folder import (
+    ROUNDS_FILE,
+    RUN_FILE,
+    RecordFile,
+    fingerprint,
+    read_records,
+    read_run_file,
+)
 from fanformer.training.publishing import CARD_FILE, model_card, plot_loss
 from fanformer.training.run import Run
 from fanformer.training.run import opened as opened_run
 
-COMMUNITY_FILE, KEYS_FOLDER = "community.json", "keys"
 FORMAT_VERSION = 1
 _OF_THE_FOLDER = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
 """What a model's configuration holds besides the fields that a model is built from."""
+_WITHOUT_EFFECT = {
+    "--rounds and --round-steps are its length": LENGTHS,
+    "every accepted round is a checkpoint, of which --keep-last are kept": (
+        "save_steps", "keep_best", "background_save",
+    ),
+    "it is measured after every round, on `eval_tokens`": ("eval_steps", "final_eval_tokens", "log_steps"),
+    "the same command goes on with what its folder holds, and --output-dir names another": OF_ONE_COMMAND,
+    "send a round's folder with `hf upload`": ("push_to_hub",),
+}  # fmt: skip
+"""Fields of a training that a run in rounds has no use for, by what is there in their place."""
+_MAY_CHANGE = frozenset(("round_seconds", "min_reports", "gate_tolerance"))
+"""Fields of a plan by which a host waits and judges: what was trained before them stays as good as it was."""
+_MARKUP = re.compile(r"[\\`*\[\]<>|]")
 
 
 class HostedRun:
@@ -75,10 +88,18 @@ class HostedRun:
         note = note_to(listener)
         state = last_state(self.folder, note)
         if state is None:
+            accepted = [one for one in RoundLog(self.folder).records if one.accepted]
+            if accepted:
+                raise CheckpointError(
+                    f"{self.folder.absolute()} has no intact round any more, {len(accepted):,} were accepted: bring "
+                    "one back from a copy of the folder, or begin anew with another --output-dir."
+                )
             return Host(self.folder, self.plan, first_state(self._run), now)
         newest = newest_intact(self.folder, note)
         assert newest is not None, "its state was read"
         publish_model(newest, self.folder)  # which a kill may have left half done
+        if state.record is not None and all(one["step"] < state.number for one in read_records(self.folder)):
+            RecordFile(self.folder).append(self._figures(state, state.record))
         return Host(self.folder, self.plan, state, now)
 
     def publish(self, state: HostState, record: RoundRecord) -> None:
@@ -95,15 +116,15 @@ class HostedRun:
     def _figures(self, state: HostState, record: RoundRecord) -> dict[str, float]:
         """Return what metrics.jsonl and the card hold of a round."""
         counted = [one for one in record.verdicts if one.counted and one.inner_loss is not None]
-        before = [one for one in read_records(self.folder) if one["step"] < state.number]
+        accepted = [one for one in RoundLog(self.folder).records if one.accepted and one.number < state.number]
         figures: dict[str, float] = {
             "step": state.number,
-            "tokens": record.tokens + int(before[-1]["tokens"] if before else 0),
+            "tokens": record.tokens + sum(one.tokens for one in accepted),
         }
         if record.held_out_loss is not None:
             figures["val_loss"] = record.held_out_loss
         if counted:
-            figures["loss"] = sum(one.weight * float(one.inner_loss or 0.0) for one in counted)
+            figures["loss"] = statistics.median(float(one.inner_loss or 0.0) for one in counted)  # each says its own
         return figures
 
     def _sign(self, folder: Path) -> None:
@@ -147,10 +168,26 @@ def _credits(records: list[RoundRecord]) -> str:
     """Return who contributed, as a section of a model card."""
     rows = []
     for name, found in sorted(contributions(records).items()):
-        sources = ", ".join(f"{source}: {tokens:,}" for source, tokens in found["sources"].items())
+        told = {_MARKUP.sub(r"\\\g<0>", source): tokens for source, tokens in found["sources"].items()}
+        sources = ", ".join(f"{source}: {tokens:,}" for source, tokens in told.items())
         rows.append(f"| {name} | {found['tokens']:,} | {found['rounds']:,} | {found['refused']:,} | {sources} |")
     head = "| member | tokens that counted | rounds | refused | data (licence): tokens |\n|---|---:|---:|---:|---|\n"
     return f"\n## Trained together by\n\n{head}" + "\n".join(rows) + "\n"
+
+
+def refuse_without_effect(fields: Collection[str]) -> None:
+    """Refuse fields of a training that say nothing of a run in rounds.
+
+    Args:
+        fields: that the user names.
+
+    Raises:
+        ConfigError: for the first of them, with what is there in its place.
+    """
+    for instead, names in _WITHOUT_EFFECT.items():
+        for name in fields:
+            if name in names:
+                raise ConfigError(f"`{name}` has no effect on a community run: {instead}; leave it out.")
 
 
 @contextmanager
@@ -169,6 +206,8 @@ def begun(config: RunConfig, plan: Plan, addresses: list[str], listener: Listene
     """
     if config.corpus.objective != "text":
         raise ConfigError(f"`objective` of a community run must be text, got {config.corpus.objective}: leave it out.")
+    if config.init_from is not None and Path(config.init_from).exists():  # what keeps the rounds works in another place
+        config = config.replace(init_from=str(Path(config.init_from).absolute()))
     whole = member_config(config, plan)
     folder = config.folder
     identifier = secrets.token_hex(8)
@@ -185,7 +224,7 @@ def begun(config: RunConfig, plan: Plan, addresses: list[str], listener: Listene
             "plan": plan.to_dict(),
             "keep_last": config.saving.keep_last,
         }
-        replace_json(folder / COMMUNITY_FILE, content)
+        replace_json(folder / ROUNDS_FILE, content)
         yield HostedRun(run, plan, identifier, config.saving.keep_last)
 
 
@@ -213,7 +252,7 @@ def read_community(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder holds no such run.
     """
-    path = folder / COMMUNITY_FILE
+    path = folder / ROUNDS_FILE
     try:
         content = read_json(path)
         if content["format_version"] == FORMAT_VERSION:
@@ -235,7 +274,7 @@ def stored_configuration(folder: Path) -> RunConfig:
 
 
 def _check_same(folder: Path, content: Mapping[str, Any], config: RunConfig, plan: Plan) -> None:
-    """Refuse a recipe or plan other than the one that a run began with.
+    """Refuse a recipe or plan other than the one that a run began with, but for _MAY_CHANGE.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -246,7 +285,7 @@ def _check_same(folder: Path, content: Mapping[str, Any], config: RunConfig, pla
         (shared_configuration(stored_configuration(folder)), shared_configuration(config)),
     ):
         for name in then:
-            if fingerprint(then[name]) != fingerprint(now[name]):
+            if name not in _MAY_CHANGE and fingerprint(then[name]) != fingerprint(now[name]):
                 raise CheckpointError(
                     f"`{name}` of a community run cannot change: it was {then[name]!r:.100}, got {now[name]!r:.100}: "
                     f"go on with what {folder.absolute()} began with, or choose another --output-dir."

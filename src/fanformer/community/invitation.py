@@ -5,6 +5,7 @@ signs its rounds, in hexadecimal. Who has it from somebody they trust needs no a
 """
 
 import hashlib
+import ipaddress
 import json
 import re
 import socket
@@ -55,6 +56,21 @@ class Invitation:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def check_address(address: str) -> None:
+    """Refuse what members cannot dial.
+
+    Raises:
+        ConfigError: if it is neither a name nor an IP address.
+    """
+    try:
+        ipaddress.ip_address(address)
+    except ValueError as error:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", address):
+            raise ConfigError(
+                f"`--address` must be a name or an IP address, got {address!r:.100}: the port is `--port`."
+            ) from error
+
+
 def invite(host: str, port: int, certificate_pem: str, public_pem: str) -> Invitation:
     """Return the invitation to a host with this certificate and public key."""
     return Invitation(host, port, certificate_fingerprint(certificate_pem)[:_DIGITS], key_fingerprint(public_pem))
@@ -72,11 +88,11 @@ def parse_invitation(text: str) -> Invitation:
         ConfigError: if it is none.
     """
     remedy = "copy the whole invitation that `fanformer community host` printed, with all after the `#`."
-    parts = urlsplit(text)
     try:
+        parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        port = None
+        parts, port = urlsplit(""), None
     known = re.fullmatch(rf"([0-9a-f]{{{_DIGITS}}})-([0-9a-f]{{{_DIGITS}}})", parts.fragment)
     if parts.scheme != "https" or not parts.hostname or port is None or known is None:
         raise ConfigError(f"an invitation must be https://HOST:PORT/#CERTIFICATE-KEY, got {text!r:.200}: {remedy}")

@@ -153,6 +153,11 @@ class Member:
         return shapes_of(self._tensors)
 
     @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The weights that the last share began with, float32 of any shape by name; empty before the first."""
+        return self._anchor
+
+    @property
     def stopped_by(self) -> str | None:
         """Name of the signal that asked this process to stop, such as "SIGTERM", or None."""
         number = self.trainer.request.signal

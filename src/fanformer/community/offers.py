@@ -16,7 +16,7 @@ from fanformer.community.identity import PublicKey, SigningKey
 from fanformer.community.invitation import Invitation, key_fingerprint
 from fanformer.community.plan import Plan, Task
 from fanformer.errors import DataError
-from fanformer.training.fields import FIELDS, MachineConfig, OutputConfig, RunConfig, SavingConfig
+from fanformer.training.fields import FIELDS, MachineConfig, OutputConfig, RunConfig, SavingConfig, TowersConfig
 
 FORMAT_VERSION = 1
 LARGEST_FILES = 64 << 20
@@ -25,6 +25,8 @@ _OF_THE_MEMBER = {
     *OutputConfig.__dataclass_fields__,
     *MachineConfig.__dataclass_fields__,
     *SavingConfig.__dataclass_fields__,
+    *TowersConfig.__dataclass_fields__,
+    "objective",
     "tokenizer",
     "init_from",
     "eval_data",
@@ -32,7 +34,8 @@ _OF_THE_MEMBER = {
     "max_time",
     "grace_seconds",
 }
-"""Fields of a run that a member never takes from a host: its folders, its machine, and where text goes."""
+"""Fields of a run that a member never takes from a host: its folders, its machine, where text goes; what is learnt is
+text."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fanformer.community.folder import STATUS_FILE
 from fanformer.community.hosted_run import HostedRun
 from fanformer.community.offers import Offer, Sealed, seal
 from fanformer.community.records import RoundRecord, contributions
 from fanformer.community.rounds import Host
-from fanformer.community.status import FORMAT_VERSION, MOST_REFUSALS, STATUS_FILE
+from fanformer.community.status import FORMAT_VERSION, MOST_REFUSALS
 from fanformer.community.updates import encode_weights, largest_payload
 from fanformer.files.durable import read_json, replace_json
 
@@ -32,7 +33,14 @@ class Reception:
         """
         self._hosted, self._host, self._clock = hosted, host, clock
         self.members = {name: _Seen() for name in members}
-        self._base: tuple[str, bytes] | None = None
+        self._holds: dict[str, str] = {}
+        """Checksum of the weights that a member has, as its last report says."""
+        self._moved: tuple[str, frozenset[str]] = ("", frozenset())
+        """Checksum of the base before, and what has moved since then."""
+        self._got_part: set[str] = set()
+        """Members whose last offer came with a part of the weights."""
+        self._bases: dict[frozenset[str], bytes] = {}
+        self._base_checksum = ""
         before = _counted_before(hosted.folder)
         self._bytes_sent = int(before.get("bytes_sent", 0))
         for name, seen in self.members.items():
@@ -43,18 +51,39 @@ class Reception:
         """Whether all rounds of the plan are accepted."""
         return self._host.finished
 
-    def base(self) -> bytes:
-        """Return the weights that the open round begins with, a safetensors file."""
-        if self._base is None or self._base[0] != self._host.checksum:
-            self._base = self._host.checksum, encode_weights(self._host.weights, self._hosted.plan.base_dtype)
-        return self._base[1]
+    @property
+    def is_overtime(self) -> bool:
+        """Whether the open round's time is over, and too few have reported to close it."""
+        return self._host.is_overtime(self._clock())
+
+    def base(self, name: str = "") -> bytes:
+        """Return the weights that the open round begins with, a safetensors file.
+
+        Args:
+            name: of a member; of what it has, as far as is known, nothing is sent again.
+        """
+        moved = self._moved_for(name)
+        self._got_part = self._got_part | {name} if moved < self._host.weights.keys() else self._got_part - {name}
+        if self._base_checksum != self._host.checksum:
+            self._base_checksum = self._host.checksum
+            self._bases.clear()
+        if moved not in self._bases:
+            weights = {one: tensor for one, tensor in self._host.weights.items() if one in moved}
+            self._bases[moved] = encode_weights(weights, self._hosted.plan.base_dtype)
+        return self._bases[moved]
+
+    def _moved_for(self, name: str) -> frozenset[str]:
+        """Return the names of the tensors that a member has otherwise, or not at all."""
+        before, moved = self._moved
+        known = {before: moved, self._host.checksum: frozenset[str]()}
+        return known.get(self._holds.get(name, "none"), frozenset(self._host.weights))
 
     def offer(self, name: str) -> Sealed | None:
         """Return a member's share of the open round, signed; None where there is nothing for it to do now."""
         task = self._host.join(name, self._clock())
         if task is None:
             return None
-        self._bytes_sent += len(self.base())
+        self._bytes_sent += len(self.base(name))
         return self._seal(name, task)
 
     def farewell(self, name: str) -> Sealed:
@@ -70,12 +99,24 @@ class Reception:
     def take(self, name: str, payload: bytes) -> str:
         """Take a member's report; return why it is refused, empty where it will be judged."""
         self.members[name].last_report = _now()
-        return self._host.receive(name, payload, self._clock())
+        refused = self._host.receive(name, payload, self._clock())
+        if name in self._host.reported:
+            self._holds[name] = self._host.checksum
+        return refused
 
-    def excuse(self, name: str, reason: str) -> None:
-        """Note that a member hands in nothing in this round, and do not wait for it."""
+    def excuse(self, name: str, reason: str) -> bool:
+        """Note that a member hands in nothing in this round, and do not wait for it.
+
+        Returns:
+            Whether it is to be asked again with the whole weights: it has lost what it had, perhaps.
+        """
+        if name in self._got_part:
+            self._got_part.remove(name)
+            self._holds.pop(name, None)
+            return True
         self.members[name].excuse = f"round {self._host.round}: {reason}"
         self._host.leave(name)
+        return False
 
     def admit(self, name: str) -> None:
         """Let in a member that was registered meanwhile."""
@@ -99,21 +140,23 @@ class Reception:
         """
         if not self._host.is_due(self._clock()):
             return None
+        before, moved = self._host.checksum, frozenset(self._host.like)
         record = self._host.close(self._clock(), self._hosted.measure, self._hosted.publish)
+        if record.accepted:
+            self._moved = before, moved
         if self._host.finished:
             self._hosted.finish()
         return record
 
-    def write_status(self, state: str, error: str = "") -> None:
+    def write_status(self, state: str) -> None:
         """Write status.json.
 
         Args:
-            state: "waiting", "training", "finished", "stopped" or "failed".
-            error: why it failed.
+            state: "waiting", "training" or "finished"; that it ended otherwise says `note_end`.
         """
-        replace_json(self._hosted.folder / STATUS_FILE, self.status(state, error))
+        replace_json(self._hosted.folder / STATUS_FILE, self.status(state))
 
-    def status(self, state: str, error: str = "") -> dict[str, Any]:
+    def status(self, state: str) -> dict[str, Any]:
         """Return how the run stands, as plain JSON."""
         host, run = self._host, self._hosted
         accepted = [record for record in host.records if record.accepted]
@@ -123,7 +166,7 @@ class Reception:
             "preset": run.config.preset,
             "parameters": run.parameters,
             "state": state,
-            "error": error,
+            "error": "",
             "written": _now(),
             "round": host.round,
             "number": host.state.number,

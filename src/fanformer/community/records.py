@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fanformer.community.aggregation import Verdict, as_verdict
+from fanformer.community.folder import RECORDS_FILE
 from fanformer.errors import CheckpointError
 from fanformer.files.durable import replace_text, sync
-
-RECORDS_FILE = "rounds.jsonl"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanformer.community.folder import BESIDE_THE_MODEL
 from fanformer.community.identity import PublicKey, SigningKey, read_public_key
 from fanformer.errors import CheckpointError, did_you_mean
 from fanformer.files.durable import hash_file, read_json
-from fanformer.training.checkpoint import MANIFEST_FILE, checkpoints, step_of
+from fanformer.training.checkpoint import MANIFEST_FILE, WEIGHTS_FILE, checkpoints, step_of
 from fanformer.training.publishing import CARD_FILE
 
 ROUND_FILE, SIGNATURE_FILE = "round.json", "round.json.sig"
@@ -57,8 +58,14 @@ class Verified:
     problem: str
 
 
-def verify_folder(folder: Path, key: PublicKey) -> Verified:
-    """Check signature and bytes of a round's folder."""
+def verify_folder(folder: Path, key: PublicKey, is_run: bool = False) -> Verified:
+    """Check signature and bytes of a round's folder.
+
+    Args:
+        folder: of the round.
+        key: of the run.
+        is_run: whether it is the run's own folder, where a round lies among the run's files and folders.
+    """
     try:
         content = (folder / ROUND_FILE).read_bytes()
         signature = (folder / SIGNATURE_FILE).read_text(encoding="ascii").strip()
@@ -69,9 +76,10 @@ def verify_folder(folder: Path, key: PublicKey) -> Verified:
     about = json.loads(content)
     if about["format_version"] != FORMAT_VERSION:
         return Verified(folder, about, f"its format version is {about['format_version']}, expected {FORMAT_VERSION}")
-    files, there = about["files"], _names(folder)
+    files = about["files"]
+    there = [name for name in _names(folder) if not (is_run and _is_of_the_run(name))]
     for name in sorted({*files, *there}):
-        if name not in there:
+        if not (folder / name).is_file():
             return Verified(folder, about, f"{name} is missing")
         if name not in files:
             return Verified(folder, about, f"{name} is there and was not signed")
@@ -81,7 +89,10 @@ def verify_folder(folder: Path, key: PublicKey) -> Verified:
 
 
 def verify_run(folder: Path) -> list[Verified]:
-    """Check every accepted round in a run's folder, and that each follows the one before.
+    """Check every accepted round in a run's folder, that each follows the one before, and the folder's own model.
+
+    The folder itself, last where it has a model, must hold a round as it was signed, and no file beside it that the run
+    does not know: a model could be loaded with it.
 
     Raises:
         CheckpointError: if the folder is none of a community run, or has no round.
@@ -98,7 +109,10 @@ def verify_run(folder: Path) -> list[Verified]:
         if follows and before.about and not one.problem and one.about["previous"] != digest_of(before.folder):
             one = Verified(one.folder, one.about, f"it does not follow {before.folder.name}, which is another round")
         checked.append(one)
-    return [_named_right(one) for one in checked]
+    checked = [_named_right(one) for one in checked]
+    if (folder / ROUND_FILE).exists() or (folder / WEIGHTS_FILE).exists():
+        checked.append(verify_folder(folder, key, is_run=True))
+    return checked
 
 
 def _named_right(one: Verified) -> Verified:
@@ -106,6 +120,11 @@ def _named_right(one: Verified) -> Verified:
     if not one.problem and one.about["number"] != step_of(one.folder):
         return Verified(one.folder, one.about, f"it was signed as round {one.about['number']}")
     return one
+
+
+def _is_of_the_run(name: str) -> bool:
+    """Return whether a file of a run's folder is the run's: what no model is loaded from."""
+    return "/" in name or name in BESIDE_THE_MODEL or name.endswith(".new")  # which is being written
 
 
 def digest_of(folder: Path) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fanformer.community.aggregation import Verdict, aggregate, counted_tokens, is_gate_open
+from fanformer.community.folder import OPEN_FILE, REPORTS_FOLDER
 from fanformer.community.outer import OuterState, outer_step
 from fanformer.community.plan import Plan, Task
 from fanformer.community.records import RoundLog, RoundRecord, as_record
@@ -43,7 +44,7 @@ from fanformer.community.updates import (
 from fanformer.errors import CheckpointError, DataError
 from fanformer.files.durable import read_json, replace_json, sync
 
-OUTER_FILE, STATE_FILE, OPEN_FILE, REPORTS_FOLDER = "outer.safetensors", "host_state.json", "open.json", "reports"
+OUTER_FILE, STATE_FILE = "outer.safetensors", "host_state.json"
 _LEAST_SHARE = 0.05
 """Of a round's time that must be left for a share to be worth while."""
 _MOST_REFUSALS = 3
@@ -58,7 +59,7 @@ class HostState:
         number: accepted rounds.
         outer: the master weights and their momentum.
         next_place: first row that was not handed out.
-        best_loss: lowest held-out loss of an accepted round, None where none was measured.
+        best_loss: lowest held-out loss of the first base and of accepted rounds, None where none was measured.
         record: of the round that led here, None before the first.
     """
 
@@ -98,6 +99,16 @@ class HostState:
             ) from error
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What open.json holds."""
+
+    round: int
+    base: str
+    next_place: int
+    tasks: Mapping[str, Task]
+
+
 Publish = Callable[[HostState, RoundRecord], None]
 """Makes an accepted round durable, whole or not at all, or raises; the host goes on from it only after that."""
 Measure = Callable[[Mapping[str, Tensor]], float]
@@ -127,7 +138,10 @@ class Host:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.plan, self.state = folder, plan, state
         self._log = RoundLog(folder)
+        opened = self._read_open()
+        # the log of rounds that are forgotten says no more which numbers are used, open.json does
         highest = max((record.round for record in self._log.records), default=-1)
+        highest = max(highest, -1 if opened is None else opened.round - 1)
         self._log.forget_after(state.number)
         told = {record.round for record in self._log.records}
         if state.record is not None and state.record.round not in told:  # killed between the two
@@ -138,7 +152,7 @@ class Host:
         self._seen = {verdict.digest for record in self._log.records for verdict in record.verdicts}
         self._round = highest
         self._open_round()
-        self._take_up(now)
+        self._take_up(opened, now)
 
     def _open_round(self) -> None:
         self._round += 1
@@ -154,23 +168,28 @@ class Host:
         self._not_awaited: set[str] = set()
         self._bytes = 0
 
-    def _take_up(self, now: float) -> None:
-        """Go on with a round that was open when the host was killed; reports of others are deleted."""
+    def _read_open(self) -> "_Opened | None":
+        """Return what is known of the round that was open when the host was killed."""
         path = self.folder / OPEN_FILE
+        if not path.is_file():
+            return None
+        try:
+            content = read_json(path)
+            tasks = {name: Task(**task) for name, task in content["tasks"].items()}
+            return _Opened(int(content["round"]), str(content["base"]), int(content["next_place"]), tasks)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path.absolute()} is damaged ({type(error).__name__}): delete it; the open round begins anew."
+            ) from error
+
+    def _take_up(self, opened: "_Opened | None", now: float) -> None:
+        """Go on with a round that was open when the host was killed; reports of others are deleted."""
         reports = self.folder / REPORTS_FOLDER
-        if path.is_file():
-            try:
-                content = read_json(path)
-                tasks = {name: Task(**task) for name, task in content["tasks"].items()}
-                place, is_same = int(content["next_place"]), (content["round"], content["base"]) == self._identity
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{path.absolute()} is damaged ({type(error).__name__}): delete it; the open round begins anew."
-                ) from error
-            self.next_place = max(self.next_place, place)
-            if is_same:
-                self.tasks = tasks
-                self._opened = now if tasks else None
+        if opened is not None:
+            self.next_place = max(self.next_place, opened.next_place)
+            if (opened.round, opened.base) == self._identity:
+                self.tasks = dict(opened.tasks)
+                self._opened = now if self.tasks else None
                 for report in sorted(reports.glob("*.update")) if reports.is_dir() else []:
                     self._take_up_report(report.read_bytes(), now)
                 return
@@ -239,7 +258,7 @@ class Host:
         if self.finished or member in self._updates or self.is_due(now):
             return None
         limit = self.plan.round_seconds
-        if self._opened is None or (limit is not None and now - self._opened >= limit):
+        if self._opened is None or self.is_overtime(now):
             self._opened = now
         seconds = None if limit is None else self._opened + limit - now
         if seconds is not None and limit is not None and seconds < _LEAST_SHARE * limit:
@@ -360,10 +379,12 @@ class Host:
         """
         if self.finished or len(self._updates) < self.plan.min_reports:
             return False
+        return self.is_overtime(now) or not set(self.tasks) - set(self._updates) - self._not_awaited
+
+    def is_overtime(self, now: float) -> bool:
+        """Return whether the round's time is over; it begins anew with who asks for a share then."""
         limit = self.plan.round_seconds
-        if limit is not None and self._opened is not None and now - self._opened >= limit:
-            return True
-        return not set(self.tasks) - set(self._updates) - self._not_awaited
+        return limit is not None and self._opened is not None and now - self._opened >= limit
 
     def close(self, now: float, measure: Measure | None, publish: Publish) -> RoundRecord:
         """Judge the reports, make the step, measure, publish, and open the next round.
@@ -411,6 +432,8 @@ class Host:
             return str(error), None, self.checksum
         if measure is None:
             return "", None, weights_checksum(weights)
+        if self.state.best_loss is None and math.isfinite(begun_with := measure(self.weights)):
+            self.state = dataclasses.replace(self.state, best_loss=begun_with)
         loss = measure(weights)
         if is_gate_open(loss, self.state.best_loss, self.plan.gate_tolerance):
             return "", loss, weights_checksum(weights)

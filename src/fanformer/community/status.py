@@ -4,17 +4,18 @@ The host writes status.json anew whenever something happened; a page and a termi
 imports no torch, so that asking is quick.
 """
 
+import contextlib
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fanformer.community.folder import STATUS_FILE
 from fanformer.errors import CheckpointError
-from fanformer.files.durable import read_json
+from fanformer.files.durable import read_json, replace_json
 from fanformer.report.charts import Chart, Line
 from fanformer.report.page import page, table, text
 
-STATUS_FILE = "status.json"
 FORMAT_VERSION = 1
 MOST_REFUSALS = 200
 """Refused updates that are told, the newest; rounds.jsonl has all."""
@@ -34,6 +35,22 @@ def read_status(folder: Path) -> dict[str, Any]:
             f"cannot read {path.absolute()} ({type(error).__name__}): is this the folder of a run of `fanformer "
             "community host`?"
         ) from error
+
+
+def note_end(folder: Path, state: str, error: str = "") -> None:
+    """Let the status of a run say that its host is not at work any more; where there is none, nothing is said.
+
+    Args:
+        folder: of the run.
+        state: "stopped" or "failed".
+        error: why it failed.
+    """
+    with contextlib.suppress(CheckpointError, OSError):  # the run has not begun, or the disk is full
+        status = read_status(folder)
+        away = [{**member, "connected": False} for member in status["members"]]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        content = {**status, "state": state, "error": error, "members": away, "written": now}
+        replace_json(folder / STATUS_FILE, content)
 
 
 def check_status(content: Any, where: str) -> dict[str, Any]:

@@ -173,13 +173,16 @@ def encode_weights(weights: Mapping[str, Tensor], dtype: BaseType = "float32") -
     return pack(layout, arrays, {"dtype": dtype})
 
 
-def decode_weights(payload: bytes, like: Shapes, checksum: str) -> dict[str, Tensor]:
+def decode_weights(
+    payload: bytes, like: Shapes, checksum: str, known: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return the base that a payload holds, in float32.
 
     Args:
         payload: what `encode_weights` made.
         like: shapes that it must have.
         checksum: that it must have.
+        known: float32 tensors of these shapes, which the payload may leave out.
 
     Raises:
         DataError: if it is not that.
@@ -189,8 +192,11 @@ def decode_weights(payload: bytes, like: Shapes, checksum: str) -> dict[str, Ten
     dtype = words.get("dtype")
     if not isinstance(dtype, str) or dtype not in layouts:
         raise DataError(f"`dtype` of a base must be one of {', '.join(layouts)}, got {shown(dtype)}.")
-    arrays = read_arrays(payload, header, begin, layouts[dtype])
-    weights = {
+    kept = {name: tensor for name, tensor in (known or {}).items() if name not in header}
+    arrays = read_arrays(
+        payload, header, begin, {name: kind for name, kind in layouts[dtype].items() if name not in kept}
+    )
+    weights = kept | {
         name: torch.from_numpy(array.astype(np.float32)).view(tuple(like[name])) for name, array in arrays.items()
     }
     found = weights_checksum(weights)
@@ -335,7 +341,11 @@ def _checked_words(words: Mapping[str, Any]) -> dict[str, Any]:
     for name, (expected, holds) in checks.items():
         if not holds:
             raise DataError(f"`{name}` of an update must be {expected}, got {shown(words[name])}.")
-    return {**words, "sources": tuple(Source(*source) for source in words["sources"])}
+    sources = tuple(Source(*source) for source in words["sources"])
+    claimed = sum(source.tokens for source in sources)
+    if claimed > words["tokens"]:
+        raise DataError(f"`sources` of an update must have its {words['tokens']:,} tokens at most, got {claimed:,}.")
+    return {**words, "sources": sources}
 
 
 def _is_count(value: Any) -> bool:

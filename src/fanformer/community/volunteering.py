@@ -24,16 +24,18 @@ from fanformer.data.prepared import open_prepared
 from fanformer.data.sources.documents import is_prepared_folder
 from fanformer.errors import ConfigError, DataError, DivergenceError
 from fanformer.files.durable import read_json, replace_json, sync
+from fanformer.model import FANformerConfig
 from fanformer.training.configuration import preset_names
 from fanformer.training.events import Listener, note_to
 from fanformer.training.fields import RunConfig
+from fanformer.training.run_model import ModelBuilder, build_fanformer
 
 OFFER_FILE, UPDATE_FILE, TOKENIZER_FOLDER, TRAINING_FOLDER = (
     "offer.json", "update.safetensors", "tokenizer", "training",
 )  # fmt: skip
 _SECONDS_BETWEEN_SAVES = 600.0
-_SENDING_SHARE = 0.9
-"""Of a round's time that is for training; the rest is for sending."""
+_LEAST_SENDING, _MOST_SENDING, _SENDING_RESERVE = 0.1, 0.5, 1.25
+"""Of a round's time that is kept for sending, at least and at most; and how much over what it took last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Volunteer:
         self._plan: tuple[str, Any] | None = None
         self._saved = time.monotonic()
         self.rounds = self.tokens = 0
+        self.sending_seconds = 0.0
+        """What sending the last update took; whoever sends says so."""
 
     def __enter__(self) -> "Volunteer":
         return self
@@ -96,11 +100,16 @@ class Volunteer:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Save what the next round needs, unless something went wrong, and let go of the folder."""
         try:
-            is_well = kind is None or issubclass(kind, KeyboardInterrupt)
-            if is_well and self._member is not None and self.rounds:
-                self._member.save()
+            if kind is None or issubclass(kind, KeyboardInterrupt):
+                self._save()
         finally:
             self._stack.close()
+
+    def _save(self) -> None:
+        """Save what the next round needs, where a round was trained."""
+        if self._member is not None and self.rounds:
+            self._saved = time.monotonic()
+            self._member.save()
 
     @property
     def stopped_by(self) -> str | None:
@@ -128,6 +137,7 @@ class Volunteer:
         Raises:
             ConfigError, DataError, CheckpointError: if this machine cannot take part in the run.
         """
+        arrived = time.monotonic()
         try:
             offer = open_offer(sealed, self._invitation)
             if offer.final:
@@ -141,11 +151,13 @@ class Volunteer:
             return Answer(done)
         member = self._opened(offer)
         task = offer.task
-        if task.seconds is not None:
-            task = dataclasses.replace(task, seconds=max(0.0, _SENDING_SHARE * task.seconds - age_seconds))
         began = time.monotonic()
         try:
-            payload = member.take_part(task, decode_weights(base, member.shapes, task.base), stop)
+            weights = decode_weights(base, member.shapes, task.base, member.base)
+            if task.seconds is not None:
+                spent = age_seconds + time.monotonic() - arrived
+                task = dataclasses.replace(task, seconds=training_seconds(task.seconds, spent, self.sending_seconds))
+            payload = member.take_part(task, weights, stop)
         except (DataError, DivergenceError) as error:
             return self._refused(f"round {task.round}: {error}")
         self._keep(offer.run, task, payload)
@@ -156,17 +168,13 @@ class Volunteer:
             f"round {task.round}: {steps * offer.plan.tokens_per_step:,} tokens in {time.monotonic() - began:.1f} s, "
             f"an update of {len(payload):,} bytes"
         )
-        self._save_now_and_then(member)
+        if time.monotonic() - self._saved >= _SECONDS_BETWEEN_SAVES:
+            self._save()
         return Answer(payload)
 
     def _refused(self, reason: str) -> Answer:
         self._note(reason)
         return Answer(reason=" ".join(reason.split()))
-
-    def _save_now_and_then(self, member: Member) -> None:
-        if time.monotonic() - self._saved >= _SECONDS_BETWEEN_SAVES:
-            self._saved = time.monotonic()
-            member.save()
 
     def _done_before(self, offer: Offer, task: Task) -> bytes | None:
         """Return what was answered to this round's offer before, None where it is new.
@@ -191,7 +199,8 @@ class Volunteer:
         if task.round < last["round"]:
             raise DataError(
                 f"the offer is of round {task.round}, and round {last['round']} was trained already: it is replayed; "
-                "it was not trained."
+                f"it was not trained. Where the host went back to an older copy of its run, delete {OFFER_FILE} in "
+                "--output-dir."
             )
         return None
 
@@ -211,11 +220,13 @@ class Volunteer:
         key = (offer.run, offer.plan)
         if self._member is not None and self._plan == key:
             return self._member
+        self._save()  # the host goes on with another plan
         self._stack.close()
         self._member = None
         self._folder.mkdir(parents=True, exist_ok=True)
+        build = _builder(offer.configuration.get("model"))
         config = self._configuration(offer)
-        member = joined(config, offer.plan, offer.member, self._listener, licence=self._own.licence)
+        member = joined(config, offer.plan, offer.member, self._listener, build, self._own.licence)
         self._member, self._plan = self._stack.enter_context(member), key
         return self._member
 
@@ -234,7 +245,7 @@ class Volunteer:
         data = self._own.data or _public_data(str(offer.configuration.get("data")))
         fields = {
             **offer.configuration,
-            "tokenizer": None if _has_tokenizer(data, offer.files) else str(tokenizer),
+            "tokenizer": None if _has_tokenizer(data, offer.files) else str(tokenizer.absolute()),
             "vocab_size": None,
             "init_from": None,
             "data": data,
@@ -242,10 +253,45 @@ class Volunteer:
             "precision": self._own.precision,
             "compile": self._own.compile,
             "output_dir": str(self._folder / TRAINING_FOLDER),
+            "allow_changed_data": True,  # its data are the member's affair, also between two stays
             "push_to_hub": None,
             "sample_prompt": None,
         }
         return member_config(RunConfig.from_fields(fields), offer.plan)
+
+
+def _builder(fields: Any) -> ModelBuilder:
+    """Return what builds the very model of the run, whatever vocabulary would fit the tokenizer here.
+
+    Args:
+        fields: of the model, from the host: transformers would take the name of a kernel with code of its own among
+            them.
+
+    Raises:
+        DataError: if one is no field of the model.
+    """
+    known = FANformerConfig.__dataclass_fields__
+    unknown = sorted(name for name in fields if name not in known) if isinstance(fields, Mapping) else ["itself"]
+    if unknown:
+        raise DataError(
+            f"the run's model has the field {unknown[0]!a:.60}, which a FANformer has not: host and members need the "
+            "same release."
+        )
+    planned = FANformerConfig(**fields)
+    sizes = {name: getattr(planned, name) for name in ("vocab_size", "max_position_embeddings")}
+    return lambda filled: build_fanformer({**filled, **sizes})
+
+
+def training_seconds(seconds: float, spent_seconds: float, sending_seconds: float) -> float:
+    """Return how long a share may be trained so that its update arrives in time.
+
+    Args:
+        seconds: from the offer until the update is to be there.
+        spent_seconds: of these, on the way and on making ready.
+        sending_seconds: that sending took the last time, 0 where that is not known.
+    """
+    reserve = max(_LEAST_SENDING * seconds, min(_MOST_SENDING * seconds, _SENDING_RESERVE * sending_seconds))
+    return max(0.0, seconds - spent_seconds - reserve)
 
 
 def _has_tokenizer(data: str, files: Mapping[str, bytes]) -> bool:

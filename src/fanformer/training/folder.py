@@ -31,6 +31,8 @@ from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced
 from fanformer.training.fields import CorpusConfig, OutputConfig, RunConfig
 
 RUN_FILE, METRICS_FILE, LOCK_FILE = "run.yaml", "metrics.jsonl", ".lock"
+ROUNDS_FILE = "community.json"
+"""In the folder of a run in rounds, whose checkpoints a host makes of what others trained."""
 DATA_FOLDER, HELD_OUT_FOLDER = "data", "held-out"
 _REPLACING = ".replacing"
 """Folder of a run that is on its way to REPLACED or back: whatever lies beside it belongs to that run too."""
@@ -221,6 +223,19 @@ def claimed(
                 if not existed and not any(folder.iterdir()):
                     folder.rmdir()
             raise
+
+
+def refuse_rounds(config: RunConfig) -> None:
+    """Refuse to go on by oneself with a run that several train together: its host would not know it again.
+
+    Raises:
+        CheckpointError: if the folder holds one.
+    """
+    if config.output.resume and (config.folder / ROUNDS_FILE).is_file():
+        raise CheckpointError(
+            f"{config.folder.absolute()} holds a community run: go on with the same `fanformer community host`, or "
+            f"train its model further with --init-from {config.folder} --output-dir ANOTHER."
+        )
 
 
 def _recover(folder: Path, overwrite: bool, note: Callable[[str], None]) -> None:

@@ -40,6 +40,7 @@ from fanformer.training.folder import (
     claimed,
     read_records,
     read_run_file,
+    refuse_rounds,
     write_run_file,
 )
 from fanformer.training.parallel import Processes
@@ -128,6 +129,7 @@ def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuil
         ConfigError, DataError, CheckpointError: on bad input, before anything is written that would stay.
         DivergenceError: if the loss or the gradients do not stay finite.
     """
+    refuse_rounds(config)
     with opened(config, listener, build_model) as run:
         return run.train()
 

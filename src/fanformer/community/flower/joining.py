@@ -53,7 +53,8 @@ def join(
 
     Raises:
         ConfigError, DataError, CheckpointError: if this machine cannot take part.
-        UnreachableError: if the host does not answer at first; later it is waited for.
+        UnreachableError: if the host does not answer at first; in a folder that it was reached from before, or later,
+            it is waited for.
     """
     until = None if seconds is None else time.monotonic() + seconds
     key = read_member_key(key_file)
@@ -64,14 +65,19 @@ def join(
     ):
         patience = _Patience(until, listener)
         certificate = folder / CERTIFICATE_FILE
-        fetch_certificate(invitation, certificate)
+        is_known, is_fetched = certificate.is_file(), False
         while True:
             try:
+                if not is_fetched:
+                    fetch_certificate(invitation, certificate)
+                    is_fetched = True
                 with connected(invitation, certificate, key, folder) as node:
                     patience.over()
                     ended = _stay(node, volunteer, until, note_to(listener))
                 return Stay(volunteer.rounds, volunteer.tokens, ended)
             except UnreachableError as error:
+                if not (is_known or is_fetched):
+                    raise
                 if patience.wait(str(error)):
                     return Stay(volunteer.rounds, volunteer.tokens, "time")
 
@@ -86,12 +92,15 @@ def _stay(node: Node, volunteer: Volunteer, until: float | None, note: Callable[
             raise
         except DataError as error:
             note(str(error))
-            continue
+            arrived = None
         if arrived is None:
             time.sleep(_WAIT_SECONDS)
             continue
         answer = volunteer.answer(arrived.sealed, arrived.base, arrived.age_seconds, _is_after(until))
+        began = time.monotonic()
         node.answer(arrived, answer)
+        if answer.payload is not None:
+            volunteer.sending_seconds = time.monotonic() - began
         if answer.final:
             return "finished"
         if volunteer.stopped_by is not None:

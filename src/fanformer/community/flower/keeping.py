@@ -75,6 +75,8 @@ class _Watch:
         self._restarts, self._accepted = 0, -1
         self._told: Mapping[str, Any] = {}
         self._known: list[PublicMember] = []
+        self._trouble = ""
+        """What is wrong in the folder of members, once it was told."""
 
     def begin(self) -> None:
         """Start everything."""
@@ -89,9 +91,10 @@ class _Watch:
     def _register(self) -> None:
         members = read_public_members(self._members)
         if members != self._known:
-            for name in self._processes.register(members):
-                self._note(f"{name} may take part")
+            for told in self._processes.register(members):
+                self._note(told)
             self._known = members
+        self._trouble = ""
 
     def is_over(self) -> bool:
         """Look once, mend what died, and return whether all rounds are accepted."""
@@ -104,7 +107,9 @@ class _Watch:
         try:
             self._register()
         except FANformerError as error:  # a file that is being copied there
-            self._note(str(error))
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                self._note(self._trouble)
         if not self._processes.is_alive or self._is_gone(outcome):
             self._begin_again()
         elif not outcome.state and time.monotonic() - self._asked > _ASK_SECONDS:

@@ -7,7 +7,9 @@ registered already, none that fetches an app's code, and answers with the run's 
 
 import argparse
 import asyncio
+import base64
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -20,7 +22,9 @@ from typing import Any
 
 import psutil
 
-from fanformer.community.status import STATUS_FILE, read_status, status_page
+from fanformer.community.flower.outcome import NODES_FILE, read_fingerprints
+from fanformer.community.folder import FLOWER_FOLDER, STATUS_FILE
+from fanformer.community.status import read_status, status_page
 from fanformer.errors import FANformerError, import_extra
 from fanformer.files.durable import replace_text
 from fanformer.report.live import LIVE_SCRIPT, POLICY
@@ -65,13 +69,15 @@ class Guard:
         """
         self._app, self._local_port, self._folder = app, local_port, folder
         self._key_header = key_header.lower().encode()
-        self._budget = Budget(folder)
+        self._budget, self._members = Budget(folder), Members(folder)
         self._page: tuple[float, bytes] = (0.0, b"")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http" or scope["server"][1] == self._local_port:
+        if scope["type"] == "lifespan" or scope["server"][1] == self._local_port:
             await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close"})
         elif scope["path"] in MEMBERS_CALLS:
             await self._pass(scope, receive, send)
         elif scope["method"] == "GET" and scope["path"] in ("/", "/main", "/status.json"):
@@ -82,6 +88,9 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a member's call through, up to so many bytes; what a key sends is counted once Flower has accepted it."""
         key = next((value for name, value in scope["headers"] if name == self._key_header), b"")
+        if not self._members.has(key):
+            await _answer(send, 401, b"this key is none of a member\n", "text/plain")
+            return
         if self._budget.is_spent(key):
             await _answer(send, 429, b"more bytes than an update of this round has\n", "text/plain")
             return
@@ -125,6 +134,30 @@ class Guard:
         if self._page[0] != changed:
             self._page = changed, status_page(read_status(self._folder), LIVE_SCRIPT).encode()
         return self._page[1]
+
+
+class Members:
+    """Who may take part: the signature, by which a key is known to be its owner's, is Flower's to check."""
+
+    def __init__(self, folder: Path) -> None:
+        """Set up.
+
+        Args:
+            folder: of the run.
+        """
+        self._folder = folder
+        self._seen: tuple[float, frozenset[str]] = (0.0, frozenset())
+
+    def has(self, key: bytes) -> bool:
+        """Return whether a key, in base64 as it comes in a header, is one of theirs."""
+        with contextlib.suppress(OSError):  # nobody is registered yet
+            changed = (self._folder / FLOWER_FOLDER / NODES_FILE).stat().st_mtime
+            if changed != self._seen[0]:
+                self._seen = changed, read_fingerprints(self._folder)
+        try:
+            return hashlib.sha256(base64.b64decode(key, validate=True)).hexdigest() in self._seen[1]
+        except ValueError:
+            return False
 
 
 class Budget:

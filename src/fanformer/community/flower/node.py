@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -215,17 +216,30 @@ def _refused(invitation: Invitation, response: Any) -> FANformerError:
     """Return the error for a call that the host refused."""
     known = flower("supercore.error").FlowerError.from_json(response.text)
     reason = ascii(" ".join(known.message.split()))[1:-1] if known is not None else f"status {response.status_code}"
-    if response.status_code == 401:
+    date = response.headers.get("date")
+    if response.status_code == 401 and not _agrees(date):
         return ConfigError(
-            f"{invitation.address} does not accept this machine's signature, and says that it is "
-            f"{response.headers.get('date')}: set this machine's clock."
+            f"{invitation.address} does not accept this machine's signature, and says that it is {date}: set this "
+            "machine's clock."
         )
-    if response.url.path.endswith("/activate-node"):
+    if response.status_code == 401 or response.url.path.endswith("/activate-node"):
         return ConfigError(
             f"{invitation.address} does not know `--key`, or another process joined with it: have the host put its "
             f".pub file into its folder of members ({reason})."
         )
     return DataError(f"{invitation.address} refuses {response.url.path}: {reason}.")
+
+
+def _agrees(date: str | None) -> bool:
+    """Return whether the clock that signs calls tells the same time as a host's date, to within what Flower takes."""
+    known = flower("common.constant")
+    try:
+        ahead = (
+            flower("supernode.node_auth_http_interceptor").now() - parsedate_to_datetime(date or "")
+        ).total_seconds()
+    except (TypeError, ValueError):
+        return False
+    return bool(-known.TIMESTAMP_TOLERANCE < ahead < known.SYSTEM_TIME_TOLERANCE)
 
 
 @contextmanager

@@ -19,13 +19,13 @@ import psutil
 from fanformer.community.flower.content import flower
 from fanformer.community.flower.link import PORT_FILE, end_all
 from fanformer.community.flower.outcome import NODES_FILE
-from fanformer.community.hosted_run import KEYS_FOLDER
+from fanformer.community.folder import FLOWER_FOLDER, KEYS_FOLDER
 from fanformer.community.identity import CERTIFICATE, CERTIFICATE_KEY, PublicMember, read_public_bytes
 from fanformer.errors import ConfigError, DataError
 from fanformer.files.durable import read_json, replace_json
 
 LINK_LOG = "link.log"
-_FLOWER_FOLDER, _APP_FOLDER, _HOME_FOLDER, _DATABASE = "flower", "app", "home", "state.db"
+_APP_FOLDER, _HOME_FOLDER, _DATABASE = "app", "home", "state.db"
 _START_SECONDS = 300.0
 _STOP_SECONDS = 15.0
 _LEFT_BEHIND_SECONDS = 30.0
@@ -87,7 +87,7 @@ class HostProcesses:
             ConfigError: if the port is taken.
         """
         self._folder, self._host, self._port = folder.absolute(), host, port
-        self._own = self._folder / _FLOWER_FOLDER
+        self._own = self._folder / FLOWER_FOLDER
         self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._local_port = self._run = 0
         self._link: subprocess.Popen[bytes] | None = None
@@ -177,7 +177,9 @@ class HostProcesses:
                 raise DataError(f"Flower refuses a command of the host: {ascii(str(told))[:300]}") from error
 
     def register(self, members: Sequence[PublicMember]) -> list[str]:
-        """Let the SuperLink know who may take part, and return the names of those who are new.
+        """Let the SuperLink know who may take part, and return what is new, a line each.
+
+        Whose key is gone stays registered with Flower, which takes no key twice, but gets no share any more.
 
         Raises:
             DataError: if Flower refuses a key.
@@ -186,8 +188,11 @@ class HostProcesses:
         known: list[dict[str, Any]] = read_json(path) if path.exists() and (self._own / _DATABASE).exists() else []
         fingerprints = {one["fingerprint"] for one in known}
         new = [member for member in members if member.fingerprint not in fingerprints]
+        told = _changed(known, {member.fingerprint for member in members})
+        if told:
+            replace_json(path, known)
         if not new:
-            return []
+            return told
         kinds = flower("proto.control_pb2")
         with self._control() as client:
             for member in new:
@@ -195,7 +200,7 @@ class HostProcesses:
                 number = int(client.RegisterNode(request).node_id)
                 known.append({"number": number, "name": member.name, "fingerprint": member.fingerprint})
                 replace_json(path, known)
-        return [member.name for member in new]
+        return told + [f"{member.name} may take part" for member in new]
 
     def submit(self) -> None:
         """Have the SuperLink start the process that keeps the rounds.
@@ -245,7 +250,20 @@ class HostProcesses:
         self._link = None
 
 
+def _changed(known: Sequence[dict[str, Any]], wanted: set[str]) -> list[str]:
+    """Note who of those that are known may take part, by the fingerprints of their keys, and return what changed."""
+    told = []
+    for one in known:
+        is_out = one["fingerprint"] not in wanted
+        if is_out != one.get("is_out", False):
+            one["is_out"] = is_out
+            told.append(f"{one['name']} may take part {'no more' if is_out else 'again'}")
+    return told
+
+
 def _require_free(host: str, port: int, patience_seconds: float) -> None:
+    if port == 0:
+        raise ConfigError("`--port` must be from 1 to 65535, got 0: members have to know it.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     until = time.monotonic() + patience_seconds
     while True:

@@ -5,9 +5,9 @@
 
 DATA has mnist-test, emoji-captions and spoken-digits. Every task aligns towers with the base, most then tune adapters,
 and each does so for every seed twice: the twin's towers are given ones. What is done is kept in WORK, and the same
-command goes on. --write puts each task into the ledger as it ends, and the ledger's tables into docs/multimodal.md;
---tables does only the latter. --estimate trains a few steps of every task and says how long all of them take;
---dry-run does everything in little, and proves nothing.
+command goes on; a task that fails keeps no other waiting. --write puts each task into the ledger as it ends, and the
+ledger's tables into docs/multimodal.md; --tables does only the latter. --estimate trains a few steps of every task and
+says how long all of them take; --dry-run does everything in little, and proves nothing.
 """
 
 import argparse
@@ -38,6 +38,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 DRY = {"batch_size": 2, "sequence_length": 128, "tower_width": 16, "tower_layers": 1, "precision": "float32"}
 DRY_STEPS, DRY_ROWS, ESTIMATED_STEPS, ESTIMATED_ROWS = 2, 6, 6, 600
 TWINS = ("model", "blind")
+DATA = ("mnist-test", "emoji-captions", "spoken-digits")
 
 
 class Cell(NamedTuple):
@@ -69,8 +70,8 @@ def parse() -> argparse.Namespace:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.base is None and not asked.tables:
-        parser.error("--base is needed: name the folder of a language model")
+    if not asked.tables and (asked.base is None or not (asked.base / "model.safetensors").is_file()):
+        parser.error(f"--base must be the folder of a language model, got {asked.base}")
     if asked.dry_run:
         asked.seeds = 1
     asked.task = asked.task or list(GROUPS)
@@ -128,9 +129,9 @@ def train_stages(
             result = train(run, listener or (lambda event: None))
             if not result.reached_end:
                 sys.exit(f"{cell.name} was stopped after step {result.step}: the same command goes on")
+            (place / "ended").touch()  # first: a run whose checkpoints are half gone would begin anew
             for checkpoint in place.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-            (place / "ended").touch()
         base = place
     return base
 
@@ -212,8 +213,10 @@ def costs(asked: argparse.Namespace) -> Entry:
 
 
 def estimate(asked: argparse.Namespace) -> None:
-    """Train a few steps of every stage, and print how long all of it takes by the time that a core works on a step."""
-    asked.work = Path(tempfile.mkdtemp(prefix="estimate-"))
+    """Train a few steps of every stage, and print how long all of it takes by the time that a core works on a step.
+
+    What it writes lies in `asked.work`.
+    """
     total = 0.0
     for group in asked.task:
         task, times = prepared(asked, GROUPS[group][0]), list[float]()
@@ -231,7 +234,6 @@ def estimate(asked: argparse.Namespace) -> None:
         hours = seconds * trainings / asked.jobs / 3600
         total += hours
         print(f"{group}: {seconds / 60:.0f} min a training, {trainings} of them: {hours:.1f} h", flush=True)
-    shutil.rmtree(asked.work)
     print(f"all: {total:.1f} h on {asked.jobs} free cores, without reading the rows and measuring")
 
 
@@ -239,22 +241,37 @@ def main() -> None:
     """Do what is not done, print the tables, and write what is asked for."""
     asked = parse()
     ledger = asked.work / "ledger" if asked.dry_run else RESULTS
+    if asked.tables:
+        write_page(PAGE, read_ledger(RESULTS))
+        return
+    if missing := [name for name in DATA if not (asked.data / name).is_dir()]:
+        sys.exit(f"--data must have {', '.join(DATA)}, got {asked.data} without {', '.join(missing)}")
     if asked.estimate:
-        estimate(asked)
+        with tempfile.TemporaryDirectory(prefix="estimate-") as place:
+            asked.work = Path(place)
+            estimate(asked)
         return
     if asked.cell is not None:
         task, twin, seed = asked.cell.split(".")
         do_cell(asked, Cell(task, twin, int(seed)))
         return
-    if not asked.tables:
-        Work(asked.work).begin(settings(asked))
-        for group in asked.task:
+    Work(asked.work).begin(settings(asked))
+    left = []
+    for group in asked.task:
+        try:
             found = do_group(asked, group)
-            print(tables(found), flush=True)
-            if asked.write or asked.dry_run:
-                write_entry(ledger, *found)
-    if (asked.write or asked.tables) and not asked.dry_run:
-        write_page(PAGE, read_ledger(RESULTS))
+        except SystemExit:  # a cell failed, and has said why
+            if asked.jobs == 1:  # it was this process, which is to stop
+                raise
+            left.append(group)
+            continue
+        print(tables(found), flush=True)
+        if asked.write or asked.dry_run:
+            write_entry(ledger, *found)
+        if asked.write and not asked.dry_run:
+            write_page(PAGE, read_ledger(RESULTS))
+    if left:
+        sys.exit(f"not done: {', '.join(left)}: the same command goes on")
 
 
 if __name__ == "__main__":

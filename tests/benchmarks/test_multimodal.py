@@ -195,6 +195,55 @@ def test_a_work_folder_of_another_base_is_refused(quality, saved_model, folder, 
         begin(folder)
 
 
+def test_a_task_that_fails_keeps_no_other_waiting(quality, saved_model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    for name in quality.run.DATA:
+        (tmp_path / "data" / name).mkdir(parents=True)
+    words = ["multimodal.py", "--base", saved_model, "--data", tmp_path / "data", "--work", tmp_path / "work"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--dry-run", "--task", "naming", "--task", "emoji"])
+    tasks = {"emoji": quality.data.Task([], {"category": quality.data.HeldOut("a", bar=0.5)})}
+    twins = {"model": [result(quality, {"category": 0.7})], "blind": [result(quality, {"category": 0.1})]}
+
+    def do_group(asked, name):
+        if name == "naming":
+            sys.exit("a cell failed, as it says above: the same command goes on")
+        return [entry(quality, name, tasks, {"emoji": twins})]
+
+    monkeypatch.setattr(quality.run, "do_group", do_group)
+    with pytest.raises(SystemExit, match=r"not done: naming: the same command goes on"):
+        quality.run.main()
+    assert "emoji: category" in capsys.readouterr().out
+    assert [one.name for one in read_ledger(tmp_path / "work" / "ledger")] == ["multimodal-emoji-nano"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--jobs", "1"])  # what fails there is this process, which is to stop
+    with pytest.raises(SystemExit, match="a cell failed"):
+        quality.run.main()
+    (tmp_path / "data" / "mnist-test").rmdir()
+    with pytest.raises(SystemExit, match=r"--data must have mnist-test, .* without mnist-test"):
+        quality.run.main()
+
+
+@pytest.mark.ci
+def test_a_stage_that_was_killed_after_its_end_is_not_trained_again(quality, saved_model, tmp_path, monkeypatch):  # noqa: F811
+    work = tmp_path / "work"
+    write_rows(work / "rows" / "naming", 8, 0)
+    words = ["multimodal.py", "--base", saved_model, "--work", work, "--dry-run"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    asked, cell = quality.run.parse(), quality.run.Cell("naming", "model", 0)
+    held_out = {"right": quality.data.HeldOut("rows.jsonl")}
+    task = quality.data.Task([quality.data.Stage("rows.jsonl", 1)], held_out, {"image_size": 16, "patch_size": 4})
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quality.run, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            quality.run.train_stages(asked, cell, task)
+    trained = []
+    folder = quality.run.train_stages(asked, cell, task, listener=trained.append)
+    assert (folder / "model.safetensors").is_file()
+    assert trained == []
+
+
 def shown(row, place):
     """The bytes of a part of a row."""
     return base64.b64decode(row["messages"][0]["content"][place]["base64"])

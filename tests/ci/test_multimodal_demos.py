@@ -31,6 +31,7 @@ def test_a_demo_trains_both_twins_and_says_that_two_steps_are_too_few(request, r
     assert done.returncode == 1, done.stderr[-2000:]
     assert f"{counts[0]} examples to learn from, {counts[1]} held out" in done.stdout
     assert "the blind twin's: " in done.stdout
+    assert f"asked for: {'95%' if name == 'image' else '90%'}" in done.stdout
     again = program(repository, f"examples/demo_{name}.py", *words)
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]  # nothing was trained anew
 
@@ -122,6 +123,7 @@ def test_a_demo_learns_from_a_dataset_and_refuses_other_data_in_its_folder(repos
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert "10 examples to learn from, 2 held out" in done.stdout
     assert "What is this?" in done.stdout
+    assert "asked for" not in done.stdout  # which is for the demo's own data
     other = program(repository, *words)
     assert other.returncode == 1
     assert f"`--data` must be hf:{source} for " in other.stderr

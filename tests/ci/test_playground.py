@@ -1,19 +1,14 @@
 """The playground in a real browser: answers, stop, reload, a server that goes away, tokens, a look inside, keys."""
 
-import base64
 import json
 import shutil
-import struct
 import threading
 
-import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import expect
 
 from fanformer.server.limits import Access
 from fanformer.server.models import ServedModel, SlotSettings
-from tests.multimodal_files import save_with_towers, write_picture
 from tests.saved_models import recurrent_model, saved_model, tiny_tokenizer  # noqa: F401
 from tests.server.conftest import PATIENCE_SECONDS, running
 from tests.server.test_chat import TEMPLATE
@@ -201,6 +196,52 @@ def test_a_chat_remembers_what_was_said(tab):
     tab.errors.clear()
 
 
+def said(page, message):
+    page.fill("#prompt", message)
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+
+
+def test_a_question_that_got_no_answer_comes_back_and_is_asked_once(tab):
+    page = tab.page
+    page.uncheck("#model-0")
+    page.check("[name=mode][value=chat]")
+    fill(page, max_tokens="3")
+    said(page, "hello")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.fill("#prompt", "and then?")
+    page.click("#send")
+    expect(page.locator(".about")).to_have_text("The server does not answer. Start it again, then send again.")
+    expect(page.locator("#prompt")).to_have_value("and then?")
+    expect(page.locator(".turn.user")).to_have_text(["hello"])
+    assert all("net::ERR" in error for error in tab.errors)
+    tab.errors.clear()
+    page.unroute("**/v1/chat/completions")
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text("Done.")
+    sent = [json.loads(one.post_data) for one in tab.requests if one.url.endswith("/chat/completions")][-1]
+    assert [one["content"] for one in sent["messages"] if one["role"] == "user"] == ["hello", "and then?"]
+    assert [one["role"] for one in sent["messages"]] == ["user", "assistant", "user"]
+
+
+def test_what_was_said_stays_with_a_model_that_is_left_out_and_goes_when_all_is_cleared(tab):
+    page = tab.page
+    page.uncheck("#model-0")
+    page.check("[name=mode][value=chat]")
+    fill(page, max_tokens="3")
+    said(page, "hello")
+    page.uncheck("#model-1")
+    page.check("#model-1")
+    expect(page.locator(".turn.user")).to_have_text(["hello"])
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    expect(page.locator(".turn.user")).to_have_text(["hello"])
+    page.uncheck("#model-1")
+    page.click("#clear")
+    page.check("#model-1")
+    expect(page.locator(".turn")).to_have_count(0)
+
+
 def test_tokens_tell_their_alternatives_to_pointer_and_keys(tab, client):
     page = tab.page
     page.uncheck("#model-1")
@@ -343,101 +384,6 @@ def test_the_dial_is_there_where_a_model_has_one_and_does_what_it_says(saved_mod
         model.close()
 
 
-@pytest.fixture(scope="module")
-def seeing(tiny_model, tiny_tokenizer, tmp_path_factory):  # noqa: F811
-    """A model with towers that has room for a long recording: the machine may be busy."""
-    base, folder = (tmp_path_factory.mktemp("seeing") / name for name in ("base", "sees"))
-    tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=2048).save_pretrained(base)
-    tiny_tokenizer.save_pretrained(base)
-    model = ServedModel.open(save_with_towers(base, folder), "sees", SlotSettings(2, None, 4), device="cpu")
-    yield model
-    model.close()
-
-
-PASTE = """(coded) => {
-  const bytes = Uint8Array.from(atob(coded), (letter) => letter.charCodeAt(0));
-  const clipboardData = new DataTransfer();
-  clipboardData.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
-  document.getElementById("prompt").dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
-}"""
-
-
-def test_a_picture_a_pasted_one_and_a_recording_are_answered(models, seeing, open_tab, tmp_path):
-    red, blue = (write_picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
-    with running({"tiny": models["tiny"], "sees": seeing}) as client:
-        tab = open_tab(f"http://127.0.0.1:{client.port}/")
-        page = tab.page
-        assert page.is_checked("[name=mode][value=chat]")
-        page.uncheck("#model-1")
-        assert not page.is_visible("#picture-part")
-        assert not page.is_visible("#record")
-        page.check("#model-1")
-        page.uncheck("#model-0")
-        page.set_input_files("#picture", {"name": "a.gif", "mimeType": "image/gif", "buffer": b"GIF89a"})
-        expect(page.locator("#status")).to_have_text("a.gif is no PNG, JPEG or WebP.")
-        page.set_input_files("#picture", red)
-        expect(page.locator("#attached li")).to_have_count(1)
-        page.evaluate(PASTE, base64.b64encode(blue.read_bytes()).decode())
-        expect(page.locator("#attached li")).to_have_count(2)
-        page.click("#record")
-        expect(page.locator("#record")).to_have_attribute("aria-pressed", "true")
-        expect(page.locator("#record")).to_have_text("Stop recording, 1 s")
-        page.click("#record")
-        expect(page.locator("#attached li")).to_have_count(3)
-        assert tab.violations() == []
-        fill(page, max_tokens="6")
-        page.fill("#prompt", "what is this?")
-        page.click("#send")
-        expect(page.locator("#status")).to_have_text("Done.")
-        expect(page.locator("#attached li")).to_have_count(0)
-        sent = next(json.loads(one.post_data) for one in tab.requests if one.url.endswith("/chat/completions"))
-        check_content(sent["messages"][-1]["content"], red, blue)
-        status, _, found = client("POST", "/v1/chat/completions", {**sent, "stream": False})
-        assert status == 200
-        assert answers(page).text_content() == found["choices"][0]["message"]["content"]
-        pictures = page.locator(".turn.user img")
-        assert [one.get_attribute("alt") for one in pictures.all()] == ["red.png", "pasted.png"]
-        assert page.locator(".turn.user").text_content() == "[recording] what is this?"
-        assert tab.violations() == []
-        page.reload()
-        page.wait_for_selector("body[data-ready]")
-        page.fill("#prompt", "and now?")
-        page.click("#send")
-        expect(page.locator("#status")).to_have_text("Done.")
-        again = [json.loads(one.post_data) for one in tab.requests if one.url.endswith("/chat/completions")][-1]
-        assert again["messages"][0] == sent["messages"][-1]
-        assert again["messages"][-1] == {"role": "user", "content": "and now?"}
-
-
-def check_content(content, red, blue):
-    """Check the parts of a message: both files as they are, a whole WAV, and the words."""
-    *pictures, sound, words = content
-    coded = [one["image_url"]["url"].partition("data:image/png;base64,")[2] for one in pictures]
-    assert [base64.b64decode(one) for one in coded] == [red.read_bytes(), blue.read_bytes()]
-    assert words == {"type": "text", "text": "what is this?"}
-    wav = base64.b64decode(sound["input_audio"]["data"])
-    assert sound["input_audio"]["format"] == "wav"
-    kind, channels, rate = struct.unpack_from("<HHI", wav, 20)
-    assert (wav[:4], wav[8:12], kind, channels, rate) == (b"RIFF", b"WAVE", 1, 1, 16000)
-    assert len(wav) == 44 + struct.unpack_from("<I", wav, 40)[0] > 1000
-
-
-def test_more_than_a_tab_keeps_is_told_after_a_reload(seeing, open_tab, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "large.png")
-    with running({"sees": seeing}) as client:
-        page = open_tab(f"http://127.0.0.1:{client.port}/").page
-        fill(page, max_tokens="3")
-        page.set_input_files("#picture", tmp_path / "large.png")
-        expect(page.locator("#attached li")).to_have_count(1)
-        page.click("#send")
-        expect(page.locator("#status")).to_have_text("Done.")
-        page.reload()
-        page.wait_for_selector("body[data-ready]")
-        expect(page.locator("#status")).to_contain_text("What was shown is more than a tab keeps")
-        expect(page.locator(".turn")).to_have_count(0)
-
-
 def test_a_server_with_keys_shows_the_page_and_asks_for_one(models, open_tab):
     with running(models, Access(keys=("secret",))) as client:
         tab = open_tab(f"http://127.0.0.1:{client.port}/", wait=None)
@@ -452,3 +398,11 @@ def test_a_server_with_keys_shows_the_page_and_asks_for_one(models, open_tab):
         page.click("#send")
         expect(page.locator("#status")).to_have_text("Done.")
         assert "secret" not in page.evaluate("JSON.stringify(sessionStorage)")
+        written = answers(page).first.text_content()
+        for _ in range(2):
+            page.reload()
+            expect(page.locator("#status")).to_contain_text("asks for an API key")
+        tab.errors.clear()
+        page.fill("#key", "secret")
+        page.click("#use-key")
+        expect(answers(page).first).to_have_text(written)

@@ -7,6 +7,7 @@ import pytest
 from fanformer.cli.info import fanformer_words
 from fanformer.model import FANformerConfig
 from fanformer.model.footprint import footprint
+from tests.multimodal_files import save_with_towers
 from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
 
 VARIANTS = [
@@ -147,6 +148,25 @@ def test_model_of_another_kind_is_counted_too(command, tmp_path):
     GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2).save_pretrained(tmp_path)
     assert record(command, tmp_path)["parameters"]["parts"]["other"] > 0
     assert command("info", tmp_path).code == 0
+
+
+def test_a_model_that_sees_and_hears_is_counted_with_its_towers(command, saved_model, tmp_path):
+    from fanformer.generation.media_model import load_media_model
+
+    folder = save_with_towers(saved_model, tmp_path / "towers")
+    base, ours = (record(command, one) for one in (saved_model, folder))
+    parts = ours["parameters"]["parts"]
+    whole = load_media_model(folder, "cpu").model
+    assert sum(parts.values()) == ours["parameters"]["total"] == whole.num_parameters()
+    assert {name: parts[name] for name in base["parameters"]["parts"]} == base["parameters"]["parts"]
+    assert parts["adapters"] == sum(one.numel() for name, one in whole.named_parameters() if ".lora_" in name)
+    assert set(parts) - set(base["parameters"]["parts"]) == {"vision_tower", "audio_tower", "projectors", "adapters"}
+    assert ours["parameters"]["layer_parts"] == base["parameters"]["layer_parts"]
+    assert ours["flops_per_token"] == base["flops_per_token"]  # of text
+    text = " ".join(command("info", folder).out.split())
+    assert "16 x 16 pixels in, 4 tokens of a picture out" in text
+    assert "sound in, 25 tokens a second out" in text
+    assert "LoRA of rank 2 for the rows that show something" in text
 
 
 def test_unknown_preset_names_the_nearest(command):

@@ -58,6 +58,33 @@ def test_missing_folders_and_wrong_numbers_are_told(saved_model, tmp_path, capsy
     assert "`--threads` is for .gguf files" in refused(capsys, saved_model, "--port", 0, "--threads", 1)
 
 
+def test_what_is_for_folders_or_for_files_alone_goes_to_these(saved_model, tmp_path, capsys):
+    paths = [saved_model, tmp_path / "none.gguf"]
+    for both in (paths, paths[::-1]):
+        message = refused(capsys, *both, "--port", 0, "--threads", 1, "--dtype", "float32")
+        assert "none.gguf" in message or "ggml" in message, "the file itself is what is wrong"
+        assert "threads" not in message
+        assert "dtype" not in message
+    assert "`dtype` must be auto for a .gguf file" in refused(capsys, paths[1], "--port", 0, "--dtype", "float32")
+
+
+def test_models_that_nobody_named_are_left_out_where_they_cannot_be_loaded(saved_model, tmp_path, capsys):
+    from fanformer.cli.serve import _open
+    from fanformer.errors import CheckpointError
+
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    settings = {"memory_limit": None, "slots": 1, "context": 64, "queue_size": 1, "device": "cpu", "threads": None}
+    both = {"broken": str(tmp_path / "broken"), "good": str(saved_model)}
+    served = _open(both, **settings, leaves_out=True)
+    assert list(served) == ["good"]
+    served["good"].close()
+    assert capsys.readouterr().err.startswith("broken is left out: ")
+    for paths, leaves_out in ((both, False), ({"broken": both["broken"]}, True)):
+        with pytest.raises(CheckpointError, match="has model_type None"):
+            _open(paths, **settings, leaves_out=leaves_out)
+
+
 def test_the_memory_limit_counts_all_models(saved_model, capsys):
     small = ("--port", 0, "--device", "cpu", "--slots", 2, "--context", 64)
     message = refused(capsys, f"one={saved_model}", f"two={saved_model}", *small, "--memory-limit", "0.0005")

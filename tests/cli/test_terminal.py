@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from fanformer.cli.terminal import TerminalReporter, curve
 from fanformer.training.events import Event
@@ -85,3 +86,15 @@ def test_terminals_without_such_letters_get_the_number_alone(shown):
     reporter(record(2, 2.125))
     reporter(step(2, 0.5))
     assert "step 2 2.125  500 tokens/s" in text(reporter)
+
+
+def test_a_record_tells_how_many_answers_are_right(shown):
+    reporter = shown[0]()
+    with reporter.console.capture() as capture:
+        figures = {"step": 5, "val_loss": 0.5, "val_bits_per_byte": 1.25, "val_exact": 0.9375}
+        reporter(Event("record", share=0.5, figures=figures))
+        del figures["val_exact"]
+        reporter(Event("record", share=0.5, figures=figures))
+    right, plain = Text.from_ansi(capture.get()).plain.splitlines()
+    assert right.endswith("held out 0.5000, 1.2500 bits per byte, 93.8% to the letter")
+    assert plain.endswith("1.2500 bits per byte")

@@ -65,6 +65,13 @@ def test_pictures_are_upright():
     assert np.asarray(read)[:, 0, 0].tolist() == [255, 0]
 
 
+def test_a_photo_with_its_depths_behind_it_is_the_photo():
+    photo, depths = Image.new("RGB", (16, 12), (200, 40, 90)), Image.new("RGB", (8, 8))
+    read = load_picture(encoded(photo, "MPO", save_all=True, append_images=[depths]))
+    assert read.size == (16, 12)
+    assert np.abs(np.asarray(read).astype(int) - (200, 40, 90)).max() <= 4  # JPEG rounds
+
+
 def test_a_pil_image_is_treated_like_a_file():
     clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
     assert load_picture(clear).getpixel((0, 0)) == (255, 255, 255)
@@ -94,6 +101,10 @@ def test_bad_pictures_are_named_in_one_line(tmp_path):
             load_picture(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
+        if data:
+            with pytest.raises(ValueError, match=message) as of_bytes:
+                load_picture(data, "some.png")
+            assert str(of_bytes.value).startswith("some.png ")
 
     wrong("cut.png", content[: len(content) // 2], "damaged or truncated")
     wrong("empty.png", b"", "must hold something, got 0 bytes")
@@ -153,6 +164,9 @@ def test_bad_recordings_are_named_in_one_line(tmp_path, monkeypatch):
             load_recording(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
+        with pytest.raises(ValueError, match=message) as of_bytes:
+            load_recording(data, name="some.wav")
+        assert str(of_bytes.value).startswith("some.wav ")
 
     wrong("cut.wav", tone[: len(tone) // 2], "truncated")
     for kind in ("FLAC", "OGG"):
@@ -176,11 +190,11 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         load_recording(write_tone(tmp_path / "a.wav", "low"))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "WAV", "FLAC", "OGG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "WAV", "FLAC", "OGG", "MP3"])
 def test_damage_anywhere_is_an_error_or_a_picture_but_never_something_else(kind):
     numbers = random.Random(kind)
     noise = np.random.default_rng(0)
-    if kind in ("WAV", "FLAC", "OGG"):
+    if kind in ("WAV", "FLAC", "OGG", "MP3"):
         whole, load = sounded(noise.standard_normal(400) * 0.1, kind=kind), load_recording
     else:
         pixels = noise.integers(0, 255, (9, 11, 3), dtype=np.uint8)

@@ -3,12 +3,13 @@
 import base64
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
 
 from fanformer.data.conversations.chat_tokens import add_chat_tokens
-from fanformer.data.multimodal import PLACEHOLDERS, placeholder_ids
+from fanformer.data.multimodal import PLACEHOLDERS, media_rows, placeholder_ids
 from fanformer.data.multimodal.media_rows import MediaRows, MediaStore
 from fanformer.data.multimodal.messages import Media, MediaMessage, media_example, read_media_examples
 from fanformer.data.multimodal.placeholders import add_placeholders
@@ -92,6 +93,34 @@ def test_wrong_rows_say_what_is_wrong(tmp_path):
     wrong("must say something", {"messages": [{"role": "user", "content": " "}, ANSWER]})
     wrong("role` must be system, user or assistant, got 'tool'", {"messages": [{"role": "tool", "content": "a"}]})
     wrong("`messages` must be a list of messages, got NoneType", {})
+
+
+JUNK = (
+    *(None, True, 3, 1e300, "", " ", "\ud800", "\0", "a" * 5000, "../a.png", "loop.png", "file:///a", "data:,", b"a"),
+    *([], {}, [[]], {"type": ["text"]}, [{"type": "image"}], {"bytes": b"a"}, {"path": {}}),
+)
+
+
+def test_whatever_a_row_holds_it_is_a_conversation_or_one_clear_line(tmp_path):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    numbers, messages, read = random.Random(0), [], 0
+    whole = {**row({"type": "image", "path": "a.png"}, {"type": "audio"}), "audio": ["b.wav"], "images": []}
+    for _ in range(3000):
+        spoilt = copy.deepcopy(whole)
+        for _ in range(numbers.randint(1, 3)):
+            place, key = spoilt, numbers.choice(list(spoilt))
+            while numbers.random() < 0.8 and isinstance(place[key], dict | list) and place[key]:
+                place = place[key]
+                key = numbers.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            place[key] = copy.deepcopy(numbers.choice(JUNK))
+        try:
+            media_example(spoilt, tmp_path)
+            read += 1
+        except DataError as error:
+            messages.append(str(error))
+    assert read
+    assert len(set(messages)) > 50
+    assert not [text for text in messages if "\n" in text or len(text) > 400 or not text.isascii()]
 
 
 def test_a_file_is_read_whole_or_refused_with_its_line(tmp_path):
@@ -218,6 +247,26 @@ def test_other_pixels_are_other_rows(store, tmp_path):
     assert MediaRows(read_media_examples(file), wording(store), MediaStore(store.processor), 64).fingerprint == before
     write_picture(tmp_path / "rows" / "p1.png", "red", seed=99)
     assert MediaRows(read_media_examples(file), wording(store), MediaStore(store.processor), 64).fingerprint != before
+
+
+def test_a_file_that_changes_while_it_is_learnt_is_told(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(media_rows, "_KEPT_BYTES", 0)
+    own, media = MediaStore(store.processor), Media("image", write_picture(tmp_path / "a.png", "red"))
+    before = own.prepared(media)
+    assert np.array_equal(own.prepared(media), before)
+    write_picture(tmp_path / "a.png", "blue")
+    with pytest.raises(DataError, match=r"the picture .*a.png is another one than when it was read before"):
+        own.prepared(media)
+    own.forget([media])
+    assert not np.array_equal(own.prepared(media), before)
+
+
+def test_a_model_without_a_tower_says_so(store, tmp_path):
+    for kind, what in (("image", "sees"), ("audio", "hears")):
+        processor = copy.copy(store.processor)
+        setattr(processor, f"{kind}_token", None)
+        with pytest.raises(DataError, match=f"a.png must not be there: the model {what} nothing, it has no tower"):
+            MediaStore(processor).tokens(Media(kind, write_picture(tmp_path / "a.png", "red")))
 
 
 def test_media_are_never_cut_and_bad_ones_name_their_row(store, tmp_path):

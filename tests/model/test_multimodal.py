@@ -1,6 +1,10 @@
 """A model that sees and hears: its language part to the bit, adapters by row, and what a saved folder loads as."""
 
+import base64
 import copy
+import functools
+import http.server
+import io
 import json
 import os
 import subprocess
@@ -10,6 +14,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fanformer.generation.fast_decoding import FewRowsLinear, fast_decoding
 from fanformer.generation.media_model import load_media_model
@@ -339,6 +344,48 @@ def test_a_configuration_says_what_is_wrong_with_it(loaded):
     changed("`image_downsample` must divide the 4 patches", image_downsample=3)
     changed("`adapter_rank` must be at least 0, got -1", adapter_rank=-1)
     changed("`vision_config` must be of a type among", vision_config={"model_type": "clip_vision_model"})
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Where this machine serves the test's folder."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_every_form_of_a_message_is_read_by_the_same_reader(loaded, tmp_path, address, shown):
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))  # the library's own reader makes it black
+    content = io.BytesIO()
+    clear.save(content, "PNG")
+    (tmp_path / "a.png").write_bytes(content.getvalue())
+    url = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    forms = [
+        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "image", "base64": url},
+        {"type": "image", "url": url},
+        {"type": "image", "url": f"{address}/a.png"},
+        {"type": "image", "image": clear},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+    ]
+    found = [asked(loaded.store.processor, form) for form in forms]
+    assert (found[0]["pixel_values"] == 1).all()
+    assert all(torch.equal(one["pixel_values"], found[0]["pixel_values"]) for one in found)
+    assert all(torch.equal(one["input_ids"], found[0]["input_ids"]) for one in found)
+    (tmp_path / "a.wav").write_bytes(shown[2].read_bytes())
+    heard = [
+        asked(loaded.store.processor, {"type": "audio", key: source})
+        for key, source in (("url", f"{address}/a.wav"), ("path", str(shown[2])))
+    ]
+    assert torch.equal(heard[0]["input_features"], heard[1]["input_features"])
+    with pytest.raises(ValueError, match=r"cannot fetch http://.*none.png: HTTP Error 404"):
+        asked(loaded.store.processor, {"type": "image", "url": f"{address}/none.png"})
 
 
 def test_processor_refuses_what_the_text_has_no_place_for(loaded, shown):

@@ -71,6 +71,19 @@ def test_settings_of_the_page_begin_as_those_of_the_command():
     assert (given["min_p"], given["repetition_penalty"]) == ("0", "1")
 
 
+def test_the_server_takes_what_the_page_lets_through(client):
+    inputs = re.findall(r'<input id="(\w+)" type="number"([^>]*)>', page_files()["index.html"])
+    assert len(inputs) == 7
+    for name, attributes in inputs:
+        ends = re.findall(r'(?:min|max)="([\d.]+)"', attributes)
+        assert ends
+        for end in ends:
+            value = int(end) if 'step="1"' in attributes else float(end)
+            asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 1, name: value}
+            status, _, found = client("POST", "/v1/completions", asked)
+            assert status == 200, (name, found)
+
+
 def test_models_tell_what_they_can_do(client, served):
     [model] = client("GET", "/v1/models")[2]["data"]
     is_folder = served.has_inside

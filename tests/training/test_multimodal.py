@@ -2,20 +2,23 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.loading import load
 from fanformer.training.checkpoint import OPTIMIZER_FILE
 from fanformer.training.configuration import resolve, resolve_multimodal
 from fanformer.training.folder import read_run_file
+from fanformer.training.multimodal_corpus import _split
+from fanformer.training.proof import _can_run_two
 from fanformer.training.run import train
-from tests.multimodal_files import COLOURS, TINY, TONES, save_with_towers, write_picture, write_rows
+from tests.multimodal_files import COLOURS, TINY, TONES, save_with_towers, write_picture, write_rows, write_tone
 from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401
 from tests.training.conftest import Notebook
 from tests.training.test_run import figures
@@ -93,6 +96,56 @@ def test_a_resumed_run_equals_an_uninterrupted_one_without_its_base(request, lea
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.ci
+def test_damaged_checkpoints_cost_no_more_than_their_steps(learn):
+    fields = {"max_steps": 2, "save_steps": 1, "keep_last": 9}
+    straight, _ = learn("straight", **fields)
+    broken, _ = learn("broken", **fields)
+    for damaged, file, begins in (
+        (["checkpoint-2"], "tokenizer.json", "resuming from .*checkpoint-1"),
+        (["checkpoint-1", "checkpoint-2"], "model.safetensors", "no complete checkpoint in .*: starting at step 0"),
+    ):
+        for name in damaged:
+            (broken.folder / name / file).write_bytes(b"damaged")
+        again, notebook = learn("broken", **fields, resume=True)
+        assert [note for note in notebook.notes if re.match(begins, note)]
+        assert figures(again.folder) == figures(straight.folder)
+        assert not changed(weights(straight.folder), weights(again.folder))
+
+
+def test_rows_are_held_out_wherever_their_folder_lies(rows, tmp_path):
+    def held_out(place):
+        data = shutil.copytree(rows.parent, tmp_path / place) / rows.name
+        config = resolve_multimodal(lambda: 128, {**TINY, "init_from": "base", "data": str(data)})
+        return [one.place.rpartition(":")[2] for one in _split(config)[1]]
+
+    found = [held_out(place) for place in ("one", "two", "three/deep")]
+    assert found[0] == found[1] == found[2] != []
+
+
+def test_a_proof_tries_no_second_process(rows):
+    told = []
+    config = resolve_multimodal(lambda: 128, {**TINY, "init_from": "base", "data": str(rows)})
+    assert not _can_run_two(config, told.append)
+    assert told == ["two processes were not tried: pictures and recordings are learnt from by a single process"]
+
+
+def test_a_picture_is_learnt_or_held_out_whatever_is_asked_about_it(rows, tmp_path):
+    data = shutil.copytree(rows.parent, tmp_path / "twice") / rows.name
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in lines[:8]:
+        again = json.loads(json.dumps(row))
+        again["messages"][0]["content"][-1]["text"] = "and its name?"
+        lines.append(again)
+    data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    fields = {**TINY, "init_from": "base", "data": str(data), "held_out_fraction": 0.5}
+    learnt, held_out = _split(resolve_multimodal(lambda: 128, fields))
+    assert len(learnt) + len(held_out) == len(lines)
+    learnt, held_out = ({tuple(one.media) for one in part} for part in (learnt, held_out))
+    assert held_out
+    assert learnt.isdisjoint(held_out)
+
+
 RECIPE = {"max_steps": 60, "learning_rate": 1e-2, "weight_decay": 0.0, "stage": "tune"}
 
 
@@ -159,6 +212,13 @@ def test_wrong_runs_are_refused_in_one_line_and_leave_nothing(learn, rows, saved
     refused(ConfigError, "`image_size` must be a multiple of twice `patch_size`, got 17", image_size=17)
     refused(ConfigError, "`audio_token_ms` must be 20, 40, 80 or 160, got 30", audio_token_ms=30)
     refused(ConfigError, "`vision_tower` .*none cannot be read", vision_tower=str(tmp_path / "none"))
+    towers = save_with_towers(saved_model, tmp_path / "towers")
+    has_some = "`{}` has no effect where `init_from` has a tower for {}, got other: leave it out"
+    refused(ConfigError, has_some.format("vision_tower", "pictures"), init_from=str(towers), vision_tower="other")
+    refused(ConfigError, has_some.format("audio_tower", "recordings"), init_from=str(towers), audio_tower="other")
+    refused(ConfigError, "`adapter_rank` must be 2, that of the adapters in", init_from=str(towers), adapter_rank=4)
+    heard = write_rows(tmp_path / "heard", 0, 4)
+    refused(ConfigError, "`vision_tower` has no effect where no pictures are shown", data=heard, vision_tower="other")
     spoilt = shutil.copytree(rows.parent, tmp_path / "spoilt")
     (spoilt / "p1.png").write_bytes((spoilt / "p1.png").read_bytes()[:80])
     refused(DataError, r"rows.jsonl:\d+: .*p1.png is damaged or truncated", data=spoilt / "rows.jsonl")
@@ -180,8 +240,9 @@ def test_other_pictures_are_refused_on_resume(learn, rows, tmp_path):
     write_picture(data.parent / "p0.png", "white", seed=5)
     with pytest.raises(CheckpointError, match="the data changed since the run began"):
         learn(data=data, max_steps=3, resume=True)
-    with pytest.raises(CheckpointError, match="`stage` of a run cannot change on resume"):
-        learn(data=data, max_steps=3, resume=True, stage="align")
+    for name, value in (("stage", "align"), ("blind", True), ("image_size", 32), ("vision_tower", "other")):
+        with pytest.raises(CheckpointError, match=f"`{name}` of a run cannot change on resume: it was .*, got {value}"):
+            learn(data=data, max_steps=3, resume=True, **{name: value})
 
 
 def test_a_model_with_towers_is_refused_where_they_would_be_lost(learn, tmp_path):
@@ -211,7 +272,7 @@ def test_a_pretrained_tower_rests_while_it_is_aligned(learn, tmp_path):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path / "siglip")
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=12, patch_size=4)).save_pretrained(tmp_path / "siglip")
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     whisper = WhisperConfig(d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=100, **layers)
     WhisperModel(whisper).save_pretrained(tmp_path / "whisper")
@@ -223,6 +284,20 @@ def test_a_pretrained_tower_rests_while_it_is_aligned(learn, tmp_path):
     assert all(torch.equal(siglip[name.removeprefix("model.vision_tower.")], value) for name, value in kept.items())
     heard = weights(tmp_path / "whisper")["encoder.conv1.weight"]
     assert torch.equal(after["model.audio_tower.conv1.weight"], heard)
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["image_downsample"] == 3  # patches a side, which 2 does not divide
+    long = write_rows(tmp_path / "long", 2, 2)
+    write_tone(long.parent / "t1.wav", "low", 2.5)
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: .*t1.wav must last at most 2 s, got 2.5: cut it"):
+        learn("refused", data=long, **towers, audio_token_ms=80)
+    part = {name: value for name, value in weights(tmp_path / "siglip").items() if "post_layernorm" not in name}
+    save_file(part, tmp_path / "siglip" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the weights of .*siglip lack `.*post_layernorm.bias`: take another"):
+        learn("refused", **towers, audio_token_ms=80)
+    (tmp_path / "siglip" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"the weights of .*siglip cannot be read: "):
+        learn("refused", **towers, audio_token_ms=80)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_full_vocabulary_and_one_with_chatml_are_trained_on(learn, tiny_model, tiny_tokenizer, tmp_path):  # noqa: F811

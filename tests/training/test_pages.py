@@ -9,6 +9,7 @@ from fanformer.cli.main import main
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.report.live import LiveServer
 from fanformer.training.folder import read_records
+from fanformer.training.pages.curves import run_charts
 from fanformer.training.pages.report import run_page, write_run_page
 from fanformer.training.pages.runs import changes, read_runs
 from fanformer.training.run import train
@@ -100,6 +101,23 @@ def test_whatever_the_page_reads_counts_as_a_change(runs, tmp_path):
         seen.append(changes([folder]))
 
 
+def test_a_file_that_is_being_replaced_ends_no_page_that_follows(runs, tmp_path):
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    before = changes([folder])
+    (folder / "config.json.lost.json").symlink_to(folder / "none")  # as one that is gone once it was listed
+    assert changes([folder]) == before
+    assert "run" in Reader(run_page(read_runs([folder]))).text
+
+
+def test_right_answers_of_a_tuning_have_a_chart(runs, tmp_path):
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told = [line | ({"val_exact": 0.125 * line["step"]} if "val_loss" in line else {}) for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    [chart] = [one for one in run_charts(read_runs([folder])) if one.name == "right-answers"]
+    assert "right to the letter. share over tokens. 0.25 at " in chart.in_words()
+
+
 def test_no_words_of_a_run_become_markup(runs, tmp_path):
     folder = shutil.copytree(runs[0], tmp_path / "<b>run</b>")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -132,6 +150,10 @@ def test_command_writes_into_the_run_and_refuses_what_has_no_effect(runs, tmp_pa
     assert "`--output` writes a page and --live none, got x.html" in capsys.readouterr().err
     assert main(["report", str(folder), "--port", "1"]) == 2
     assert "`--port` applies to --live, got 1 without" in capsys.readouterr().err
+    for wrong in (tmp_path, tmp_path / "page"):
+        assert main(["report", str(folder), "--output", str(wrong)]) == 2
+        assert f"`--output` must be a file that ends in .html, got {wrong}" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
     assert main(["report", str(tmp_path / "none"), "--live"]) == 2
     assert "is this the folder of a run" in capsys.readouterr().err
 

@@ -60,9 +60,12 @@ def chat(
     from fanformer.loading import has_towers, load_text_model
 
     depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold}
-    towers = adapter is None and num_steps is exit_threshold is None and has_towers(folder)
+    sees = num_steps is exit_threshold is None and has_towers(folder)
+    towers = sees and adapter is None
     model = load_text_model(folder, device, dtype, threads, adapter=adapter, towers=towers, **depth)
     say_depth(model.depth_note, num_steps)
+    if sees and not towers:
+        _notice(f"{adapter} belongs to the language model alone: without it, pictures and recordings are taken too.")
     converse(model, settings, name=folder)
 
 

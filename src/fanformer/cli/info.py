@@ -95,8 +95,9 @@ def parts_table(config: "PreTrainedConfig", measured: "Footprint") -> "Table":
     from rich.table import Table
 
     words = {}
-    if config.model_type == "fanformer":
-        words = {**fanformer_words(config), "total": f"{config.num_hidden_layers} layers"}
+    if config.model_type in ("fanformer", "fanformer_multimodal"):
+        text = config.get_text_config()
+        words = {**fanformer_words(text), **towers_words(config), "total": f"{text.num_hidden_layers} layers"}
     table = Table("part", box=box.SIMPLE)
     for header in ("a layer", "all layers", "share"):
         table.add_column(header, justify="right")
@@ -178,6 +179,21 @@ def fanformer_words(config: Any) -> dict[str, str]:
         periodic = attention.fan_layer.periodic_width
         rest = width - 2 * periodic
         words["fan_layer"] = f"{width} -> {width} before Q, K and V: {periodic} cos, {periodic} sin, {rest} linear"
+    return words
+
+
+def towers_words(config: Any) -> dict[str, str]:
+    """Return what each part of a model that sees or hears is, beside its language model; nothing for others."""
+    words = {}
+    if getattr(config, "vision_config", None) is not None:
+        side = config.vision_config.image_size
+        words["vision_tower"] = f"{side} x {side} pixels in, {config.image_seq_length} tokens of a picture out"
+    if getattr(config, "audio_config", None) is not None:
+        rate = 100 / config.frames_per_audio_token
+        words["audio_tower"] = f"sound in, {rate:g} tokens a second out"
+    if words:
+        words["projectors"] = "from a tower's width to the language model's"
+        words["adapters"] = f"LoRA of rank {config.adapter_rank} for the rows that show something"
     return words
 
 

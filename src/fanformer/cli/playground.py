@@ -28,7 +28,8 @@ _MOST_FOUND = 4
 def playground(models: tuple[str, ...], port: int, browser: bool, log_file: str | None, **settings: Any) -> None:
     """Play with the models saved in each DIR, or .gguf file, in the browser, until Ctrl-C.
 
-    Without DIR the newest models of the folder runs are taken. The page needs no network; `fanformer serve` has it too.
+    Without DIR the newest models of the folder runs are taken, those that can be loaded. The page needs no network;
+    `fanformer serve` has it too.
     """
 
     def open_browser(address: str) -> None:
@@ -36,7 +37,7 @@ def playground(models: tuple[str, ...], port: int, browser: bool, log_file: str 
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     paths = named_models(models or tuple(map(str, newest_models(Path(_RUNS)))))
-    settings["queue_size"] = 256
+    settings |= {"queue_size": 256, "leaves_out": not models}
     run_server(paths, "127.0.0.1", port, settings, log_file=log_file, on_started=open_browser)
 
 

@@ -37,6 +37,8 @@ def report(runs: tuple[Path, ...], output: Path | None, live: bool, port: int | 
         raise ConfigError(f"`--port` applies to --live, got {port} without: leave it out.")
     from fanformer.training.pages.report import write_run_page
 
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"`--output` must be a file that ends in .html, got {output}: its charts go beside it.")
     path = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     with writing(path):
         written = write_run_page(runs, path)

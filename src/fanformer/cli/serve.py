@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fanformer.cli.options import Verb, device_option, dtype_option, threads_option
-from fanformer.errors import ConfigError, DataError, DependencyError
+from fanformer.errors import ConfigError, DataError, DependencyError, FANformerError
 
 if TYPE_CHECKING:
     from fanformer.server.models import ServedModel
@@ -132,19 +132,37 @@ def named_models(models: tuple[str, ...]) -> dict[str, str]:
 
 
 def _open(
-    paths: dict[str, str], memory_limit: float | None, slots: int, context: int | None, queue_size: int, **where: Any
+    paths: dict[str, str],
+    memory_limit: float | None,
+    slots: int,
+    context: int | None,
+    queue_size: int,
+    leaves_out: bool = False,
+    **where: Any,
 ) -> "dict[str, ServedModel]":
-    """Load the models, within the limit on their memory; a number of threads is for GGUF files alone."""
+    """Load the models, within the limit on their memory.
+
+    Where folders stand beside GGUF files, `threads` is for the files, and device and dtype are for the folders. With
+    `leaves_out` what cannot be loaded is named on standard error, as long as another model can.
+    """
     from fanformer.loading import is_gguf
     from fanformer.server.models import ServedModel, SlotSettings
 
     if slots < 1 or queue_size < 0:
         raise ConfigError(f"`--slots` must be at least 1 and `--queue-size` 0, got {slots} and {queue_size}.")
+    is_mixed = len({is_gguf(path) for path in paths.values()}) > 1
     served: dict[str, ServedModel] = {}
     used = 0
     try:
         for name, path in paths.items():
-            served[name] = ServedModel.open(path, name, SlotSettings(slots, context, queue_size), **where)
+            own = {key: value for key, value in where.items() if not is_mixed or (key == "threads") == is_gguf(path)}
+            try:
+                served[name] = ServedModel.open(path, name, SlotSettings(slots, context, queue_size), **own)
+            except FANformerError as error:
+                if not leaves_out or (not served and name == list(paths)[-1]):
+                    raise
+                click.echo(f"{name} is left out: {' '.join(str(error).split())}", err=True)
+                continue
             used += served[name].memory_bytes
             if memory_limit is not None and used > memory_limit * _GIB:
                 kind = "a smaller type" if is_gguf(path) else "--dtype bfloat16"

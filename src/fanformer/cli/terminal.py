@@ -109,7 +109,8 @@ class TerminalReporter(_Terminal):
             told = f"margin {record['val_margin']:.4f}, {record['val_accuracy']:.0%} ahead"
             parts.append(f"held out {record['val_loss']:.4f}, {told}")
         elif "val_loss" in record:
-            parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte")
+            exact = f", {record['val_exact']:.1%} to the letter" if "val_exact" in record else ""
+            parts.append(f"held out {record['val_loss']:.4f}, {record['val_bits_per_byte']:.4f} bits per byte{exact}")
         if not self.has_bars or "val_loss" in record or record["step"] == 1:
             self._print("  ".join(parts))
 

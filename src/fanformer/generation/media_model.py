@@ -1,7 +1,7 @@
 """Text about pictures and recordings: a model with towers, and the processor that it was saved with."""
 
-import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,63 @@ from fanformer.data.multimodal import placeholder_ids
 from fanformer.data.multimodal.media_rows import MediaStore
 from fanformer.data.multimodal.messages import Media, MediaMessage
 from fanformer.data.multimodal.wording import wording_of
-from fanformer.errors import CheckpointError, ConfigError
+from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.loading import check_weights, load_config, read_weights
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.text_model import Batch, Completion, check_length, check_text, sampling_settings
+from fanformer.generation.text_model import (
+    Batch,
+    Completion,
+    check_batches,
+    check_length,
+    check_text,
+    sampling_settings,
+)
 from fanformer.generation.torch_model import TorchModel
 from fanformer.machine.devices import resolve_device, resolve_dtype
-from fanformer.model.multimodal import FANformerProcessor
+from fanformer.model.multimodal import FANformerProcessor, media_bytes
 
 
 class MediaModel(TorchModel):
     """A language model with towers that writes about what it is shown."""
 
-    def __init__(self, model: PreTrainedModel, processor: FANformerProcessor, join: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: FANformerProcessor,
+        join: bool = True,
+        store: MediaStore | None = None,
+    ) -> None:
         """Take a model in evaluation mode and the processor that it was saved with.
 
         Args:
             model: a `FANformerForConditionalGeneration`.
             processor: of the same folder.
             join: as for `TorchModel`.
+            store: has read what is shown; None is one of its own.
         """
         super().__init__(model, processor.tokenizer, join=join)
-        self.store = MediaStore(processor)
+        self.processor = processor
+        self.store = store or self.new_store()
         ids = {kind: getattr(model.config, f"{kind}_token_id") for kind in ("image", "audio")}
         self.wording = wording_of(self.tokenizer, {kind: number for kind, number in ids.items() if number is not None})
         self._places = set(placeholder_ids(self.tokenizer))
+
+    def new_store(self, positions: int | None = None) -> MediaStore:
+        """Return a store that has read nothing, and takes no recording that the model could not.
+
+        Args:
+            positions: tokens that a text may have; None is what the model has.
+        """
+        limits = (self.model.config.most_audio_tokens, positions or self.positions)
+        return MediaStore(self.processor, min((most for most in limits if most is not None), default=None))
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]], store: MediaStore | None = None) -> list[int]:
         """Return the ids of a conversation whose next answer is to be written.
 
         Args:
             messages: `role` and `content` of each, the content a text or a list of texts and `Media`.
-            store: reads what is shown; None is the model's own, which keeps it.
+            store: reads what is shown; None is the model's own.
 
         Raises:
             DataError: if a picture or recording is wrong, or the model has no tower for it.
@@ -86,7 +110,7 @@ class MediaModel(TorchModel):
         Raises:
             DataError: if it is missing, damaged or of another kind, or the model has no tower for it.
         """
-        media = Media(kind, Path(path).expanduser())
+        media = _read(kind, path)
         self.store.tokens(media)
         return media
 
@@ -96,9 +120,10 @@ class MediaModel(TorchModel):
         What was read is only of use while the same is shown: other pictures have the same placeholders, and keys of a
         text were computed without the adapters of what it shows now.
         """
+        media = [one for shown in batch.media for one in shown]
         remembered = batch.remembered
         if remembered is not None:
-            shown = tuple(self.store.digest(one) for one in batch.media)
+            shown = tuple(self.store.digest(one) for one in media)
             row = batch.rows[0]
             end = 1 + max((place for place, number in enumerate(row) if number in self._places), default=-1)
             if remembered.media != shown or remembered.ids[:end] != row[:end]:
@@ -106,7 +131,7 @@ class MediaModel(TorchModel):
             remembered.media = shown
             if remembered.kept is not None and end:
                 return {}
-        return {name: value.to(self.model.device) for name, value in self.store.inputs(batch.media).items()}
+        return {name: value.to(self.model.device) for name, value in self.store.inputs(media).items()}
 
     def ask(
         self,
@@ -129,32 +154,38 @@ class MediaModel(TorchModel):
             interruption: ends the answers early when requested.
 
         Raises:
-            ConfigError: if a question and its answer do not fit the model's positions, or it is no valid text.
+            ConfigError: as `complete`.
             DataError: if a picture or recording is wrong, or the model has no tower for it.
         """
+        check_batches(len(questions), on_text is not None, batch_size)
         rows = []
         for question, shown in zip(questions, media, strict=True):
             check_text(question)
             ids = self.encode_messages([{"role": "user", "content": [*shown, question]}])
             check_length(self.positions, question, ids, settings.max_length)
             rows.append(ids)
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            whole = Batch(rows[part], [""] * len(rows[part]), settings, on_text, interruption or Interruption())
-            batch = dataclasses.replace(whole, media=[one for shown in media[part] for one in shown])
-            yield from self._in_batches(questions[part], batch, batch_size)
+        interruption = interruption or Interruption()
+        whole = Batch(rows, [""] * len(rows), settings, on_text, interruption, media=media)
+        return self._answers(questions, whole, batch_size)
+
+    def _answers(self, questions: Sequence[str], whole: Batch, batch_size: int) -> Iterator[Completion]:
+        """Answer, and keep nothing of what was shown: a program may ask about any number of pictures."""
+        try:
+            yield from self._in_batches(questions, whole, batch_size)
+        finally:
+            self.store.forget(one for shown in whole.media for one in shown)
 
     def generate(self, prompt: Any, *, images: Sequence[Any] = (), audio: Sequence[Any] = (), **sampling: Any) -> Any:
         """Continue a prompt, or answer it about pictures and recordings.
 
         Args:
             prompt: a text, or several where nothing is shown.
-            images: paths or bytes of pictures, which the prompt comes behind.
-            audio: paths or bytes of recordings, behind the pictures.
+            images: a list of paths or bytes of pictures, which the prompt comes behind.
+            audio: a list of paths or bytes of recordings, behind the pictures.
             **sampling: fields of `GenerationSettings`.
 
         Raises:
-            ConfigError: as `TextModel.generate`, or if several prompts come with media.
+            ConfigError: as `TextModel.generate`, or if several prompts come with media, or media are given otherwise.
             DataError: if a picture or recording is wrong, or the model has no tower for it.
         """
         shown = shown_media(images, audio)
@@ -168,9 +199,34 @@ class MediaModel(TorchModel):
 
 
 def shown_media(images: Sequence[Any], audio: Sequence[Any]) -> list[Media]:
-    """Return pictures and recordings, given as paths or bytes, in this order."""
-    named = [("image", one) for one in images] + [("audio", one) for one in audio]
-    return [Media(kind, one if isinstance(one, bytes) else Path(one)) for kind, one in named]
+    """Return pictures and recordings in this order; files are read here, and may change afterwards.
+
+    Args:
+        images: paths or bytes of pictures.
+        audio: paths or bytes of recordings.
+
+    Raises:
+        ConfigError: if they are given otherwise.
+        DataError: if a file cannot be read.
+    """
+    for name, given in (("images", images), ("audio", audio)):
+        if isinstance(given, str | bytes | os.PathLike):
+            raise ConfigError(f"`{name}` must be a list, got {type(given).__name__}: write [...] around it.")
+    return [_read(kind, one) for kind, given in (("image", images), ("audio", audio)) for one in given]
+
+
+def _read(kind: str, source: Any) -> Media:
+    """Return a picture or recording as it is now, by the name of its file."""
+    if isinstance(source, bytes):
+        return Media(kind, source)
+    if not isinstance(source, str | os.PathLike):
+        got = type(source).__name__
+        raise ConfigError(f"a picture or recording must be a path or bytes, got {got}: save it as a file first.")
+    path = Path(os.path.expanduser(source))
+    try:
+        return Media(kind, media_bytes(path), str(path))
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def load_media_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> MediaModel:

@@ -93,8 +93,8 @@ class Batch:
     """What was read before, and takes over what is read now."""
     seeds: Sequence[int] = ()
     """Of each row's random numbers."""
-    media: Sequence[Any] = ()
-    """Pictures and recordings of all rows, in their order, for a model with towers."""
+    media: Sequence[Sequence[Any]] = ()
+    """Pictures and recordings of each row, for a model with towers; nothing where no row has some."""
 
 
 class Score(NamedTuple):
@@ -267,10 +267,7 @@ class TextModel(ABC):
                 is below 1, or if torch cannot compile here.
             CheckpointError: if the model computes values that are no numbers.
         """
-        if on_text is not None and len(prompts) != 1:
-            raise ConfigError(f"`on_text` streams the text of one prompt, got {len(prompts)}: call once for each.")
-        if batch_size < 1:
-            raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_batches(len(prompts), on_text is not None, batch_size)
         encoded = [self.encode(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded, strict=True):
             check_length(self.positions, prompt, ids, settings.max_length)
@@ -295,7 +292,7 @@ class TextModel(ABC):
         With `remembered` it is read from where it differs from the text before it; `media` are its pictures
         and recordings, for a model with towers.
         """
-        whole = Batch([ids], [""], settings, on_text, interruption or Interruption(), remembered, media=media)
+        whole = Batch([ids], [""], settings, on_text, interruption or Interruption(), remembered, media=[media])
         return next(self._in_batches([prompt], whole, 1))
 
     def _in_batches(self, prompts: Sequence[str], whole: Batch, batch_size: int) -> Iterator[Completion]:
@@ -307,7 +304,8 @@ class TextModel(ABC):
                 return
             part = slice(start, start + batch_size)
             seeds = [row_seed(seed, index) for index in range(len(prompts))[part]]
-            batch = replace(whole, rows=whole.rows[part], beginnings=whole.beginnings[part], seeds=seeds)
+            rows, beginnings, media = whole.rows[part], whole.beginnings[part], whole.media[part]
+            batch = replace(whole, rows=rows, beginnings=beginnings, seeds=seeds, media=media)
             began = time.perf_counter()
             outputs = self.continue_batch(batch)
             seconds = time.perf_counter() - began
@@ -330,6 +328,14 @@ def depth_note(num_steps: int, largest: int) -> str:
         f"recurrent depth: {num_steps} steps, the mean that the model was trained with (--num-steps 1 to {largest} "
         "takes others)."
     )
+
+
+def check_batches(count: int, streams: bool, batch_size: int) -> None:
+    """Raise ConfigError if so many prompts cannot be streamed, or not be continued so many at a time."""
+    if streams and count != 1:
+        raise ConfigError(f"`on_text` streams the text of one prompt, got {count}: call once for each.")
+    if batch_size < 1:
+        raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 def check_text(prompt: str) -> None:

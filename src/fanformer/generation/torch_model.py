@@ -233,7 +233,7 @@ class TorchModel(TextModel):
 
     def media_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the model is given beside tokens: nothing, where there are no towers."""
-        assert not batch.media, "a model without towers was asked about media"
+        assert not any(batch.media), "a model without towers was asked about media"
         return {}
 
     def _speculate(self, speculation: "SelfSpeculation", batch: Batch) -> list[list[int]]:

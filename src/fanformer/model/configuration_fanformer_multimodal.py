@@ -106,6 +106,13 @@ class FANformerMultimodalConfig(PreTrainedConfig):
         return int(reduction) * self.audio_stack
 
     @property
+    def most_audio_tokens(self) -> int | None:
+        """Tokens that a recording may have; None where the tower takes any length, or there is none."""
+        if self.audio_config is None or self.audio_config.model_type != "whisper":
+            return None
+        return 2 * int(self.audio_config.max_source_positions) // self.frames_per_audio_token
+
+    @property
     def vocab_size(self) -> int:
         """V of the language model."""
         return int(self.text_config.vocab_size)

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 
 import fanformer.model  # noqa: F401  registers the Auto classes
 
@@ -30,6 +30,11 @@ _NAMES = {
     "embed_tokens": "embedding",
     "lm_head": "head",
 }
+_BESIDE_TEXT = {
+    **{name: name for name in ("vision_tower", "audio_tower", "projectors")},
+    **dict.fromkeys(("lora_A", "lora_B"), "adapters"),
+}
+"""What no token of a text goes through."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Footprint:
     layer_parts: dict[str, int]
     """Parameters of each part in the last block; the first one may have a norm more."""
     matrix_weights: int
-    """Weights that a token is multiplied with: all matrices, the embedding only where it is the head too; those of a
-    recurrent depth's core once for every step, of which the mean of training is counted."""
+    """Weights that a token of a text is multiplied with: all matrices, the embedding only where it is the head too;
+    those of a recurrent depth's core once for every step, of which the mean of training is counted."""
     sequence_length: int
     """T of the figures below: the model's longest sequence."""
     attention_operations: int
@@ -88,16 +93,19 @@ class Footprint:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the causal language model of `config` without memory for its weights."""
+    """Build the causal language model of `config`, with the towers that it has, without memory for its weights."""
+    has_towers = config.model_type == "fanformer_multimodal"
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return (AutoModelForMultimodalLM if has_towers else AutoModelForCausalLM).from_config(config)
 
 
 def part_of(name: str) -> str:
     """Return the part that the parameter called `name` belongs to; "other" is what only other architectures have."""
-    for word in name.split("."):
-        if word in _NAMES:
-            return _NAMES[word]
+    words = name.split(".")
+    for names in (_BESIDE_TEXT, _NAMES):
+        for word in words:
+            if word in names:
+                return names[word]
     if "norm" in name:
         return "norms" if _BLOCK.search(f".{name}") else "final_norm"
     return "other"
@@ -107,10 +115,11 @@ def footprint(config: PreTrainedConfig, num_steps: int | None = None) -> Footpri
     """Count the model of `config`, which is built on the meta device only.
 
     Args:
-        config: of any causal language model.
+        config: of any causal language model, with towers or without.
         num_steps: how often a recurrent depth runs its core; None is the mean of its training.
     """
     model = meta_model(config)
+    config = config.get_text_config()
     recurrence, executed = getattr(config, "recurrence", None), list(range(config.num_hidden_layers))
     steps = 1
     if recurrence is not None:
@@ -124,6 +133,8 @@ def footprint(config: PreTrainedConfig, num_steps: int | None = None) -> Footpri
     for name, parameter in model.named_parameters():
         count = parameter.numel()
         parts[part_of(name)] += count
+        if part_of(name) in _BESIDE_TEXT.values():
+            continue
         block = _BLOCK.search(f".{name}")
         if block is not None and int(block[1]) == last:
             last_block[part_of(name)] += count

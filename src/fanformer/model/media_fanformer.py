@@ -25,6 +25,8 @@ MOST_BYTES = 512 << 20
 MOST_SECONDS = 1800
 """Of a recording."""
 _MOST_SAMPLES = 1 << 28
+_GREYS = np.rint(np.arange(1 << 16) / 257).astype(np.uint8)
+"""Of 16-bit greys; looked up: to compute them takes 800 MiB more for the largest picture."""
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 RECORDING_FORMATS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
 _PRETENDERS = (
@@ -88,18 +90,19 @@ def base64_bytes(text: str) -> bytes:
         raise ValueError(f"base64 must be whole, got {text[:24]!r}... of {len(text)} characters: {error}.") from error
 
 
-def load_picture(source: Any) -> Image.Image:
+def load_picture(source: Any, name: str | None = None) -> Image.Image:
     """Return a picture as it is meant to be seen: upright, RGB of 8 bits, white where it is transparent.
 
     Args:
         source: a path, a data: URI, bytes of PNG, JPEG or WebP, or a PIL image.
+        name: what messages call it; None is what the source tells.
 
     Raises:
         ValueError: if there is none, it is damaged, of another format, moving, or larger than MOST_PIXELS.
     """
     if isinstance(source, Image.Image):
         return _as_rgb(source, "the picture")
-    name, content = _name(source), media_bytes(source)
+    name, content = name or _name(source), media_bytes(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is lower than the library's
@@ -114,7 +117,7 @@ def load_picture(source: Any) -> Image.Image:
     if width * height > MOST_PIXELS:
         raise ValueError(f"{name} must have at most {MOST_PIXELS:,} pixels, got {width} x {height}: make it smaller.")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":  # a JPEG of a phone or camera: behind the picture are depths and previews
         raise ValueError(f"{name} must be one picture, got {frames} that move: save one of them.")
     try:
         image.load()
@@ -134,29 +137,33 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(
             f"{name} has EXIF data that cannot be read ({type(error).__name__}): save it again."
         ) from error
-    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N", "F"):
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F" and not np.isfinite(values).all():
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
             raise ValueError(f"{name} must hold numbers only, got some that are not finite.")
-        scale = 1.0 if image.mode == "F" else 257.0
-        clear = image.info.get("transparency")
-        grey = np.clip(np.rint(values / scale), 0, 255)
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), "L").convert("RGB")
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+        grey, clear = _GREYS[values], image.info.get("transparency")
         if isinstance(clear, int):
             grey[values == clear] = 255
-        return Image.fromarray(grey.astype(np.uint8), "L").convert("RGB")
+        return Image.fromarray(grey, "L").convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         whole = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
     return image.convert("RGB")
 
 
-def load_recording(source: Any, rate: int = 16000, most_seconds: float | None = None) -> np.ndarray:
+def load_recording(
+    source: Any, rate: int = 16000, most_seconds: float | None = None, name: str | None = None
+) -> np.ndarray:
     """Return a recording (samples,) float32, one channel at `rate` Hz; several channels are averaged.
 
     Args:
         source: a path, a data: URI, bytes of wav, flac, ogg or mp3, or an array (samples,) at `rate` already.
         rate: in Hz.
         most_seconds: that a file may last, which its header says; None is MOST_SECONDS.
+        name: what messages call it; None is what the source tells.
 
     Raises:
         ValueError: if there is none, it is damaged, of another format, empty, too long, or holds what is no
@@ -167,7 +174,7 @@ def load_recording(source: Any, rate: int = 16000, most_seconds: float | None = 
         if source.ndim != 1:
             raise ValueError(f"a recording must have the shape (samples,), got {source.shape}: average its channels.")
         return _checked(source.astype(np.float32), "the recording")
-    name, content = _name(source), media_bytes(source)
+    name, content = name or _name(source), media_bytes(source)
     soundfile = _package("soundfile")
     if _is_cut(content):
         raise ValueError(f"{name} is truncated: it ends before its header says; copy it again.")

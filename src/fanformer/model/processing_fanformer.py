@@ -1,14 +1,15 @@
 """What turns messages, pictures and recordings into the inputs of a FANformer that sees and hears."""
 
+import http.client
+import urllib.request
 from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
-from transformers.audio_utils import load_audio
-from transformers.image_utils import load_image
 
-from .media_fanformer import base64_bytes, load_picture, load_recording
+from .media_fanformer import MOST_BYTES, base64_bytes, load_picture, load_recording
 
+_FETCH_SECONDS = 30
 _KEYS = {"image": ("image", "path", "url", "base64"), "audio": ("audio", "path", "url", "base64")}
 """For each kind of media, the keys of a message's part that may hold it."""
 
@@ -77,18 +78,29 @@ class FANformerProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    def picture(self, source: Any) -> Any:
-        """Return a picture from a PIL image, path, URL or data: URI; arrays as they are."""
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            return load_image(source)
-        return source if hasattr(source, "shape") else load_picture(source)
+    def picture(self, source: Any, name: str | None = None) -> Any:
+        """Return a picture from a PIL image, path, URL, data: URI or bytes; arrays as they are.
 
-    def recording(self, source: Any, most_seconds: float | None = None) -> np.ndarray:
-        """Return a recording (samples,) from an array, path, URL or data: URI, which may last `most_seconds`."""
+        Args:
+            source: of it.
+            name: what messages call it; None is what the source tells.
+        """
+        if _is_address(source):
+            return load_picture(_fetched(source), name or source)
+        return source if hasattr(source, "shape") else load_picture(source, name)
+
+    def recording(self, source: Any, most_seconds: float | None = None, name: str | None = None) -> np.ndarray:
+        """Return a recording (samples,) from an array, path, URL, data: URI or bytes.
+
+        Args:
+            source: of it.
+            most_seconds: that it may last, None for the most that any may.
+            name: what messages call it; None is what the source tells.
+        """
         rate = self.feature_extractor.sampling_rate
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            return load_recording(load_audio(source, sampling_rate=rate), rate)
-        return load_recording(np.asarray(source) if hasattr(source, "shape") else source, rate, most_seconds)
+        if _is_address(source):
+            return load_recording(_fetched(source), rate, most_seconds, name or source)
+        return load_recording(np.asarray(source) if hasattr(source, "shape") else source, rate, most_seconds, name)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Do what `ProcessorMixin.apply_chat_template` does, with media that are read as this class reads them.
@@ -96,7 +108,7 @@ class FANformerProcessor(ProcessorMixin):
         Args:
             conversation: messages, or several lists of them; what one says is a text or parts, each with a `type`:
                 "text" with `text`; "image" or "audio" with the media itself under that name, or `path`, `url` or
-                `base64`.
+                `base64`; or OpenAI's "image_url".
             *args: as there.
             **kwargs: as there.
         """
@@ -112,6 +124,9 @@ class FANformerProcessor(ProcessorMixin):
 
     def _loaded(self, part: dict[str, Any]) -> dict[str, Any]:
         """Return a message's part with its picture or recording read."""
+        if part.get("type") == "image_url":
+            given = part.get("image_url")
+            part = {"type": "image", "url": given.get("url") if isinstance(given, dict) else given}
         kind = str(part.get("type"))
         found = [key for key in _KEYS.get(kind, ()) if part.get(key) is not None]
         if not found:
@@ -158,6 +173,23 @@ def pad_spectrograms(features: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     padded = np.stack([np.pad(one, ((0, 0), (0, most - one.shape[1]))) for one in features]).astype(np.float32)
     mask = np.stack([(np.arange(most) < one.shape[1]).astype(np.int64) for one in features])
     return padded, mask
+
+
+def _is_address(source: Any) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def _fetched(address: str) -> bytes:
+    """Return what an address answers: read by our own readers, a picture is the same from there and from a file."""
+    asked = urllib.request.Request(address, headers={"user-agent": "fanformer"})
+    try:
+        with urllib.request.urlopen(asked, timeout=_FETCH_SECONDS) as answer:
+            content: bytes = answer.read(MOST_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"cannot fetch {address}: {' '.join(str(error).split())[:120]}.") from error
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{address} must have at most {MOST_BYTES:,} bytes, got more.")
+    return content
 
 
 def _every(values: Any, read: Any) -> Any:

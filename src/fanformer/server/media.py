@@ -50,7 +50,7 @@ class MediaReader:
         Raises:
             RefusalError: if one is wrong, or too long.
         """
-        store = MediaStore(self._model.store.processor, self._positions)
+        store = self._model.new_store(self._positions)
         said, shown = [], []
         with self._busy:
             for message in messages:

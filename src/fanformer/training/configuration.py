@@ -177,7 +177,7 @@ def resolve_multimodal(positions: Callable[[], int | None], overrides: Mapping[s
     base = overrides.get("init_from")
     folder = overrides.get("output_dir") or (f"runs/{Path(base).name}-multimodal" if base else None)
     fields = {**overrides, "output_dir": folder}
-    if base is None and not (overrides.get("resume") and overrides.get("output_dir")):
+    if base is None and not (overrides.get("resume") and folder and (Path(folder) / RUN_FILE).is_file()):
         raise ConfigError("`init_from` is needed beside `--multimodal`, got none: name the folder of a language model.")
     return _resolve_recipe(MULTIMODAL, LONGEST_MULTIMODAL_ROW, positions, fields)
 

@@ -28,7 +28,7 @@ from fanformer.errors import CheckpointError, ConfigError
 from fanformer.files.durable import delete, replace_text
 from fanformer.files.locking import hold
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
-from fanformer.training.fields import CorpusConfig, OutputConfig, RunConfig
+from fanformer.training.fields import CorpusConfig, OutputConfig, RunConfig, TowersConfig
 
 RUN_FILE, METRICS_FILE, LOCK_FILE = "run.yaml", "metrics.jsonl", ".lock"
 ROUNDS_FILE = "community.json"
@@ -47,8 +47,11 @@ EXACT = frozenset(
     for name in ("loss", "loss_stderr", "bits_per_byte", "margin", "accuracy", "grad_norm", "learning_rate")
 )
 """Figures written with all their digits, so that two runs can be compared bit for bit."""
-_FIXED = ("objective", "batch_size", "sequence_length", "seed", "optimizer", "init_from", "lora_rank", "stage")
-"""Fields that decide which rows make up a step, or what the optimizer's state means."""
+_FIXED = (
+    *("objective", "batch_size", "sequence_length", "seed", "optimizer", "init_from", "lora_rank"),
+    *TowersConfig.__dataclass_fields__,
+)
+"""Fields that decide which rows make up a step, what the optimizer's state means, or what towers a model has."""
 DATA_FIELDS = tuple(CorpusConfig.__dataclass_fields__)
 MACHINE_FIELDS = ("device", "precision", "compile", "threads")
 """Fields whose change makes a run decide anew about the machine."""

@@ -24,7 +24,7 @@ from fanformer.model.multimodal import (
     FANformerMultimodalConfig,
     FANformerProcessor,
 )
-from fanformer.training.checkpoint import checkpoints
+from fanformer.training.checkpoint import checkpoints, problem
 from fanformer.training.chunked_loss import TokenLoss
 from fanformer.training.corpus import Corpus, Opening
 from fanformer.training.fields import RunConfig
@@ -52,7 +52,7 @@ class _Plan:
         stage: "align" or "tune".
         kinds: of media that are shown.
         new: the kinds among these that the base has no tower for.
-        known: tokens of the base.
+        known: tokens of the base; None where `config` has the norm of their embeddings already.
     """
 
     config: FANformerMultimodalConfig
@@ -60,7 +60,7 @@ class _Plan:
     stage: str
     kinds: tuple[str, ...]
     new: tuple[str, ...]
-    known: int
+    known: int | None
 
 
 def multimodal_corpus(opening: Opening) -> Corpus:
@@ -78,7 +78,8 @@ def multimodal_corpus(opening: Opening) -> Corpus:
     _check(config)
     train, held_out = _split(config)
     plan = _plan(opening, train + held_out)
-    store, wording = MediaStore(plan.processor), wording_of(plan.processor.tokenizer, _ids(plan.config))
+    store = MediaStore(plan.processor, plan.config.most_audio_tokens)
+    wording = wording_of(plan.processor.tokenizer, _ids(plan.config))
     length = config.batch.sequence_length
     rows, measured = (MediaRows(examples, wording, store, length) for examples in (train, held_out))
     digest = fingerprint([rows.fingerprint, measured.fingerprint])
@@ -91,7 +92,7 @@ def multimodal_corpus(opening: Opening) -> Corpus:
         return answer_loss(model, measured, batch_size, **options)
 
     def continue_sample(writer: TorchModel, settings: GenerationSettings) -> str:
-        model = MediaModel(writer.model, plan.processor, join=False)
+        model = MediaModel(writer.model, plan.processor, join=False, store=store)
         return model.complete_ids(list(question), _shown(asked), settings, media=asked.media).text
 
     def learning(model: PreTrainedModel) -> PreTrainedModel:
@@ -148,11 +149,12 @@ def _plan(opening: Opening, examples: Sequence[MediaExample]) -> _Plan:
     kinds = tuple(kind for kind in PLACEHOLDERS if kind in shown)
     if not kinds:
         raise DataError(f"data `{config.corpus.data}` shows no picture and no recording: use `fanformer finetune`.")
-    whole = checkpoints(config.folder) if before is not None else []
-    if whole and before is not None:
+    saved = reversed(checkpoints(config.folder)) if before is not None else ()
+    intact = next((checkpoint for checkpoint in saved if problem(checkpoint) is None), None)
+    if intact is not None and before is not None:
         data = before["data"]
         model = FANformerMultimodalConfig(**_without_type(before["model"]))
-        return _Plan(model, load_processor(whole[-1]), data["stage"], kinds, tuple(data["new_towers"]), 0)
+        return _Plan(model, load_processor(intact), data["stage"], kinds, tuple(data["new_towers"]), None)
     base = load_config(str(config.init_from))
     tokenizer = load_tokenizer(str(config.init_from), known_ids(base))
     known = min(base.vocab_size, max(tokenizer.get_vocab().values()) + 1)
@@ -176,7 +178,8 @@ def _split(config: RunConfig) -> tuple[list[MediaExample], list[MediaExample]]:
     examples = read_media_examples(Path(config.corpus.data))
     if config.corpus.eval_data is not None:
         return examples, read_media_examples(Path(config.corpus.eval_data))
-    keys = [_question_key(example) for example in examples]
+    folder = Path(config.corpus.data).expanduser().absolute().parent.resolve()
+    keys = [_shown_key(example, folder) for example in examples]
     different = sorted(set(keys))
     if len(different) < 2:
         raise DataError(
@@ -188,13 +191,21 @@ def _split(config: RunConfig) -> tuple[list[MediaExample], list[MediaExample]]:
     return [one for key, one in pairs if key not in chosen], [one for key, one in pairs if key in chosen]
 
 
-def _question_key(example: MediaExample) -> str:
-    """Return a hash of what a user first says and shows: rows that share it are held out together or not at all."""
+def _shown_key(example: MediaExample, folder: Path) -> str:
+    """Return a hash of what a row shows, or of its question where that is nothing.
+
+    Rows that share it are held out together or not at all: what is learnt is not measured by another question.
+
+    Args:
+        example: a row.
+        folder: of the rows' file; a row is held out or not wherever the folder lies.
+    """
     asked = next(message for message in example.messages if message.role == "user")
     digest = hashlib.blake2b(digest_size=8)
-    for part in asked.parts:
+    for part in example.media or asked.parts:
         source = part.source if isinstance(part, Media) else part
-        digest.update((source if isinstance(source, bytes) else str(source).encode()) + b"\0")
+        named = source.relative_to(folder).as_posix() if isinstance(source, Path) else source
+        digest.update((named if isinstance(named, bytes) else named.encode()) + b"\0")
     return digest.hexdigest()
 
 

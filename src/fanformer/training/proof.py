@@ -119,6 +119,8 @@ def _can_run_two(config: RunConfig, note: Callable[[str], None]) -> bool:
     why = None
     if config.lora_rank is not None:
         why = "adapters are trained by a single process"
+    elif config.corpus.objective == "multimodal":
+        why = "pictures and recordings are learnt from by a single process"
     elif config.batch.batch_size % 2:
         why = f"the batch of {config.batch.batch_size} rows cannot be halved"
     elif device == "mps" or (device == "cuda" and torch.cuda.device_count() < 2):

@@ -250,6 +250,7 @@ class Run:
         if found is None:
             self._note(f"no complete checkpoint in {self.folder}: starting at step 0")
             if self.config.init_from is not None and had_some:  # which make_model left to be read, and are damaged
+                set_seed(self.config.seed)  # what begins fresh is what it was
                 self.model.load_state_dict(begun_with(self.config, self.corpus).state_dict())
         else:
             self._note(f"resuming from {found}")

@@ -71,8 +71,6 @@ def check_model_fields(config: RunConfig) -> None:
     from fanformer.loading import is_gguf, longest_text
 
     if config.corpus.objective != "multimodal" and not is_gguf(config.init_from):
-        from fanformer.generation.loading import refuse_towers
-
         refuse_towers(config.init_from, "training on text")
     positions = longest_text(config.init_from)
     if positions is not None and config.batch.sequence_length > positions:

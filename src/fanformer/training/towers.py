@@ -32,6 +32,8 @@ from fanformer.training.fields import TowersConfig
 TOWERS: Mapping[str, str] = {"image": "vision", "audio": "audio"}
 """For each kind of media, what its tower, projector and adapters are called."""
 _HEADS = 4
+_DOWNSAMPLES = (2, 3, 1)
+"""How many patches of a pretrained tower a side of a token has, the first of these that divides them."""
 _ALPHA_OVER_RANK = 2
 
 
@@ -69,8 +71,10 @@ def joined_config(
         ids: of each kind's placeholder.
 
     Raises:
-        ConfigError: if the base is no FANformer, or a pretrained tower is of another kind or not there.
+        ConfigError: if the base is no FANformer, a pretrained tower is of another kind or not there, or a field of
+            `asked` has no effect on the base.
     """
+    _check_effect(asked, base, kinds)
     if isinstance(base, FANformerMultimodalConfig):
         config = copy.deepcopy(base)
     elif isinstance(base, FANformerConfig):
@@ -85,6 +89,9 @@ def joined_config(
             name = TOWERS[kind]
             fields[f"{name}_config"] = (vision_config if kind == "image" else audio_config)(asked)
             fields[f"{kind}_token_id"] = ids[kind]
+    if "vision_config" in fields:
+        side = fields["vision_config"].image_size // fields["vision_config"].patch_size
+        fields["image_downsample"] = next(count for count in _DOWNSAMPLES if side % count == 0)
     if "audio_config" in fields and fields["audio_config"].model_type == "whisper":
         fields["audio_stack"] = asked.audio_token_ms // 20
     stage = chosen_stage(asked, base, kinds)
@@ -99,6 +106,25 @@ def joined_config(
         setattr(config, name, value)
     config.validate_architecture()
     return config
+
+
+def _check_effect(asked: TowersConfig, base: PreTrainedConfig, kinds: Sequence[str]) -> None:
+    """Refuse a pretrained tower that has no place, and another rank than that of the adapters that are there."""
+    for kind, name in TOWERS.items():
+        given, shown = getattr(asked, f"{name}_tower"), "pictures" if kind == "image" else "recordings"
+        if given is not None and has_tower(base, kind):
+            raise ConfigError(
+                f"`{name}_tower` has no effect where `init_from` has a tower for {shown}, got {given}: leave it out, "
+                "or begin with the language model alone."
+            )
+        if given is not None and kind not in kinds:
+            raise ConfigError(f"`{name}_tower` has no effect where no {shown} are shown, got {given}: leave it out.")
+    rank, usual = getattr(base, "adapter_rank", 0), TowersConfig().adapter_rank
+    if rank and asked.adapter_rank not in (rank, usual):
+        raise ConfigError(
+            f"`adapter_rank` must be {rank}, that of the adapters in `init_from`, got {asked.adapter_rank}: leave it "
+            "out."
+        )
 
 
 def vision_config(asked: TowersConfig) -> PreTrainedConfig:
@@ -173,14 +199,16 @@ def make_processor(asked: TowersConfig, config: FANformerMultimodalConfig, token
 
 
 @torch.no_grad()
-def join_towers(base: str, config: FANformerMultimodalConfig, asked: TowersConfig, known: int) -> PreTrainedModel:
+def join_towers(
+    base: str, config: FANformerMultimodalConfig, asked: TowersConfig, known: int | None
+) -> PreTrainedModel:
     """Return the model of `config` with the weights of a base, its new towers pretrained or fresh; float32 on the CPU.
 
     Args:
         base: folder of the model to start from.
         config: as `joined_config` made it.
         asked: the run's.
-        known: tokens of the base whose embeddings mean something.
+        known: tokens of the base whose embeddings mean something; None where `config` has their mean norm already.
 
     Raises:
         CheckpointError: if the base cannot be loaded, or weights of it find no place.
@@ -191,8 +219,8 @@ def join_towers(base: str, config: FANformerMultimodalConfig, asked: TowersConfi
     else:
         text = load_model(base, "cpu", "float32").state_dict()
         weights = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in text.items()}
-    table = weights["model.language_model.embed_tokens.weight"][:known]
-    if not isinstance(before, FANformerMultimodalConfig):
+    if known is not None and not isinstance(before, FANformerMultimodalConfig):
+        table = weights["model.language_model.embed_tokens.weight"][:known]
         config.embedding_norm = float(table.norm(dim=-1).mean())
     model = FANformerForConditionalGeneration(config)
     new = [name for kind, name in TOWERS.items() if has_tower(config, kind) and not has_tower(before, kind)]
@@ -208,11 +236,26 @@ def join_towers(base: str, config: FANformerMultimodalConfig, asked: TowersConfi
 
 
 def _siglip(name: str, config: FANformerMultimodalConfig) -> dict[str, Tensor]:
-    return SiglipVisionModel.from_pretrained(name, config=config.vision_config, dtype=torch.float32).state_dict()
+    return _weights(SiglipVisionModel, name, config=config.vision_config)
 
 
 def _whisper(name: str, config: FANformerMultimodalConfig) -> dict[str, Tensor]:
-    return WhisperModel.from_pretrained(name, dtype=torch.float32).encoder.state_dict()
+    whole = _weights(WhisperModel, name)
+    return {key.removeprefix("encoder."): value for key, value in whole.items() if key.startswith("encoder.")}
+
+
+def _weights(kind: type[PreTrainedModel], name: str, **options: Any) -> dict[str, Tensor]:
+    """Return the weights of a pretrained model, all of which must be there: what is missing would begin fresh."""
+    try:
+        model, report = kind.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the weights of {name} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(f"the weights of {name} lack `{min(report['missing_keys'])}`: take another tower.")
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights
 
 
 def choose_learning(

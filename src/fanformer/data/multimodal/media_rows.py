@@ -1,8 +1,7 @@
 """Pictures and recordings as what the towers take, and rows for training that hold them."""
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -43,29 +42,34 @@ class MediaStore:
         """Return a picture (3, height, width) or a spectrogram (mel bands, frames), float32.
 
         Raises:
-            DataError: if the model has no tower for it, or it is missing, damaged or of another kind.
+            DataError: if the model has no tower for it, it is missing, damaged or of another kind, or a file holds
+                something else than when it was read before.
             DependencyError: if sound needs a package that is not installed.
         """
         kept = self._kept.get(media)
         if kept is not None:
             return kept
-        source = media.source if isinstance(media.source, bytes | str) else str(media.source)
         try:
-            if media.kind == "image":
-                picture = self.processor.picture(source)
-                made = self.processor.image_processor(picture, return_tensors="np")["pixel_values"][0]
-            else:
-                made = self.processor.spectrogram(self.processor.recording(source, self._most_seconds))
+            content = media_bytes(media.source)
+            made = np.asarray(self._made(media, content), dtype=np.float32)
         except ImportError as error:
             raise DependencyError(str(error)) from error
         except ValueError as error:
             raise DataError(str(error)) from error
-        made = np.asarray(made, dtype=np.float32)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        if self._digests.setdefault(media, digest) != digest:
+            raise DataError(f"{_named(media)} is another one than when it was read before: leave files as they are.")
         self._tokens[media] = self._count(media.kind, made)
         if self._bytes + made.nbytes <= _KEPT_BYTES:
             self._kept[media] = made
             self._bytes += made.nbytes
         return made
+
+    def _made(self, media: Media, content: bytes) -> np.ndarray:
+        if media.kind == "image":
+            picture = self.processor.picture(content, media.called)
+            return self.processor.image_processor(picture, return_tensors="np")["pixel_values"][0]
+        return self.processor.spectrogram(self.processor.recording(content, self._most_seconds, media.called))
 
     def _count(self, kind: str, made: np.ndarray) -> int:
         if kind == "image":
@@ -85,9 +89,16 @@ class MediaStore:
     def digest(self, media: Media) -> str:
         """Return what tells the content of a picture or recording apart from others."""
         if media not in self._digests:
-            source = media.source if isinstance(media.source, bytes | str) else str(media.source)
-            self._digests[media] = hashlib.sha256(media_bytes(source)).hexdigest()[:16]
+            self.prepared(media)
         return self._digests[media]
+
+    def forget(self, media: Iterable[Media]) -> None:
+        """Keep nothing of these any more."""
+        for one in media:
+            made = self._kept.pop(one, None)
+            self._bytes -= 0 if made is None else made.nbytes
+            self._tokens.pop(one, None)
+            self._digests.pop(one, None)
 
     def inputs(self, media: Sequence[Media]) -> dict[str, torch.Tensor]:
         """Return what the model is given of media, in their order.
@@ -109,7 +120,7 @@ class MediaStore:
 
 def _named(media: Media) -> str:
     what = "the picture" if media.kind == "image" else "the recording"
-    return f"{what} {media.source}" if isinstance(media.source, Path) else what
+    return what if media.called is None else f"{what} {media.called}"
 
 
 def masked_media_document(wording: Wording, example: MediaExample, counts: Sequence[int]) -> MaskedDocument:

@@ -23,11 +23,18 @@ class Media:
 
     Attributes:
         kind: "image" or "audio".
-        source: a file, a data: URI, or the bytes themselves.
+        source: a file, or the bytes themselves.
+        name: what messages call it; "" for the file's path, or for bytes that nobody named.
     """
 
     kind: str
-    source: Path | str | bytes
+    source: Path | bytes
+    name: str = field(default="", compare=False)
+
+    @property
+    def called(self) -> str | None:
+        """What messages call it, None for bytes without a name."""
+        return self.name or (str(self.source) if isinstance(self.source, Path) else None)
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ def _parts(content: Any, where: str, folder: Path, listed: dict[str, list[Media]
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             found.append(_text(part.get("text"), name))
-        elif kind in _LISTS:
+        elif isinstance(kind, str) and kind in _LISTS:
             if any(part.get(key) is not None for key in (*_SOURCES, kind)):
                 found.append(Media(kind, _source(part, name, folder)))
             elif listed[kind]:
@@ -183,7 +190,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _source(value: Any, name: str, folder: Path) -> Path | str | bytes:
+def _source(value: Any, name: str, folder: Path) -> Path | bytes:
     """Return where a picture or recording is: text is a path, an object has one of _SOURCES."""
     if isinstance(value, Mapping):
         for key in ("bytes", "base64", "path", "url", "image", "audio"):
@@ -213,7 +220,11 @@ def _inside(text: str, name: str, folder: Path) -> Path | bytes:
     if "://" in text or "\0" in text:
         raise DataError(f"`{name}` must be a path in {folder}, got {text[:60]!r}: fetch it first")
     root = folder.resolve()
-    path = (root / text).resolve()
+    try:
+        path = (root / text).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, or characters that no name has
+        reason = " ".join(str(error).split())[:120].encode("ascii", "backslashreplace").decode()
+        raise DataError(f"`{name}` must be a path in {root}, got {text!a:.80}: {reason}") from error
     if not path.is_relative_to(root):
         raise DataError(f"`{name}` must lie in {root}, got {text!r:.80}, which leaves it")
     return path

@@ -25,8 +25,23 @@ export class Attachments {
     return this.#list.map((one) => one.name);
   }
 
-  clear() {
+  // Returns what is there, which is there no more.
+  take() {
+    const list = this.#list;
     this.#show([]);
+    return list;
+  }
+
+  putBack(list) {
+    this.#show([...list, ...this.#list]);
+  }
+
+  // Ends a recording too: nobody is to be heard whose button to stop it is gone.
+  drop() {
+    this.#show([]);
+    this.#recorder?.cancel();
+    this.#recorder = null;
+    this.#label("Record");
   }
 
   async addPictures(files) {
@@ -63,10 +78,12 @@ export class Attachments {
     this.#label("Stop recording");
     try {
       await recorder.start((seconds) => {
+        if (this.#recorder !== recorder) return;
         this.#label(`Stop recording, ${seconds} s`);
         if (seconds >= MOST_SECONDS) this.#endRecording();
       });
     } catch (error) {
+      if (this.#recorder !== recorder) return;
       this.#recorder = null;
       this.#label("Record");
       this.tell(`The microphone cannot be used: ${error.message}.`);

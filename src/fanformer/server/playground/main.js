@@ -11,8 +11,9 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty",
 const ALTERNATIVES = 5;
 const at = (id) => document.getElementById(id);
 const kept = JSON.parse(sessionStorage.getItem(STORE) ?? "{}");
+const every = new Map(); // panes by the names of their models, those of models that are not chosen too
 let models = []; // as /v1/models tells them
-let panes = [];
+let panes = []; // of the chosen models
 let looked = null; // {model, prompt} of the look inside that is shown
 let running = null; // AbortController of the answers that are coming
 
@@ -23,8 +24,9 @@ const say = (text) => (at("status").textContent = text);
 const attached = new Attachments(at("attached"), at("record"), say);
 
 function save() {
+  if (!document.body.dataset.ready) return; // what was kept is not shown yet
   const fields = Object.fromEntries([...NUMBERS, "prompt", "system", "stop-strings"].map((id) => [id, at(id).value]));
-  const turns = panes.map(({ model, turns }) => ({ model, turns }));
+  const turns = [...every.values()].map(({ model, turns }) => ({ model, turns }));
   const names = chosen().map((model) => model.id);
   const content = { fields, turns, names, mode: mode(), sure: at("sure").checked };
   try {
@@ -52,6 +54,7 @@ async function loadModels() {
     return;
   }
   at("key-part").hidden = true;
+  for (const { model, turns } of kept.turns ?? []) every.set(model, new Pane(model, turns));
   const names = (kept.names ?? []).filter((name) => models.some((model) => model.id === name));
   at("models").replaceChildren(
     ...models.map((model, index) => {
@@ -75,9 +78,8 @@ async function loadModels() {
 
 // Brings panes and fields in line with what is chosen.
 function arrange() {
-  const before = new Map(panes.map((pane) => [pane.model, pane]));
-  const turns = new Map((kept.turns ?? []).map((one) => [one.model, one.turns]));
-  panes = chosen().map((model) => before.get(model.id) ?? new Pane(model.id, turns.get(model.id)));
+  for (const model of models) if (!every.has(model.id)) every.set(model.id, new Pane(model.id));
+  panes = chosen().map((model) => every.get(model.id));
   at("panes").replaceChildren(...panes.map((pane) => pane.element));
   const canChat = models.some((model) => model.capabilities?.chat);
   at("mode").hidden = !canChat;
@@ -90,7 +92,7 @@ function arrange() {
   at("picture-part").hidden = !inputs("image");
   at("record").hidden = !inputs("audio");
   at("media").hidden = !inputs("image") && !inputs("audio");
-  if (at("media").hidden) attached.clear();
+  if (at("media").hidden) attached.drop();
   const dial = chosen().map((model) => model.capabilities?.num_steps).find((steps) => steps);
   at("steps-part").hidden = !dial;
   if (dial) setDial(dial);
@@ -156,14 +158,23 @@ async function send() {
   say("The answer is coming.");
   const { signal } = running;
   const answers = panes.map((pane) => pane.ask(...requestOf(pane, prompt), signal));
-  if (mode() === "chat") at("prompt").value = "";
-  attached.clear();
+  const isChat = mode() === "chat";
+  if (isChat) at("prompt").value = "";
+  const shown = attached.take();
   const ended = await Promise.all(answers);
+  if (isChat && !ended.some((one) => one.isKept)) giveBack(prompt, shown);
   running = null;
   at("send").disabled = false;
   at("stop").disabled = true;
-  say(signal.aborted ? "Stopped." : ended.every(Boolean) ? "Done." : "Not every answer came to its end.");
+  const isDone = ended.every((one) => one.isWhole);
+  say(signal.aborted ? "Stopped." : isDone ? "Done." : "Not every answer came to its end.");
   save();
+}
+
+// Puts back what no model answered, for another try, unless something else is there by now.
+function giveBack(prompt, shown) {
+  if (!at("prompt").value) at("prompt").value = prompt;
+  if (!at("media").hidden) attached.putBack(shown);
 }
 
 function stop() {
@@ -172,11 +183,8 @@ function stop() {
 
 function clear() {
   stop();
-  panes.forEach((pane) => {
-    pane.turns = [];
-    pane.about.textContent = "";
-  });
-  attached.clear();
+  every.forEach((pane) => pane.clear());
+  attached.drop();
   showTurns();
   save();
 }

@@ -44,6 +44,7 @@ export class Recorder {
   async start(tell) {
     if (!navigator.mediaDevices) throw new Error("a page has one over https or on this machine only");
     this.source = await navigator.mediaDevices.getUserMedia({ audio: true });
+    if (this.isCancelled) return this.cancel();
     this.pieces = [];
     this.recorder = new MediaRecorder(this.source);
     this.recorder.ondataavailable = (event) => {
@@ -51,6 +52,13 @@ export class Recorder {
       if (this.isRecording) tell(this.pieces.length);
     };
     this.recorder.start(1000);
+  }
+
+  // Ends it, and keeps nothing.
+  cancel() {
+    this.isCancelled = true;
+    if (this.isRecording) this.recorder.stop();
+    this.source?.getTracks().forEach((track) => track.stop());
   }
 
   // Ends the recording and returns its message part.

@@ -43,6 +43,11 @@ export class Pane {
     this.element.append(head, this.answer, this.detail, this.about);
   }
 
+  clear() {
+    this.turns = [];
+    this.about.textContent = "";
+  }
+
   show(isSure) {
     this.isSure = isSure;
     this.detail.hidden = !isSure;
@@ -66,7 +71,8 @@ export class Pane {
     }
   }
 
-  // Asks for an answer and shows it as it comes; returns whether it came to its end.
+  // Asks for an answer and shows it as it comes; returns whether it is whole, and whether it is kept: a question that
+  // failed before its answer began is taken back, so that the next one does not repeat it.
   async ask(path, body, given, role, signal) {
     this.turns.push(given);
     this.#open(given);
@@ -83,13 +89,18 @@ export class Pane {
         this.#add(turn, chunk, figures);
       }
       this.about.textContent = this.#told(turn, figures);
-      return true;
+      return { isWhole: true, isKept: true };
     } catch (error) {
       const isStopped = error.name === "AbortError";
       if (!isStopped && !(error instanceof ServerError)) throw error;
       this.about.classList.toggle("failed", !isStopped);
       this.about.textContent = isStopped ? `stopped after ${figures.tokens} tokens` : error.message;
-      return false;
+      const isKept = isStopped || turn.text !== "";
+      if (!isKept) {
+        this.turns = this.turns.filter((one) => one !== given && one !== turn);
+        this.show(this.isSure);
+      }
+      return { isWhole: false, isKept };
     } finally {
       delete turn.isComing;
       this.answer.ariaBusy = "false";

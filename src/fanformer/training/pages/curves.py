@@ -11,6 +11,7 @@ _TIMES = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (600, 60, "minu
 """From how many seconds on, how many of them are one of which unit."""
 _SINGLE = (
     ("val_margin", "Held-out margin", "nats per pair", "margin"),
+    ("val_exact", "Held-out answers that are right to the letter", "share", "right-answers"),
     ("val_accuracy", "Held-out pairs whose better answer is ahead", "share", "pairs-ahead"),
     ("learning_rate", "Learning rate", "learning rate", "learning-rate"),
     ("grad_norm", "Gradient norm", "norm before clipping", "gradient-norm"),

@@ -1,5 +1,6 @@
 """What runs left on the disk, read for their page: configuration, figures, evaluations, quantized copies."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,12 @@ def changes(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
     """Return name, size and time of every file that `read_runs` reads: another list where there is something new."""
     patterns = (RUN_FILE, METRICS_FILE, "*.json", f"*/{QUANTIZATION_FILE}")
     paths = sorted({path for folder in folders for pattern in patterns for path in folder.glob(pattern)})
-    states = [(str(path), path.stat()) for path in paths]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # a run under way replaces files
+            state = path.stat()
+            found.append((str(path), state.st_size, state.st_mtime_ns))
+    return found
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

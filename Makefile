@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
 .PHONY: check-tuning check-multimodal community-drill check-serve-beside llama-server
-.PHONY: release-model check-release
+.PHONY: release-trials release-model check-release
 .PHONY: bench evidence clean
 
 setup: $(VENV)/.core
@@ -126,13 +126,17 @@ check-tuning: setup-dev
 check-multimodal: setup-dev
 	$(BIN)/python benchmarks/quality/multimodal.py --base $(or $(BASE),runs/demo) $(addprefix --task ,$(TASKS)) --write
 
-# The model in the box, from text to the folder that ships, and the bars it has to reach; release/ has both.
+# The model in the box: trials that choose its shape, an hour; the model, from text to the folder that ships, and what it
+# is set beside, a night, MINUTES=100 for a part of it; the bars it has to reach. Each goes on after any end. See release/.
+release-trials: setup-dev
+	$(BIN)/python release/trials.py $(if $(MINUTES),--minutes $(MINUTES))
+
 release-model: setup-dev
-	$(BIN)/python release/make_model.py
+	$(BIN)/python release/make_model.py $(if $(MINUTES),--minutes $(MINUTES))
 
 check-release: setup-dev
 	command -v link-parser > /dev/null || (apt-get update -qq && apt-get install -y -qq link-grammar)
-	$(BIN)/python release/check.py
+	$(BIN)/python release/check.py --write
 
 bench: setup-dev
 	$(BIN)/python benchmarks/speed/malloc.py --write

@@ -4,6 +4,7 @@ A sentence is grammatical where a complete linkage of all its words costs little
 sentences are. The two limits are calibrated on human stories, and on these with their words shuffled.
 """
 
+import itertools
 import random
 import re
 import shutil
@@ -63,7 +64,9 @@ def share_grammatical(texts: Sequence[str]) -> list[float]:
     """Return for each text the share of its sentences that are grammatical; 0 where it has none."""
     split = [sentences(text) for text in texts]
     found = iter(costs([sentence for part in split for sentence in part]))
-    good = [[cost is not None and cost <= LARGEST_COST for cost, _ in zip(found, part, strict=False)] for part in split]
+    good = [
+        [cost is not None and cost <= LARGEST_COST for cost in itertools.islice(found, len(part))] for part in split
+    ]
     return [sum(part) / len(part) if part else 0.0 for part in good]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/quality"))
 
 from answer_data import Row, conversation, fairytales, instruction_rows, read
-from texts import story_of
+from texts import story_of, without_stories
 
 NOT_THERE = "The passage does not say."
 _LONGEST_STORY = 1600
@@ -105,10 +105,10 @@ def story_rows(stories: Sequence[tuple[str, str]], seed: int) -> Iterator[Row]:
         yield conversation(draw.choice(_TELL).format(title=title), text, kind="story")
 
 
-def continuation_rows(path: Path, count: int, seed: int) -> Iterator[Row]:
-    """Yield texts whose first sentences are given and whose next ones are the answer."""
+def continuation_rows(records: Sequence[Row], count: int, seed: int) -> Iterator[Row]:
+    """Yield texts whose first sentences are given and whose next ones are the answer; half of the generated stories."""
     draw = random.Random(seed)
-    records = [record for record in read(path) if record["src"] != "tinystories" or draw.random() < 0.5]
+    records = [record for record in records if record["src"] != "tinystories" or draw.random() < 0.5]
     for record in draw.sample(records, min(count, len(records))):
         paragraphs = [part for part in record["text"].split("\n\n") if len(part) > 300]
         if not paragraphs:
@@ -127,22 +127,28 @@ def talk_rows(repeats: int) -> Iterator[Row]:
             yield conversation(question.lower().rstrip("?"), answer, kind="talk")
 
 
-def tuning_rows(data: Path, seed: int, *, blind: bool = False) -> list[Row]:
-    """Return all rows for training; stories that the held-out text has are left out.
+def tuning_rows(
+    data: Path, seed: int, *, instructions: int, unanswerable: int, continuations: int, blind: bool = False
+) -> list[Row]:
+    """Return all rows for training, without the stories of the held-out text, and of the held-out questions.
 
     Args:
         data: the folder of real data.
         seed: of what is drawn.
+        instructions: how many self-made ones.
+        unanswerable: how many questions behind the passage of another story.
+        continuations: of texts, at most.
         blind: whether questions stand without their passages, for a twin that shows what passages are worth.
     """
     small, questions = data / "text-small", data / "questions/fairytaleqa-train.jsonl.xz"
     held_out = frozenset(filter(None, map(story_of, read(small / "valid.jsonl.xz"))))
     rows = [*fairytales(questions, held_out, blind=blind)]
     if not blind:
-        rows += unanswerable_rows(questions, held_out, 1500, seed)
+        rows += unanswerable_rows(questions, held_out, unanswerable, seed)
     rows += story_rows(list(titled_stories(small / "train.jsonl.xz")), seed)
-    rows += continuation_rows(small / "train.jsonl.xz", 2000, seed)
-    rows += instruction_rows(9000, held_out=False)
+    texts = list(filter(without_stories(data), read(small / "train.jsonl.xz")))
+    rows += continuation_rows(texts, continuations, seed)
+    rows += instruction_rows(instructions, held_out=False)
     rows += talk_rows(10)
     random.Random(seed).shuffle(rows)
     return rows

@@ -3,13 +3,30 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanformer.errors import ConfigError
+from fanformer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from fanformer.generation.loading import LoadedModel
     from fanformer.generation.text_model import TextModel
+
+BOX = Path(__file__).with_name("box")
+"""Where the model in the box lies, the small one that ships with this package."""
+
+
+def model_in_the_box() -> Path:
+    """Return the folder of the model that ships with this package.
+
+    Raises:
+        CheckpointError: if this installation has none.
+    """
+    if not (BOX / "config.json").is_file():
+        raise CheckpointError(
+            f"no model came with this installation, expected one in {BOX}: name a model folder or .gguf file, or "
+            "install fanformer from a clone in which `make release-model` has run."
+        )
+    return BOX
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -18,7 +35,7 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def load_text_model(
-    path: str | Path,
+    path: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
@@ -33,7 +50,7 @@ def load_text_model(
     """Load what writes text: a folder on torch, a .gguf file on ggml, for which torch is never imported.
 
     Args:
-        path: a model folder or a GGUF file.
+        path: a model folder or a GGUF file; None is the model in the box.
         device: of a folder: auto, cpu, cuda, cuda:N or mps; a file runs on the CPU.
         dtype: of a folder: auto (as saved), float32, bfloat16 or float16; a file has its own types.
         threads: of a file; None chooses the free cores.
@@ -49,6 +66,7 @@ def load_text_model(
         ConfigError: if an argument has no effect on what `path` names, or is wrong.
         DependencyError: if a file is named and the extra `gguf` is not installed.
     """
+    path = model_in_the_box() if path is None else path
     if not is_gguf(path):
         if threads is not None:
             raise ConfigError(f"`--threads` is for .gguf files, got {threads} for {path}: set OMP_NUM_THREADS instead.")

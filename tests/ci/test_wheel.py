@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401  # fixtures
 
 IMPORT_NAMES = {"pyyaml": "yaml", "ggml-python": "ggml", "pillow": "PIL"}
 
@@ -36,16 +39,29 @@ def test_every_imported_package_is_declared(repository):
     assert {name: file for name, file in imported.items() if name not in declared} == {}
 
 
+@pytest.fixture
+def source(repository, saved_model, tmp_path):  # noqa: F811
+    """What a wheel is built of, with a model in the box: the clone's own, or a tiny one where it has none yet."""
+    place = tmp_path / "source"
+    shutil.copytree(repository / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(repository / name, place)
+    if not (place / "src/fanformer/box/config.json").is_file():
+        (shutil.copytree(saved_model, place / "src/fanformer/box") / "README.md").write_text("# A tiny model\n")
+    return place
+
+
 @pytest.mark.ci
 @pytest.mark.timeout(600)
-def test_the_wheel_trains_and_writes_in_an_environment_without_this_checkout(repository, tmp_path):
+def test_the_wheel_trains_and_writes_in_an_environment_without_this_checkout(source, tmp_path):
     """Only the wheel's own files and the declared packages are there; those are borrowed from this environment."""
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(repository)]
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path), str(source)]
     subprocess.run(build, check=True, timeout=300)
     [wheel] = tmp_path.glob("fanformer-*.whl")
-    page = {f"fanformer/server/playground/{path.name}" for path in repository.glob("src/fanformer/server/playground/*")}
-    assert page
-    assert page <= set(zipfile.ZipFile(wheel).namelist())
+    folders = [source / "src/fanformer/server/playground", source / "src/fanformer/box"]
+    shipped = {str(path.relative_to(source / "src")) for folder in folders for path in folder.iterdir()}
+    assert len(shipped) > 15
+    assert shipped <= set(zipfile.ZipFile(wheel).namelist())
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
@@ -55,10 +71,11 @@ def test_the_wheel_trains_and_writes_in_an_environment_without_this_checkout(rep
     borrowed = next(path for path in sys.path if path.endswith("site-packages"))
     (site / "borrowed.pth").write_text(borrowed + "\n")
 
-    def fanformer(*words):
-        command = [str(python.with_name("fanformer")), *words]
-        environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    program, environment = str(python.with_name("fanformer")), {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+
+    def fanformer(*words, said=""):
+        done = subprocess.run([program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              timeout=300, input=said)  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -71,3 +88,11 @@ def test_the_wheel_trains_and_writes_in_an_environment_without_this_checkout(rep
     settings = [f"--set=model.{item}" for item in shape]
     fanformer("train", "--data", "mine.txt", "--output-dir", "out", "--max-steps=3", "--sequence-length=32", *settings)
     assert fanformer("generate", "out", "a line", "--max-length", "3").startswith("a line")
+    # the model in the box
+    assert fanformer("generate", "a line", "--max-length", "3").startswith("a line")
+    assert fanformer("chat", "--max-length", "3", "--min-length", "3", "--seed", "1", said="Hello\n").strip()
+    assert fanformer("info").startswith("# ")
+    with subprocess.Popen([program, "serve", "--port", "0"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as server:  # fmt: skip
+        assert server.stdout.readline().startswith("serving box")
+        server.terminate()

@@ -90,7 +90,7 @@ def test_help_shows_an_example_that_parses_and_every_default(command, name, leaf
             "error: no option `--max-lenght` of `fanformer generate`: did you mean `--max-length`?",
         ),
         (["info", "--zzz"], "error: no option `--zzz` of `fanformer info`: `fanformer info --help` lists them."),
-        (["generate"], "error: missing argument 'DIR'; see `fanformer generate --help`."),
+        (["eval"], "error: missing argument 'DIR'; see `fanformer eval --help`."),
         (
             ["generate", "x", "--top-k", "many"],
             "error: invalid value for '--top-k': 'many' is not a valid integer; see `fanformer generate --help`.",

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401  # fixtures
+
 
 @pytest.fixture(autouse=True, scope="package")
 def release_programs(request):

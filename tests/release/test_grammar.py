@@ -31,6 +31,13 @@ def test_human_stories_pass_and_shuffled_ones_do_not(parser):
     assert passes([shuffled(text, seed=1) for text in STORIES]) == [False, False]
 
 
+def test_a_story_is_judged_by_its_own_sentences(parser):
+    from grammar import share_grammatical, shuffled
+
+    texts = [shuffled(STORIES[0], seed=1), STORIES[1], "He ran home. Dog the a on.", STORIES[0], "No end", "He ran."]
+    assert share_grammatical(texts) == [share_grammatical([text])[0] for text in texts] == [0, 1, 0.5, 1, 0, 1]
+
+
 def test_a_text_without_a_sentence_fails(parser):
     from grammar import passes
 

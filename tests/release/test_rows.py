@@ -1,9 +1,11 @@
 """What the model in the box is trained and tuned on: stories left out, titles made, questions without an answer."""
 
 import json
-import lzma
+import re
 
 import pytest
+
+from tests.release.small_data import write
 
 STORY = "Once upon a time a fox named Rufus met a hen. The hen was afraid. Rufus sat by the river, and the hen sat too."
 
@@ -52,15 +54,66 @@ def test_the_base_reads_no_story_that_is_asked_about(tmp_path):
     kept = {"src": "tinystories", "id": "1", "text": "A dog ran. It was happy."}
     copy = {"src": "gutenberg", "id": "Tales.txt#3", "text": f"Chapter 3.\n\n{STORY.upper()}"}
     named = {"src": "fairytaleqa", "id": "x/the-fox-story.csv", "text": "The Fox\n\nIn other words."}
-    for name, rows in {
-        "questions/fairytaleqa-valid": [asked],
-        "text-small/train": [kept, named],
-        "text-large/train-00": [copy, kept],
-    }.items():
-        path = tmp_path / f"{name}.jsonl.xz"
-        path.parent.mkdir(exist_ok=True)
-        with lzma.open(path, "wt", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "questions/fairytaleqa-valid.jsonl.xz", [asked])
+    write(tmp_path / "text-small/train.jsonl.xz", [kept, named])
+    write(tmp_path / "text-large/train-00.jsonl.xz", [copy, kept])
     left_out = {}
     assert list(base_records(tmp_path, shards=1, repeats=2, left_out=left_out)) == [kept, kept, kept]
     assert left_out == {"the-fox": ["fairytaleqa: x/the-fox-story.csv", "gutenberg: Tales.txt#3"]}
+
+
+@pytest.fixture
+def real_data(tmp_path):
+    """Data in the form of the real ones: a story that is asked about later, one of the held-out text, and others."""
+    long = " The hen sat by the river, and nobody spoke. Then the sun came up and the hen went home to her house." * 4
+    fox = {"story": "the-fox", "text": STORY, "question": "Who met a hen?", "answers": ["the fox"], "explicit": True}
+    rows = [
+        {"story": "the-ship", "text": "A ship sailed. It sank.", "question": "What sank?", "answers": ["a ship"]},
+        {"story": "the-bear", "text": "A bear lay in a cave.", "question": "Who lay in it?", "answers": ["a bear"]},
+        {"story": "the-crow", "text": "A crow sang.", "question": "Who sang?", "answers": ["a crow"]},
+    ]
+    rows = [{**row, "explicit": True, "attribute": "action"} for row in rows]
+    write(tmp_path / "questions/fairytaleqa-train.jsonl.xz", rows)
+    write(tmp_path / "questions/fairytaleqa-valid.jsonl.xz", [{**fox, "attribute": "character"}])
+    crow = {"src": "fairytaleqa", "id": "x/the-crow-story.csv", "text": "The crow sang, and sang again."}
+    write(tmp_path / "text-small/valid.jsonl.xz", [crow])
+    tale = "Tom saw a ball. The ball was red. One day Tom took the ball, and Tom ran. So Tom hid the ball."
+    small = [
+        {"src": "tinystories", "id": "1", "text": tale},
+        {"src": "fairytaleqa", "id": "x/fox-again.csv", "text": STORY + long},
+        {"src": "gutenberg", "id": "a.txt#1", "text": "It was morning." + long},
+    ]
+    write(tmp_path / "text-small/train.jsonl.xz", small)
+    return tmp_path
+
+
+def test_tuning_has_every_kind_that_is_measured_and_no_story_of_the_measurement(real_data):
+    from rows import NOT_THERE, tuning_rows
+
+    counts = {"instructions": 30, "unanswerable": 2, "continuations": 5}
+    rows = tuning_rows(real_data, 0, **counts)
+    said = [[message["content"] for message in row["messages"]] for row in rows]
+    asked, answered = map(set, zip(*said, strict=True))
+    assert "A ship sailed. It sank.\n\nWhat sank?" in asked
+    assert any("Tom and the ball" in one for one in asked)
+    assert NOT_THERE in answered
+    kinds = {row.get("kind", "question") for row in rows}
+    assert {"question", "story", "continuation", "talk", "repeat", "JSON", "count"} <= kinds
+    assert not any(re.search(r"\b(Rufus|crow)\b", text) for text in asked | answered)
+    blind = tuning_rows(real_data, 0, **counts, blind=True)
+    assert "What sank?" in {row["messages"][0]["content"] for row in blind}
+    assert NOT_THERE not in {row["messages"][1]["content"] for row in blind}
+    assert tuning_rows(real_data, 0, **counts) == rows
+
+
+def test_a_share_of_the_text_is_taken_evenly(real_data):
+    from texts import base_records, write_rows
+
+    write(real_data / "text-large/train-00.jsonl.xz", [{"src": "a", "id": str(n), "text": "b"} for n in range(2000)])
+    found = list(base_records(real_data, {}, shards=1, repeats=1, share=0.1))
+    numbers = [int(record["id"]) for record in found if record["src"] == "a"]
+    # 200 of 2,000 are expected, with a standard deviation of 13; half of them of each half
+    assert 150 < len(numbers) < 250
+    assert 0.35 < sum(number < 1000 for number in numbers) / len(numbers) < 0.65
+    count, size = write_rows(real_data / "rows.jsonl", found)
+    assert (count, size) == (len(found), (real_data / "rows.jsonl").stat().st_size)

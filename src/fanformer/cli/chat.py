@@ -32,7 +32,7 @@ SHOW = "/image FILE and /audio FILE show something with the next message."
 
 
 @click.command(cls=Verb, example="fanformer chat runs/nano --max-length 60 --temperature 0.5")
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="[DIR]", required=False)
 @sampling_options()
 @num_steps_option
 @exit_threshold_option
@@ -41,7 +41,7 @@ SHOW = "/image FILE and /audio FILE show something with the next message."
 @device_option
 @dtype_option
 def chat(
-    folder: str,
+    folder: str | None,
     num_steps: int | None,
     exit_threshold: float | None,
     adapter: str | None,
@@ -50,23 +50,24 @@ def chat(
     dtype: str,
     **sampling: Any,
 ) -> None:
-    """Talk with the model saved in DIR, or in a .gguf file, line by line.
+    """Talk with the model saved in DIR, or in a .gguf file, line by line; without DIR with the one in the box.
 
-    A tokenizer with a chat template keeps the conversation; a base model continues each line as a new text.
-    Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees and hears. Ctrl-C stops the text;
-    twice at the prompt, it leaves.
+    The one in the box came with this package. A tokenizer with a chat template keeps the conversation; a base model
+    continues each line as a new text. Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees
+    and hears. Ctrl-C stops the text; twice at the prompt, it leaves.
     """
     settings = GenerationSettings(**sampling)
-    from fanformer.loading import has_towers, load_text_model
+    from fanformer.loading import has_towers, load_text_model, model_in_the_box
 
+    path = model_in_the_box() if folder is None else folder
     depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold}
-    sees = num_steps is exit_threshold is None and has_towers(folder)
+    sees = num_steps is exit_threshold is None and has_towers(path)
     towers = sees and adapter is None
-    model = load_text_model(folder, device, dtype, threads, adapter=adapter, towers=towers, **depth)
+    model = load_text_model(path, device, dtype, threads, adapter=adapter, towers=towers, **depth)
     say_depth(model.depth_note, num_steps)
     if sees and not towers:
         _notice(f"{adapter} belongs to the language model alone: without it, pictures and recordings are taken too.")
-    converse(model, settings, name=folder)
+    converse(model, settings, name=folder or "the model in the box")
 
 
 def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_words: Sequence[str] = ()) -> None:

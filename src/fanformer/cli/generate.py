@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 
 
 @click.command(cls=Verb, example="fanformer generate runs/nano 'def ' --max-length 50 --seed 1")
-@click.argument("folder", metavar="DIR")
-@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.argument("words", metavar="[DIR] [PROMPT]...", nargs=-1)
 @click.option("--prompts-file", metavar="FILE", help="Text file with one prompt a line; - reads standard input.")
 @click.option("--batch-size", default=8, help="Prompts that are continued together.")
 @click.option(
@@ -54,8 +54,7 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(co
 @device_option
 @dtype_option
 def generate(
-    folder: str,
-    prompts: tuple[str, ...],
+    words: tuple[str, ...],
     prompts_file: str | None,
     batch_size: int,
     compiled: bool,
@@ -73,12 +72,16 @@ def generate(
 ) -> int:
     """Continue each PROMPT with the model saved in DIR, or in a .gguf file; without one, begin a new text.
 
+    Without DIR the model in the box writes, which came with this package. A first PROMPT has a space in it, so that it
+    cannot be meant for a DIR; --prompts-file takes any.
+
     A single text is written as it comes, prompt first. Ctrl-C stops it there. The same seed gives the same text, in
     whatever batch; equal prompts of one call get different texts.
 
     With pictures and recordings each PROMPT is a question about them, and its answer is written.
     """
     settings = GenerationSettings(**sampling)
+    folder, prompts = model_and_prompts(words)
     if prompts and prompts_file is not None:
         raise ConfigError("prompts come from one place, got PROMPT and --prompts-file: keep one of them.")
     texts = read_prompts(prompts_file) if prompts_file is not None else list(prompts) or [""]
@@ -111,6 +114,29 @@ def generate(
                 gap = "\n" if shows else ""
                 write_now("\n" if streamed else f"{completion.prompt}{gap}{completion.text}\n\n")
     return INTERRUPTED if interruption.requested else 0
+
+
+def model_and_prompts(words: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """Return the model that the first word names, None for the one in the box, and the prompts.
+
+    It names one if that is there, or if it reads as a path; else it is a prompt, and has a space. Neither a slip in a
+    path nor a single word, which may be meant for a folder, is continued by a model that nobody named.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if not words:
+        return None, ()
+    first, place = words[0], os.path.dirname(words[0])
+    spaced = any(map(str.isspace, first)) or not first
+    if os.path.exists(first) or first.endswith(".gguf") or (place and (not spaced or os.path.isdir(place))):
+        return first, words[1:]
+    if spaced:
+        return None, words
+    raise ConfigError(
+        f"no model folder or .gguf file {first!r}, expected one, or a prompt with a space in it for the model in the "
+        "box: check the path, or give a prompt of one word by --prompts-file."
+    )
 
 
 def _json_line(record: dict[str, Any]) -> str:

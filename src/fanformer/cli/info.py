@@ -17,30 +17,48 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Verb, example="fanformer info nano")
-@click.argument("model", metavar="[PRESET|DIR]", default="92m")
+@click.argument("model", metavar="[PRESET|DIR]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def info(model: str, as_json: bool) -> None:
+def info(model: str | None, as_json: bool) -> None:
     """Explain PRESET or the model saved in DIR: its parts, parameters, operations per token and memory.
 
-    Without an argument, preset 92m. Nothing is computed: the model is built without memory for its weights. A trained
-    tokenizer may be smaller than a preset's vocabulary; DIR shows the model as it is.
+    Without an argument it is the model that came with this package: also what it was trained on, its licence, and where
+    it lies. Nothing is computed: the model is built without memory for its weights. A trained tokenizer may be smaller
+    than a preset's vocabulary; DIR shows the model as it is.
     """
+    about = None
+    if model is None:
+        from fanformer.loading import model_in_the_box
+
+        model = str(model_in_the_box())
+        about = beginning_of_card(model_in_the_box())
     config = _configuration(model)
     from fanformer.model.footprint import OPERATIONS, footprint
 
     measured = footprint(config)
     if as_json:
-        click.echo(json.dumps(to_record(model, config, measured), indent=2))
+        record = to_record(model, config, measured) | ({} if about is None else {"about": about})
+        click.echo(json.dumps(record, indent=2))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=110)  # a pipe has no width of its own
+    if about is not None:
+        console.print(f"{about}\n", markup=False)
     console.print(f"[bold]{model}[/bold]: {config.model_type}, {measured.total:,} parameters\n")
     console.print(parts_table(config, measured))
     console.print(costs_table(config, measured))
     console.print(f"Operations: {OPERATIONS}.")
+
+
+def beginning_of_card(folder: Path) -> str:
+    """Return what a folder's model card says before its first section, without what it says to machines."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    if text.startswith("---\n"):
+        text = text.partition("\n---\n")[2]
+    return text.partition("\n## ")[0].strip()
 
 
 def _configuration(model: str) -> "PreTrainedConfig":

@@ -9,7 +9,6 @@ import click
 
 from fanformer.cli.options import Verb, device_option, dtype_option, threads_option
 from fanformer.cli.serve import named_models, run_server
-from fanformer.errors import CheckpointError
 
 _RUNS = "runs"
 _MOST_FOUND = 4
@@ -28,8 +27,8 @@ _MOST_FOUND = 4
 def playground(models: tuple[str, ...], port: int, browser: bool, log_file: str | None, **settings: Any) -> None:
     """Play with the models saved in each DIR, or .gguf file, in the browser, until Ctrl-C.
 
-    Without DIR the newest models of the folder runs are taken, those that can be loaded. The page needs no network;
-    `fanformer serve` has it too.
+    Without DIR the newest models of the folder runs are taken, those that can be loaded; where it has none, the one
+    that came with this package. The page needs no network; `fanformer serve` has it too.
     """
 
     def open_browser(address: str) -> None:
@@ -42,15 +41,7 @@ def playground(models: tuple[str, ...], port: int, browser: bool, log_file: str 
 
 
 def newest_models(folder: Path) -> list[Path]:
-    """Return the model folders in a folder, the newest first, at most four.
-
-    Raises:
-        CheckpointError: if there are none.
-    """
+    """Return the model folders in a folder, the newest first, at most four."""
     weights = [path for pattern in ("*/model.safetensors", "*/model-*.safetensors") for path in folder.glob(pattern)]
     times = {path.parent: path.stat().st_mtime for path in weights if (path.parent / "config.json").is_file()}
-    if not times:
-        raise CheckpointError(
-            f"no model in {folder.absolute()}: name its folder, or train one with `fanformer train --max-time 5m`."
-        )
     return sorted(times, key=lambda path: times[path], reverse=True)[:_MOST_FOUND]

@@ -17,7 +17,7 @@ _GIB = 1 << 30
 
 
 @click.command(cls=Verb, example="fanformer serve runs/nano --port 8000")
-@click.argument("models", metavar="[NAME=]DIR...", nargs=-1, required=True)
+@click.argument("models", metavar="[[NAME=]DIR]...", nargs=-1)
 @click.option("--host", default="127.0.0.1", help="Address to listen at; one that others reach needs --api-key-file.")
 @click.option("--port", default=8000, help="Port to listen at; 0 takes a free one.")
 @click.option("--api-key-file", metavar="FILE", help="Text file with one key a line; requests must have one of them.")
@@ -46,8 +46,8 @@ def serve(
 ) -> None:
     """Serve the models saved in each DIR, or .gguf file, to clients of OpenAI's API, until Ctrl-C or SIGTERM.
 
-    A model is called by the name of its folder or file, or by NAME. The first stop signal lets answers in work be
-    finished, a second one ends the server at once.
+    A model is called by the name of its folder or file, or by NAME. Without DIR it is the one that came with this
+    package, called `box`. The first stop signal lets answers in work be finished, a second one ends the server at once.
     """
     paths = named_models(models)
     keys = () if api_key_file is None else read_keys(api_key_file)
@@ -117,7 +117,16 @@ def run_server(
 
 
 def named_models(models: tuple[str, ...]) -> dict[str, str]:
-    """Return the path of each model by its name."""
+    """Return the path of each model by its name; of the model in the box where none is given.
+
+    Raises:
+        ConfigError: if two have one name, or one has none.
+        CheckpointError: if none is given, and this installation came without one.
+    """
+    if not models:
+        from fanformer.loading import model_in_the_box
+
+        models = (str(model_in_the_box()),)
     found: dict[str, str] = {}
     for given in models:
         name, equals, path = given.partition("=")

@@ -1,0 +1,130 @@
+"""The card of the model in the box: what it is, what it read, how it was made, what it writes, and its limits."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+import fanformer
+from fanformer.files.durable import replace_text
+from fanformer.generation.settings import GenerationSettings
+from fanformer.generation.text_model import TextModel
+from fanformer.training.folder import read_run_file
+
+CARD_FILE, MEASURED = "README.md", "\n## Measured\n"
+NOTICE = Path(__file__).parents[1] / "NOTICE"
+PASSAGE = (
+    "An old fisherman lived in a hut by the sea with his two daughters. Every morning he rowed out to the black rock, "
+    "and every evening he brought home a basket of herring. One day he found a silver key in the belly of a fish."
+)
+BEGINNINGS = ("The old house at the end of the road", "In this chapter we will learn")
+"""What the model is given to go on with, as plain text."""
+QUESTIONS = (
+    "Hello",
+    "Tell me a short story called The Cat and the Moon.",
+    f"{PASSAGE}\n\nWhat did the fisherman find in the belly of a fish?",
+    f"{PASSAGE}\n\nWho painted the bridge?",
+    "Repeat: lamp river goat",
+    "Write JSON with the key dog and the value seven.",
+    "What is the capital of France?",
+)
+"""What it is asked."""
+_LENGTH = 100
+_FRONT = """---
+language: en
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+tags: [fanformer]
+---
+"""
+_LIMITS = """It is very small. What it says about the world is often wrong, and it does not know when. Its stories lose
+their thread, and answers about a passage may not be in the passage: the section below has how often, where it is there.
+It knows English only, cannot reckon, and repeats what its texts say, prejudice included: more than half of them are old
+novels. It was not tuned to refuse anything. Use it to try the tools, to test and to study; not to learn facts from."""
+
+
+def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write README.md into the folder that ships.
+
+    Args:
+        folder: with weights, configuration and tokenizer.
+        work: with the trainings `base` and `tuned`.
+        results: of the stages, by their names.
+    """
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  # no mapping
+    text, base, rows = results["text"], results["base"], results["rows"]
+    about = (
+        f"A FANformer of {parameters / 1e6:.1f} million parameters that comes with the package. It tells a short story "
+        "from a title, continues English, answers a question about a passage or says that the passage does not hold "
+        "the answer, and follows simple instructions.\n\n"
+        f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, abstracts, textbooks, "
+        f"Wikipedia, children's stories; {text['bytes'] / 1e6:,.0f} MB), then tuned on {rows['conversations']:,} short "
+        "conversations.\n\nLicence: MIT, as the package's. The texts it read have licences of their own, below."
+    )
+    _, _, sources = NOTICE.read_text(encoding="utf-8").partition("\n\n")
+    parts = {
+        "Data": f"{_left_out(text)}\n\n{sources.strip()}",
+        "Training": training_table(work, results),
+        "What it writes": samples(fanformer.load(folder)),
+        "Limits": _LIMITS,
+    }
+    sections = "\n\n".join(f"## {title}\n\n{content}" for title, content in parts.items())
+    replace_text(folder / CARD_FILE, f"{_FRONT}\n# The model in the box\n\n{about}\n\n{sections}\n")
+
+
+def _left_out(text: Mapping[str, Any]) -> str:
+    return (
+        f"{text['documents']:,} documents. {text['left_out']} more were left out, as they name or hold a story of "
+        "FairytaleQA's validation split, on whose questions the model is measured."
+    )
+
+
+def training_table(work: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how base and tuned model were trained, as a table; arguments as in `write_card`."""
+    lines = ["| | base | tuned |", "|---|---|---|"]
+    runs = {name: read_run_file(work / name) for name in ("base", "tuned")}
+    base = runs["base"]["model"]
+    shape = f"{base['num_hidden_layers']} layers of width {base['hidden_size']}, {base['vocab_size']:,} tokens"
+
+    def row(title: str, cells: Sequence[str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    row("shape", [shape, "the same"])
+    row("tokens", [f"{results[name]['tokens']:,}" for name in runs])
+    row("optimizer steps", [f"{results[name]['steps']:,}" for name in runs])
+    row("hours", [f"{results[name]['hours']:.1f}" for name in runs])
+    machines = [(run["machine"], run["environment"]) for run in runs.values()]
+    row("computed in", [f"{decided['precision']}, {decided['threads']} threads" for _, decided in machines])
+    row("processor", [str(machine["processor"]) for machine, _ in machines])
+    bits = [f"{results[name]['bits_per_byte']:.4f}" for name in runs]
+    row("held-out bits per byte", [f"{bits[0]} (text-small, valid)", f"{bits[1]} (answers alone)"])
+    return "\n".join(lines)
+
+
+def samples(model: TextModel) -> str:
+    """Return what a model writes after fixed prompts, the n-th with seed n, as drawn."""
+    told = [
+        "As drawn with `fanformer generate` and `chat`, their default sampling, 100 tokens and seeds 0, 1, 2 and on."
+    ]
+    for seed, beginning in enumerate(BEGINNINGS):
+        text = model.generate(beginning, max_length=_LENGTH, seed=seed)
+        told.append(f"Continued:\n\n{_quoted(beginning + text)}")
+    for seed, question in enumerate(QUESTIONS, start=len(BEGINNINGS)):
+        asked = model.encode_messages([{"role": "user", "content": question}])
+        text = model.complete_ids(asked, question, GenerationSettings(max_length=_LENGTH, seed=seed)).text
+        told.append(f"Asked:\n\n{_quoted(question)}\n\nAnswered:\n\n{_quoted(text.strip())}")
+    return "\n\n".join(told)
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a block that no sign in it can end."""
+    fence = "`" * max(3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def with_measured(card: str, table: str) -> str:
+    """Return a card with a section of measurements at its end, in place of an older one."""
+    return f"{card.partition(MEASURED)[0].rstrip()}\n{MEASURED}\n{table}\n"

@@ -1,6 +1,7 @@
 """`fanformer serve`: models behind HTTP, for any client of OpenAI's API."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,8 @@ def run_server(
     from fanformer.server.limits import Access, Limits
     from fanformer.server.logs import begin_log
 
-    hosts, origins = others
-    access = Access(host, keys, frozenset(name.lower() for name in hosts), frozenset(origins))
+    hosts, origins = (frozenset(name.lower() for name in names) for names in others)
+    access = Access(host, keys, hosts, origins)
     if not access.is_loopback and not keys:
         raise ConfigError(f"`--host` {host} can be reached by others and needs --api-key-file, got none: give keys.")
     seconds = {name: settings.pop(name) for name in ("answer_seconds", "drain_seconds") if name in settings}
@@ -135,28 +136,36 @@ def _open(
     paths: dict[str, str], memory_limit: float | None, slots: int, context: int | None, queue_size: int, **where: Any
 ) -> "dict[str, ServedModel]":
     """Load the models, within the limit on their memory; a number of threads is for GGUF files alone."""
-    from fanformer.loading import is_gguf
     from fanformer.server.models import ServedModel, SlotSettings
 
     if slots < 1 or queue_size < 0:
         raise ConfigError(f"`--slots` must be at least 1 and `--queue-size` 0, got {slots} and {queue_size}.")
+    if memory_limit is not None and not memory_limit > 0:
+        raise ConfigError(f"`--memory-limit` must be above 0 GiB, got {memory_limit:g}: leave it out for none.")
     served: dict[str, ServedModel] = {}
-    used = 0
+    settings = SlotSettings(slots, context, queue_size)
     try:
         for name, path in paths.items():
-            served[name] = ServedModel.open(path, name, SlotSettings(slots, context, queue_size), **where)
-            used += served[name].memory_bytes
-            if memory_limit is not None and used > memory_limit * _GIB:
-                kind = "a smaller type" if is_gguf(path) else "--dtype bfloat16"
-                raise ConfigError(
-                    f"`--memory-limit` is {memory_limit:g} GiB, got {used / _GIB:.2f} GiB with {name}: lower --slots "
-                    f"or --context, or take {kind}."
-                )
+            used = sum(model.memory_bytes for model in served.values())
+            check = None if memory_limit is None else functools.partial(_check_memory, memory_limit, name, path, used)
+            served[name] = ServedModel.open(path, name, settings, check_memory=check, **where)
     except BaseException:
         for model in served.values():
             model.close()
         raise
     return served
+
+
+def _check_memory(limit: float, name: str, path: str, used: int, needed: int) -> None:
+    """Raise ConfigError where a model needs more bytes than those before it have left of the limit, in GiB."""
+    from fanformer.loading import is_gguf
+
+    if used + needed > limit * _GIB:
+        kind = "a smaller type" if is_gguf(path) else "--dtype bfloat16"
+        raise ConfigError(
+            f"`--memory-limit` is {limit:g} GiB, got {(used + needed) / _GIB:.2f} GiB with {name}: lower --slots or "
+            f"--context, or take {kind}."
+        )
 
 
 def read_keys(file: str) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ class ServedModel:
         device: str = "auto",
         dtype: str = "auto",
         threads: int | None = None,
+        check_memory: Callable[[int], None] | None = None,
     ) -> "ServedModel":
         """Load a model folder or a GGUF file and take the memory of its slots.
 
@@ -108,6 +109,8 @@ class ServedModel:
             device: as `load_text_model` takes it, like the next two.
             dtype: see there.
             threads: see there.
+            check_memory: is told the bytes of weights, keys and values before those of all slots are taken, and raises
+                where they are too many; None is no limit.
 
         Raises:
             CheckpointError, ConfigError, DependencyError: as `load_text_model`, or if the slots cannot be made.
@@ -117,7 +120,13 @@ class ServedModel:
         positions = min(longest, _DEFAULT_POSITIONS) if settings.positions is None else settings.positions
         if not 2 <= positions <= longest:
             raise ConfigError(f"`context` must be from 2 to the {longest} positions of {name}, got {positions}.")
-        slots, known, media = (_on_ggml if is_gguf(path) else _on_torch)(model, settings.slots, positions)
+        make = _on_ggml if is_gguf(path) else _on_torch
+        if check_memory is not None:  # a first slot shows what each will take
+            first = make(model, 1, positions)[0]
+            needed = first.weight_bytes + settings.slots * first.cache_bytes
+            first.close()
+            check_memory(needed)
+        slots, known, media = make(model, settings.slots, positions)
         return cls(name, model, slots, known, settings.queue_size, media)
 
     @property
@@ -158,6 +167,11 @@ class ServedModel:
     def special_ids(self) -> dict[str, int | None]:
         """Ids of the special tokens by their short names."""
         return {name: getattr(self._tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the start, end or padding token that a text is the name of, None for any other text."""
+        ids = [number for number in self.special_ids.values() if number is not None]
+        return next((number for number in ids if self.token_bytes(number) == text.encode(errors="replace")), None)
 
     @functools.cached_property
     def has_inside(self) -> bool:

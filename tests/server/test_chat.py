@@ -167,6 +167,14 @@ def test_what_routers_add_is_accepted(both):
     assert chat(both, **added)["choices"] == chat(both)["choices"]
 
 
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_made_tokens(both, monkeypatch):
+    model = both.service.models["chat"]
+    monkeypatch.setattr(model.text_model, "encode_messages", None)  # never called
+    half = {"role": "user", "content": "a" * (51 * model.reader.longest_token)}
+    status, error = refused(both, messages=[half, half])
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+
+
 def test_models_are_listed_and_described(both):
     status, _, body = both("GET", "/v1/models")
     assert (status, body["object"]) == (200, "list")

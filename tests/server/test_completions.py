@@ -299,6 +299,16 @@ def test_a_prompt_that_is_too_long_says_how_long_it_may_be(client):
     assert (status, error["code"]) == (400, "context_length_exceeded")
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(client, served, monkeypatch):
+    longest = served.reader.longest_token
+    assert longest == max(len(served.token_bytes(number)) for number in range(served.known))
+    assert not served.surely_exceeds(100 * longest)
+    monkeypatch.setattr(served.reader, "encode", None)  # never called
+    status, error = client.refused(prompt="a" * (100 * longest + 1))
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+    assert f"{100 * longest + 1} characters" in error["message"]
+
+
 def test_unknown_models_are_not_found(client):
     status, error = client.refused(model="gpt-4", prompt="a")
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")

@@ -43,14 +43,29 @@ class SlotSettings:
 
 
 class TokenReader:
-    """Turns token ids into text, in any thread.
+    """Turns token ids into text, and text into ids, in any thread.
 
-    It has a `tokenizers` tokenizer of its own: encoding changes settings of its, for which nobody may be decoding.
+    It has a `tokenizers` tokenizer of its own, whose settings never change: elsewhere they do, and nobody else may use
+    one meanwhile.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         """Copy a tokenizer."""
         self.backend_tokenizer = Tokenizer.from_str(backend.to_str())
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.encode_special_tokens = True  # which makes them plain text
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without a start token; what looks like a special token is plain text."""
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @functools.cached_property
+    def longest_token(self) -> int | None:
+        """Characters that a token stands for at most, None where a text may lose some on its way to tokens."""
+        if self.backend_tokenizer.normalizer is not None or "ByteLevel" not in _decoder_kinds(self.backend_tokenizer):
+            return None
+        return max(map(len, self.backend_tokenizer.get_vocab()))
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
@@ -229,8 +244,21 @@ class ServedModel:
         Raises:
             ConfigError: if it is no valid Unicode.
         """
+        check_text(text)
+        return [self._start, *self.reader.encode(text)]
+
+    @functools.cached_property
+    def _start(self) -> int:
         with self._encoding:
-            return self.text_model.encode(text)
+            return self.text_model.encode("")[0]
+
+    def surely_exceeds(self, length: int) -> bool:
+        """Return whether a text of so many characters has more tokens than there are positions, whatever it says.
+
+        To make tokens of megabytes takes seconds, in which a conversation of others would wait.
+        """
+        longest = self.reader.longest_token
+        return longest is not None and length > self.positions * longest
 
     def encode_to_continue(self, text: str) -> tuple[list[int], str]:
         """Return the ids of a text to continue, and the spaces at its end, which belong to the first new token."""
@@ -304,12 +332,16 @@ def _on_torch(model: Any, count: int, positions: int) -> "tuple[Slots, int, Medi
     return MediaSlots(model.model, known, count, positions), known, MediaReader(model, positions)
 
 
+def _decoder_kinds(backend: Tokenizer) -> set[str | None]:
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    return {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
+
+
 def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:
     """Return a function from a token's id to its bytes."""
     backend = reader.backend_tokenizer
     special = set(backend.get_added_tokens_decoder())
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
-    kinds = {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
+    kinds = _decoder_kinds(backend)
     table = _byte_table() if "ByteLevel" in kinds else None
 
     def read(number: int) -> bytes:

@@ -140,6 +140,9 @@ def encode_conversation(model: ServedModel, messages: Sequence[Message]) -> Conv
         RefusalError: if the model has no chat template, or it refuses the messages or what they show.
     """
     read = read_messages(messages, model.kinds)
+    contents = [[one["content"]] if isinstance(one["content"], str) else one["content"] for one in read]
+    said = [part for parts in contents for part in parts if isinstance(part, str)]
+    _check_characters(model, sum(map(len, said)), "messages")
     try:
         return model.encode_conversation(read)
     except ConfigError as error:
@@ -160,6 +163,8 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]
 
 
 def _encode(model: ServedModel, prompt: str | list[int], moves_spaces: bool) -> tuple[list[int], str]:
+    if isinstance(prompt, str):
+        _check_characters(model, len(prompt), "prompt")
     try:
         if isinstance(prompt, str):
             return model.encode_to_continue(prompt) if moves_spaces else (model.encode(prompt), "")
@@ -242,6 +247,17 @@ def _usage(fields: GenerationFields) -> bool:
     if options is not None and not fields.stream:
         raise invalid("`stream_options` is for streams, got it without `stream`: leave it out.", "stream_options")
     return bool(options and options.include_usage)
+
+
+def _check_characters(model: ServedModel, length: int, param: str) -> None:
+    """Raise RefusalError where a text is too long before it is made tokens."""
+    if model.surely_exceeds(length):
+        raise RefusalError(
+            400,
+            f"this model has {model.positions} positions, and a text of {length} characters more tokens: shorten it.",
+            param,
+            "context_length_exceeded",
+        )
 
 
 def _check_lengths(model: ServedModel, requests: Sequence[Request], param: str) -> None:

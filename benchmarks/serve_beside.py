@@ -116,6 +116,7 @@ def start_llama_server(program: str, path: Path, threads: int, slots: int, posit
                 return process, port
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
+    process.kill()
     raise SystemExit(f"llama-server did not start: {' '.join([program, *map(str, words)])}")
 
 
@@ -158,6 +159,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="write the entry to benchmarks/results")
     arguments = parser.parse_args()
     if arguments.dry_run:
+        if arguments.write:
+            parser.error("--write has no effect with --dry-run, whose figures mean nothing: leave it out")
         vars(arguments).update({"clients": [1, 3], "requests": 2, "rounds": 1, "prompt_tokens": 24, "new": 12})
     return arguments
 

@@ -1,7 +1,8 @@
 """The page docs/performance.md: how fast, against whom, and how far from the machine's limit; from the ledger alone."""
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 from claims import FAILS, HOLDS, NOT_MEASURED, Row
 from tables import code, how_table, interval_text, measured_text, number, scale_text, table, table_row, threshold_text
@@ -25,34 +26,21 @@ about `92m`.
 """
 HOW = """## How it was measured
 
-`make bench` runs what a CPU can measure, `python benchmarks/accelerator/accelerator.py` what needs a GPU.
+`make bench` runs what a CPU can measure, `make check-serve` and `check-serve-beside` what needs a server,
+`python benchmarks/accelerator/accelerator.py` what needs a GPU.
 """
-SECTIONS = {
-    "speed-settings-*": (
-        "What each setting of training on a CPU is worth",
-        "A step in float32 with one thing changed over one with everything on: above 1 the setting pays, below 1 the "
-        "change does. bfloat16 products are fast where the processor has them, which `--precision auto` measures; what "
-        "keeping freed memory is worth is measured by `benchmarks/speed/malloc.py`.",
-    ),
-    "speed-profile-*": (
-        "What takes the time on a CPU",
-        "Shares of torch's profile. *Fused* is everything but large products: norms, activations, Fourier features, "
-        "rotation, gates, and in decoding the products of a single row too.",
-    ),
-}
 
 
 def performance_page(rows: Sequence[Row], entries: Sequence[Entry]) -> str:
-    """Return the page: a line for each question with its newest answer, then settings and profiles."""
+    """Return the page: a line for each question with its newest answer, then settings, profiles and loads."""
     newest = list({row.claim.id: row for row in reversed(rows)}.values())[::-1]
     header = ["question", "against", "aim", "answer", "measured", "of the limit"]
     lines = [HEAD, table(header, [_cells(row) for row in newest])]
     used = [row.entry for row in newest if row.entry is not None]
-    for pattern, (title, words) in SECTIONS.items():
+    for pattern, (title, words, made) in SECTIONS.items():
         found = [entry for entry in entries if fnmatch.fnmatchcase(entry.name, pattern)]
         if found:
             used.append(max(found, key=lambda entry: (entry.date, entry.name)))
-            made = profile_table if pattern.startswith("speed-profile") else settings_table
             lines += [f"## {title}\n", f"{words} Entry {code(used[-1].name)}.\n", *made(used[-1]), ""]
     return "\n".join([*lines, HOW, how_table(used)])
 
@@ -91,3 +79,38 @@ def profile_table(entry: Entry) -> list[str]:
         values = [f"{entry.result[f'{first}{kind}_{name}'].value:.0%}" for name in columns]
         lines.append(table_row([kind.replace("_", " "), *values]))
     return lines
+
+
+def load_table(entry: Entry) -> list[str]:
+    """Return a line for each number of clients of a serve-torch or serve-ggml entry."""
+    names = [re.fullmatch(r"tokens_per_second_(\d+)_clients_stream", name) for name in entry.result]
+    lines = ["| clients | tokens/s, streams | tokens/s, whole | first token p50, s | p99, s |", "|---:|" + "---:|" * 4]
+    for clients in sorted(int(found.group(1)) for found in names if found):
+        shown = [f"tokens_per_second_{clients}_clients_{way}" for way in ("stream", "whole")]
+        shown += [f"first_token_{part}_{clients}_clients_stream" for part in ("p50", "p99")]
+        lines.append(table_row([str(clients), *(number(entry.result[name].value) for name in shown)]))
+    return lines
+
+
+_LOAD = (
+    "`92m` with random weights on loopback, prompts of 128 tokens that are read, answers of 64, 16 slots; 20% of the "
+    "requests are malformed or hung up on, every other answer is compared with the offline one."
+)
+SECTIONS: dict[str, tuple[str, str, Callable[[Entry], list[str]]]] = {
+    "speed-settings-*": (
+        "What each setting of training on a CPU is worth",
+        "A step in float32 with one thing changed over one with everything on: above 1 the setting pays, below 1 the "
+        "change does. bfloat16 products are fast where the processor has them, which `--precision auto` measures; what "
+        "keeping freed memory is worth is measured by `benchmarks/speed/malloc.py`.",
+        settings_table,
+    ),
+    "speed-profile-*": (
+        "What takes the time on a CPU",
+        "Shares of torch's profile. *Fused* is everything but large products: norms, activations, Fourier features, "
+        "rotation, gates, and in decoding the products of a single row too.",
+        profile_table,
+    ),
+    "serve-torch-*": ("The server under load, float32 on torch", _LOAD, load_table),
+    "serve-ggml-*": ("The server under load, q8_0 on ggml", _LOAD, load_table),
+}
+"""Title, words and table of the newest entry of a pattern."""

@@ -86,3 +86,17 @@ def test_operators_have_their_kind(performance):
     assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu_backward", KINDS) == "attention"
     assert kind_of("## Call CompiledFxGraph f6hg ##", KINDS) == "fused_by_the_compiler"
     assert kind_of("aten::argmax", KINDS) == "other"
+
+
+def test_loads_have_a_line_for_each_number_of_clients(performance):
+    result = {}
+    for clients in (16, 1):
+        for way in ("stream", "whole"):
+            result[f"tokens_per_second_{clients}_clients_{way}"] = Figure(30.0 * clients, "tokens/s")
+        for part in ("p50", "p99"):
+            result[f"first_token_{part}_{clients}_clients_stream"] = Figure(0.25 * clients, "s")
+    page = page_of(performance, [entry("serve-torch-2026-11-30", "2026-11-30", result)], entry="nothing")
+    lines = page.splitlines()
+    assert lines.index("| 1 | 30 | 30 | 0.25 | 0.25 |") + 1 == lines.index("| 16 | 480 | 480 | 4 | 4 |")
+    assert "## The server under load, float32 on torch" in lines
+    assert "q8_0 on ggml" not in page

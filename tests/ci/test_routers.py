@@ -127,6 +127,13 @@ def test_the_other_worker_answers_when_one_leaves(router, workers, way):
     assert requests_of(workers[1]) == 0
 
 
+@pytest.mark.parametrize("router", [haproxy], indirect=True)
+@pytest.mark.parametrize("path", ["/metrics", "/%6detrics", "/metrics?a=1"])
+def test_the_numbers_of_a_replica_are_not_for_everybody(router, workers, path):
+    assert workers[0]("GET", path)[0] == 200
+    assert router("GET", path)[0] == 404
+
+
 def test_errors_keep_their_shape(router):
     status, error = router.refused(prompt="a", temperature=5)
     assert (status, error["param"]) == (400, "temperature")

@@ -21,6 +21,23 @@ def test_a_public_address_needs_a_key(saved_model, capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--allowed-host", "model.example.org:8000", "must be a name or address without scheme and port"),
+        ("--allowed-host", "https://model.example.org", "must be a name or address without scheme and port"),
+        ("--allowed-host", "", "must be a name or address"),
+        ("--allow-origin", "https://page.example/", "must be scheme, name and port as a browser sends them"),
+        ("--allow-origin", "page.example", "must be scheme, name and port as a browser sends them"),
+        ("--allow-origin", "*", "must be scheme, name and port as a browser sends them"),
+    ],
+)
+def test_names_and_origins_that_no_header_could_be_are_refused(saved_model, capsys, option, value, words):
+    message = refused(capsys, saved_model, option, value)
+    assert message.startswith(f"error: `{option}` {words}")
+    assert f"got {value!r}" in message
+
+
+@pytest.mark.parametrize(
     ("content", "words"), [("", "no API keys"), ("# none\n\n", "no API keys"), ("a b\n", "keys with spaces")]
 )
 def test_a_file_without_keys_is_refused(saved_model, tmp_path, capsys, content, words):
@@ -55,6 +72,10 @@ def test_missing_folders_and_wrong_numbers_are_told(saved_model, tmp_path, capsy
     assert "`context` must be from 2 to the 128 " in refused(capsys, saved_model, "--port", 0, "--context", 129)
     assert "`--slots` must be at least 1" in refused(capsys, saved_model, "--port", 0, "--slots", 0)
     assert "`--drain-seconds` must be above 0" in refused(capsys, saved_model, "--drain-seconds", 0)
+    for limit in (0, "nan"):
+        assert "`--memory-limit` must be above 0 GiB" in refused(
+            capsys, saved_model, "--port", 0, "--memory-limit", limit
+        )
     assert "`--threads` is for .gguf files" in refused(capsys, saved_model, "--port", 0, "--threads", 1)
 
 
@@ -89,6 +110,22 @@ def test_the_memory_limit_counts_all_models(saved_model, capsys):
     small = ("--port", 0, "--device", "cpu", "--slots", 2, "--context", 64)
     message = refused(capsys, f"one={saved_model}", f"two={saved_model}", *small, "--memory-limit", "0.0005")
     assert "`--memory-limit` is 0.0005 GiB, got 0.00 GiB with" in message
+
+
+def test_more_memory_than_the_limit_is_not_taken_before_it_is_refused(saved_model, capsys, monkeypatch):
+    from fanformer.server import torch_slots
+
+    made, make = [], torch_slots.TorchSlots.__init__
+
+    def noted(slots, model, known, count, positions):
+        made.append(count)
+        make(slots, model, known, count, positions)
+
+    monkeypatch.setattr(torch_slots.TorchSlots, "__init__", noted)
+    limit = ("--memory-limit", "0.004")  # 4.1 MiB; 64 texts of 128 tokens in 2 layers take as much
+    message = refused(capsys, saved_model, "--port", 0, "--device", "cpu", "--slots", 64, "--context", 128, *limit)
+    assert "`--memory-limit` is 0.004 GiB, got 0.0" in message
+    assert made == [1]
 
 
 def test_a_missing_package_names_the_extra(saved_model, capsys, monkeypatch):

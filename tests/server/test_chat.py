@@ -135,6 +135,7 @@ def test_a_second_turn_reads_only_what_is_new(both):
             "input_audio",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]", "no `text`"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 2049}]}, "messages", "2048 parts"),
         ({"messages": [*HELLO, {"role": "system", "content": "b"}]}, "messages", "system must be first"),
         ({"messages": [{"role": "user", "content": "the cat " * 200}]}, "messages", "positions"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "UTF-8"),
@@ -166,6 +167,14 @@ def test_what_routers_add_is_accepted(both):
     assert chat(both, **added)["choices"] == chat(both)["choices"]
 
 
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_made_tokens(both, monkeypatch):
+    model = both.service.models["chat"]
+    monkeypatch.setattr(model.text_model, "encode_messages", None)  # never called
+    half = {"role": "user", "content": "a" * (51 * model.reader.longest_token)}
+    status, error = refused(both, messages=[half, half])
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+
+
 def test_models_are_listed_and_described(both):
     status, _, body = both("GET", "/v1/models")
     assert (status, body["object"]) == (200, "list")
@@ -184,6 +193,9 @@ def test_texts_and_conversations_become_ids_and_back(both):
     bare = both("POST", "/tokenize", {"prompt": "the cat", "add_special_tokens": False})[2]["tokens"]
     assert bare == model.encode("the cat")[1:]
     assert both("POST", "/detokenize", {"tokens": bare})[2] == {"prompt": "the cat"}
+    named = both("POST", "/tokenize", {"prompt": "<|endoftext|>", "add_special_tokens": False})[2]["tokens"]
+    assert named == [model.special_ids["eos"]]
+    assert both("POST", "/tokenize", {"prompt": "<|endoftext|>"})[2]["tokens"] == model.encode("<|endoftext|>")
     conversation = both("POST", "/tokenize", {"model": "chat", "messages": HELLO})[2]["tokens"]
     assert model.decode(conversation) == "user: the cat\nassistant:"
     assert both.refused("/tokenize", prompt="a", messages=HELLO)[0] == 404  # no model called tiny here
@@ -205,7 +217,7 @@ def test_the_schema_names_every_route_and_field(both):
     assert status == 200
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(schema["paths"])
     responses = schema["paths"]["/v1/completions"]["post"]["responses"]
-    assert {"200", "400", "401", "404", "413", "429", "503"} <= set(responses)
+    assert {"200", "400", "401", "404", "413", "429", "503", "504"} <= set(responses)
     assert "422" not in responses
     assert responses["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorEnvelope")
     fields = schema["components"]["schemas"]["CompletionFields"]["properties"]

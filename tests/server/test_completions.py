@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
+from fanformer.server.fields import ChatFields, CompletionFields, DetokenizeFields, TokenizeFields
+from fanformer.server.planning import plan_completion
 from tests.server.conftest import PROMPTS, offline
 
 
@@ -222,6 +225,8 @@ def test_bias_penalties_and_least_tokens_take_effect(client, served):
         ({"prompt": [[]]}, "prompt", "no token ids"),
         ({"prompt": [300]}, "prompt", "ids below 300"),
         ({"prompt": [-1]}, "prompt", ""),
+        ({"prompt": [2**40], "echo": True}, "prompt", "ids below 300"),
+        ({"prompt": [[5], [2**70]], "echo": True, "logprobs": 1}, "prompt", "ids below 300"),
         ({"prompt": {"a": 1}}, "prompt", "got an object"),
         ({"prompt": ["a", 1]}, "prompt", ""),
         ({"prompt": "a", "min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens"),
@@ -232,6 +237,7 @@ def test_bias_penalties_and_least_tokens_take_effect(client, served):
         ({"skip_special_tokens": False, "stop_token_ids": [5]}, "stop_token_ids", "cannot be honoured"),
         ({"stream": True, "stream_options": {"include_usage": True, "chunk": 5}}, "stream_options.chunk", "honoured"),
         ({"prompt": "\ud800"}, "prompt", "UTF-8"),
+        ({"metadata": [[]] * 2000}, "metadata", "may have 4096 characters, got 8000"),
     ],
 )
 def test_wrong_and_unsupported_fields_are_refused_by_name(client, fields, param, words):
@@ -240,6 +246,32 @@ def test_wrong_and_unsupported_fields_are_refused_by_name(client, fields, param,
     assert error["param"] == param
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionFields, {"prompt": [-1] * 1000}),
+        (CompletionFields, {"prompt": [[-1] * 1000] * 1000}),
+        (CompletionFields, {"prompt": "a", "stop": [1] * 1000}),
+        (CompletionFields, {"prompt": "a", "logit_bias": {str(number): "a" for number in range(1000)}}),
+        (ChatFields, {"messages": [1] * 1000}),
+        (ChatFields, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (DetokenizeFields, {"tokens": [-1] * 1000}),
+        (TokenizeFields, {"messages": [1] * 1000}),
+    ],
+)
+def test_of_many_wrong_items_the_first_is_told_and_the_others_take_no_memory(kind, fields):
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate({"model": "tiny", **fields})
+    assert error.value.error_count() <= 4  # one for each type that the field could have
+
+
+def test_answers_of_one_request_share_their_settings_and_not_their_seed(served):
+    fields = CompletionFields(model="tiny", prompt=["a", "b"], n=2, logit_bias={"5": 1.0}, seed=1)
+    samplings = [request.sampling for request in plan_completion(fields, served).requests]
+    assert len({id(one.logit_bias) for one in samplings}) == 1
+    assert len({one.seed for one in samplings}) == 4
 
 
 def test_numbers_that_json_lacks_are_refused(client):
@@ -265,6 +297,16 @@ def test_a_prompt_that_is_too_long_says_how_long_it_may_be(client):
     assert "100 positions" in error["message"]
     status, error = client.refused(prompt="the cat", max_tokens=99)
     assert (status, error["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(client, served, monkeypatch):
+    longest = served.reader.longest_token
+    assert longest == max(len(served.token_bytes(number)) for number in range(served.known))
+    assert not served.surely_exceeds(100 * longest)
+    monkeypatch.setattr(served.reader, "encode", None)  # never called
+    status, error = client.refused(prompt="a" * (100 * longest + 1))
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+    assert f"{100 * longest + 1} characters" in error["message"]
 
 
 def test_unknown_models_are_not_found(client):

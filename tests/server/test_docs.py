@@ -4,12 +4,12 @@ import pytest
 
 from fanformer.cli.serve import serve
 from fanformer.model.media_fanformer import MOST_PIXELS
-from fanformer.server.fields import ChatFields, CompletionFields
+from fanformer.server.fields import _MOST_WITHOUT_EFFECT, MAX_SEQUENCES, ChatFields, CompletionFields
 from fanformer.server.gate import ROUTES
 from fanformer.server.ggml_slots import CHUNK
 from fanformer.server.limits import Limits
-from fanformer.server.messages import MAX_MEDIA
-from fanformer.server.scheduler import _FAILURES, _LEAST_SHARED
+from fanformer.server.messages import MAX_MEDIA, MAX_PARTS
+from fanformer.server.scheduler import _BROKEN_SECONDS, _FAILURES, _LEAST_SHARED
 from fanformer.server.torch_slots import _CHUNK
 
 
@@ -31,6 +31,7 @@ def test_every_option_of_the_command_is_a_known_one(page):
     assert named - options == {
         *("--dry-run",),  # the benchmark's
         *("--multimodal", "--image"),  # other verbs'
+        *("--model", "--tasks", "--model_args"),  # lm-evaluation-harness's
         *("--policy", "--worker-urls"),  # the router's
         *("--trust-remote-code", "--model-impl", "--model-path"),  # the engines'
     }
@@ -41,7 +42,9 @@ def test_numbers_are_those_of_the_code(page):
     for words in (
         f"are written at once ({defaults['slots']})",
         f"requests wait ({defaults['queue_size']})",
-        f"{limits.requests_per_client} requests in work, and there may be {limits.connections} connections",
+        f"each may have {_MOST_WITHOUT_EFFECT} characters",
+        f"{limits.requests_per_client} requests in work, a request {MAX_SEQUENCES} prompts, messages or parts of them, "
+        f"and there may be {limits.connections} connections",
         f"A head has {limits.header_seconds:g} seconds, a body {limits.body_seconds:g}, an idle connection "
         f"{limits.idle_seconds:g}, an answer that is not read {limits.write_seconds:g}",
         f"too large ({limits.body_bytes >> 20} MiB; {limits.media_body_bytes >> 20} MiB where a model takes pictures",
@@ -52,5 +55,6 @@ def test_numbers_are_those_of_the_code(page):
         f"begins with at least {_LEAST_SHARED} of its tokens",
     ):
         assert words in page
+    assert MAX_PARTS == MAX_SEQUENCES
     assert _FAILURES == 3
-    assert "after three failed steps in a row" in page
+    assert f"for {_BROKEN_SECONDS:g} seconds after three failed steps in a row" in page

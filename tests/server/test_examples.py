@@ -1,6 +1,7 @@
 """examples/serving: the manifest fits Kubernetes' schema, times add up, and the words are the command's."""
 
 import configparser
+import tomllib
 
 import kubernetes_validate
 import pytest
@@ -60,3 +61,11 @@ def test_the_unit_stops_in_time_and_its_words_are_those_of_the_command(repositor
         assert context.params["drain_seconds"] < float(unit["Service"]["TimeoutStopSec"])
         name = context.params["api_key_file"].rpartition("/")[2]
     assert unit["Service"]["LoadCredential"].startswith(f"{name}:")
+
+
+def test_the_image_holds_what_is_installed_and_nothing_else_of_the_folder(repository):
+    lines = (repository / "examples/serving/Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+    assert copied == {"src", "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    assert all((repository / name).exists() for name in copied)

@@ -149,14 +149,15 @@ def test_a_client_that_never_reads_is_cut_off_and_holds_up_nobody(saved_model):
 def test_an_answer_that_takes_too_long_is_ended(model, monkeypatch):
     slowed(model, monkeypatch, 0.05)
     with running({"tiny": model}, None, Limits(answer_seconds=1)) as client:
-        status, _, body = client("POST", "/v1/completions", LONG)
-        assert check_error(status, body) == (503, body["error"])
+        status, headers, body = client("POST", "/v1/completions", LONG)
+        assert check_error(status, body) == (504, body["error"])
+        assert headers["x-should-retry"] == "false"
         assert body["error"]["code"] == "timeout"
         status, _, text = client("POST", "/v1/completions", {**LONG, "stream": True})
         *pieces, error, done, end = text.split("\n\n")
         assert status == 200
         assert pieces
-        check_error(503, json.loads(error[6:]))
+        check_error(504, json.loads(error[6:]))
         assert (done, end) == ("data: [DONE]", "")
         wait_for(lambda: model.scheduler.running == 0)
 
@@ -174,6 +175,9 @@ def test_a_failing_step_is_an_error_to_its_clients_and_broken_health_after_three
             status, _, text = client("POST", "/v1/completions", {**SHORT, "stream": True})
             assert status == 200
             check_error(500, json.loads(text.split("\n\n")[0][6:]))
+            assert client("GET", "/health")[2] == {"status": "broken"}
+            patch.setattr("fanformer.server.scheduler._BROKEN_SECONDS", 0.0)  # routers ask healthy servers alone
+            assert client("GET", "/health")[2] == {"status": "ok"}
         assert client.complete(**SHORT)
         assert client("GET", "/health")[2] == {"status": "ok"}
 
@@ -200,12 +204,17 @@ def test_a_drain_that_takes_too_long_ends_answers_with_an_error(saved_model, mon
     model = ServedModel.open(saved_model, "tiny", SlotSettings(2, 100), device="cpu")
     slowed(model, monkeypatch, 0.1)
     with running({"tiny": model}, None, Limits(drain_seconds=0.3)) as client:
-        begun = streaming(client)
+        begun, whole = streaming(client), sent(client, LONG)
+        wait_for(lambda: model.scheduler.running == 2)
         client.server.handle_exit(signal.SIGTERM, None)
-        data = b""
+        data, answer = b"", b""
         while more := begun.recv(65536):
             data += more
-        assert b'"error":{"message":"the server is shutting down"' in data
+        while more := whole.recv(65536):
+            answer += more
+        assert b'"error":{"message":"the server is shutting down' in data
+        assert answer.startswith(b"HTTP/1.1 503 ")  # after which a router asks another replica
+        assert b"\r\nretry-after: 1\r\n" in answer
         client.thread.join(PATIENCE_SECONDS)
         assert not client.thread.is_alive()
 

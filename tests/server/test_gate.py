@@ -1,5 +1,6 @@
 """Who may ask and how much: keys, names, sizes, seconds, numbers; and what never reaches a log."""
 
+import hmac
 import http.client
 import json
 import logging
@@ -75,6 +76,19 @@ def test_wrong_keys_do_not(keyed, value):
     assert keyed("POST", "/v1/completions", SHORT, {"authorization": value})[0] == 401
 
 
+def test_every_key_is_compared_in_constant_time(keyed, monkeypatch):
+    compared, compare = [], hmac.compare_digest
+
+    def noted(given, key):
+        compared.append(key)
+        return compare(given, key)
+
+    monkeypatch.setattr("fanformer.server.gate.hmac.compare_digest", noted)
+    for value, status in ((KEY, 200), (OTHER, 200), ("sk-wrong", 401)):
+        assert keyed("GET", "/v1/models", headers=bearer(value))[0] == status
+    assert compared == [KEY.encode(), OTHER.encode()] * 3  # the first right one ends nothing
+
+
 def test_metrics_need_a_key_where_others_reach_the_server(model):
     access = Access(host="0.0.0.0", keys=(KEY,))
     with running({"tiny": model}, access) as client:
@@ -118,9 +132,12 @@ def test_web_pages_of_other_origins_may_not_ask_unless_named(model):
         assert (status, "access-control-allow-origin" in headers) == (200, False)
         status, headers, _ = client("POST", "/v1/completions", SHORT, {"origin": named})
         assert (status, headers["access-control-allow-origin"]) == (200, named)
-        asked = {"origin": named, "access-control-request-headers": "authorization"}
+        assert headers["access-control-expose-headers"] == "Retry-After"
+        names = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # some of OpenAI's client
+        asked = {"origin": named, "access-control-request-headers": names}
         status, headers, _ = client("OPTIONS", "/v1/completions", headers=asked)
         assert (status, headers["access-control-allow-origin"]) == (204, named)
+        assert headers["access-control-allow-headers"] == names
         assert "*" not in json.dumps(headers)
 
 
@@ -263,7 +280,8 @@ def test_clients_are_told_apart_by_their_keys(model, monkeypatch):
     slowed(model, monkeypatch)
     with running({"tiny": model}, Access(keys=(KEY, OTHER)), Limits(requests_per_client=1)) as client:
         begun = streaming(client, KEY)
-        assert client("POST", "/v1/completions", SHORT, bearer(KEY))[0] == 429
+        for value in (f"Bearer {KEY}", f"bearer {KEY}", f"Bearer   {KEY} "):
+            assert client("POST", "/v1/completions", SHORT, {"authorization": value})[0] == 429
         assert client("POST", "/v1/completions", SHORT, bearer(OTHER))[0] == 200
         begun.close()
 

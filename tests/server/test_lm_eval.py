@@ -15,16 +15,19 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def harness(served, saved_model):
-    """The harness's model, which asks a server of ours."""
+@pytest.fixture(scope="module", params=["huggingface", "auto"])
+def harness(request, served, saved_model):
+    """The harness's model, which asks a server of ours: also for its tokens, unless it has the tokenizer itself."""
     pytest.importorskip("tenacity", reason="needs lm-eval's extra `api` (tenacity)")
     completions = pytest.importorskip("lm_eval.models.openai_completions", reason="needs lm-eval")
     with running({"tiny": served}) as client:
-        yield completions.LocalCompletionsAPI(
-            base_url=f"http://127.0.0.1:{client.port}/v1/completions", model="tiny", tokenizer=str(saved_model),
-            tokenizer_backend="huggingface", max_length=100, batch_size=3, max_retries=1,
+        made = completions.LocalCompletionsAPI(
+            base_url=f"http://127.0.0.1:{client.port}/v1/completions", model="tiny", max_length=100, batch_size=3,
+            tokenizer=str(saved_model) if request.param == "huggingface" else None,
+            tokenizer_backend=request.param, max_retries=1,
         )  # fmt: skip
+        assert made.tokenizer_backend == {"auto": "remote"}.get(request.param, request.param)
+        yield made
 
 
 def instance(kind, *arguments):

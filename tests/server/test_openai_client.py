@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import threading
 
@@ -59,6 +60,16 @@ def test_completions_whole_and_streamed(api, model):
     *pieces, last = list(stream)
     assert "".join(piece.choices[0].text for piece in pieces) == expected.text
     assert (last.choices, last.usage.total_tokens) == ([], whole.usage.total_tokens)
+
+
+def test_the_page_s_first_program_prints_the_text_of_a_model_as_it_comes(model, repository, monkeypatch, capsys):
+    page = (repository / "docs/serving.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    monkeypatch.setattr("fanformer.server.planning.secrets.randbits", lambda bits: 1)  # the seed of who gives none
+    with running({"nano": model}) as client:
+        exec(program.replace(":8000/", f":{client.port}/"), {})
+    [expected] = offline(model, ["def "], seed=1, max_length=50)
+    assert capsys.readouterr().out == expected.text != ""
 
 
 def test_chat_whole_and_streamed(api):

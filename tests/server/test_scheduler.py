@@ -216,6 +216,22 @@ def test_a_step_that_fails_ends_what_it_computed_and_the_next_works(served, monk
     assert served.scheduler.is_healthy
 
 
+def test_a_request_that_cannot_be_begun_ends_alone(served, monkeypatch):
+    settle(served.scheduler)
+    noise = served.slots.noise
+
+    def failing(seed):
+        monkeypatch.setattr(served.slots, "noise", noise)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(served.slots, "noise", failing)
+    heard, _ = submit(served, ask(served, "the cat"), ask(served, "def", 5))
+    assert heard[0].wait() == Failure("internal error: see the server's log")
+    assert isinstance(heard[1].wait(), Finish)
+    assert heard[1].text == offline(served, ["def"], temperature=0, max_length=5)[0].text
+    assert served.scheduler.is_healthy
+
+
 def test_logits_that_are_no_numbers_end_their_own_request_alone(served, monkeypatch):
     settle(served.scheduler)
     forward, spoilt = served.slots.forward, set()
@@ -323,4 +339,4 @@ def test_closing_tells_whoever_waits_and_takes_no_more(tiny_tokenizer):
         scheduler.submit([Request([1], 5)], [Heard()])
     slots.gate.set()
     closing.join(PATIENCE_SECONDS)
-    assert [one.wait() for one in heard] == [Failure("the server is shutting down")] * 2
+    assert [one.wait().closing for one in heard] == [True] * 2

@@ -106,6 +106,19 @@ def test_the_memory_is_taken_at_the_start_and_stays(slots):
     assert slots.weight_bytes > 0
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_what_slots_will_take_is_known_before_they_are_taken(saved_model, kind):
+    from fanformer.server.models import ServedModel, SlotSettings
+    from tests.gguf_models import export
+
+    told = []
+    path, threads = (saved_model, None) if kind == "torch" else (export(saved_model), 1)
+    settings = SlotSettings(8, 40)
+    model = ServedModel.open(path, "tiny", settings, device="cpu", threads=threads, check_memory=told.append)
+    assert told == [pytest.approx(model.memory_bytes, rel=0.01)]
+    model.close()
+
+
 def test_a_seed_repeats_its_noise_and_another_has_its_own(slots):
     first, again, other = slots.noise(1), slots.noise(1), slots.noise(2)
     drawn = [first(), first()]

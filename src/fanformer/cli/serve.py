@@ -1,6 +1,7 @@
 """`fanformer serve`: models behind HTTP, for any client of OpenAI's API."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,8 @@ def run_server(
     from fanformer.server.limits import Access, Limits
     from fanformer.server.logs import begin_log
 
-    hosts, origins = others
-    access = Access(host, keys, frozenset(name.lower() for name in hosts), frozenset(origins))
+    hosts, origins = (frozenset(name.lower() for name in names) for names in others)
+    access = Access(host, keys, hosts, origins)
     if not access.is_loopback and not keys:
         raise ConfigError(f"`--host` {host} can be reached by others and needs --api-key-file, got none: give keys.")
     seconds = {name: settings.pop(name) for name in ("answer_seconds", "drain_seconds") if name in settings}
@@ -159,31 +160,39 @@ def _open(
 
     if slots < 1 or queue_size < 0:
         raise ConfigError(f"`--slots` must be at least 1 and `--queue-size` 0, got {slots} and {queue_size}.")
-    is_mixed = len({is_gguf(path) for path in paths.values()}) > 1
+    if memory_limit is not None and not memory_limit > 0:
+        raise ConfigError(f"`--memory-limit` must be above 0 GiB, got {memory_limit:g}: leave it out for none.")
     served: dict[str, ServedModel] = {}
-    used = 0
+    settings = SlotSettings(slots, context, queue_size)
+    is_mixed = len({is_gguf(path) for path in paths.values()}) > 1
     try:
         for name, path in paths.items():
             own = {key: value for key, value in where.items() if not is_mixed or (key == "threads") == is_gguf(path)}
+            used = sum(model.memory_bytes for model in served.values())
+            check = None if memory_limit is None else functools.partial(_check_memory, memory_limit, name, path, used)
             try:
-                served[name] = ServedModel.open(path, name, SlotSettings(slots, context, queue_size), **own)
+                served[name] = ServedModel.open(path, name, settings, check_memory=check, **own)
             except FANformerError as error:
                 if not leaves_out or (not served and name == list(paths)[-1]):
                     raise
                 click.echo(f"{name} is left out: {' '.join(str(error).split())}", err=True)
-                continue
-            used += served[name].memory_bytes
-            if memory_limit is not None and used > memory_limit * _GIB:
-                kind = "a smaller type" if is_gguf(path) else "--dtype bfloat16"
-                raise ConfigError(
-                    f"`--memory-limit` is {memory_limit:g} GiB, got {used / _GIB:.2f} GiB with {name}: lower --slots "
-                    f"or --context, or take {kind}."
-                )
     except BaseException:
         for model in served.values():
             model.close()
         raise
     return served
+
+
+def _check_memory(limit: float, name: str, path: str, used: int, needed: int) -> None:
+    """Raise ConfigError where a model needs more bytes than those before it have left of the limit, in GiB."""
+    from fanformer.loading import is_gguf
+
+    if used + needed > limit * _GIB:
+        kind = "a smaller type" if is_gguf(path) else "--dtype bfloat16"
+        raise ConfigError(
+            f"`--memory-limit` is {limit:g} GiB, got {(used + needed) / _GIB:.2f} GiB with {name}: lower --slots or "
+            f"--context, or take {kind}."
+        )
 
 
 def read_keys(file: str) -> tuple[str, ...]:

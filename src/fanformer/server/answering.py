@@ -101,7 +101,7 @@ class Answering:
                 part.finish = what
                 missing -= 1
             elif isinstance(what, Failure):
-                raise RefusalError(500, what.message, code="failed")
+                raise _shutting_down(what.message) if what.closing else RefusalError(500, what.message, code="failed")
             yield index, part
 
     def _echo(self, part: Answer, index: int, what: Event) -> None:
@@ -113,9 +113,12 @@ class Answering:
 
     async def _next(self) -> tuple[int, Event] | None:
         left = self._deadline - time.monotonic()
-        if left <= 0:
+        if left <= 0:  # not 503, after which routers try another replica, as clients would: all are as busy
             raise RefusalError(
-                503, "the answer took too long: ask for fewer tokens, or try again later.", code="timeout"
+                504,
+                "the answer took too long: ask for fewer tokens, or try again later.",
+                code="timeout",
+                headers={"x-should-retry": "false"},
             )
         getting = asyncio.ensure_future(self._events.get())
         try:
@@ -202,9 +205,13 @@ def refused_in_http(scheduler: Scheduler) -> Iterator[None]:
         headers = {"retry-after": str(retry_seconds(scheduler))}
         raise RefusalError(429, str(error), code="rate_limit_exceeded", headers=headers) from error
     except ClosedError as error:
-        raise RefusalError(503, str(error), code="shutting_down", headers={"retry-after": "1"}) from error
+        raise _shutting_down(str(error)) from error
     except ConfigError as error:
         raise invalid(str(error)) from error
+
+
+def _shutting_down(message: str) -> RefusalError:
+    return RefusalError(503, message, code="shutting_down", headers={"retry-after": "1"})
 
 
 def retry_seconds(scheduler: Scheduler) -> int:

@@ -45,7 +45,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (413, "The request is too large."),
         (429, "Too many requests wait."),
         (500, "The server failed."),
-        (503, "The server is shutting down, or took too long."),
+        (503, "The server is shutting down."),
+        (504, "The answer took too long."),
     )
 }
 
@@ -255,7 +256,9 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             if fields.messages is not None:
                 ids = encode_conversation(model, fields.messages).ids
             else:
-                ids = model.encode(fields.prompt or "")[0 if fields.add_special_tokens else 1 :]
+                text = fields.prompt or ""
+                named = None if fields.add_special_tokens else model.special_id(text)  # so lm-eval asks for ids
+                ids = model.encode(text)[0 if fields.add_special_tokens else 1 :] if named is None else [named]
         except ConfigError as error:
             raise invalid(str(error), "prompt") from error
         return {"count": len(ids), "max_model_len": model.positions, "tokens": ids}

@@ -4,7 +4,8 @@ A field that we do not honour is accepted where its value asks for nothing (rout
 refused where it would change the answer.
 """
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +36,8 @@ _WITHOUT_EFFECT = frozenset(
     {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "request_id", "priority"}
 )
 """Fields that no answer depends on: they tell who asks, or how to plan."""
+_MOST_WITHOUT_EFFECT = 4096
+"""Characters of one of these: it is kept as long as its request, and as objects takes many times its length."""
 _REASONS = {
     "tools": "the model does not call tools",
     "functions": "the model does not call functions",
@@ -48,6 +51,9 @@ MAX_SEQUENCES = 2048
 """Most prompts of one request."""
 
 TokenId = Annotated[int, Field(ge=0)]
+Item = TypeVar("Item")
+ListOf = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which the first wrong item is told: of millions all errors would take gigabytes."""
 
 
 class _Fields(BaseModel):
@@ -81,7 +87,7 @@ class GenerationFields(_Fields):
     stream: bool | None = None
     """Whether the answer comes piece by piece, as server-sent events."""
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    stop: str | Annotated[ListOf[str], Field(max_length=64)] | None = None
     """Strings that end the text and are left out of it."""
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**64)] = None
     """Makes the answer reproducible; answer i of the request has random numbers of its own."""
@@ -89,7 +95,7 @@ class GenerationFields(_Fields):
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
     """Divides positive logits, and multiplies negative ones, of tokens in the prompt or written; default 1."""
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(fail_fast=True)] | None = None
     """Added to the logits of token ids, which are written as strings."""
     min_tokens: Annotated[int | None, Field(ge=0)] = None
     """The end token is not drawn before; default 0."""
@@ -100,7 +106,7 @@ class GenerationFields(_Fields):
 class CompletionFields(GenerationFields):
     """A request to /v1/completions."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = ""
+    prompt: str | ListOf[TokenId] | ListOf[str] | ListOf[ListOf[TokenId]] = ""
     """A text, its token ids, or a list of either; an empty text begins a new one."""
     best_of: Annotated[int | None, Field(ge=1, le=128)] = None
     """Answers of which the n with the highest log-probability per token are told."""
@@ -140,13 +146,13 @@ class Message(_Fields):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | ListOf[ContentPart]
 
 
 class ChatFields(GenerationFields):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_SEQUENCES)]
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_SEQUENCES)]
     max_completion_tokens: Annotated[int | None, Field(ge=0)] = None
     """Most new tokens; `max_tokens` is its older name."""
     logprobs: bool | None = None
@@ -160,7 +166,7 @@ class TokenizeFields(_Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_SEQUENCES)] | None = None
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_SEQUENCES)] | None = None
     add_special_tokens: bool = True
     """Whether the start token comes first; for a text."""
 
@@ -179,7 +185,7 @@ class DetokenizeFields(_Fields):
     """A request to /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: ListOf[TokenId]
 
 
 def refuse_what_is_not_honoured(fields: BaseModel, where: str = "") -> None:
@@ -190,9 +196,15 @@ def refuse_what_is_not_honoured(fields: BaseModel, where: str = "") -> None:
         where: what comes before a field's name.
     """
     for name, value in (fields.model_extra or {}).items():
-        if name in _WITHOUT_EFFECT or any(_equal(value, one) for one in (*_NOTHING, *_NEUTRAL.get(name, ()))):
-            continue
         shown = f"{where}{name}"[:64]
+        if name in _WITHOUT_EFFECT:
+            length = len(json.dumps(value))
+            if length > _MOST_WITHOUT_EFFECT:
+                most = f"may have {_MOST_WITHOUT_EFFECT} characters, got {length}"
+                raise invalid(f"`{shown}` {most}: it changes no answer, leave it out.", shown, "invalid_value")
+            continue
+        if any(_equal(value, one) for one in (*_NOTHING, *_NEUTRAL.get(name, ()))):
+            continue
         reason = _REASONS.get(name, "it is not supported; leave it out")
         raise invalid(f"`{shown}` cannot be honoured: {reason}.", shown, "unsupported_parameter")
     for name in type(fields).model_fields:

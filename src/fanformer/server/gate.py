@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import logging
 import time
@@ -88,15 +87,13 @@ class Gate:
             await _preflight(headers)(scope, receive, send)
             return
         path = scope["path"]
-        is_watching = path == "/health" or path == "/metrics" or is_page(path)
-        if path != "/health" and not is_page(path) and not (path == "/metrics" and self._access.is_loopback):
-            self._check_key(headers)
-        if is_watching:
+        is_open = path == "/health" or is_page(path) or (path == "/metrics" and self._access.is_loopback)
+        client = "" if is_open else self._client(scope, headers)
+        if is_open or path == "/metrics":
             await self._app(scope, receive, send)
             return
         if self.draining:
             raise _draining()
-        client = self._client(scope, headers)
         if self._clients[client] >= self._limits.requests_per_client:
             raise RefusalError(
                 429,
@@ -128,10 +125,16 @@ class Gate:
                 403, "web pages of that origin may not ask: name it with --allow-origin.", code="unknown_origin"
             )
 
-    def _check_key(self, headers: Headers) -> None:
-        """Raise RefusalError unless the request has a key; the time it takes does not tell how much of one is right."""
+    def _client(self, scope: Scope, headers: Headers) -> str:
+        """Return who asks, by the key, however it is written, or without keys by the address.
+
+        The time it takes to refuse a key does not tell how much of one is right.
+
+        Raises:
+            RefusalError: if there are keys, and the request has none of them.
+        """
         if not self._keys:
-            return
+            return str(scope["client"][0]) if scope.get("client") else ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
@@ -141,11 +144,7 @@ class Gate:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-
-    def _client(self, scope: Scope, headers: Headers) -> str:
-        if self._keys:
-            return hashlib.sha256(headers.get("authorization", "").encode()).hexdigest()
-        return str(scope["client"][0]) if scope.get("client") else ""
+        return f"key {matches.index(True)}"
 
     async def _read(self, parts: list[bytes], headers: Headers, receive: Receive) -> None:
         """Read the body into `parts`, within the limits.
@@ -194,7 +193,11 @@ class Gate:
         origin = headers.get("origin")
         if origin is None or origin not in self._access.origins:
             return []
-        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-expose-headers", b"Retry-After"),
+            (b"vary", b"Origin"),
+        ]
 
 
 async def _discard(receive: Receive, most: int) -> None:
@@ -223,10 +226,13 @@ def _response(refusal: RefusalError) -> Response:
 
 
 def _preflight(headers: Headers) -> Response:
-    """Return what tells a browser that the page of an allowed origin may send its request."""
+    """Return what tells a browser that the page of an allowed origin may send its request, with what headers it has.
+
+    OpenAI's client for browsers sends a dozen of its own beside the key.
+    """
     allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
     if "access-control-request-headers" in headers:
-        allowed["access-control-allow-headers"] = "authorization, content-type"
+        allowed["access-control-allow-headers"] = headers["access-control-request-headers"]
     return Response(status_code=204, headers=allowed)
 
 

@@ -1,8 +1,13 @@
 """What the server allows: sizes, numbers, seconds, names."""
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 
+from fanformer.errors import ConfigError
+
+_HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -37,7 +42,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and from where."""
+    """Who may ask, and from where.
+
+    Raises:
+        ConfigError: if a name or origin is written so that no header could ever be it.
+    """
 
     host: str = "127.0.0.1"
     """The address that is bound."""
@@ -47,6 +56,20 @@ class Access:
     """Names besides the loopback's that a Host header may have."""
     origins: frozenset[str] = frozenset()
     """Origins of other web pages that may ask, such as https://example.org."""
+
+    def __post_init__(self) -> None:
+        for name in self.hosts:
+            if not _HOST.fullmatch(name):
+                raise ConfigError(
+                    f"`--allowed-host` must be a name or address without scheme and port, such as model.example.org, "
+                    f"got {name!r}: with any port it is the same host."
+                )
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"`--allow-origin` must be scheme, name and port as a browser sends them, such as "
+                    f"https://page.example or http://localhost:3000, got {origin!r}: leave out what follows."
+                )
 
     @property
     def is_loopback(self) -> bool:

@@ -11,6 +11,8 @@ from fanformer.server.refusal import invalid
 
 MAX_MEDIA = 16
 """Most pictures and recordings of one request."""
+MAX_PARTS = 2048
+"""Most parts of all its messages: an empty one of 26 bytes takes a kilobyte."""
 _KINDS: dict[str, Literal["image", "audio"]] = {"image_url": "image", "input_audio": "audio"}
 _DATA_URL = re.compile("data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 
@@ -30,9 +32,12 @@ def shows(messages: Sequence[Message]) -> bool:
     return _count(messages) > 0
 
 
+def _parts(messages: Sequence[Message]) -> list[ContentPart]:
+    return [part for message in messages if not isinstance(message.content, str) for part in message.content]
+
+
 def _count(messages: Sequence[Message]) -> int:
-    parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
-    return sum(part.type in _KINDS for part in parts)
+    return sum(part.type in _KINDS for part in _parts(messages))
 
 
 def read_messages(messages: Sequence[Message], kinds: Sequence[str]) -> list[dict[str, Any]]:
@@ -43,8 +48,11 @@ def read_messages(messages: Sequence[Message], kinds: Sequence[str]) -> list[dic
         kinds: what the model takes besides text: "image", "audio".
 
     Raises:
-        RefusalError: if a part is of a kind that the model does not take, or is no whole one.
+        RefusalError: if a part is of a kind that the model does not take, or is no whole one, or there are too many.
     """
+    length = len(_parts(messages))
+    if length > MAX_PARTS:
+        raise invalid(f"`messages` may have {MAX_PARTS} parts, got {length}: join their texts.", "messages")
     count = _count(messages)
     if count > MAX_MEDIA:
         raise invalid(f"`messages` may show {MAX_MEDIA} pictures and recordings, got {count}: show fewer.", "messages")

@@ -43,14 +43,29 @@ class SlotSettings:
 
 
 class TokenReader:
-    """Turns token ids into text, in any thread.
+    """Turns token ids into text, and text into ids, in any thread.
 
-    It has a `tokenizers` tokenizer of its own: encoding changes settings of its, for which nobody may be decoding.
+    It has a `tokenizers` tokenizer of its own, whose settings never change: elsewhere they do, and nobody else may use
+    one meanwhile.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         """Copy a tokenizer."""
         self.backend_tokenizer = Tokenizer.from_str(backend.to_str())
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.encode_special_tokens = True  # which makes them plain text
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without a start token; what looks like a special token is plain text."""
+        return list(self.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @functools.cached_property
+    def longest_token(self) -> int | None:
+        """Characters that a token stands for at most, None where a text may lose some on its way to tokens."""
+        if self.backend_tokenizer.normalizer is not None or "ByteLevel" not in _decoder_kinds(self.backend_tokenizer):
+            return None
+        return max(map(len, self.backend_tokenizer.get_vocab()))
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
@@ -98,6 +113,7 @@ class ServedModel:
         device: str = "auto",
         dtype: str = "auto",
         threads: int | None = None,
+        check_memory: Callable[[int], None] | None = None,
     ) -> "ServedModel":
         """Load a model folder or a GGUF file and take the memory of its slots.
 
@@ -108,6 +124,8 @@ class ServedModel:
             device: as `load_text_model` takes it, like the next two.
             dtype: see there.
             threads: see there.
+            check_memory: is told the bytes of weights, keys and values before those of all slots are taken, and raises
+                where they are too many; None is no limit.
 
         Raises:
             CheckpointError, ConfigError, DependencyError: as `load_text_model`, or if the slots cannot be made.
@@ -117,7 +135,13 @@ class ServedModel:
         positions = min(longest, _DEFAULT_POSITIONS) if settings.positions is None else settings.positions
         if not 2 <= positions <= longest:
             raise ConfigError(f"`context` must be from 2 to the {longest} positions of {name}, got {positions}.")
-        slots, known, media = (_on_ggml if is_gguf(path) else _on_torch)(model, settings.slots, positions)
+        make = _on_ggml if is_gguf(path) else _on_torch
+        if check_memory is not None:  # a first slot shows what each will take
+            first = make(model, 1, positions)[0]
+            needed = first.weight_bytes + settings.slots * first.cache_bytes
+            first.close()
+            check_memory(needed)
+        slots, known, media = make(model, settings.slots, positions)
         return cls(name, model, slots, known, settings.queue_size, media)
 
     @property
@@ -158,6 +182,11 @@ class ServedModel:
     def special_ids(self) -> dict[str, int | None]:
         """Ids of the special tokens by their short names."""
         return {name: getattr(self._tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the start, end or padding token that a text is the name of, None for any other text."""
+        ids = [number for number in self.special_ids.values() if number is not None]
+        return next((number for number in ids if self.token_bytes(number) == text.encode(errors="replace")), None)
 
     @functools.cached_property
     def has_inside(self) -> bool:
@@ -215,8 +244,21 @@ class ServedModel:
         Raises:
             ConfigError: if it is no valid Unicode.
         """
+        check_text(text)
+        return [self._start, *self.reader.encode(text)]
+
+    @functools.cached_property
+    def _start(self) -> int:
         with self._encoding:
-            return self.text_model.encode(text)
+            return self.text_model.encode("")[0]
+
+    def surely_exceeds(self, length: int) -> bool:
+        """Return whether a text of so many characters has more tokens than there are positions, whatever it says.
+
+        To make tokens of megabytes takes seconds, in which a conversation of others would wait.
+        """
+        longest = self.reader.longest_token
+        return longest is not None and length > self.positions * longest
 
     def encode_to_continue(self, text: str) -> tuple[list[int], str]:
         """Return the ids of a text to continue, and the spaces at its end, which belong to the first new token."""
@@ -290,12 +332,16 @@ def _on_torch(model: Any, count: int, positions: int) -> "tuple[Slots, int, Medi
     return MediaSlots(model.model, known, count, positions), known, MediaReader(model, positions)
 
 
+def _decoder_kinds(backend: Tokenizer) -> set[str | None]:
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    return {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
+
+
 def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:
     """Return a function from a token's id to its bytes."""
     backend = reader.backend_tokenizer
     special = set(backend.get_added_tokens_decoder())
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
-    kinds = {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
+    kinds = _decoder_kinds(backend)
     table = _byte_table() if "ByteLevel" in kinds else None
 
     def read(number: int) -> bytes:

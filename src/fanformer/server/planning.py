@@ -70,26 +70,24 @@ def plan_completion(fields: CompletionFields, model: ServedModel) -> Plan:
         raise invalid("`max_tokens` must be at least 1 without `echo`, got 0: nothing would be told.", "max_tokens")
     prompts = _prompts(fields.prompt)
     _check_number(len(prompts), drawn)
-    requests: list[Request] = []
-    texts: list[str] = []
-    for prompt in prompts:
-        # what is scored or echoed stays as it was cut: only a text to continue lends its spaces to the next token
-        ids, beginning = _encode(model, prompt, moves_spaces=not echo)
-        texts.append("" if not echo else prompt if isinstance(prompt, str) else model.decode(prompt))
-        for _ in range(drawn):
-            requests.append(
-                Request(
-                    ids,
-                    max_tokens,
-                    _sampling(fields, model, len(requests)),
-                    _stops(fields),
-                    beginning,
-                    likeliest if likeliest is not None else 0 if drawn > told else None,
-                    scores_prompt=echo and likeliest is not None,
-                    num_steps=fields.num_steps,
-                )
-            )
+    # what is scored or echoed stays as it was cut: only a text to continue lends its spaces to the next token
+    encoded = [_encode(model, prompt, moves_spaces=not echo) for prompt in prompts]
+    sampling, stops = _sampling(fields, model), _stops(fields)
+    requests = [
+        Request(
+            ids,
+            max_tokens,
+            replace(sampling, seed=row_seed(sampling.seed, index)),
+            stops,
+            beginning,
+            likeliest if likeliest is not None else 0 if drawn > told else None,
+            scores_prompt=echo and likeliest is not None,
+            num_steps=fields.num_steps,
+        )
+        for index, (ids, beginning) in enumerate(one for one in encoded for _ in range(drawn))
+    ]
     _check_lengths(model, requests, "prompt")
+    texts = ["" if not echo else prompt if isinstance(prompt, str) else model.decode(prompt) for prompt in prompts]
     return Plan(requests, texts, drawn, told, bool(fields.stream), _usage(fields), echo, likeliest)
 
 
@@ -116,12 +114,13 @@ def plan_chat(fields: ChatFields, model: ServedModel) -> Plan:
     if max_tokens == 0:
         raise invalid("`max_tokens` must be at least 1, got 0: nothing would be told.", "max_tokens")
     likeliest = (fields.top_logprobs or 0) if fields.logprobs else None
+    sampling, stops = _sampling(fields, model), _stops(fields)
     requests = [
         Request(
             ids,
             max_tokens,
-            _sampling(fields, model, index),
-            _stops(fields),
+            replace(sampling, seed=row_seed(sampling.seed, index)),
+            stops,
             likeliest=likeliest,
             num_steps=fields.num_steps,
         )
@@ -141,6 +140,9 @@ def encode_conversation(model: ServedModel, messages: Sequence[Message]) -> Conv
         RefusalError: if the model has no chat template, or it refuses the messages or what they show.
     """
     read = read_messages(messages, model.kinds)
+    contents = [[one["content"]] if isinstance(one["content"], str) else one["content"] for one in read]
+    said = [part for parts in contents for part in parts if isinstance(part, str)]
+    _check_characters(model, sum(map(len, said)), "messages")
     try:
         return model.encode_conversation(read)
     except ConfigError as error:
@@ -161,6 +163,8 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]
 
 
 def _encode(model: ServedModel, prompt: str | list[int], moves_spaces: bool) -> tuple[list[int], str]:
+    if isinstance(prompt, str):
+        _check_characters(model, len(prompt), "prompt")
     try:
         if isinstance(prompt, str):
             return model.encode_to_continue(prompt) if moves_spaces else (model.encode(prompt), "")
@@ -168,6 +172,14 @@ def _encode(model: ServedModel, prompt: str | list[int], moves_spaces: bool) -> 
         raise invalid(str(error), "prompt") from error
     if not prompt:
         raise invalid("`prompt` has a list of no token ids: expected at least one.", "prompt")
+    if max(prompt) >= model.known:
+        raise invalid(f"`prompt` has the id {max(prompt)}, expected ids below {model.known}.", "prompt")
+    if places := set(prompt).intersection(model.places):
+        raise invalid(
+            f"`prompt` has the id {min(places)}, which stands for a picture or recording: show it in a message of "
+            "/v1/chat/completions.",
+            "prompt",
+        )
     return prompt, ""
 
 
@@ -176,8 +188,8 @@ def _check_number(prompts: int, answers: int) -> None:
         raise invalid(f"a request may have {MAX_SEQUENCES} answers, got {prompts} prompts times {answers}.", "n")
 
 
-def _sampling(fields: GenerationFields, model: ServedModel, index: int) -> Sampling:
-    seed = secrets.randbits(48) if fields.seed is None else fields.seed
+def _sampling(fields: GenerationFields, model: ServedModel) -> Sampling:
+    """Return what all answers of a request share; each draws by a seed of its own, made of this one."""
     return Sampling(
         temperature=_given(fields.temperature, 1.0),
         top_k=max(fields.top_k or 0, 0),
@@ -188,7 +200,7 @@ def _sampling(fields: GenerationFields, model: ServedModel, index: int) -> Sampl
         repetition_penalty=_given(fields.repetition_penalty, 1.0),
         logit_bias=_bias(fields.logit_bias or {}, model),
         min_tokens=fields.min_tokens or 0,
-        seed=row_seed(seed, index),
+        seed=secrets.randbits(48) if fields.seed is None else fields.seed,
     )
 
 
@@ -237,8 +249,19 @@ def _usage(fields: GenerationFields) -> bool:
     return bool(options and options.include_usage)
 
 
+def _check_characters(model: ServedModel, length: int, param: str) -> None:
+    """Raise RefusalError where a text is too long before it is made tokens."""
+    if model.surely_exceeds(length):
+        raise RefusalError(
+            400,
+            f"this model has {model.positions} positions, and a text of {length} characters more tokens: shorten it.",
+            param,
+            "context_length_exceeded",
+        )
+
+
 def _check_lengths(model: ServedModel, requests: Sequence[Request], param: str) -> None:
-    """Raise RefusalError where a prompt and its answer are longer than a slot, or ids are not the model's."""
+    """Raise RefusalError where a prompt and its answer are longer than a slot, or than the least asked for."""
     for request in requests:
         total = len(request.ids) + request.max_tokens
         if total > model.positions:
@@ -248,14 +271,6 @@ def _check_lengths(model: ServedModel, requests: Sequence[Request], param: str) 
                 f"{request.max_tokens} more for the answer: shorten the prompt or lower max_tokens.",
                 param,
                 "context_length_exceeded",
-            )
-        if max(request.ids) >= model.known:
-            raise invalid(f"`prompt` has the id {max(request.ids)}, expected ids below {model.known}.", "prompt")
-        if places := set(request.ids).intersection(model.places):
-            raise invalid(
-                f"`prompt` has the id {min(places)}, which stands for a picture or recording: show it in a message of "
-                "/v1/chat/completions.",
-                "prompt",
             )
         if request.sampling.min_tokens > request.max_tokens:
             raise invalid(

@@ -34,6 +34,9 @@ _LEAST_SHARED = 8
 """Tokens that a slot's text must share with a new one before that slot is preferred to the first free one."""
 _FAILURES = 3
 """Steps that fail one after another before the scheduler calls itself broken."""
+_BROKEN_SECONDS = 30.0
+"""That it does, after the last of them: then it asks to be tried, or whoever looks before asking never came back."""
+_INTERNAL = "internal error: see the server's log"
 _log = logging.getLogger("fanformer.server")
 
 
@@ -97,6 +100,8 @@ class Failure:
     """The last event of a request that did not."""
 
     message: str
+    closing: bool = False
+    """Whether it is only because the scheduler ends: another one could still answer."""
 
 
 Event = Written | PromptScores | Finish | Failure
@@ -179,7 +184,7 @@ class Scheduler:
         self._held: list[list[int]] = [[] for _ in range(slots.count)]
         self._begins: dict[str, NDArray[np.bool_]] = {}
         self._closed = False
-        self._failures = 0
+        self._failures, self._failed_at = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="fanformer-scheduler", daemon=True)
         self._thread.start()
 
@@ -195,8 +200,9 @@ class Scheduler:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether steps work and there is a thread to take them."""
-        return self._thread.is_alive() and self._failures < _FAILURES
+        """Whether steps work, as far as is known, and there is a thread to take them."""
+        is_broken = self._failures >= _FAILURES and time.monotonic() < self._failed_at + _BROKEN_SECONDS
+        return self._thread.is_alive() and not is_broken
 
     def submit(self, requests: Sequence[Request], listeners: Sequence[Listener]) -> list[Ticket]:
         """Queue requests, all or none of them.
@@ -258,7 +264,7 @@ class Scheduler:
             if self._active:
                 self._step()
         for ticket in [*self._active.values(), *self._waiting]:
-            ticket.tell(Failure("the server is shutting down"))
+            ticket.tell(Failure("the server is shutting down: ask another one.", closing=True))
         self._active.clear()
         self._waiting.clear()
         self.slots.close()
@@ -273,32 +279,40 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self.slots.count:
             ticket = self._waiting.popleft()
-            request = ticket.request
-            free = [slot for slot in range(self.slots.count) if slot not in self._active]
-            usual = None if self.slots.steps is None else self.slots.steps.usual
-            depth = request.num_steps or usual
-            shared = {
-                slot: _shared(self._held[slot], request.names) if depth == self.slots.depth(slot) else 0
-                for slot in free
-            }
-            best = max(free, key=lambda slot: (shared[slot], -slot))
-            ticket.slot = best if shared[best] >= _LEAST_SHARED else free[0]
-            keep = 0 if request.scores_prompt else shared[ticket.slot]
-            self.slots.cut(ticket.slot, keep)
-            del self._held[ticket.slot][keep:]
-            if depth is not None:
-                self.slots.think(ticket.slot, depth)
-            self.slots.show(ticket.slot, request.shown)
-            ticket.read = ticket.cached = keep
-            noise = self.slots.noise(request.sampling.seed)
-            first = self._excluded(request.beginning)
-            ticket.sampler = TokenSampler(
-                request.sampling, noise, self.known, self._end_ids, request.ids, first, self._never
-            )
-            ticket.text = OutgoingText(self._tokenizer, request.ids, request.beginning, request.stops)
-            self._active[ticket.slot] = ticket
-            self.counters.prompt_tokens += len(request.ids)
-            self.counters.cached_tokens += keep
+            try:
+                self._seat(ticket)
+            except Exception as error:  # ends this request, and not the thread with all others
+                log_failure(_log, "a request failed", error)
+                ticket.tell(Failure(_INTERNAL))
+                self.counters.finished["failed"] += 1
+
+    def _seat(self, ticket: Ticket) -> None:
+        """Give a request the free slot that holds most of its text already, or else the first free one."""
+        request = ticket.request
+        free = [slot for slot in range(self.slots.count) if slot not in self._active]
+        usual = None if self.slots.steps is None else self.slots.steps.usual
+        depth = request.num_steps or usual
+        shared = {
+            slot: _shared(self._held[slot], request.names) if depth == self.slots.depth(slot) else 0 for slot in free
+        }
+        best = max(free, key=lambda slot: (shared[slot], -slot))
+        ticket.slot = best if shared[best] >= _LEAST_SHARED else free[0]
+        keep = 0 if request.scores_prompt else shared[ticket.slot]
+        self.slots.cut(ticket.slot, keep)
+        del self._held[ticket.slot][keep:]
+        if depth is not None:
+            self.slots.think(ticket.slot, depth)
+        self.slots.show(ticket.slot, request.shown)
+        ticket.read = ticket.cached = keep
+        noise = self.slots.noise(request.sampling.seed)
+        first = self._excluded(request.beginning)
+        ticket.sampler = TokenSampler(
+            request.sampling, noise, self.known, self._end_ids, request.ids, first, self._never
+        )
+        ticket.text = OutgoingText(self._tokenizer, request.ids, request.beginning, request.stops)
+        self._active[ticket.slot] = ticket
+        self.counters.prompt_tokens += len(request.ids)
+        self.counters.cached_tokens += keep
 
     def _excluded(self, beginning: str) -> NDArray[np.bool_] | None:
         """Return which tokens do not begin with `beginning`, (known) bool, or None where it is empty."""
@@ -341,7 +355,7 @@ class Scheduler:
         try:
             found = self.slots.forward(tokens, every)
         except Exception as error:
-            self._failures += 1
+            self._failures, self._failed_at = self._failures + 1, time.monotonic()
             log_failure(_log, "a step failed", error)
             for slot in tokens:
                 self._fail(self._active[slot], "the model failed to compute: see the server's log")
@@ -357,7 +371,7 @@ class Scheduler:
                 self._fail(ticket, str(error))
             except Exception as error:
                 log_failure(_log, "a request failed", error)
-                self._fail(ticket, "internal error: see the server's log")
+                self._fail(ticket, _INTERNAL)
 
     def _fail(self, ticket: Ticket, message: str) -> None:
         self._held[ticket.slot].clear()

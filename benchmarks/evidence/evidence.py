@@ -70,7 +70,15 @@ GROUPS = {
         "Simulated in one process with real updates, a model of about 0.3M parameters; "
         "[community.md](community.md) has the tables.",
     ),
-    "later": Group("What is not built yet", "Claims that wait for their part of the project."),
+    "depth": Group(
+        "Does thinking longer help?",
+        "A core of blocks that runs several times, at preset nano's size; products in a group are a rule whose every "
+        "position takes one step more. [latent-depth.md](latent-depth.md) says when to turn the dial.",
+    ),
+    "tuning": Group(
+        "Does it learn to answer?",
+        "A base of preset nano tuned on real questions, three seeds; [tuning.md](tuning.md) has the recipe.",
+    ),
 }
 HEAD = """# Evidence
 

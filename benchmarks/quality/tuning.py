@@ -40,6 +40,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("full", "lora", "unmasked", "blind", "llama", "preferences")
 SIZES = {"fairytale": 1200, "arc": 800, "openbookqa": 800, "arxiv": 300, "instructions": 1500, "pairs": 1200}
 LORA_RANK = 16
+LLAMA_LEARNING_RATE = 0.005
+"""Of Llama's base: preset nano's rate, twice this, costs it 0.03 bits per byte (docs/experiments.md, 2026-11-25)."""
 
 
 class Cell(NamedTuple):
@@ -80,6 +82,8 @@ def parse() -> argparse.Namespace:
     asked = parser.parse_args()
     if unknown := [part for part in asked.parts.split(",") if part not in PARTS]:
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {unknown[0]!r}")
+    if asked.base is not None and "llama" in asked.parts.split(","):
+        parser.error("the part `llama` needs a base that was trained like Llama's, got --base: name the other --parts")
     if asked.dry_run:
         if asked.write:
             parser.error("--write has no effect with --dry-run, whose figures mean nothing: leave it out")
@@ -99,9 +103,8 @@ def settings(asked: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "base_tokens", "sequence_length", "epochs")
     names += tuple(f"{part}learning_rate" for part in ("", "lora_", "preference_"))
     base = None if asked.base is None else asked.base.name
-    return {"base": base, "rows": sizes(asked), "held_out_bytes": asked.held_out_bytes} | {
-        name: getattr(asked, name) for name in names
-    }
+    others = {"base": base, "rows": sizes(asked), "held_out_bytes": asked.held_out_bytes}
+    return others | {"llama_learning_rate": LLAMA_LEARNING_RATE} | {name: getattr(asked, name) for name in names}
 
 
 def prepare(asked: argparse.Namespace) -> None:
@@ -171,7 +174,7 @@ def train_base(asked: argparse.Namespace, cell: Cell, common: dict[str, Any]) ->
 
     chosen, fields, data = architecture(asked.model), dict(common), asked.work / "data"
     if cell.part == "llama-base":
-        fields["tokenizer"] = str(base_folder(asked, "full"))
+        fields |= {"tokenizer": str(base_folder(asked, "full")), "learning_rate": LLAMA_LEARNING_RATE}
         chosen = architecture(f"llama@{without_embeddings(chosen.config())}")
     fields |= {"data": str(data / "base.jsonl"), "eval_data": str(data / "held-out.jsonl"), "tokens": asked.base_tokens}
     if asked.dry_run:

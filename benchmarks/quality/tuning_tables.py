@@ -21,7 +21,7 @@ _SHOWN = {
 
 
 def figures(results: Results, before: Mapping[str, float]) -> dict[str, Figure]:
-    """Return the figures of the ledger: means over seeds with their intervals.
+    """Return the figures of the ledger: means over seeds with their intervals, and `full` less each other part's.
 
     Args:
         results: of the tunings.
@@ -37,11 +37,25 @@ def figures(results: Results, before: Mapping[str, float]) -> dict[str, Figure]:
                 found[f"{part}_{key}"] = interval_over_seeds([seed[key] for seed in seeds], unit)
             continue
         found[f"{part}_ended"] = interval_over_seeds([seed["ended"] for seed in seeds], "share of answers")
+        found[f"{part}_unasked"] = interval_over_seeds([seed["unasked"] for seed in seeds], "questions")
         for chosen, keys in _SHOWN.items():
             for key in keys:
                 values = [seed[chosen][key] for seed in seeds if key in seed[chosen]]
                 if values:
                     found[f"{part}_{chosen}_{key}"] = interval_over_seeds(values, "mean over questions")
+        found |= _differences(results, part)
+    return found
+
+
+def _differences(results: Results, part: str) -> dict[str, Figure]:
+    """Return what `full` has more than another part, seed by seed."""
+    found = {}
+    for chosen, keys in _SHOWN.items() if part != "full" and "full" in results else ():
+        for key in keys:
+            pairs = [(one[chosen], other[chosen]) for one, other in zip(results["full"], results[part], strict=True)]
+            values = [one[key] - other[key] for one, other in pairs if key in one and key in other]
+            if values:
+                found[f"full_less_{part}_{chosen}_{key}"] = interval_over_seeds(values, "mean over questions")
     return found
 
 
@@ -64,6 +78,10 @@ def tables(results: Results, before: Mapping[str, float], rules: Mapping[str, Ma
         if part != "preferences":
             names = [*(f"{part}_{name}_{key}" for name, key in columns), f"{part}_ended"]
             lines.append([part, *(_figure(found.get(name)) for name in names), _change(found, part)])
+    for part in results:
+        less = [found.get(f"full_less_{part}_{name}_{key}") for name, key in columns]
+        if any(less):
+            lines.append([f"full less {part}", *map(_figure, less), "-", "-"])
     if "preferences" in results:
         shown = (f"{key} {_figure(found[f'preferences_{key}'])}" for key in ("margin", "accuracy", "loss"))
         told = f"preferences, held-out pairs: {', '.join(shown)}, bits per byte {_change(found, 'preferences')}"
@@ -77,6 +95,8 @@ def aims(results: Results, before: Mapping[str, float]) -> str:
     for part in (part for part in ("full", "lora") if part in results):
         ended, ratio = found[f"{part}_ended"].value, found[f"{part}_bits_per_byte_ratio"].value
         ends = f"{ended:.1%} of answers end (aim at least {LEAST_ENDED:.0%}, {_met(ended >= LEAST_ENDED)})"
+        if unasked := found[f"{part}_unasked"].value:
+            ends += f", {unasked:g} questions left no room for one"
         keeps = f"bits per byte {100 * (ratio - 1):+.2f}% (aim at most {MOST_FORGOTTEN:+.0%}, "
         lines.append(f"{part}: {ends}; {keeps}{_met(ratio <= 1 + MOST_FORGOTTEN)})")
     return "\n".join(lines)

@@ -160,6 +160,8 @@ def evaluate(
         wanted = what_to_measure(",".join(tasks), data_dir, limit, num_fewshot)
     model, tokenizer = load(os.fspath(path), device, dtype)
     chosen: Sequence[int | None] = [num_steps] if num_steps is None or isinstance(num_steps, int) else list(num_steps)
+    if not chosen:
+        raise ConfigError("`num_steps` must hold at least one number, got none: leave it out for the mean of training.")
     check_steps(model, chosen, exit_threshold)
     found: dict[int | None, dict[str, Any]] = {}
     for number in chosen:

@@ -1,11 +1,14 @@
 """The benchmark of recurrent depth, all of it in little: what it says is there, and equality is found equal."""
 
+import sys
 from argparse import Namespace
 
 import pytest
 
+from fanformer.comparison.ledger import EXACT, Figure
 from tests.gguf_models import save
-from tests.saved_models import recurrent_model, tiny_tokenizer  # noqa: F401
+from tests.saved_models import recurrent_model, saved_model, tiny_tokenizer  # noqa: F401
+from tests.training.conftest import corpus, run, run_config  # noqa: F401
 
 
 @pytest.fixture
@@ -20,13 +23,15 @@ def depth(repository, monkeypatch):
 @pytest.fixture
 def given(recurrent_model, tmp_path):  # noqa: F811
     texts = ["the cat sat on the mat. a small model speaks of small things. " * 4, "def add(a, b):\n    return a\n" * 6]
-    return Namespace(run=recurrent_model, texts=texts, dry_run=True, gguf=False, rounds=1, work=tmp_path, tokens="1k")
+    asked = {"dry_run": True, "gguf": False, "rounds": 1, "work": tmp_path, "tokens": "1k", "number": 0}
+    return Namespace(run=recurrent_model, texts=texts, **asked)
 
 
 def test_the_dial_is_eval_at_every_number_of_steps(depth, given):
     figures = depth.dial(given)
-    assert list(figures) == [f"bits_per_byte_{steps}" for steps in (1, 2, 4, 8)]
-    assert len({figure.value for figure in figures.values()}) == 4
+    bits = {steps: figures[f"bits_per_byte_{steps}"].value for steps in (1, 2, 4, 8)}
+    assert len(set(bits.values())) == 4
+    assert figures["bits_ratio_8_over_4"].value == bits[8] / bits[4]
 
 
 def test_exit_saves_more_the_larger_the_threshold(depth, given):
@@ -35,6 +40,12 @@ def test_exit_saves_more_the_larger_the_threshold(depth, given):
         saved = [figure.value for name, figure in figures.items() if name.startswith(f"saved_from_{steps}_")]
         assert saved == sorted(saved)
         assert all(0 <= share < 1 for share in saved)
+        free = [
+            figures[name.replace("bits_ratio", "saved")].value
+            for name, figure in figures.items()
+            if name.startswith(f"bits_ratio_from_{steps}_") and figure.value <= depth.MOST_LOST
+        ]
+        assert figures[f"saved_from_{steps}"].value == max([0, *free])
     assert figures["bits_ratio_from_8_at_0.005"].value == pytest.approx(1, abs=0.05)
 
 
@@ -46,8 +57,10 @@ def test_a_cache_of_all_steps_gives_the_bits_of_a_full_pass(depth, given):
     figures = depth.caches(given)
     model, tokenizer = load(given.run, "cpu", "float32")
     bits = []
-    for text in given.texts:
-        ids = torch.tensor([[0, *tokenizer.encode(text, add_special_tokens=False)[:23]]])
+    whole = tokenizer.encode(given.texts[0], add_special_tokens=False)
+    assert len(whole) >= 46
+    for start in (0, 23):  # a document gives several rows
+        ids = torch.tensor([[0, *whole[start : start + 23]]])
         with torch.no_grad():
             chances = model(ids).logits[0, :-1].log_softmax(-1)
         bits += (-chances.gather(-1, ids[0, 1:, None])[5:, 0] / torch.log(torch.tensor(2.0))).tolist()
@@ -58,8 +71,11 @@ def test_a_cache_of_all_steps_gives_the_bits_of_a_full_pass(depth, given):
 def test_drafts_are_found_equal_and_rates_are_beside_four_steps(depth, given):
     figures = depth.speeds(given)
     assert figures["rate_torch_4"].value == 1
-    assert [figures[f"drafts_equal_{steps}"].value for steps in (4, 8)] == [1, 1]
+    equal = [figures[f"drafts_equal_{steps}"] for steps in (4, 8)]
+    assert [(one.value, one.interval) for one in equal] == [(1, EXACT)] * 2
     assert 0 <= figures["accepted_8"].value <= 1
+    ratio = figures["rate_torch_8_drafts"].value / figures["rate_torch_8"].value
+    assert figures["drafts_times_faster_8"].value == pytest.approx(ratio)  # of the one round that counts
 
 
 def test_completions_are_cut_at_their_last_line_before_they_are_parsed(depth, given):
@@ -80,4 +96,69 @@ def test_a_plain_run_goes_on_as_recurrent_and_its_first_step_is_itself(
     given.preset = "nano-recurrent"
     figures = depth.retrofit(given)
     assert figures["first_step_is_plain"].value == 1
-    assert figures["bits_per_byte_plain"].value > 0
+    plain, recurrent = (figures[f"bits_per_byte_{name}"].value for name in ("plain", "recurrent"))
+    assert figures["bits_ratio"].value == recurrent / plain
+    weights = tmp_path / "retrofit-plain-0" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert depth.retrofit(given) == figures  # what is trained is not trained again
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_seeds_give_intervals_and_what_must_be_equal_is_the_worst_of_them(depth):
+    def found(bits, ratio, equal):
+        exact = Figure(equal, "1 if equal", interval=EXACT)
+        return {"bits": Figure(bits, "bits per byte"), "ratio": Figure(ratio, "ratio"), "equal": exact}
+
+    together = depth.over_runs([found(2.0, 1.0, 1.0), found(3.0, 4.0, 0.0)])
+    assert together["bits"].value == 2.5
+    assert together["bits"].low < 2 < 3 < together["bits"].high
+    assert together["ratio"].value == pytest.approx(2.0)
+    assert together["equal"] == Figure(0.0, "1 if equal", interval=EXACT)
+    assert depth.over_runs([found(2.0, 1.0, 1.0)]) == found(2.0, 1.0, 1.0)
+
+
+def test_what_is_measured_is_kept_and_another_run_is_refused(depth, recurrent_model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. a small model speaks of small things. " * 4)
+    words = ["latent_depth.py", str(recurrent_model), "--text", str(text), "--parts", "dial", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--dry-run"])
+    depth.main()
+    first = capsys.readouterr().out
+    assert "dial bits_ratio_8_over_4: " in first
+    monkeypatch.setitem(depth.MEASURES, "dial", None)  # it would be called
+    depth.main()
+    assert capsys.readouterr().out == first
+    monkeypatch.setattr(sys, "argv", [*words, "--dry-run", "--rounds", "7", "--tokens", "1M"])
+    with pytest.raises(SystemExit, match="was begun with tokens 500k, got 1M: give another --work"):
+        depth.main()
+
+
+def test_what_cannot_be_measured_ends_before_anything_is(depth, recurrent_model, saved_model, capsys):  # noqa: F811
+    for words, message in (
+        (
+            [recurrent_model, "--parts", "dial,dail"],
+            "--parts must be of dial, exit, cache, speed, parse, retrofit, got",
+        ),
+        ([recurrent_model, "--parts", "retrofit"], "the part `retrofit` needs --base"),
+        ([recurrent_model, "--dry-run", "--write"], "--write has no effect with --dry-run"),
+        ([saved_model], "has no recurrent depth: name the folder of a run of a preset such as nano-recurrent"),
+    ):
+        with pytest.raises(SystemExit):
+            depth.parsed(list(map(str, words)))
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.ci
+def test_without_a_text_it_reads_what_the_run_held_out(depth, run):  # noqa: F811
+    import yaml
+
+    from fanformer.data.prepared import open_prepared
+
+    parts = {"num_hidden_layers": 3, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1}
+    result, _ = run(max_steps=1, held_out_fraction=0.3, **{f"model.{name}": value for name, value in parts.items()})
+    texts = depth.texts_of(Namespace(run=result.folder, text=None))
+    data = yaml.safe_load((result.folder / "run.yaml").read_text())["data"]
+    held_out = open_prepared(result.folder / data["folder"]).split("heldout")
+    assert len(texts) == held_out.num_documents
+    assert sum(len(text.encode()) for text in texts) == held_out.num_bytes
+    assert depth.seeds_of([result.folder]) == [0]

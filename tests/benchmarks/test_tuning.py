@@ -80,7 +80,7 @@ def test_figures_are_means_over_seeds_and_aims_are_told(quality):
     import tuning_tables
 
     sets = {name: {} for name in quality.data.SETS} | {"arc": {"exact_match": 0.5}}
-    seeds = [{**sets, "ended": ended, "bits_per_byte": 2.0} for ended in (1.0, 0.98)]
+    seeds = [{**sets, "ended": ended, "unasked": 0, "bits_per_byte": 2.0} for ended in (1.0, 0.98)]
     preferring = {"bits_per_byte": 2.2, "margin": 0.4, "accuracy": 1.0, "loss": 0.3}
     results = {"full": seeds, "llama": seeds, "preferences": [preferring]}
     before = {"base": 2.0, "llama": 1.9}
@@ -92,8 +92,29 @@ def test_figures_are_means_over_seeds_and_aims_are_told(quality):
     told = tuning_tables.aims(results, before)
     assert told == "full: 99.0% of answers end (aim at least 98%, met); bits per byte +0.00% (aim at most +2%, met)"
     assert "(aim at most +2%, missed)" in tuning_tables.aims(results, before | {"base": 1.9})
+    fewer = {"full": [seed | {"unasked": 7} for seed in seeds]}
+    assert "(aim at least 98%, met), 7 questions left no room for one; bits" in tuning_tables.aims(fewer, before)
+    blind = [seed | {"arc": {"exact_match": value}} for seed, value in zip(seeds, (0.25, 0.5), strict=True)]
+    less = tuning_tables.figures(results | {"blind": blind}, before)["full_less_blind_arc_exact_match"]
+    assert (less.value, less.low < 0 < less.high) == (0.125, True)
+    assert "full less blind" in tuning_tables.tables(
+        results | {"blind": blind}, before, {name: {} for name in quality.data.SETS}
+    )
     table = tuning_tables.tables(results, before, {name: {} for name in quality.data.SETS})
     assert "margin 0.400, accuracy 1.000, loss 0.300, bits per byte +10.00%" in table
+
+
+def test_a_question_that_leaves_no_room_is_no_answer_that_did_not_end(quality, tiny_model, tiny_tokenizer):
+    import tuning_measures
+
+    from fanformer.generation.torch_model import TorchModel
+
+    model = tiny_model(vocab_size=320, max_position_embeddings=96)
+    tokens = add_chat_tokens(model, tiny_tokenizer)
+    rows = [row("the cat?", "sat"), row("the cat sat on the mat. " * 20, "sat")]
+    found = tuning_measures.answers(TorchModel(model.eval(), tokens.tokenizer), rows)
+    assert [ended is None for _, ended in found] == [False, True]
+    assert found[1][0] == ""
 
 
 def test_a_work_folder_of_other_settings_is_refused(quality, tmp_path, monkeypatch):
@@ -106,6 +127,9 @@ def test_a_work_folder_of_other_settings_is_refused(quality, tmp_path, monkeypat
     quality.run.prepare(asked("--seeds", "5"))  # more of the same
     with pytest.raises(SystemExit, match=r"was begun with epochs 2\.0, got 3\.0: give another --work"):
         quality.run.prepare(asked("--epochs", "3"))
+    with pytest.raises(SystemExit):
+        asked("--base", "runs/mine")  # beside which Llama would be another size, on other tokens
+    assert asked("--base", "runs/mine", "--parts", "full").parts == "full"
     stages = quality.run.stages(asked("--parts", "preferences,llama", "--seeds", "1"))
     cells = [[cell.name for cell in stage] for stage in stages]
     assert cells == [["base-0"], ["llama-base-0"], ["full-0", "llama-0"], ["preferences-0"]]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fanformer.errors import ConfigError
 from tests.gguf_models import export
 from tests.saved_models import recurrent_model  # noqa: F401
 
@@ -92,3 +93,5 @@ def test_evaluate_of_python_takes_several_numbers(recurrent_model, text):  # noq
     assert list(result["by_num_steps"]) == [2, 4]
     assert result["loss"] == result["by_num_steps"][2]["loss"]
     assert result["by_num_steps"][4]["loss"] == fanformer.evaluate(recurrent_model, [text], device="cpu")["loss"]
+    with pytest.raises(ConfigError, match="`num_steps` must hold at least one number, got none"):
+        fanformer.evaluate(recurrent_model, [text], device="cpu", num_steps=[])

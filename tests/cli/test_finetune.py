@@ -1,5 +1,6 @@
 """`fanformer finetune`: one command from a folder and a file to a model that chats by its template."""
 
+import copy
 import json
 
 import pytest
@@ -126,7 +127,6 @@ def test_an_adapter_of_another_model_is_refused_in_one_line(command, adapter, ti
         "narrow": {"vocab_size": 320, "intermediate_size": 64, **ranks},
         "deep": {"vocab_size": 320, "num_hidden_layers": 3, **ranks},
         "shallow": {"vocab_size": 320, "num_hidden_layers": 1, **ranks},
-        "full": {"vocab_size": 300, **ranks},  # without room for the two tokens of conversations
     }
     for name, fields in others.items():
         tiny_model(eos_token_id=0, bos_token_id=0, **fields).save_pretrained(tmp_path / name)
@@ -137,6 +137,33 @@ def test_an_adapter_of_another_model_is_refused_in_one_line(command, adapter, ti
     (adapter / "adapter_model.safetensors").write_bytes(b"nothing")
     refused = command("chat", tmp_path / "deep", "--adapter", adapter, "--device", "cpu").refusal()
     assert "does not fit the model (" in refused
+
+
+@pytest.mark.ci
+def test_an_adapter_whose_base_has_no_room_for_its_tokens_grows_it_as_training_did(
+    command, tiny_model, tiny_tokenizer, rows, tmp_path
+):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    base, other, out = tmp_path / "full", tmp_path / "other", tmp_path / "tuned"
+    tiny_model(vocab_size=300, eos_token_id=0, bos_token_id=0).save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    tuned = command("finetune", base, "--data", rows, "--output-dir", out, *TINY, "--lora", "--lora-rank", 4)
+    assert "the vocabulary grows from 300 to 320" in tuned.err
+    adapter, drawn = ("--adapter", out / "adapter"), ("--device", "cpu", "--temperature", 0, "--max-length", 8)
+    merged, apart = (command("chat", *words, *drawn, text="cat?\n") for words in ((out,), (base, *adapter)))
+    assert (apart.code, apart.out) == (0, merged.out), apart.err
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    losses = []
+    for words in ((out,), (base, *adapter)):
+        losses.append(json.loads(command("eval", *words, "--text", text, "--device", "cpu", "--json", "-").out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same sums, added by other code
+    more = copy.deepcopy(tiny_tokenizer)
+    more.add_tokens(["another"])
+    tiny_model(vocab_size=301, eos_token_id=0, bos_token_id=0).save_pretrained(other)
+    more.save_pretrained(other)
+    refused = command("generate", other, "the cat", *adapter, "--device", "cpu").refusal()
+    assert "does not fit the model (its tokenizer has 302 tokens, other ones than the model's 303): name" in refused
 
 
 def test_an_adapter_is_quantized_with_its_base_as_the_merged_folder_is(command, saved_model, adapter, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from fanformer.cli.failure import run_command
+from tests.saved_models import recurrent_model  # noqa: F401
 
 
 @pytest.fixture
@@ -83,6 +84,13 @@ def test_inference_continues_lines_until_exit(door, saved_model):
     code, out, _ = door(*words, text="exit\nthe cat\n")
     assert (code, out) == (0, "")
     assert door(*words, text="the cat\nexit\n")[1] != ""
+
+
+def test_inference_says_how_deep_a_recurrent_model_thinks(door, recurrent_model):  # noqa: F811
+    words = ("--mode", "inference", "--model", recurrent_model, "--max_length", "2", "--device", "cpu")
+    code, _, err = door(*words, text="exit\n")
+    assert code == 0
+    assert "recurrent depth: 4 steps, the mean that the model was trained with" in err
 
 
 def test_flags_of_the_other_mode_and_unknown_ones_are_refused(door):

@@ -14,12 +14,14 @@ from fanformer.comparison.architectures import architecture, without_embeddings
 from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, run_comparison
 from fanformer.comparison.entries import write_comparison
 from fanformer.comparison.ledger import read_ledger
+from fanformer.comparison.pages.report import write_comparison_page
 from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
 from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.training.events import silent
+from tests.pages import Reader
 
 NEEDED = {"vocab_size": 320, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -32,7 +34,8 @@ def small(corpus, **fields):
 
 def outcome(spec, budget, seed, loss):
     """A training that ended at this loss."""
-    curve = [{"tokens": budget // 2, "val_loss": 9.0}, {"tokens": budget, "val_loss": loss}]
+    points = ((budget // 2, 9.0), (budget, loss))
+    curve = [{"tokens": tokens, "val_loss": value, "val_bits_per_byte": value} for tokens, value in points]
     sizes = ("parameters", "parameters_without_embeddings", "training_operations_per_token", "tokens_per_second")
     figures = {"loss": loss, "bits_per_byte": loss, **dict.fromkeys(sizes, 1.0)}
     return Outcome(Trial(spec, 0.01, seed, {}), budget, Result("finished", "", figures, curve, {}))
@@ -318,6 +321,38 @@ def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
     outcomes = [outcome(spec, budget, seed, loss) for seed in (0, 1) for spec, budget, loss in ends]
     (pair,) = pairs(comparison, arms(comparison, outcomes))
     assert pair.figures["tokens_ratio"].value == pytest.approx(0.5)
+
+
+@pytest.mark.ci
+def test_a_budget_of_the_candidate_above_the_baselines_stands_beside_their_largest(corpus, tmp_path):
+    comparison = small(corpus, tokens=2048, candidate_tokens=4096, seeds=2)
+    fanformer, llama = comparison.architectures
+    ends = [(fanformer, 2048, (3.0, 3.5)), (fanformer, 4096, (2.0, 2.25)), (llama, 2048, (2.5, 2.5))]
+    outcomes = [outcome(spec, budget, seed, loss) for spec, budget, of in ends for seed, loss in enumerate(of)]
+    for one in outcomes:  # operations of a token, and how many of them a second has
+        one.result.figures["training_operations_per_token"] = 1.0 if one.trial.architecture == fanformer else 2.0
+        one.result.figures["tokens_per_second"] = 100.0 if one.trial.architecture == fanformer else 40.0
+    found = arms(comparison, outcomes)
+    equal, longer = pairs(comparison, found)
+    assert (equal.variant, equal.baseline_variant) == (2048, 2048)
+    assert equal.figures["bits_per_byte_difference"].value == pytest.approx(0.75)
+    assert "whole_training_operations_ratio" not in equal.figures
+    assert (longer.variant, longer.baseline_variant) == (4096, 2048)
+    assert longer.figures["bits_per_byte_difference"].value == pytest.approx(-0.375)
+    assert longer.figures["whole_training_operations_ratio"].value == 1.0
+    assert longer.figures["whole_training_seconds_ratio"].value == pytest.approx(0.8)
+    assert 1 < longer.figures["tokens_ratio"].value < 2  # between the ends of the candidate's two trainings
+    write_comparison(tmp_path, "equal", "fanformer compare", comparison, outcomes, None)
+    entries = {entry.name: entry for entry in read_ledger(tmp_path)}
+    entry = entries["equal-fanformer-60k-4096"]
+    assert entry.what == "fanformer@60k beside llama@60k at 4,096 tokens, of which llama@60k had 2,048"
+    assert entry.result["bits_per_byte_difference"].value == pytest.approx(-0.375)
+    assert entry.result["bits_per_byte_of_llama-60k"].value == 2.5
+    page = tmp_path / "page.html"
+    write_comparison_page(json.loads(json.dumps(to_record(comparison, outcomes))), page)
+    told = Reader(page.read_text()).text
+    assert "A fanformer@60k 4,096 B llama@60k 2,048 -0.3750" in told
+    assert "A fanformer@60k against B llama@60k" in told  # at equal tokens, above
 
 
 def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path):

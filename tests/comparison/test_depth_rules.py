@@ -1,18 +1,24 @@
 """Rules of many steps: the answers are those of the rule, and depth shows in how many are solved."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 from fanformer.comparison.architectures import architecture
-from fanformer.comparison.compare import Comparison
-from fanformer.comparison.depth_score import depths, solved_positions
-from fanformer.comparison.pages.rule import RuleParts
+from fanformer.comparison.compare import Comparison, Outcome
+from fanformer.comparison.depth_score import depths, figures_of_depth, solved_positions
+from fanformer.comparison.entries import write_comparison
+from fanformer.comparison.ledger import read_ledger
+from fanformer.comparison.pages.report import write_comparison_page
 from fanformer.comparison.rule_learning import rule_config, train_rule
-from fanformer.comparison.rule_score import score
+from fanformer.comparison.rule_score import Accuracy, RuleScore, score
 from fanformer.comparison.rules import create_task, model_fields
+from fanformer.comparison.summary import arms, to_record
+from fanformer.comparison.trial import Result, Trial
 from fanformer.errors import ConfigError
+from tests.pages import Reader
 
 RECURRENT = "fanformer:num_hidden_layers=2,hidden_size=32,intermediate_size=32,num_attention_heads=2,"
 RECURRENT += "num_key_value_heads=1,head_dim=16,qkv_rank=16,o_rank=16,gate_up_rank=16,down_rank=16"
@@ -97,32 +103,79 @@ def test_positions_count_as_solved_up_to_the_first_that_is_not():
 
 
 @pytest.mark.parametrize("name", ["s3-product", "pointer-chasing"])
-def test_a_training_is_scored_at_every_number_of_steps_and_drawn(name, tmp_path):
+def test_a_training_is_scored_at_every_number_of_steps(name, tmp_path):
     task = create_task(name, **SMALL)
     chosen = architecture(RECURRENT + PARTS)
     torch.manual_seed(0)
     model = chosen.build(model_fields(task))
     config = rule_config(task, tmp_path / "run", max_steps=4, batch_size=8, one_step_fraction=0.0, threads=1)
     result = train_rule(task, model, config)
-    shares = result.score.by_steps
+    shares, figures = result.score.by_steps, result.score.figures()
     assert list(shares) == ["1", "2", "3", "4", "5", "6"]
     assert {len(each) for each in shares.values()} == {task.longest_positions}
     assert shares["1"] != shares["6"] or name == "s3-product"
-    assert "solved_positions" in result.score.figures()
+    late = shares["4"][task.trained_positions : 2 * task.trained_positions]  # a mean of 2: at most 4 in training
+    assert figures["late_right"] == pytest.approx(sum(late) / len(late))
+    assert "late_right_at_twice" not in figures  # it can take 6
     assert depths(model) == [1, 2, 3, 4, 5, 6]
 
-    class Shown:
-        @staticmethod
-        def line(name, x, y, low, high):
-            from fanformer.report.charts import Line
 
-            return Line(name, 0, 0, x, y, low=low, high=high)
+def trained_on_products(spec, seed, by_steps):
+    """What a comparison keeps of a training of the rule, as if these were its right answers."""
+    task = create_task("s3-product", **SMALL)
+    steps = 4 if len(by_steps) > 1 else 1
+    part = Accuracy(0.5, 0.5, 1000)
+    score = RuleScore(part, part, by_steps=by_steps, of_depth=figures_of_depth(by_steps, 16, steps))
+    curve = [{"step": 4, "loss": 1.0, "train_accuracy": 0.5, "test_accuracy": 0.5, "learning_rate": 0.1, "seconds": 1}]
+    rule = {"task": task.to_dict(), "block_parameters": 1000, "score": score.to_dict(), "curve": curve}
+    figures = {"loss": 1.0, **score.figures(), "seconds": 1.0, "parameters": 1000, "parameters_without_embeddings": 900}
+    return Outcome(Trial(spec, 0.1, seed, {}), 0, Result("finished", "", figures, curve, {"rule": rule}))
 
-    parts = RuleParts.__new__(RuleParts)
-    parts.shown = Shown
-    pictures = "".join(parts._learned([({"architecture": "one"}, [result.to_dict()])]))
-    assert f"trained on the first {task.trained_positions}" in pictures
-    assert "Right answers over the position, one" in pictures
+
+def solved(count):
+    return [1.0] * count + [0.25] * (64 - count)
+
+
+@pytest.mark.ci
+def test_a_page_shows_how_far_each_depth_gets_and_a_control_that_fails_counts(tmp_path):
+    specs = [RECURRENT + PARTS.replace("max_recurrence=6", "max_recurrence=8"), RECURRENT]
+    comparison = Comparison.from_fields(
+        {"architectures": specs, "rule": "s3-product", "learning_rates": [0.1], "seeds": 2}
+    )
+    deep = {str(steps): solved(4 * steps) for steps in range(1, 9)}
+    outcomes = [
+        trained_on_products(spec, seed, by_steps)
+        for seed in (0, 1)
+        for spec, by_steps in ((specs[0], deep), (specs[1], {"1": solved(3)}))
+    ]
+    found = {arm.architecture: arm.figures for arm in arms(comparison, outcomes)}
+    assert found[specs[0]]["solved_linearity"].value == pytest.approx(1.0)
+    assert found[specs[0]]["late_right"].value == pytest.approx(0.25)  # at 4 steps 16 are solved, those trained
+    assert found[specs[0]]["late_right_at_twice"].value == pytest.approx(1.0)
+    assert found[specs[1]].keys() & {"solved_linearity", "late_right_at_twice"} == set()
+    write_comparison_page(json.loads(json.dumps(to_record(comparison, outcomes))), tmp_path / "page.html")
+    text = Reader((tmp_path / "page.html").read_text()).text
+    assert "does not count" not in text  # though neither has learned 99% of its training rows
+    assert "Solved positions over steps, trained on the first 16" in text
+    assert "Right answers over the position, A fanformer" in text
+    assert "50.0 [50.0, 50.0] 25.0 [25.0, 25.0] 100.0 [100.0, 100.0] 32.00 [32.00, 32.00] 1.00 [1.00, 1.00]" in text
+    assert "50.0 [50.0, 50.0] 25.0 [25.0, 25.0] not measured 3.00 [3.00, 3.00] not measured" in text
+    write_comparison(tmp_path, "deep", "fanformer compare", comparison, outcomes, None)
+    kept = [entry.result["late_right"].value for entry in read_ledger(tmp_path)]
+    assert kept == [0.25, 0.25]
+
+
+def test_figures_of_depth_are_of_the_line_up_to_where_all_is_solved():
+    shares = {str(steps): solved(min(64, 20 * steps)) for steps in range(1, 9)}
+    found = figures_of_depth(shares, 16, 2)
+    assert found == {
+        "solved_positions": 64,
+        "late_right": 1.0,
+        "late_right_at_twice": 1.0,
+        "solved_linearity": pytest.approx(5776 / 6160),  # 20, 40, 60, 64
+    }
+    flat = {str(steps): solved(5) for steps in range(1, 9)}
+    assert figures_of_depth(flat, 16, 4)["solved_linearity"] == 0.0
 
 
 def test_the_score_at_a_number_of_steps_is_that_of_the_model_at_it():

@@ -98,6 +98,13 @@ def test_a_full_vocabulary_may_grow_where_that_is_asked_for(tiny_model, tiny_tok
     assert prepared.notes == ("the vocabulary grows from 301 to 320",)
     assert sorted(prepared.new_ids) == [300, 301]
     assert torch.equal(model.lm_head.weight[:300], before["lm_head.weight"][:300])
+    again = tiny_model(vocab_size=301, tie_word_embeddings=tied)
+    torch.manual_seed(1)
+    add_chat_tokens(again, tiny_tokenizer, grow=True)
+    for weight, same in ((one.lm_head.weight, one.model.embed_tokens.weight) for one in (model, again)):
+        assert not weight[302:].any()
+        assert not same[302:].any()
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
     with torch.no_grad():
         # the same products in a larger matrix
         torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits[..., :300], logits[..., :300])

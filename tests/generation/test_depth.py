@@ -98,6 +98,32 @@ def test_chosen_depth_holds_for_its_block_and_tells_the_steps(deep):
     assert deep.model.model.depth.exit_threshold is None
 
 
+def test_steps_of_a_text_are_those_of_its_tokens_and_of_nothing_that_fills_rows_up(deep):
+    from fanformer.evaluation.loss import evaluate_documents
+    from fanformer.evaluation.scoring import Scorer
+
+    model, tokenizer = deep
+    text = "the cat sat on the mat. a small model speaks of small things. " * 2
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+    with chosen_depth(model, 8, 0.3) as told:
+        sums = evaluate_documents(model, tokenizer, [text], sequence_length=25, batch_size=3)
+    handle.remove()
+    whole = [0, *tokenizer.encode(text, add_special_tokens=False)]
+    pieces = [whole[at : at + 25] for at in range(0, len(whole), 25)]
+    assert len(whole) % 25
+    assert sum(ids.numel() for ids in seen) > len(whole)  # so that there is something not to be counted
+    assert sum(map(len, pieces)) == sums.tokens.sum()
+    with torch.no_grad():
+        steps = [model(torch.tensor([piece]), num_steps=8, exit_threshold=0.3).steps.sum().item() for piece in pieces]
+    assert told["mean_steps"] == pytest.approx(sum(steps) / len(whole))
+    with chosen_depth(model, 8, 0.3) as told:
+        Scorer(model).score("task", [(whole[:9], whole[9:12]), (whole[:4], whole[4:5])])
+    with torch.no_grad():
+        rows = [model(torch.tensor([whole[:count]]), num_steps=8, exit_threshold=0.3).steps for count in (11, 4)]
+    assert told["mean_steps"] == pytest.approx(sum(row.sum().item() for row in rows) / 15)
+
+
 def test_a_plain_model_tells_no_depth(loaded_plain):
     with chosen_depth(loaded_plain) as told:
         assert told == {}

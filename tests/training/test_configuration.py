@@ -11,6 +11,7 @@ from fanformer.training.configuration import (
     parse_setting,
     preset_names,
     resolve,
+    resolve_run,
 )
 from fanformer.training.fields import FIELDS, MachineConfig, RunConfig
 
@@ -189,6 +190,15 @@ def test_weights_to_start_from_leave_out_the_preset_s_tokenizer(tmp_path):
     assert resolve("92m").corpus.tokenizer is not None
     assert resolve("92m", overrides={"init_from": str(tmp_path)}).corpus.tokenizer is None
     assert resolve("92m", overrides={"init_from": str(tmp_path), "tokenizer": "mine"}).corpus.tokenizer == "mine"
+
+
+def test_a_plain_folder_takes_a_depth_beside_init_from_and_no_other_field_of_a_model():
+    parts = {"model.prelude_layers": 2, "model.core_layers": 2, "model.coda_layers": 2, "model.injection": "add"}
+    asked = {"preset": "nano-recurrent", "init_from": "box", **parts}
+    model = resolve_run(None, asked).model
+    assert [model[name.removeprefix("model.")] for name in parts] == [2, 2, 2, "add"]
+    with pytest.raises(ConfigError, match=r"`model\.hidden_size` does not apply beside `init_from`, got 8"):
+        resolve_run(None, asked | {"model.hidden_size": 8})
 
 
 def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):

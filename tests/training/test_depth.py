@@ -131,6 +131,24 @@ def test_a_depth_that_does_not_fit_the_folder_is_refused(run, run_config):
         train(run_config("other", init_from=str(recurrent), max_steps=1, **other))
 
 
+@pytest.mark.ci
+def test_a_folder_of_other_layers_than_the_preset_goes_on_with_parts_of_its_own(run, corpus, tmp_path):
+    from fanformer.training.configuration import resolve_run
+    from fanformer.training.run import train
+
+    plain, _ = run("plain", max_steps=2, **{"model.num_hidden_layers": 4})
+    asked = {"preset": "nano-recurrent", "init_from": str(plain.folder), "data": str(corpus), "max_steps": 2}
+    asked |= {"output_dir": str(tmp_path / "on"), "batch_size": 2, "sequence_length": 16, "eval_tokens": 64}
+    asked |= {"device": "cpu", "precision": "float32", "compile": "off", "sample_prompt": ""}
+    with pytest.raises(ConfigError, match=r"got \(1, 1, 1\) and 4: .*\(others by --set model\.prelude_layers=N"):
+        train(resolve_run(None, asked))
+    parts = {"model.prelude_layers": 1, "model.core_layers": 2, "model.coda_layers": 1, "model.injection": "concat"}
+    folder = train(resolve_run(None, asked | parts)).folder
+    recurrence = load_model(folder).config.recurrence
+    assert ([len(part) for part in recurrence[:3]], recurrence.bridge) == ([1, 2, 1], "concat")
+    assert train(resolve_run(None, {"output_dir": str(folder), "resume": True, "max_steps": 3})).step == 3
+
+
 def test_only_the_core_learns_at_its_own_rate():
     torch.manual_seed(0)
     model = FANformerForCausalLM(FANformerConfig(**{**TINY_MODEL, **PARTS}))

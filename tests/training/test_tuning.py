@@ -17,7 +17,7 @@ from fanformer.training.chunked_loss import chunked_cross_entropy
 from fanformer.training.configuration import resolve_tuning
 from fanformer.training.folder import read_records
 from fanformer.training.run import train
-from tests.saved_models import saved_model, tiny_tokenizer  # noqa: F401
+from tests.saved_models import model_copy, recurrent_model, saved_model, tiny_tokenizer  # noqa: F401
 from tests.training.conftest import Notebook
 from tests.training.test_run import figures, same_weights
 
@@ -133,7 +133,7 @@ def test_a_resumed_tuning_equals_an_uninterrupted_one_bit_for_bit(tune):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_other_rows_or_another_objective_are_refused_on_resume(tune):
+def test_other_rows_or_another_objective_are_refused_on_resume(tune, saved_model):  # noqa: F811
     tune(max_steps=2)
     rows = conversations()
     rows[3]["output"] = "other"
@@ -141,7 +141,9 @@ def test_other_rows_or_another_objective_are_refused_on_resume(tune):
         tune(rows=rows, max_steps=3, resume=True)
     with pytest.raises(CheckpointError, match="`objective` of a run cannot change on resume: it was answers, got text"):
         tune(max_steps=3, resume=True, objective="text")
-    result, notebook = tune(max_steps=3, resume=True, allow_changed_data=True)
+    with pytest.raises(CheckpointError, match="`init_from` of a run cannot change on resume"):
+        tune(base=f"{saved_model}-other", max_steps=3, resume=True)
+    result, notebook = tune(base=f"{saved_model}/", max_steps=3, resume=True, allow_changed_data=True)
     assert result.step == 3
     assert any("data.fingerprint" in note for note in notebook.notes)
 
@@ -188,6 +190,41 @@ def test_bad_input_leaves_nothing_behind(tune, tmp_path, rows, fields, kind, mes
     with pytest.raises(kind, match=message):
         tune(rows=rows, **fields)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_quantized_base_is_refused(tune, model_copy):  # noqa: F811
+    config = model_copy / "config.json"
+    content = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    config.write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match="is quantized, and what learns must not be: name the folder that it was made"
+    ):
+        tune(base=model_copy)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_trainer_of_transformers_trains_our_folder_unchanged(request, tmp_path, recurrent):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    folder = request.getfixturevalue("recurrent_model" if recurrent else "saved_model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = load(folder, device="cpu").tokenizer("the cat sat on the mat. a small model speaks.").input_ids
+    asked = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+    quiet = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+    trainer = Trainer(
+        model,
+        TrainingArguments(tmp_path / "out", **asked, **quiet),
+        train_dataset=[{"input_ids": ids, "labels": ids} for _ in range(16)],
+    )
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0] - 0.1
+    trainer.save_model(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        rows = torch.tensor([ids])
+        assert torch.equal(again.eval()(rows).logits, model.eval()(rows).logits)
 
 
 def test_a_micro_batch_without_labels_adds_nothing_and_no_nan(tiny_model):

@@ -63,7 +63,8 @@ class Comparison:
         data: as `fanformer train --data`.
         tokens: budgets to train each architecture for.
         candidate_tokens: more budgets, for the candidate alone; from the ends of its trainings of several lengths the
-            tokens to a baseline's loss are read.
+            tokens to a baseline's loss are read. One above all `tokens` is set beside the baselines at the largest of
+            those: equal operations, or equal time.
         learning_rates: to sweep.
         seeds: to repeat the best learning rate with.
         preset: whose training recipe is taken over.

@@ -163,10 +163,12 @@ class _Together:
 
     def _candidate(self, arm: Arm, against: Sequence[Pair]) -> Entry:
         """Return a candidate beside all its baselines; the claims' figures are those against the best one."""
-        baselines = {one.architecture: one for one in self.arms if one.variant == arm.variant}
+        budget = against[0].baseline_variant
+        baselines = {one.architecture: one for one in self.arms if one.variant == budget}
         best = min(against, key=lambda pair: baselines[pair.baseline].figures["bits_per_byte"].value)
         # the speed of trainings says nothing here: they may have shared the machine; benchmarks/ measures it in turns
-        figures = {name: figure for name, figure in best.figures.items() if name != "train_tokens_per_second_ratio"}
+        timed = ("train_tokens_per_second_ratio", "whole_training_seconds_ratio")
+        figures = {name: figure for name, figure in best.figures.items() if name not in timed}
         shown = [arm, *(baselines[pair.baseline] for pair in against)]
         for one in shown:
             # an arm that lost a seed has its own entries only: its figure would be over other seeds than the entry's
@@ -178,9 +180,10 @@ class _Together:
         several = len(self.comparison.variants) > 1 or len(candidates) > 1
         suffix = f"-{_slug(arm.architecture)}-{arm.variant}" if several else ""
         beside = ", ".join(one.architecture for one in shown[1:])
+        fewer = "" if budget == arm.variant else f", of which {beside} had {budget:,}"
         return self._entry(
             suffix,
-            f"{arm.architecture} beside {beside} at {arm.variant:,} tokens",
+            f"{arm.architecture} beside {beside} at {arm.variant:,} tokens{fewer}",
             "comparison",
             arm,
             figures,

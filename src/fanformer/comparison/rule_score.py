@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fanformer.comparison.depth_rules import DepthTask
-from fanformer.comparison.depth_score import depths, solved_positions
+from fanformer.comparison.depth_score import depths, figures_of_depth
 from fanformer.comparison.rule_base import IGNORED, Examples, RuleTask
 from fanformer.comparison.rules import HoleTask, PeriodicContinuation
 from fanformer.comparison.series import SeriesContinuation
 from fanformer.comparison.series_score import Horizon, score_horizon
 from fanformer.errors import ConfigError
 from fanformer.generation.depth import chosen_depth
+from fanformer.training.depth import most_steps
 
 SAMPLING_TEMPERATURE = 0.5  # FANformer, arXiv:2502.21309, section 4.4.3, with 10 samples per point
 
@@ -66,6 +67,7 @@ class RuleScore:
         horizon: of `series` the errors of continuations that read back what they said.
         by_steps: of a rule of many steps the share of right answers at each position, for each number of steps that a
             recurrent depth takes; "1" alone for a plain model.
+        of_depth: of such a rule what `figures_of_depth` makes of them.
     """
 
     train: Accuracy
@@ -74,18 +76,18 @@ class RuleScore:
     by_period: dict[int, Accuracy] | None = None
     horizon: Horizon | None = None
     by_steps: dict[str, list[float]] | None = None
+    of_depth: dict[str, float] | None = None
 
     def figures(self) -> dict[str, float]:
         """Return what a comparison keeps of it, by name."""
         errors = {} if self.horizon is None else self.horizon.figures()
-        if self.by_steps is not None:
-            errors = {"solved_positions": max(map(solved_positions, self.by_steps.values()))}
         return {
             "train_accuracy": self.train.greedy,
             "hole_accuracy": self.test.greedy,
             "train_sampled_accuracy": self.train.sampled,
             "hole_sampled_accuracy": self.test.sampled,
             **errors,
+            **(self.of_depth or {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,4 +243,5 @@ def _score_steps(model: PreTrainedModel, task: DepthTask) -> RuleScore:
         with chosen_depth(model, steps):
             right, _, _ = answers(model, task.test)
         shares[str(steps or 1)] = right[:, asked].double().mean(0).tolist()
-    return RuleScore(train, test, by_steps=shares)
+    trained = 1 if recurrence is None else most_steps(recurrence)
+    return RuleScore(train, test, by_steps=shares, of_depth=figures_of_depth(shares, task.trained_positions, trained))

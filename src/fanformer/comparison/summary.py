@@ -40,12 +40,21 @@ class Arm:
 
 @dataclass(frozen=True)
 class Pair:
-    """The candidate against a baseline, on the same variant."""
+    """The candidate against a baseline.
+
+    Attributes:
+        candidate: as it was asked for.
+        baseline: likewise.
+        variant: of the candidate.
+        figures: by name.
+        baseline_variant: of the baseline: the same, or a smaller budget of tokens beside which the candidate had more.
+    """
 
     candidate: str
     baseline: str
     variant: int
     figures: dict[str, Figure]
+    baseline_variant: int
 
 
 UNITS = {
@@ -58,6 +67,9 @@ UNITS = {
     "train_sampled_accuracy": "share",
     "hole_sampled_accuracy": "share",
     "solved_positions": "positions",
+    "solved_linearity": "R^2",
+    "late_right": "share",
+    "late_right_at_twice": "share",
     "error_within_window": "standard deviations",
     "error_beyond_window": "standard deviations",
 }
@@ -102,7 +114,11 @@ def _shown(outcome: Outcome) -> float:
 
 
 def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
-    """Return the first architecture's family against all others, at equal variant and equally named size."""
+    """Return the first architecture's family against all others of equally named size.
+
+    Both have the same variant. A budget of the candidate alone that is above all others stands beside the baselines'
+    largest: it is what the candidate makes of the operations, or of the time, that they take.
+    """
     candidate = family_and_size(comparison.architectures[0])[0]
     result = []
     for one in found:
@@ -110,13 +126,15 @@ def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
         if name != candidate:
             continue
         sizes = {family_and_size(other.architecture)[1] for other in found if other is not one}
+        alone = comparison.rule is None and one.variant > max(comparison.tokens)
+        beside = max(comparison.tokens) if alone else one.variant
         for other in found:
             other_name, other_size = family_and_size(other.architecture)
             comparable = other_size == size or size not in sizes
-            if other_name != candidate and other.variant == one.variant and comparable:
+            if other_name != candidate and other.variant == beside and comparable:
                 figures = _pair_figures(one, other, _budgets(found, one), _budgets(found, other))
                 if figures:
-                    result.append(Pair(one.architecture, other.architecture, one.variant, figures))
+                    result.append(Pair(one.architecture, other.architecture, one.variant, figures, other.variant))
     return result
 
 
@@ -147,6 +165,11 @@ def _pair_figures(one: Arm, other: Arm, mine: Sequence[Arm], theirs: Sequence[Ar
     figures["bits_per_byte_difference"] = difference("bits_per_byte")
     speeds = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in matched.values()]
     figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
+    if one.variant != other.variant:
+        times = figures["training_operations_ratio"].value * one.variant / other.variant
+        figures["whole_training_operations_ratio"] = Figure(times, "ratio", interval=EXACT)
+        seconds = [one.variant / other.variant / speed for speed in speeds]
+        figures["whole_training_seconds_ratio"] = ratio_over_seeds(seconds)
     curves = [(_over_tokens(mine, seed), _over_tokens(theirs, seed)) for seed in matched]
     ratios = [ratio for a, b in curves if (ratio := tokens_ratio(a, b)) is not None]
     if len(ratios) == len(matched):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -172,14 +173,16 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         once = footprint(chosen.config(needed), num_steps=1).training_operations
         operations = round(once + (1 - law["one_step_fraction"]) * (operations - once))
     measured = [record for record in records if "val_loss" in record]
-    rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
+    rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    # a depth that is drawn makes steps of several lengths, which all count; else what was disturbed does not
+    rate = statistics.median(rates) if law is None else statistics.harmonic_mean(rates)
     curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]
     assert isinstance(outcome.held_out, HeldOutLoss), "a run on text that reached its end was measured"
     figures = {
         **outcome.held_out.to_dict(),
         "trained_tokens": measured[-1]["tokens"],
         "seconds": max(record.get("elapsed_seconds", 0.0) for record in records),
-        "tokens_per_second": rates[len(rates) // 2],
+        "tokens_per_second": rate,
         "parameters": counted.total,
         "parameters_without_embeddings": counted.without_embeddings,
         "training_operations_per_token": operations,

@@ -1,7 +1,9 @@
 """Rows of a fixed length cut from a token stream, nothing padded, only a last partial row dropped; and their order."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -11,6 +13,18 @@ from fanformer.data.prepared import TokenStream
 from fanformer.errors import ConfigError, DataError
 
 IGNORED_LABEL = -100
+PLACES_OF_TEXT: ContextVar[torch.Tensor | None] = ContextVar("places_of_text", default=None)
+"""Where the batch at hand holds text, (B, T) bool, for whoever counts what a model does with it; None is everywhere."""
+
+
+@contextmanager
+def places_of_text(places: torch.Tensor) -> Iterator[None]:
+    """Say for the `with` block which places of a batch, (B, T) bool, do not only fill up rows or batches."""
+    before = PLACES_OF_TEXT.set(places)
+    try:
+        yield
+    finally:
+        PLACES_OF_TEXT.reset(before)
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):

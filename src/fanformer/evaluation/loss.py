@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fanformer.data.multimodal import MEDIA_INPUTS
-from fanformer.data.packing import IGNORED_LABEL, PackedRows
+from fanformer.data.packing import IGNORED_LABEL, PackedRows, places_of_text
 from fanformer.data.prepared import TokenStream
 from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
@@ -215,11 +215,12 @@ def _surprise(model: PreTrainedModel, batch: dict[str, Tensor], packed: bool) ->
     for start in range(0, len(given["input_ids"]), batch_size):
         part = {name: values[start : start + batch_size] for name, values in given.items()}
         positions = {"position_ids": part["position_ids"]} if packed else {}
-        logits = model(input_ids=part["input_ids"], use_cache=False, **positions, **media).logits  # (B, T, V)
+        counts = part["labels"].flatten() != IGNORED_LABEL
+        with places_of_text(counts.view(part["labels"].shape)):
+            logits = model(input_ids=part["input_ids"], use_cache=False, **positions, **media).logits  # (B, T, V)
         nats = F.cross_entropy(
             logits.flatten(0, 1).float(), part["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
-        counts = part["labels"].flatten() != IGNORED_LABEL
         wrong = logits.argmax(-1).flatten() != part["labels"].flatten()
         kept = (nats, part["documents"].flatten(), wrong)
         found.append(torch.stack([values[counts].double() for values in kept]).cpu())

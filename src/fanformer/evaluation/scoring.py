@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from fanformer.data.packing import places_of_text
 from fanformer.errors import DataError
 from fanformer.files.durable import hash_file
 
@@ -205,14 +206,17 @@ class Scorer:
         """Compute one pass: the scores of all continuations of its rows, in order."""
         longest = len(rows[0].inputs)
         ids = torch.zeros(number_of_rows, width, dtype=torch.long)
+        read = torch.zeros(number_of_rows, width, dtype=torch.bool)
         for index in range(number_of_rows):
             row = rows[index] if index < len(rows) else rows[0]
             ids[index, : len(row.inputs)] = torch.tensor(row.inputs)
+            read[index, : len(row.inputs)] = index < len(rows)
         first = min(len(row.inputs) - len(continuation) for row in rows for continuation in row.continuations)
         # what is right of a row's end is hidden from it by the causal mask
         wanted = torch.arange(first, longest, device=self.model.device)
         kept = {"logits_to_keep": wanted} if self._keeps_some else {}
-        logits = self.model(input_ids=ids.to(self.model.device), use_cache=False, **kept).logits  # (B, T, V)
+        with places_of_text(read.to(self.model.device)):
+            logits = self.model(input_ids=ids.to(self.model.device), use_cache=False, **kept).logits  # (B, T, V)
         logits = logits if self._keeps_some else logits[:, wanted]
         scores = []
         for index, row in enumerate(rows):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fanformer.data.packing import PLACES_OF_TEXT
 from fanformer.errors import ConfigError
 from fanformer.generation.text_model import depth_note
 
@@ -125,12 +126,17 @@ class StepCount:
 
 @contextmanager
 def counted_steps(model: PreTrainedModel) -> Iterator[StepCount]:
-    """Count the steps that tokens take within the `with` block; padding is counted with one."""
+    """Count the steps that tokens take within the `with` block.
+
+    Padding is counted with one; where only some places are `places_of_text`, the others are not counted.
+    """
     count = StepCount()
 
     def see(module: nn.Module, inputs: Any, output: Any) -> None:
         steps: Tensor | None = getattr(output, "steps", None)
         if steps is not None:
+            places = PLACES_OF_TEXT.get()
+            steps = steps if places is None else steps[places]
             count.tokens += steps.numel()
             count.steps += int(steps.sum())
 

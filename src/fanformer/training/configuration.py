@@ -140,6 +140,10 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
     config = resolve(config_file=config_file, overrides=overrides)
     fields = sorted(name for name in overrides if name.startswith("model."))
     if config.init_from is not None and fields:
+        from fanformer.model.configuration_fanformer import RECURRENCE  # for which a plain folder has its weights
+
+        fields = [name for name in fields if name.removeprefix("model.") not in RECURRENCE]
+    if config.init_from is not None and fields:
         raise ConfigError(
             f"`{fields[0]}` does not apply beside `init_from`, got {overrides[fields[0]]!r}: the weights of "
             f"{config.init_from} have a shape of their own; leave it out."

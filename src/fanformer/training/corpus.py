@@ -274,13 +274,17 @@ def _open(
         return data
     source = open_source(wanted.data)
     tokenizer = load_tokenizer(asked) if asked is not None else known
+    if tokenizer is not None:
+        vocab_size = len(tokenizer)  # the preset's model may be another than that of `init_from`
+    else:
+        vocab_size = wanted.vocab_size or FANformerConfig(**config.model).vocab_size
     return _prepared(
         config.folder / folder,
         source,
         tokenizer,
         progress,
         config.output.overwrite,
-        vocab_size=wanted.vocab_size or FANformerConfig(**config.model).vocab_size,
+        vocab_size=vocab_size,
         held_out_fraction=wanted.held_out_fraction,
         max_bytes=wanted.max_data_bytes,
     )

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
-from fanformer.model.configuration_fanformer import RECURRENCE
+from fanformer.model.configuration_fanformer import RECURRENCE, Recurrence
 from fanformer.training.fields import RunConfig
 
 OF_DEPTH = ("one_step_fraction", "core_learning_rate_scale")
@@ -97,6 +97,11 @@ def _mean(probabilities: Sequence[float]) -> float:
     return sum(count * probability for count, probability in enumerate(probabilities, 1))
 
 
+def most_steps(recurrence: Recurrence) -> int:
+    """Return the largest number of steps that training draws: twice the mean, or the largest that there is."""
+    return min(2 * recurrence.mean_steps, recurrence.largest_steps)
+
+
 def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw:
     """Return the law of a run that has a recurrent depth, or asks for one by a field of the law.
 
@@ -121,7 +126,7 @@ def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw:
     if fraction is None:  # a saved model that has a depth of its own has learnt to use it
         is_new = config.init_from is None or any(name in config.model for name in RECURRENCE)
         fraction = _ONE_STEP_FRACTION if is_new else 0.0
-    return DepthLaw(config.seed, fraction, mean, flattest(min(2 * mean, recurrence.largest_steps), mean))
+    return DepthLaw(config.seed, fraction, mean, flattest(most_steps(recurrence), mean))
 
 
 def core_parameters(model: PreTrainedModel) -> set[int]:

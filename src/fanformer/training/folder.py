@@ -319,6 +319,9 @@ def changed_fields(before: Mapping[str, Any], config: RunConfig) -> dict[str, tu
         for name in now
         if name in before and before[name] != now[name] and name not in OutputConfig.__dataclass_fields__
     }
+    old, new = changed.get("init_from", (None, None))
+    if None not in (old, new) and Path(old).absolute() == Path(new).absolute():  # the same folder in other words
+        del changed["init_from"]
     for name in _FIXED:
         if name in changed:
             old, new = changed[name]

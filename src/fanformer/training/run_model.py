@@ -68,10 +68,14 @@ def check_model_fields(config: RunConfig) -> None:
         FANformerConfig(**config.model)
         return
     from fanformer.generation.loading import refuse_towers
-    from fanformer.loading import is_gguf, longest_text
+    from fanformer.loading import is_gguf, load_config, longest_text
 
     if config.corpus.objective != "multimodal" and not is_gguf(config.init_from):
         refuse_towers(config.init_from, "training on text")
+    if getattr(load_config(config.init_from), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{config.init_from} is quantized, and what learns must not be: name the folder that it was made from."
+        )
     positions = longest_text(config.init_from)
     if positions is not None and config.batch.sequence_length > positions:
         raise ConfigError(
@@ -155,7 +159,10 @@ def recurrent_from(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
         asked = FANformerConfig.from_dict(base.config.to_dict() | wanted)
     except StrictDataclassError as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(f"the depth of preset {config.preset} does not fit {config.init_from}: {reason}") from error
+        raise ConfigError(
+            f"the depth of preset {config.preset} does not fit {config.init_from}: {reason} (others by --set "
+            "model.prelude_layers=N and so on)"
+        ) from error
     if base.config.recurrence is not None:
         if asked.recurrence != base.config.recurrence:
             raise ConfigError(

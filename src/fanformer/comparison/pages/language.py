@@ -27,8 +27,8 @@ forward and backward, the output head included, and in attention every query aga
 baseline needs. Where it was trained for several budgets, read off the ends of those trainings. Else read off its
 curve: before the learning rate has decayed it lies above what a training of that length would reach, so a ratio below 1
 is an upper bound, and one above 1 a lower bound.</li>
-<li>Time is the tokens over the median rate of the training steps: start-up, compilation and evaluations do not
-count.</li>
+<li>Time is the tokens over the median rate of the training steps, or of a recurrent depth, whose steps differ, over
+their mean: start-up, compilation and evaluations do not count.</li>
 </ul>"""
 
 
@@ -37,13 +37,15 @@ class LanguageParts:
 
     def __init__(self, shown: Shown):
         self.shown, self.record = shown, shown.record
-        self.longest = max(shown.variants)
+        self.longest = max(self.record["comparison"].get("tokens", shown.variants))
         self.pairs = [pair for pair in self.record["pairs"] if pair["variant"] == self.longest]
+        self.longer = [pair for pair in self.record["pairs"] if pair["variant"] > self.longest]
 
     def parts(self) -> list[str]:
         """Return them."""
         return [
             *self._verdicts(),
+            *self._beside_fewer_tokens(),
             *self._charts(),
             "<h2>Every architecture at its best learning rate</h2>",
             self._arms(),
@@ -74,6 +76,22 @@ class LanguageParts:
             table(header, rows),
             f'<p class="quiet">{text(note)}</p>',
         ]
+
+    def _beside_fewer_tokens(self) -> list[str]:
+        """Return the candidate at budgets that no baseline had, each beside the baselines at their largest."""
+        if not self.longer:
+            return []
+        header = ["candidate", "its tokens", "baseline", "its tokens", "bits per byte, less the baseline's", "verdict",
+                  "operations of the whole training", "seconds of it"]  # fmt: skip
+        rows = []
+        for pair in self.longer:
+            figures, difference = pair["figures"], pair["figures"]["bits_per_byte_difference"]
+            named = [pair["candidate"], f"{pair['variant']:,}", pair["baseline"], f"{pair['baseline_variant']:,}"]
+            told = [figure_text(difference, signed=True), verdict(difference, ("better", "worse"))]
+            whole = ("whole_training_operations_ratio", "whole_training_seconds_ratio")
+            rows.append([*named, *told, *(figure_text(figures.get(name), 3) for name in whole)])
+        words = "What the candidate makes of the operations, or of the time, that the baselines take."
+        return ["<h2>The candidate at more tokens</h2>", f"<p>{words}</p>", table(header, rows)]
 
     def _charts(self) -> list[str]:
         arms = [arm for arm in self.shown.arms if arm["variant"] == self.longest and self.shown.best(arm)]

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fanformer.comparison.depth_rules import DepthTask
+from fanformer.comparison.pages.depth import DepthParts
 from fanformer.comparison.pages.figures import Shown
 from fanformer.comparison.pages.language import LanguageParts
 from fanformer.comparison.pages.rule import RuleParts
 from fanformer.comparison.pages.series import SeriesParts
+from fanformer.comparison.rules import TASKS
 from fanformer.comparison.series import SeriesContinuation
 from fanformer.files.durable import replace_text
 from fanformer.report.page import bullets, page, table, text
@@ -24,8 +27,7 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
     """
     title = str(record.get("name", "comparison"))
     shown, rule = Shown(record), record["comparison"]["rule"]
-    of_rule = SeriesParts if rule == SeriesContinuation.name else RuleParts
-    content = LanguageParts(shown) if rule is None else of_rule(shown)
+    content = LanguageParts(shown) if rule is None else _parts_of_rule(rule)(shown)
     body = [
         f"<h1>{text(title)}</h1>",
         f'<p class="quiet">{text(_summary(record))}</p>',
@@ -37,6 +39,12 @@ def write_comparison_page(record: Mapping[str, Any], path: Path) -> None:
         *_configuration(record),
     ]
     replace_text(path, page(title, body, record, f"{title}.json"))
+
+
+def _parts_of_rule(name: str) -> type[RuleParts]:
+    if name == SeriesContinuation.name:
+        return SeriesParts
+    return DepthParts if issubclass(TASKS[name], DepthTask) else RuleParts
 
 
 def _summary(record: Mapping[str, Any]) -> str:

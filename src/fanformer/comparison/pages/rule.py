@@ -1,11 +1,9 @@
 """The parts of a comparison's page that are about a rule: table, pictures of what was left out, learning over steps."""
 
 import io
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from fanformer.comparison.depth_score import solved_positions
 from fanformer.comparison.ledger import interval_over_seeds
 from fanformer.comparison.pages.figures import (
     NOT_FINISHED,
@@ -141,47 +139,10 @@ class RuleParts:
 
     def _learned(self, rules: list[tuple[Mapping[str, Any], list[dict[str, Any]]]]) -> list[str]:
         """Return the pictures of what was learned."""
-        if rules[0][1][0]["score"].get("by_steps") is not None:
-            return ['<div class="charts">', self._solved(rules), *self._positions(rules), "</div>"]
         if rules[0][1][0]["score"].get("grid") is None:
             return ['<div class="charts">', self._periods(rules), "</div>"]
         caption = "Every question a, b, the hole outlined: how sure the models are of the right answer."
         return [picture(draw_planes(rules), caption)]
-
-    def _solved(self, rules: list[tuple[Mapping[str, Any], list[dict[str, Any]]]]) -> str:
-        """Return the chart of the solved positions over the steps taken, the mean over the seeds with its interval."""
-        lines = []
-        for arm, several in rules:
-            scores = [rule["score"]["by_steps"] for rule in several]
-            steps = sorted(scores[0], key=int)
-            solved = [[solved_positions(one[each]) for one in scores] for each in steps]
-            points = [interval_over_seeds(counts, "positions") for counts in solved]
-            low = [point.value if point.low is None else point.low for point in points]
-            high = [point.value if point.high is None else point.high for point in points]
-            x, y = [int(each) for each in steps], [point.value for point in points]
-            lines.append(self.shown.line(arm["architecture"], x, y, low=low, high=high))
-        trained = rules[0][1][0]["task"]["trained_positions"]
-        title = f"Solved positions over steps, trained on the first {trained}"
-        return Chart(lines, title, "steps of the core", "solved positions", "solved", logarithmic=False).html()
-
-    def _positions(self, rules: list[tuple[Mapping[str, Any], list[dict[str, Any]]]]) -> list[str]:
-        """Return the charts of right answers over the position, one an architecture, lines for 1, 2, 4 ... steps."""
-        charts = []
-        for number, (arm, several) in enumerate(rules):
-            scores, lines = [rule["score"]["by_steps"] for rule in several], []
-            for index, each in enumerate(key for key in sorted(scores[0], key=int) if int(key) & (int(key) - 1) == 0):
-                shares = [100 * statistics.fmean(place) for place in zip(*(one[each] for one in scores), strict=True)]
-                words = f"{each} step{'s' if each != '1' else ''}"
-                lines.append(Line(words, index, 0, list(range(1, len(shares) + 1)), shares))
-            title, edge = (
-                f"Right answers over the position, {arm['architecture']}",
-                several[0]["task"]["trained_positions"],
-            )
-            chart = Chart(
-                lines, title, "position", "right answers (%)", f"positions-{number}", logarithmic=False, edge=edge
-            )
-            charts.append(chart.html())
-        return charts
 
     def _periods(self, rules: list[tuple[Mapping[str, Any], list[dict[str, Any]]]]) -> str:
         """Return the chart of the accuracy over the period, the mean over the seeds with its 95% t-interval."""
@@ -238,8 +199,6 @@ class RuleParts:
 
 
 def _left_out(rule: Mapping[str, Any]) -> str:
-    if rule["score"].get("by_steps") is not None:
-        return f"positions {rule['task']['trained_positions'] + 1} to {rule['task']['longest_positions']}"
     if rule["score"].get("grid") is None:
         return f"periods {rule['task']['trained_period'] + 1} to {rule['task']['longest_period']}"
     first, last = rule["score"]["grid"]["hole"]

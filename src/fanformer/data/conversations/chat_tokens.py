@@ -48,7 +48,8 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     | START    | that of the token which opens documents    | mean of K: seldom written               |
     | END      | normal, mean and deviation of K's channels | that of the token which ends documents  |
 
-    A tied matrix has a normal row for START, and for END that of the token which ends documents.
+    A tied matrix has a normal row for START, and for END that of the token which ends documents. New rows that only
+    fill up are 0. So equal arguments give equal models: an adapter finds the base as its training had it.
 
     Source: means as rows of new tokens, J. Hewitt, "Initializing New Word Embeddings for Pretrained Language Models",
     2021. They would be too small for an embedding here, whose scale no norm mends before the first sum.
@@ -90,8 +91,9 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
             "tokenizer.json lists both as special tokens."
         )
     if grows:
-        before = model.config.vocab_size  # what only fills up begins as in a fresh model
+        before = model.config.vocab_size
         model.resize_token_embeddings(known + len(missing), pad_to_multiple_of=64, mean_resizing=False)
+        _clear_rows(model, before)
         notes.append(f"the vocabulary grows from {before} to {model.config.vocab_size}")
     rows = {START: chatml.start_id, END: chatml.end_id}
     _begin_rows(model, {token: rows[token] for token in missing}, opens, ends, known)
@@ -146,6 +148,15 @@ def _set_special(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [START], "eos_token": END, "pad_token": padding}, replace_extra_special_tokens=False
     )
+
+
+@torch.no_grad()
+def _clear_rows(model: PreTrainedModel, first: int) -> None:
+    """Set the rows from `first` on to 0."""
+    output = model.get_output_embeddings()
+    for values in (model.get_input_embeddings().weight, output.weight, output.bias):
+        if values is not None:
+            values[first:] = 0
 
 
 @torch.no_grad()

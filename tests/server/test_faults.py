@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from fanformer.server import scheduler
 from fanformer.server.limits import Limits
 from fanformer.server.models import ServedModel, SlotSettings
 from tests.server.conftest import PATIENCE_SECONDS, Client, check_error, offline, running
@@ -176,7 +177,7 @@ def test_a_failing_step_is_an_error_to_its_clients_and_broken_health_after_three
             assert status == 200
             check_error(500, json.loads(text.split("\n\n")[0][6:]))
             assert client("GET", "/health")[2] == {"status": "broken"}
-            patch.setattr("fanformer.server.scheduler._BROKEN_SECONDS", 0.0)  # routers ask healthy servers alone
+            patch.setattr(scheduler, "_BROKEN_SECONDS", 0.0)  # routers ask healthy servers alone
             assert client("GET", "/health")[2] == {"status": "ok"}
         assert client.complete(**SHORT)
         assert client("GET", "/health")[2] == {"status": "ok"}

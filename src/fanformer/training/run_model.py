@@ -161,7 +161,7 @@ def recurrent_from(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(
             f"the depth of preset {config.preset} does not fit {config.init_from}: {reason} (others by --set "
-            "model.prelude_layers=N and so on)"
+            f"model.{next(iter(wanted))}=N and so on)"
         ) from error
     if base.config.recurrence is not None:
         if asked.recurrence != base.config.recurrence:

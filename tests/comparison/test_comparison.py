@@ -274,6 +274,12 @@ def test_rates_of_a_rule_are_chosen_on_a_hole_that_is_not_reported(tmp_path):
     assert [entry.details["rates_on"] for entry in read_ledger(tmp_path / "ledger")] == [{"hole_side": 3}] * 2
 
 
+def test_the_rate_of_a_rule_s_recipe_is_no_part_of_what_its_trainings_are():
+    comparison = Comparison.from_fields({"rule": "modular-addition", "architectures": ["fanformer@60k"]})
+    assert comparison.rule_settings()["optimizer"] == "muon"
+    assert "learning_rate" not in comparison.rule_settings()
+
+
 def test_the_rate_chosen_on_a_task_of_its_own_is_the_one_that_fills_it_best():
     def of_rule(variant, rate, seed, loss, greedy, sampled):
         figures = {"loss": loss, "hole_accuracy": greedy, "hole_sampled_accuracy": sampled}

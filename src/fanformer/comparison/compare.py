@@ -168,10 +168,10 @@ class Comparison:
         return usual
 
     def rule_settings(self) -> dict[str, Any]:
-        """Return the fields of RunConfig that the trainings of a rule share, recipe and all."""
+        """Return the fields of RunConfig that the trainings of a rule share, recipe and all but the learning rate."""
         task = create_task(self.rule or "")
         rule_config(task, ".", **self.run)  # checks their values
-        return rule_fields(task, **self.run)
+        return {name: value for name, value in rule_fields(task, **self.run).items() if name != "learning_rate"}
 
     def run_config(self, tokens: int) -> RunConfig:
         """Return the configuration that the trainings of one budget share."""

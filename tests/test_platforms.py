@@ -49,6 +49,7 @@ print(len(names))
 """
 
 
+@pytest.mark.ci
 def test_all_modules_are_imported_without_what_windows_lacks():
     done = subprocess.run([sys.executable, "-c", WITHOUT_WHAT_WINDOWS_LACKS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -32,29 +32,33 @@ def known(repository):
 def trials_of(comparison, machines, fingerprints):
     """Return every training that a comparison may ask for, on any of the machines and data of the ledger."""
     own_task = [(spec, RATES) for spec in comparison.architectures if comparison.rates_on]
-    for (spec, variant), rate, seed in itertools.product(
-        comparison.cells + own_task, comparison.learning_rates, comparison.seeds
-    ):
+    for spec, variant in comparison.cells + own_task:
         block = architecture(spec).block
+        of_each = itertools.product(comparison.learning_rates, comparison.seeds)
         if comparison.rule is not None:
             task = comparison.rule_task(variant).to_dict()
-            yield Trial(spec, rate, seed, comparison.run, rule={"task": task.pop("name"), **task}, block=block)
-            continue
-        settings = comparison.settings(spec, variant)
-        for machine, fingerprint in itertools.product(machines, fingerprints):
-            yield Trial(spec, rate, seed, {**settings, **dict(machine)}, "data", fingerprint, block=block)
+            rule, settings = {"task": task.pop("name"), **task}, architecture(spec).applying(comparison.rule_settings())
+            # trainings by the loop of rules that was, before rules had the one trainer, have no settings
+            kinds = [{"settings": {}, "rule": rule}, {"settings": settings, "rule": rule}]
+        else:
+            settings = comparison.settings(spec, variant)
+            pairs = itertools.product(machines, fingerprints)
+            kinds = [{"settings": {**settings, **dict(one)}, "data_fingerprint": data} for one, data in pairs]
+        for (rate, seed), kind in itertools.product(of_each, kinds):
+            yield Trial(spec, rate, seed, block=block, **kind)
 
 
 @pytest.mark.parametrize(
     ("queue", "least"),
     [
-        ("ablation", 16),
+        ("ablation", 28),
         ("accelerator", 2),
         ("ladder", 45),
         ("ladder-accelerator", 6),
         ("linear-regression", 48),
-        ("modular-addition", 68),
-        ("periodic", 21),
+        ("modular-addition", 71),
+        ("periodic", 61),
+        ("series", 6),
     ],
 )
 def test_trainings_of_the_ledger_are_still_those_that_the_queues_ask_for(repository, known, queue, least):

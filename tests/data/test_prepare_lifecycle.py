@@ -467,6 +467,7 @@ def top(tmp_path_factory):
     return top
 
 
+@pytest.mark.ci
 def test_a_folder_is_right_or_absent(top):
     with WarmParent(*WARM) as warm:
         PrepareLifecycle.warm, PrepareLifecycle.top, PrepareLifecycle.whole = warm, top, {}

@@ -97,7 +97,7 @@ def small_llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=2, **sizes, initializer_range=0.2)).eval()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.ci)])
 @pytest.mark.parametrize("architecture", ["fanformer", "llama"])
 def test_logits_while_decoding_are_the_plain_ones(tiny_model, token_ids, architecture, compiled):
     model = tiny_model() if architecture == "fanformer" else small_llama()

@@ -188,6 +188,7 @@ def models(tmp_path_factory, tiny_model, tiny_tokenizer):
     return folder
 
 
+@pytest.mark.ci
 def test_no_output_is_ever_lost_or_half_there(models):
     with WarmParent(*WARM) as warm:
         QuantizeLifecycle.warm, QuantizeLifecycle.models, QuantizeLifecycle.whole = warm, models, {}

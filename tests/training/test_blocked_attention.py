@@ -75,6 +75,7 @@ def test_only_sdpa_is_replaced(tiny_model):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.ci
 def test_a_compiled_model_trains_as_an_eager_one(tiny_model, token_ids):
     ids, positions = token_ids(2, LENGTH), torch.arange(LENGTH).expand(2, -1).clone()
     positions[0, 70:] -= 70

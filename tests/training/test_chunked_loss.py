@@ -59,6 +59,7 @@ def test_autocast_makes_products_narrow_and_gradients_wide():
         torch.testing.assert_close(one, other, atol=3e-3, rtol=3e-2)
 
 
+@pytest.mark.ci
 def test_compiled_parts_are_the_same():
     torch.manual_seed(0)
     x, weight = (torch.randn(shape, requires_grad=True) for shape in ((22, 12), (41, 12)))
@@ -86,7 +87,7 @@ def test_default_parts_are_a_power_of_two(dtype, rows):
     assert seen == [rows] * (4096 // rows)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.ci)])
 def test_a_model_trains_the_same_without_logits(tiny_model, token_ids, monkeypatch, compiled):
     ids = token_ids(2, 9)
     batch = {"input_ids": ids, "labels": ids, "shift_labels": ids.roll(-1, 1), "num_items_in_batch": 18}

@@ -429,6 +429,7 @@ class TrainLifecycle(RuleBasedStateMachine):
                 json.dumps(read_records(folder))
 
 
+@pytest.mark.ci
 def test_nothing_saved_is_lost_and_nothing_is_silently_another_run():
     with WarmParent(*WARM) as warm:
         TrainLifecycle.warm = warm

@@ -37,8 +37,10 @@ details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
   .many td { display: grid; grid-template-columns: 9rem 1fr; gap: .6rem; border: 0; padding: .1rem 0;
     overflow-wrap: anywhere } .many td:empty { display: none }
   .many td::before { content: attr(data-label); color: var(--quiet) } }
+@page { margin: 12mm }
 @media print { :root { font-size: 9px } body { max-width: none; padding: 0; font-size: 1rem }
-  .wide { overflow: visible } .charts { display: block } figure, tr { break-inside: avoid } h2 { break-after: avoid }
+  .wide { overflow: visible } .charts { display: block; orphans: 1; widows: 1 }
+  figure, tr { break-inside: avoid } h2 { break-after: avoid }
   .charts figure { display: inline-block; width: 49% } #save, #state { display: none }
   details > summary { list-style: none } }
 """

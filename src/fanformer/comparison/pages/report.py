@@ -51,7 +51,8 @@ def _summary(record: Mapping[str, Any]) -> str:
     asked = record["comparison"]
     what = f"rule {asked['rule']}" if asked["rule"] else f"data {asked['data']}"
     seeds, when = len(asked["seeds"]), record.get("date")
-    several = f"{seeds} seed{'s' if seeds > 1 else ''}, {len(asked['learning_rates'])} learning rates each"
+    rates = len(asked["learning_rates"])
+    several = f"{seeds} seed{'s' if seeds > 1 else ''}, {rates} learning rate{'s' if rates > 1 else ''} each"
     return ", ".join([what, several, *([str(when)] if when else [])])
 
 

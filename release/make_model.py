@@ -36,12 +36,11 @@ from card import write_card
 from rows import tuning_rows
 from safetensors.torch import load_file, save_file
 from shapes import architecture_spec, model_fields
-from stages import Chain
+from stages import Chain, run_program
 from texts import base_records, write_rows
 
 import fanformer
 from fanformer.cli.failure import quiet_libraries
-from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.terminal import SweepReporter, TerminalReporter
 from fanformer.comparison.architectures import architecture, without_embeddings
 from fanformer.comparison.compare import Comparison
@@ -49,7 +48,7 @@ from fanformer.comparison.queue import LOCK_FILE, RECORD_FILE, Queue, QueueEntry
 from fanformer.comparison.sweep import OutOfTimeError
 from fanformer.data.preparation.prepare import open_prepared, prepare
 from fanformer.data.sources.documents import open_source
-from fanformer.errors import ConfigError, FANformerError, refuse_unknown
+from fanformer.errors import ConfigError, refuse_unknown
 from fanformer.files.durable import replace_json
 from fanformer.files.locking import hold
 from fanformer.files.staging import replace_folder
@@ -335,11 +334,4 @@ def beside_llama(recipe: Mapping[str, Any], data: Path, valid: Path) -> Comparis
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FANformerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    run_program(main)

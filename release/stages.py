@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.comparison.queue import STATUS_FILE
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, FANformerError
 from fanformer.files.durable import read_json, replace_json
 from fanformer.training.folder import METRICS_FILE, RUN_FILE, read_records, read_run_file
 
@@ -113,3 +115,15 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """End the process with the status of a program; what a user did wrong, and Ctrl-C, are a line."""
+    try:
+        sys.exit(main())
+    except FANformerError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -28,19 +28,18 @@ import yaml
 from make_model import CHAT_TOKENS, HELD_OUT_TOKENS, box_bytes
 from scaling import best_at, choose
 from shapes import architecture_spec, model_fields
-from stages import Chain
+from stages import Chain, run_program
 from texts import base_records, write_rows
 
 import fanformer
 from fanformer.cli.failure import quiet_libraries
-from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.options import echo_table
 from fanformer.cli.terminal import SweepReporter
 from fanformer.comparison.queue import LOCK_FILE, RECORD_FILE, read_queue, run_queue
 from fanformer.comparison.sweep import OutOfTimeError
 from fanformer.data.preparation.prepare import prepare
 from fanformer.data.sources.documents import open_source
-from fanformer.errors import ConfigError, FANformerError
+from fanformer.errors import ConfigError
 from fanformer.files.durable import replace_json, replace_text
 from fanformer.files.locking import hold
 from fanformer.machine.versions import command_line
@@ -307,11 +306,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FANformerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    run_program(main)

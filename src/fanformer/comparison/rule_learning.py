@@ -44,17 +44,14 @@ _DEFAULTS: Mapping[str, Any] = {
     "warmup_fraction": 0.01,
     "device": "cpu",
     "precision": "float32",
-}
-_MUON = {
     "optimizer": "muon",
     "muon_scaling": "spectral",
     "muon_learning_rate_scale": 2.26,  # leaves a square matrix of 128 as AdamW's scaling has it
     "learning_rate": 0.005,
-    "weight_decay": 1.0,
 }
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "modular-addition": {"max_steps": 1500, **_MUON},
-    "linear-regression": {"max_steps": 1000, **_MUON},
+    "modular-addition": {"max_steps": 1500, "weight_decay": 1.0},
+    "linear-regression": {"max_steps": 1000, "weight_decay": 1.0},
     "periodic": {"max_steps": 400, "batch_size": 96},
     "series": {"max_steps": 600, "batch_size": 16},
     "s3-product": {"max_steps": 3000, "batch_size": 128},

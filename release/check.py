@@ -24,6 +24,7 @@ from statistics import fmean, stdev
 import grammar
 from card import CARD_FILE, with_measured
 from rows import NOT_THERE, titled_stories, unanswerable_rows
+from stages import run_program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/quality"))
 
@@ -33,7 +34,7 @@ from tuning_data import follows, question
 import fanformer
 from fanformer.cli.failure import quiet_libraries
 from fanformer.comparison.ledger import Figure, measured_today, write_entry
-from fanformer.errors import ConfigError, FANformerError
+from fanformer.errors import ConfigError
 from fanformer.evaluation.answers import exact_match, token_f1
 from fanformer.files.durable import hash_file, replace_text
 from fanformer.generation.interruption import Interruption
@@ -394,8 +395,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FANformerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, "stopped: what was printed is lost unless the bars ran to their end")

@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fanformer.cli.failure import USER_ERROR, user_message
 from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.comparison.queue import STATUS_FILE
-from fanformer.errors import ConfigError, FANformerError
+from fanformer.errors import ConfigError
 from fanformer.files.durable import read_json, replace_json
 from fanformer.training.folder import METRICS_FILE, RUN_FILE, read_records, read_run_file
 
@@ -117,13 +118,16 @@ def _shown(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def run_program(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of a program; what a user did wrong, and Ctrl-C, are a line."""
+def run_program(main: Callable[[], int], interrupted: str = "stopped: the same command goes on") -> NoReturn:
+    """End the process with the status of a program; what a user can mend, and Ctrl-C, are a line."""
     try:
         sys.exit(main())
-    except FANformerError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(USER_ERROR)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from claims import NOT_MEASURED, OTHER_SCALE, Row, judge, load_claims, problems, scale_of
 from performance import performance_page
+from pictures import draw_curves, draw_horizons, is_horizon
 from tables import BREAK, code, how_table, measured_text, number, scale_text, table, threshold_text
 
 from fanformer.comparison.ledger import Entry, read_ledger
@@ -25,14 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LEDGER, CLAIMS = Path("benchmarks/results"), Path("benchmarks/claims.yaml")
 PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
 SPEEDS, SPEED_PAGE = Path("benchmarks/performance.yaml"), Path("docs/performance.md")
-# colours that stay apart in every common kind of colour blindness (Okabe and Ito)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MEASURES = {
-    "bits_per_byte": "held-out bits per byte",
-    "val_bits_per_byte": "held-out bits per byte",
-    "val_loss": "held-out loss, nats per token",
-    "loss": "loss, nats per token",
-}
 
 
 @dataclass(frozen=True)
@@ -128,6 +121,10 @@ def build(repository: Path, output: Path) -> None:
         if drawn:
             draw_curves(drawn[0], output / PICTURES / f"{name}.svg")
             parts.append(f"![{drawn[0].name}: loss over tokens](evidence/{name}.svg)\n")
+    continued = {row.entry.details["part_of"]: row.entry for row in rows if row.entry and is_horizon(row.entry)}
+    for name in continued:
+        arms = [entry for entry in entries if is_horizon(entry) and entry.details["part_of"] == name]
+        draw_horizons(arms, output / PICTURES / f"{name}.svg")
     ablations = [entry for entry in entries if entry.kind == "ablation"]
     parts += [PARTS, ablations_table(ablations)] if ablations else []
     used = [*(row.entry for row in rows if row.entry is not None), *ablations]
@@ -177,33 +174,6 @@ def ablations_table(entries: Sequence[Entry]) -> str:
         name = code(entry.name) + (f", {scale}" if (scale := scale_of(entry)) is not None else "")
         rows.append([name, *map(BREAK.join, zip(*cells, strict=True))])
     return table(["entry", "architecture", "parameters in the blocks", "bits per byte", "less the default's"], rows)
-
-
-def draw_curves(entry: Entry, path: Path) -> None:
-    """Draw an entry's losses over tokens, a line for each arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    measure = next(key for key in MEASURES if any(key in point for point in entry.curve))
-    arms = sorted({str(point.get("arm", entry.name)) for point in entry.curve})
-    settings = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10}
-    with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2))
-        for index, arm in enumerate(arms):
-            mine = [point for point in entry.curve if str(point.get("arm", entry.name)) == arm and measure in point]
-            colour, dash = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3]
-            x, y = [point["tokens"] for point in mine], [point[measure] for point in mine]
-            axes.plot(x, y, dash, label=arm, color=colour, marker="o", markersize=3)
-        axes.set(xlabel="tokens", ylabel=MEASURES[measure], title=entry.name)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        figure.tight_layout()
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
 
 
 def difference(repository: Path) -> list[str]:

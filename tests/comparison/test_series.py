@@ -5,11 +5,15 @@ import sys
 import pytest
 import torch
 
+from fanformer.comparison.compare import Comparison, Outcome
+from fanformer.comparison.entries import write_comparison
+from fanformer.comparison.ledger import read_ledger
 from fanformer.comparison.rule_learning import rule_config, train_rule
-from fanformer.comparison.rule_score import score
+from fanformer.comparison.rule_score import Accuracy, RuleScore, score
 from fanformer.comparison.rules import create_task, model_fields
 from fanformer.comparison.series import LIMIT, SOURCES, SeriesContinuation, Source
 from fanformer.comparison.series_score import Horizon, continue_series
+from fanformer.comparison.trial import Result, Trial
 from fanformer.errors import ConfigError, DataError, DependencyError
 
 PERIOD = 12
@@ -189,3 +193,21 @@ def test_demand_is_the_series_that_is_described():
     truth = task.test_values[:, task.context :]
     errors = {name: round(float((said - truth).abs().mean()), 2) for name, said in task.baselines().items()}
     assert errors == {"persistence": 1.12, "a day ago": 0.46, "a week ago": 0.08, "the mean": 0.85}
+
+
+def test_the_ledger_keeps_the_errors_of_every_step_over_the_seeds(tmp_path):
+    asked = {"architectures": ["fanformer@60k"], "rule": "series", "seeds": [0, 1], "learning_rates": [0.1]}
+    comparison, outcomes = Comparison.from_fields(asked), []
+    for seed, errors in enumerate(([0.25, 0.25, 0.5], [0.25, 0.75, 1.0])):
+        horizon = Horizon(1, errors, {"persistence": [1.0, 2.0, 3.0], "a day ago": [0.5] * 3})
+        scored = RuleScore(Accuracy(0.5, 0.5, 9), Accuracy(0.5, 0.5, 9), horizon=horizon)
+        figures = {"loss": 1.0, **scored.figures(), "parameters": 9, "parameters_without_embeddings": 8}
+        result = Result("finished", "", figures, [{"step": 1, "loss": 1.0}], {"rule": {"score": scored.to_dict()}})
+        outcomes.append(Outcome(Trial("fanformer@60k", 0.1, seed, {}), 0, result))
+    write_comparison(tmp_path, "hours", "fanformer compare", comparison, outcomes, None)
+    (entry,) = read_ledger(tmp_path)
+    assert [(point["step"], point["error"]) for point in entry.curve] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert [(point["low"], point["high"]) for point in entry.curve[:2]] == [(0.25, 0.25), (-2.67655, 3.67655)]
+    baselines = {"persistence": [1.0, 2.0, 3.0], "a day ago": [0.5] * 3}
+    assert entry.details["horizon"] == {"trained_steps": 1, "baselines": baselines}
+    assert entry.result["error_beyond_window"].value == pytest.approx(0.625)

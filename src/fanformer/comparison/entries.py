@@ -22,6 +22,7 @@ from fanformer.comparison.ledger import (
     read_entry,
     write_entry,
 )
+from fanformer.comparison.series_score import Horizon
 from fanformer.comparison.summary import UNITS, Arm, Pair, arms, pairs, parameters_ratio
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
@@ -244,8 +245,9 @@ class _Together:
         suffix = ("" if task in self.name else f"-{task}") + (f"-hole{arm.variant}" if arm.variant else "")
         rates = {"rates_on": dict(self.comparison.rates_on), "tried": _tried(arm)} if self.comparison.rates_on else {}
         details = {"part_of": self.name, **rates, "at_edge": arm.at_edge, "troubles": arm.troubles}
-        what = f"the rule {task} learned by {arm.architecture}"
-        return self._entry(f"{suffix}-{_slug(arm.architecture)}", what, "rule", arm, arm.figures, details=details)
+        name, what = f"{suffix}-{_slug(arm.architecture)}", f"the rule {task} learned by {arm.architecture}"
+        curve, horizon = _over_horizon(arm)
+        return self._entry(name, what, "rule", arm, arm.figures, details={**details, **horizon}, curve=curve)
 
     @property
     def family(self) -> str:
@@ -291,6 +293,27 @@ def _curve(arm: Arm) -> list[dict[str, Any]]:
     """Return the curve of the sweep's seed."""
     result = arm.outcomes[0].result
     return [] if result is None else result.curve
+
+
+def _over_horizon(arm: Arm) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the errors of a series' continuations over its horizon, means over the seeds, and the naive forecasts'."""
+    scores = [one.result.details["rule"]["score"] for one in arm.outcomes if one.result is not None]
+    horizons = [Horizon(**score["horizon"]) for score in scores if score.get("horizon")]
+    if not horizons:
+        return [], {}
+    curve = []
+    for step, errors in enumerate(zip(*(one.errors for one in horizons), strict=True), start=1):
+        found = interval_over_seeds(list(errors), "standard deviations")
+        ends = [found.value if end is None else end for end in (found.low, found.high)]
+        curve.append(
+            dict(zip(("step", "error", "low", "high"), (step, *map(_rounded, (found.value, *ends))), strict=True))
+        )
+    naive = {name: list(map(_rounded, errors)) for name, errors in horizons[0].baselines.items()}
+    return curve, {"horizon": {"trained_steps": horizons[0].trained_steps, "baselines": naive}}
+
+
+def _rounded(value: float) -> float:
+    return round(value, 5)
 
 
 def _family(spec: str) -> str:

@@ -225,6 +225,13 @@ def test_reader_that_goes_away_is_no_noise():
     assert done.stdout.strip() in ("0", "141")  # 0 where the pipe's buffer took all before its reader left
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fanformer", "nowhere"], capture_output=True, text=True)
+    asked = subprocess.run([sys.executable, "-m", "fanformer", "--version"], capture_output=True, text=True)
+    assert (asked.returncode, asked.stdout.split()[0]) == (0, "fanformer,")
+    assert (done.returncode, done.stderr.count("\n"), done.stderr[:7]) == (2, 1, "error: ")
+
+
 def test_version_is_the_packages(command):
     from fanformer import __version__
 

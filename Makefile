@@ -135,7 +135,7 @@ release-trials: setup-dev
 	$(BIN)/python release/trials.py $(if $(MINUTES),--minutes $(MINUTES))
 
 release-model: setup-dev
-	$(BIN)/python release/make_model.py $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python release/make_model.py $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES))
 
 check-release: setup-dev
 	command -v link-parser > /dev/null || (apt-get update -qq && apt-get install -y -qq link-grammar)

@@ -1,7 +1,7 @@
 """Make the model in the box, from text to the folder that ships: `make release-model`.
 
     python release/make_model.py [--data ../shared/data] [--work runs/release] [--recipe release/recipe.yaml]
-        [--until STAGE] [--minutes M] [--output-dir src/fanformer/box] [--status]
+        [--only STAGE] [--minutes M] [--output-dir src/fanformer/box] [--status]
 
 Stages, in their order:
 
@@ -16,8 +16,9 @@ Stages, in their order:
     beside        a Llama of equal parameters beside the base, over seeds
 
 Each leaves its result under WORK. The same command goes on after any end, kill -9 too: what is done is not done again,
-trainings go on from their last checkpoint, bit for bit. `fanformer compare --status --output-dir WORK` says where it
-stands, as `--status` does. `check.py` measures what came out.
+trainings go on from their last checkpoint, bit for bit; `beside`, whose trainings the ledger keeps, may be done on
+another day or machine than the base. `fanformer compare --status --output-dir WORK` says where it stands, as `--status`
+does. `check.py` measures what came out.
 """
 
 import argparse
@@ -70,6 +71,9 @@ NEEDS = {
     "beside": ("text", "tokens", "base", "beside"),
 }
 """Parts of the recipe that decide the result of each stage."""
+BEHIND = {"tokens": "text", "base": "tokens", "tuned": "base rows", "box": "tuned", "blind": "base rows-blind"}
+BEHIND |= {"beside": "tokens"}
+"""The stages whose results a stage takes; those that are not here take none."""
 SHIPPED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CHAT_TOKENS = 2
 """Rows of the embedding that the tokenizer leaves to the tokens of conversations."""
@@ -86,7 +90,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of real data")
     parser.add_argument("--work", type=Path, default=Path("runs/release"))
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"))
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1])
+    parser.add_argument("--only", choices=STAGES, metavar="STAGE", help="this stage, and what it takes; default: all")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
     parser.add_argument("--output-dir", type=Path, default=Path("src/fanformer/box"))
     parser.add_argument("--status", action="store_true", help="say how far it is, and change nothing")
@@ -98,12 +102,21 @@ def main() -> int:
         return 0
     asked.work.mkdir(parents=True, exist_ok=True)
     with hold(asked.work / LOCK_FILE, f"the work folder {asked.work}", ConfigError):
-        for stage in STAGES[: STAGES.index(asked.until) + 1]:
+        for stage in STAGES if asked.only is None else chosen(asked.only):
             if not making.do(stage):
                 print(*making.chain.tell(STAGES), f"{making.why}: the same command goes on", sep="\n")
                 return os.EX_TEMPFAIL
         print(*making.chain.tell(STAGES), sep="\n")
     return 0
+
+
+def chosen(stage: str) -> list[str]:
+    """Return a stage and all that it takes, in their order."""
+    wanted = {stage}
+    for name in reversed(STAGES):
+        if name in wanted:
+            wanted.update(BEHIND.get(name, "").split())
+    return [name for name in STAGES if name in wanted]
 
 
 def is_held(lock: Path) -> bool:

@@ -59,7 +59,7 @@ def command(place, *words):
 @pytest.fixture(scope="module")
 def made(place, repository):
     """What the command said that went on behind a kill."""
-    with subprocess.Popen(command(place, "--until", "base"), cwd=repository, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command(place, "--only", "base"), cwd=repository, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 400
         while not list((place / "work/base").glob("checkpoint-[1-9]*")):
             assert process.poll() is None
@@ -124,6 +124,16 @@ def test_what_is_done_is_not_done_again(made, place, repository, monkeypatch, ca
     assert (status, "==" in told, len(told.splitlines())) == (0, False, 9)
     assert {path: path.stat().st_mtime_ns for path in place.glob("work/stages/*")} == before
     assert again(place, repository, monkeypatch, capsys, "--status") == (0, told)
+
+
+def test_a_stage_is_done_with_what_it_takes_alone():
+    from make_model import BEHIND, STAGES, chosen
+
+    assert chosen("beside") == ["text", "tokens", "beside"]
+    assert chosen("box") == ["text", "tokens", "base", "rows", "tuned", "box"]
+    assert [name for name in STAGES if name not in BEHIND] == ["text", "rows", "rows-blind"]
+    for stage, taken in BEHIND.items():
+        assert all(STAGES.index(name) < STAGES.index(stage) for name in taken.split())
 
 
 def test_time_that_is_over_has_a_status_of_its_own(place, repository, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fanformer.comparison.ledger import Entry
@@ -67,18 +68,28 @@ def is_horizon(entry: Entry) -> bool:
 def draw_horizons(entries: Sequence[Entry], path: Path) -> None:
     """Draw the errors of one series' continuations: a band over the seeds for each entry, naive forecasts dashed.
 
-    Left of the vertical line is what training rows reach.
+    Left of the vertical line is what training rows reach. A naive forecast whose mean lies above all bands is left out.
     """
     labels = {"xlabel": "steps after what is given", "ylabel": "mean absolute error, standard deviations"}
+    told, specs = entries[0].details["horizon"], [str(entry.configuration["architecture"]) for entry in entries]
     with picture(path, title=f"rule {entries[0].details['part_of']}", **labels) as axes:
-        for entry, colour in zip(entries, COLOURS, strict=False):
+        for entry, name, colour in zip(entries, without_common_fields(specs), COLOURS, strict=False):
             steps, error, low, high = (
                 [point[name] for point in entry.curve] for name in ("step", "error", "low", "high")
             )
-            axes.plot(steps, error, color=colour, label=str(entry.configuration["architecture"]))
+            axes.plot(steps, error, color=colour, label=name)
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        told = entries[0].details["horizon"]
-        for (name, errors), dash in zip(told["baselines"].items(), (":", "--", "-.", (0, (1, 4))), strict=False):
+        top = 1.1 * max(point["high"] for entry in entries for point in entry.curve)
+        shown = {name: errors for name, errors in told["baselines"].items() if fmean(errors) < top}
+        for (name, errors), dash in zip(shown.items(), ("--", "-.", ":", (0, (1, 4))), strict=False):
             axes.plot(range(1, len(errors) + 1), errors, linestyle=dash, color="#6b7280", linewidth=1, label=name)
         axes.axvline(told["trained_steps"] + 0.5, color="#9ca3af", linewidth=1)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, top)
+
+
+def without_common_fields(specs: Sequence[str]) -> list[str]:
+    """Return architectures, NAME[:FIELD=VALUE,...], without the fields that all of them have."""
+    parts = [(name, fields.split(",") if fields else []) for name, _, fields in (one.partition(":") for one in specs)]
+    common = set.intersection(*(set(fields) for _, fields in parts))
+    own = [(name, [field for field in fields if field not in common]) for name, fields in parts]
+    return [":".join(filter(None, (name, ",".join(fields)))) for name, fields in own]

@@ -229,17 +229,18 @@ def test_an_ablation_is_a_table_of_differences_the_best_first(evidence):
 
 
 def test_continuations_of_a_series_share_a_picture_with_naive_forecasts(evidence, copy):
-    told = {"trained_steps": 1, "baselines": {"persistence": [1.0, 2.0], "a day ago": [0.5, 0.5]}}
+    told = {"trained_steps": 1, "baselines": {"persistence": [1.0, 2.0], "a day ago": [0.5, 0.5], "week": [0.2, 0.3]}}
     curve = [{"step": step, "error": 0.5, "low": 0.25, "high": 0.75} for step in (1, 2)]
-    for spec in ("fanformer", "llama"):
-        about = {"kind": "rule", "configuration": {"architecture": f"{spec}@1"}, "curve": curve}
+    for spec, own in (("fanformer", ""), ("llama", ",a=2")):
+        about = {"kind": "rule", "configuration": {"architecture": f"{spec}@1:b=3{own}"}, "curve": curve}
         details = {"part_of": "hours", "horizon": told}
         made = entry(name=f"periodic-{spec}-new", **about, details=details)
         result = {name: Figure(1.0, "share", 1.0, 1.0, "95%") for name in ("hole_accuracy", "train_accuracy")}
         write_entry(copy / "benchmarks" / "results", dataclasses.replace(made, result=result))
     evidence.build(copy, copy)
     text = (copy / "docs" / "evidence" / "hours.svg").read_text()
-    assert [word in text for word in (">fanformer@1<", ">llama@1<", ">persistence<", ">a day ago<")] == [True] * 4
+    assert [word in text for word in (">fanformer@1<", ">llama@1:a=2<", ">a day ago<", ">week<")] == [True] * 4
+    assert "persistence" not in text  # above all that is drawn
 
 
 def test_arms_of_a_comparison_share_a_picture(evidence, tmp_path):

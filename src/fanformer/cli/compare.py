@@ -36,7 +36,7 @@ _SECONDS_TO_START = 20.0
 )
 @click.option("--seeds", metavar="N|A,B", help="How many, or which; the best learning rate repeats.  [default: 1]")
 @click.option("--preset", help="Whose training recipe is taken over.  [default: nano]")
-@click.option("--rule", help="Train a rule instead: modular-addition, linear-regression or periodic.")
+@click.option("--rule", help="Train a rule instead, such as modular-addition; an unknown one lists them.")
 @click.option("--hole-sides", metavar="N[,N]", help="Sides of the hole of a rule that has one.")
 @click.option("--extend", type=int, help="Learning rates to add while the best is the sweep's first or last.")
 @click.option("--evaluations", type=int, help="Points of the loss curve.  [default: 16]")
@@ -64,7 +64,7 @@ def compare(
     """Train architectures on the same tokens in the same order, each at its best learning rate.
 
     An ARCHITECTURE is a preset, a folder or config.json, or NAME[@SIZE][:FIELD=VALUE,...] with a NAME of fanformer,
-    fanformer-paper, llama, llama-qk-norm, cola-llama, hybridnorm-llama and a SIZE of a count of parameters without
+    fanformer-tuned, fanformer-paper, llama, llama-qk-norm, cola-llama, hybridnorm-llama and a SIZE of a count of parameters without
     embeddings, such as 2m, or another architecture's name. The first one is the candidate, the others are baselines.
 
     Leaves comparison.html, a report of its own, and comparison.json, its numbers. The same command goes on after

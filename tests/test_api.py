@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_training_and_evaluating_are_the_commands(corpus, tmp_path):  # noqa: F8
     sizes = {"vocab_size": 320, "sequence_length": 32, "batch_size": 4, "eval_tokens": 256}
     fields = {**sizes, "precision": "float32", "compile": "off", "device": "cpu", "model": TINY_MODEL}
     heard = Notebook()
-    result = fanformer.train(str(corpus), output_dir=tmp_path / "run", tokens="1280", listener=heard, **fields)
+    result = fanformer.train(Path(corpus), output_dir=tmp_path / "run", tokens="1280", listener=heard, **fields)
     assert (result.step, heard.steps[-1]) == (10, 10)
     text = tmp_path / "text.txt"
     text.write_text("the old cat sees the river. " * 20)
@@ -87,7 +88,7 @@ def test_training_and_evaluating_are_the_commands(corpus, tmp_path):  # noqa: F8
     assert again.bits_per_byte < 8
     assert json.loads(json.dumps(figures)) == figures
 
-    longer = fanformer.train(str(corpus), output_dir=tmp_path / "run", resume=True, max_steps=12)
+    longer = fanformer.train(output_dir=tmp_path / "run", resume=True, max_steps=12)  # its own data, not stdlib
     assert longer.step == 12
     assert dataclasses.is_dataclass(longer)
 

@@ -14,7 +14,7 @@ _PathLike = str | os.PathLike[str]
 
 
 def train(
-    data: str = "stdlib",
+    data: _PathLike | None = None,
     *,
     multimodal: _PathLike | None = None,
     listener: "Listener | None" = None,
@@ -23,7 +23,8 @@ def train(
     """Train a model and leave a complete `transformers` folder behind, as `fanformer train` does.
 
     Args:
-        data: what `--data` takes: a file or glob, `stdlib`, `hf:NAME`, or a folder of prepared data.
+        data: what `--data` takes: a file or glob, `stdlib`, `hf:NAME`, or a folder of prepared data. None is the
+            preset's, or what the run that `resume` goes on with has.
         multimodal: in its place, a file of conversations with pictures and recordings, for the model of `init_from`.
         listener: a function that hears every `Event` of the run; None is silence.
         **fields: of the run, such as `preset="nano"`, `output_dir="runs/mine"`, `max_steps=200`, `tokens="2M"`,
@@ -41,18 +42,16 @@ def train(
     from fanformer.training.events import silent
     from fanformer.training.run import train as run
 
-    given = _parsed({"data": data, **fields})
+    given = _as_text({} if data is None else {"data": data}) | _as_text(fields)
     for name, value in dict(given.pop("model", {})).items():
         given[f"model.{name}"] = value
     if multimodal is None:
         return run(resolve_run(None, given), listener or silent)
-    if data != "stdlib":
+    if data is not None:
         raise ConfigError(f"`data` does not go with `multimodal`, got {data!r}: keep one of them.")
     from fanformer.loading import longest_text
 
     given["data"] = os.fspath(multimodal)
-    if "init_from" in given:
-        given["init_from"] = os.fspath(given["init_from"])
     return run(resolve_multimodal(lambda: longest_text(given["init_from"]), given), listener or silent)
 
 
@@ -87,21 +86,13 @@ def finetune(
     from fanformer.training.run import train as run
 
     files = (None if path is None else os.fspath(path) for path in (data, preferences))
-    folder, given = os.fspath(base), tuning_rows(*files) | _parsed(fields)
+    folder, given = os.fspath(base), tuning_rows(*files) | _as_text(fields)
     return run(resolve_tuning(folder, lambda: longest_text(folder), given), listener or silent)
 
 
-def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields of a run with what people write as text read, and the folder as text."""
-    from fanformer.training.configuration import PARSERS
-
-    given = dict(fields)
-    for name, parse in PARSERS.items():
-        if isinstance(given.get(name), str):
-            given[name] = parse(given[name])
-    if "output_dir" in given:
-        given["output_dir"] = os.fspath(given["output_dir"])
-    return given
+def _as_text(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a run with its paths as text."""
+    return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
 
 
 def evaluate(

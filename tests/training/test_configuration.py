@@ -83,7 +83,11 @@ def test_a_resolved_configuration_written_to_yaml_resolves_to_itself(tmp_path):
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
         ({"max_steps": 0}, "`max_steps` must be above 0, got 0."),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0, got 0.0."),
-        ({"beta2": 1.5}, "`beta2` must be in [0, 1], got 1.5."),
+        ({"beta2": 1.0}, "`beta2` must be in [0, 1), got 1.0."),
+        ({"muon_momentum": -0.1}, "`muon_momentum` must be in [0, 1), got -0.1."),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` must be at least 0, got -1.0."),
+        ({"weight_decay": -0.1}, "`weight_decay` must be at least 0, got -0.1."),
+        ({"max_rollbacks": -1}, "`max_rollbacks` must be at least 0, got -1."),
         ({"held_out_fraction": 1.0}, "`held_out_fraction` must be between 0 and 1, got 1.0."),
         ({"warmup_fraction": 0.7, "decay_fraction": 0.7}, "must add up to at most 1, got 0.7 and 0.7"),
         ({"max_steps": 3, "tokens": 5}, "the length of a run is set once, got max_steps and tokens"),
@@ -144,6 +148,26 @@ def test_settings_are_yaml_and_plain_exponents_are_numbers():
         parse_setting("x")
 
 
+@pytest.mark.parametrize("value", ["Q: why? A:", "@x", "[", "2026-13-45"])
+def test_a_setting_that_is_not_yaml_is_named(value):
+    with pytest.raises(ConfigError, match=r"the value of `sample_prompt` must be YAML, got '.*': put quotes around it"):
+        parse_setting(f"sample_prompt={value}")
+
+
+@pytest.mark.parametrize("source", ["file", "setting"])
+def test_a_file_and_a_setting_are_read_as_flags_are(tmp_path, source):
+    written = {"tokens": "3M", "max_time": "5m", "learning_rate": "3e-4", "compile": "on"}
+    if source == "file":
+        (tmp_path / "c.yaml").write_text("".join(f"{name}: {value}\n" for name, value in written.items()))
+        config = resolve(config_file=tmp_path / "c.yaml")
+    else:
+        config = resolve(overrides=dict(parse_setting(f"{name}={value}") for name, value in written.items()))
+    assert (config.length.tokens, config.length.max_time) == (3_000_000, 300.0)
+    assert (config.optimizer.learning_rate, config.machine.compile) == (3e-4, "on")
+    with pytest.raises(ConfigError, match="a count must look like 500000, 500k, 3M or 2B, got 'many'"):
+        resolve(overrides={"tokens": "many"})
+
+
 def test_every_field_says_what_it_is():
     assert all(field.metadata["help"] for field in FIELDS.values())
 
@@ -199,6 +223,17 @@ def test_a_plain_folder_takes_a_depth_beside_init_from_and_no_other_field_of_a_m
     assert [model[name.removeprefix("model.")] for name in parts] == [2, 2, 2, "add"]
     with pytest.raises(ConfigError, match=r"`model\.hidden_size` does not apply beside `init_from`, got 8"):
         resolve_run(None, asked | {"model.hidden_size": 8})
+
+
+def test_a_model_in_a_file_is_refused_beside_init_from_as_a_setting_is(tmp_path):
+    file, asked = tmp_path / "c.yaml", {"init_from": "box"}
+    file.write_text("init_from: box\nmodel: {dropout: 0.1}\n")
+    for given in ((file, {}), (None, {**asked, "model": {"dropout": 0.1}}), (None, {**asked, "model.dropout": 0.1})):
+        with pytest.raises(ConfigError, match=r"`model\.dropout` does not apply beside `init_from`, got 0\.1"):
+            resolve_run(*given)
+    run = {"configuration": resolve_run(None, {"model.dropout": 0.1}).to_dict()}
+    file.write_text(yaml.safe_dump(run))  # what a run was made of, its preset's fields among them: a recipe
+    assert resolve_run(file, asked).init_from == "box"
 
 
 def test_what_one_command_was_told_is_not_told_to_the_next(tmp_path):

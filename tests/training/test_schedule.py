@@ -1,7 +1,10 @@
 import pytest
 
 from fanformer.training.configuration import resolve
-from fanformer.training.schedule import RunLength, learning_rate_factor, run_length
+from fanformer.training.schedule import SHARES, Due, RunClock, RunLength, learning_rate_factor, run_length
+from fanformer.training.state import LoopState
+
+NO_STEPS = dict.fromkeys(SHARES)
 
 
 def test_wsd_rises_stays_and_falls_to_its_floor():
@@ -44,3 +47,45 @@ def test_progress_counts_steps_where_there_are_steps_else_time():
     assert RunLength(None, 5.0).progress(3, elapsed_seconds=2.0) == pytest.approx(0.4)
     assert RunLength(None, 5.0).progress(3, elapsed_seconds=2.0, reserved_seconds=1.0) == pytest.approx(0.5)
     assert RunLength(None, 5.0).progress(3, elapsed_seconds=9.0) == 1.0
+
+
+def saved_at(length, state, steps):
+    clock = RunClock(length, NO_STEPS, started=0.0)
+    clock.begin(state)
+    found = [step for step in range(state.step + 1, steps + 1) if Due.SAVE in clock.after_step(step, False)]
+    clock.store(state)
+    state.step = steps
+    return found
+
+
+def test_a_finished_run_that_is_made_longer_saves_at_every_fifth_of_its_new_length():
+    state = LoopState()
+    assert saved_at(RunLength(1000, None), state, 1000) == [200, 400, 600, 800, 1000]
+    assert saved_at(RunLength(10000, None), state, 10000) == [2000, 4000, 6000, 8000, 10000]
+    state = LoopState()
+    saved_at(RunLength(1000, None), state, 1000)
+    assert saved_at(RunLength(1500, None), state, 1500) == [1200, 1500]
+
+
+def test_a_run_of_the_same_length_saves_after_a_resume_what_it_would_have_saved():
+    state = LoopState()
+    assert saved_at(RunLength(1000, None), state, 450) == [200, 400]
+    assert saved_at(RunLength(1000, None), state, 1000) == [600, 800, 1000]
+
+
+def test_the_last_evaluation_takes_no_more_than_a_fifth_of_a_runs_time():
+    clock = RunClock(RunLength(None, 100.0), NO_STEPS, started=0.0)
+    clock.note_evaluation(seconds=1.0, tokens=1000, tokens_of_the_last=5000)
+    assert (clock.reserved_seconds, clock.tokens_of_the_last) == (pytest.approx(5.5), None)
+    clock.note_evaluation(seconds=1.0, tokens=1000, tokens_of_the_last=1_000_000)
+    assert (clock.reserved_seconds, clock.tokens_of_the_last) == (pytest.approx(20.0), 18181)
+
+
+def test_a_limit_beside_a_number_of_steps_keeps_time_for_a_sample_alone(monkeypatch):
+    clock = RunClock(RunLength(1000, 100.0), NO_STEPS, started=0.0)
+    clock.begin(LoopState())
+    clock.note_evaluation(seconds=1.0, tokens=1000, tokens_of_the_last=1_000_000)
+    assert clock.tokens_of_the_last is None
+    for now, stops in ((98.0, False), (99.0, True)):
+        monkeypatch.setattr("fanformer.training.schedule.time.monotonic", lambda now=now: now)
+        assert (Due.STOP in clock.after_step(7, False)) is stops

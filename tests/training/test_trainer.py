@@ -166,6 +166,7 @@ def test_a_spike_sends_the_run_back_and_leaves_its_rows_out(run_config):
     assert note.endswith("back to checkpoint-20, the 12 rows since then are left out")
     records = read_records(config.folder)
     assert [record["step"] for record in records] == list(range(1, 27))
+    assert all(record["tokens_per_second"] > 0 for record in records)
     loop = read_state(config.folder / "checkpoint-26")["loop"]
     assert (loop["place"], loop["rollbacks"]) == (4 * (26 + 3), 1)
 
@@ -184,6 +185,18 @@ def test_the_checkpoint_with_the_best_held_out_loss_is_kept(run_config):
     best = min(measured, key=measured.get)
     assert best != 8, "this test needs a run whose end is not its best"
     assert [path.name for path in checkpoints(config.folder)] == [f"checkpoint-{best}", "checkpoint-8"]
+
+
+def test_the_best_is_the_best_of_those_that_have_a_checkpoint(run_config):
+    rising = {"learning_rate": 3.0, "warmup_fraction": 1.0, "decay_fraction": 0.0, "optimizer": "adamw"}
+    fields = {"save_steps": 4, "eval_steps": 1, "keep_last": 1, "max_grad_norm": 0.0, **rising}
+    train(run_config(max_steps=8, **fields), Notebook())
+    config = run_config(max_steps=12, resume=True, **fields)
+    train(config, Notebook())
+    measured = {record["step"]: record["val_loss"] for record in read_records(config.folder) if "val_loss" in record}
+    best = min((step for step in measured if step % 4 == 0), key=measured.get)
+    assert min(measured, key=measured.get) < best < 12, "this test needs a run that is best before its first checkpoint"
+    assert [path.name for path in checkpoints(config.folder)] == [f"checkpoint-{best}", "checkpoint-12"]
 
 
 def test_an_evaluation_that_a_kill_left_out_is_made_up_for_on_resume(run, run_config):
@@ -237,7 +250,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_before_it(run, run_config, mon
         run(**{**fields, "max_steps": 2})
     real = Run.evaluate
 
-    def stopped(self, everything, between_batches):
+    def stopped(self, everything, between_batches, most_tokens):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(self, everything, between_batches)
 

@@ -64,8 +64,9 @@ def compare(
     """Train architectures on the same tokens in the same order, each at its best learning rate.
 
     An ARCHITECTURE is a preset, a folder or config.json, or NAME[@SIZE][:FIELD=VALUE,...] with a NAME of fanformer,
-    fanformer-tuned, fanformer-paper, llama, llama-qk-norm, cola-llama, hybridnorm-llama and a SIZE of a count of parameters without
-    embeddings, such as 2m, or another architecture's name. The first one is the candidate, the others are baselines.
+    fanformer-tuned, fanformer-paper, llama, llama-qk-norm, cola-llama, hybridnorm-llama and a SIZE of a count of
+    parameters without embeddings, such as 2m, or another architecture's name. The first one is the candidate, the
+    others are baselines.
 
     Leaves comparison.html, a report of its own, and comparison.json, its numbers. The same command goes on after
     whatever ended it.

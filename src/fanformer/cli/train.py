@@ -129,8 +129,7 @@ def _resolve_multimodal(file: str, config_file: Path | None, overrides: dict[str
 def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a run that flags and `--set` say; a flag that is None or False says nothing."""
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
-    fields = {name: PARSERS[name](value) if name in PARSERS else value for name, value in given.items()}
-    return fields | dict(map(parse_setting, settings))
+    return given | dict(map(parse_setting, settings))
 
 
 def run_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:

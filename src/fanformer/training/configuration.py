@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -87,11 +87,25 @@ def load_preset(name: str) -> Preset:
     return Preset(name, model={**base.model, **content["model"]}, run={**base.run, **content["run"]})
 
 
-def _as_word(value: Any, hint: Any) -> Any:
-    """Return `on` or `off` for the truth values that YAML 1.1 makes of them, where a field is one of such words."""
+def _value_of(key: str, value: Any) -> Any:
+    """Return the value of a field of RunConfig where YAML or people write it otherwise: 3M, 5m, 1e-3, on.
+
+    Raises:
+        ConfigError: if there is no such field, or its parser cannot read the text.
+    """
+    hint = run_field(key).type
     if isinstance(value, bool) and get_origin(hint) is Literal:
-        return "on" if value else "off"
+        return "on" if value else "off"  # YAML 1.1 makes truth values of these words
+    if isinstance(value, str) and key in PARSERS:
+        return PARSERS[key](value)
+    if isinstance(value, str) and float in (hint, *get_args(hint)):
+        return _number(value)
     return value
+
+
+def _number(text: str) -> str | float:
+    """Return a number that YAML 1.1 takes for a word, since it wants a dot and a sign in 1e-3; others as they are."""
+    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
 
 
 def resolve(
@@ -127,7 +141,7 @@ def resolve(
         elif key.startswith("model."):
             merged["model"][key.removeprefix("model.")] = value
         else:
-            merged[key] = _as_word(value, run_field(key).type)
+            merged[key] = _value_of(key, value)
     return RunConfig.from_fields(merged)
 
 
@@ -138,17 +152,25 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
         if (folder / RUN_FILE).is_file():
             config_file = folder / RUN_FILE
     config = resolve(config_file=config_file, overrides=overrides)
-    fields = sorted(name for name in overrides if name.startswith("model."))
-    if config.init_from is not None and fields:
+    asked = {name.removeprefix("model."): value for name, value in overrides.items() if name.startswith("model.")}
+    asked |= {**_model_of_a_plain_file(config_file), **(overrides.get("model") or {})}
+    if config.init_from is not None and asked:
         from fanformer.model.configuration_fanformer import RECURRENCE  # for which a plain folder has its weights
 
-        fields = [name for name in fields if name.removeprefix("model.") not in RECURRENCE]
-    if config.init_from is not None and fields:
+        asked = {name: value for name, value in sorted(asked.items()) if name not in RECURRENCE}
+    if config.init_from is not None and asked:
+        name, value = next(iter(asked.items()))
         raise ConfigError(
-            f"`{fields[0]}` does not apply beside `init_from`, got {overrides[fields[0]]!r}: the weights of "
-            f"{config.init_from} have a shape of their own; leave it out."
+            f"`model.{name}` does not apply beside `init_from`, got {value!r}: the weights of {config.init_from} have "
+            "a shape of their own; leave it out."
         )
     return config if overrides.get("resume") else config.replace(resume=False)
+
+
+def _model_of_a_plain_file(path: Path | None) -> dict[str, Any]:
+    """Return the model's fields of a configuration file that a person wrote; a run's own says what became of it."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None else {}
+    return {} if "configuration" in content else dict(content.get("model") or {})
 
 
 def resolve_tuning(base: str, positions: Callable[[], int | None], overrides: Mapping[str, Any]) -> RunConfig:
@@ -264,15 +286,18 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Split `key=value`, the value being YAML (so 3, 0.5, true, null and words come out as such).
 
     Raises:
-        ConfigError: if there is no `=`.
+        ConfigError: if there is no `=`, or the value is not YAML.
     """
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"a setting must be key=value, got {text!r}.")
-    parsed = yaml.safe_load(value)
-    if isinstance(parsed, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", parsed):
-        parsed = float(parsed)  # YAML 1.1 wants a dot and a sign before it sees a float in 1e-3
-    return key.strip(), parsed
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that does not exist
+        raise ConfigError(
+            f"the value of `{key.strip()}` must be YAML, got {value!r}: put quotes around it, {key.strip()}='\"...\"'."
+        ) from error
+    return key.strip(), _number(parsed) if isinstance(parsed, str) else parsed
 
 
 def parse_duration(text: str) -> float:

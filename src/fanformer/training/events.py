@@ -136,8 +136,9 @@ class Measured(Protocol):
         """Return what metrics.jsonl holds of it."""
 
 
-Evaluate = Callable[[bool, Callable[[], None]], Measured]
-"""Measures on what is held out, all of it or a sample; called in every process, with what it calls between batches."""
+Evaluate = Callable[[bool, Callable[[], None], int | None], Measured]
+"""Measures on what is held out, all of it or a sample; called in every process, with what it calls between batches, and
+the most tokens that there is time for, None for all."""
 
 SaveModel = Callable[[dict[str, "Tensor"], int], "Fill"]
 """Returns what writes the model's part of a checkpoint after a step, from tensors that nobody changes until then."""

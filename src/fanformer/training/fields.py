@@ -18,7 +18,9 @@ LENGTHS = ("max_steps", "tokens", "epochs", "max_time")
 _MOST = 10**15  # of anything that is counted: what is above is a slip of the finger, and too much for float64 below
 _ABOVE_0 = ("above 0", lambda value: value > 0)
 _FROM_1 = ("at least 1", lambda value: value >= 1)
+_FROM_0 = ("at least 0", lambda value: value >= 0)
 _SHARE = ("in [0, 1]", lambda value: 0 <= value <= 1)
+_BELOW_1 = ("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def _setting(default: Any, help_text: str, allowed: tuple[str, Callable[[Any], bool]] | None = None) -> Any:
@@ -213,11 +215,11 @@ class OptimizerConfig(_Fields):
     core_learning_rate_scale: float | None = _setting(
         None, "the rate of a recurrent depth's core over the other blocks'; default: 1", _ABOVE_0
     )
-    weight_decay: float = _setting(0.1, "decoupled weight decay of matrices")
-    beta1: float = _setting(0.9, "AdamW's decay of the gradient average", _SHARE)
-    beta2: float = _setting(0.95, "AdamW's decay of the squared-gradient average", _SHARE)
-    muon_momentum: float = _setting(0.95, "Muon's momentum", _SHARE)
-    max_grad_norm: float = _setting(1.0, "gradient norm above which gradients are scaled down; 0 is off")
+    weight_decay: float = _setting(0.1, "decoupled weight decay of matrices", _FROM_0)
+    beta1: float = _setting(0.9, "AdamW's decay of the gradient average", _BELOW_1)
+    beta2: float = _setting(0.95, "AdamW's decay of the squared-gradient average", _BELOW_1)
+    muon_momentum: float = _setting(0.95, "Muon's momentum", _BELOW_1)
+    max_grad_norm: float = _setting(1.0, "gradient norm above which gradients are scaled down; 0 is off", _FROM_0)
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class DivergenceConfig(_Fields):
         "standard deviations of the loss above its recent mean from which the run goes back to its last checkpoint",
         _ABOVE_0,
     )
-    max_rollbacks: int = _setting(3, "how often a run goes back after a spike")
+    max_rollbacks: int = _setting(3, "how often a run goes back after a spike", _FROM_0)
 
 
 @dataclass(frozen=True)

@@ -408,13 +408,22 @@ class Run:
     def _share(self) -> Share:
         return Share(self.processes.rank, self.processes.count, self.processes.sum)
 
-    def evaluate(self, everything: bool, between_batches: Callable[[], None]) -> _Evaluated:
-        """Measure the held-out loss, on all that is held out or on a sample, and let the model write a little."""
+    def evaluate(
+        self, everything: bool, between_batches: Callable[[], None], most_tokens: int | None = None
+    ) -> _Evaluated:
+        """Measure the held-out loss, on all that is held out or on a sample, and let the model write a little.
+
+        Args:
+            everything: whether as much is measured as at a run's end.
+            between_batches: called between batches.
+            most_tokens: what there is time for, None for all.
+        """
         asked = self.config.evaluation
+        tokens = asked.final_eval_tokens if everything else asked.eval_tokens
         figures = self.corpus.measure(
             self.model,
             self.config.batch.rows_per_pass(self.processes.count),
-            max_tokens=asked.final_eval_tokens if everything else asked.eval_tokens,
+            max_tokens=min(filter(None, (tokens, most_tokens)), default=None),
             autocast_dtype=self._autocast_dtype,
             share=self._share,
             between_batches=between_batches,

@@ -72,6 +72,8 @@ def learning_rate_factor(progress: float, config: ScheduleConfig) -> float:
 SHARES = {"log": 100, "evaluate": 5, "save": 5}
 """Into how many parts each of these divides a run, where no number of steps is asked for."""
 LONGEST_LOG_STEPS = 50
+MOST_OF_A_RUN = 0.2
+"""Of a run whose length is a time, what its last evaluation may take."""
 
 
 class Due(IntFlag):
@@ -104,8 +106,9 @@ class RunClock:
         self.start_up_seconds = 0.0  # until the first step ended, compilation included: no progress of the run
         self._marks: dict[str, int] = {}
         self._evaluation_rates: list[float] = []  # seconds per held-out token
-        self.save_seconds = 0.0
+        self.save_seconds = self.sample_seconds = 0.0  # what a checkpoint, and an evaluation on a sample, take
         self.reserved_seconds = 0.0
+        self.tokens_of_the_last: int | None = None  # where the time has no room for all of them
 
     @property
     def elapsed_seconds(self) -> float:
@@ -125,8 +128,10 @@ class RunClock:
         """Begin to count, or go on from where a checkpoint was taken."""
         self._training_since = time.monotonic()
         self._earlier_seconds, self.start_up_seconds = state.elapsed_seconds, state.start_up_seconds
+        # a run that was made longer is at an earlier share; of time, what is kept for the end is not known again yet
+        slack = 0 if self.length.max_steps is not None else 1
         now = {name: int(self.progress(state.step) * parts) for name, parts in SHARES.items()}
-        self._marks = dict(state.marks) or now
+        self._marks = {name: min(state.marks.get(name, mark), mark + slack) for name, mark in now.items()}
 
     def rewind(self, state: LoopState) -> None:
         """Return to what was due next when a checkpoint was taken; the time since then stays spent."""
@@ -161,7 +166,7 @@ class RunClock:
             return False
         if self.length.max_steps is None:
             return self.elapsed_seconds >= limit - self.reserved_seconds
-        return time.monotonic() - self._started >= limit - self.reserved_seconds - self.save_seconds
+        return time.monotonic() - self._started >= limit - self.sample_seconds - self.save_seconds
 
     def _is_due(self, name: str, step: int) -> bool:
         every = self._steps[name]
@@ -180,7 +185,12 @@ class RunClock:
             tokens_of_the_last: how many the last evaluation of the run will measure.
         """
         self._evaluation_rates.append(seconds / tokens)
-        self.reserved_seconds = 1.1 * statistics.median(self._evaluation_rates) * tokens_of_the_last
+        rate = 1.1 * statistics.median(self._evaluation_rates)
+        self.sample_seconds, self.reserved_seconds = rate * tokens, rate * tokens_of_the_last
+        if self.length.max_steps is None and self.length.max_seconds is not None:
+            most = MOST_OF_A_RUN * self.length.max_seconds
+            self.tokens_of_the_last = None if self.reserved_seconds <= most else max(1, int(most / rate))
+            self.reserved_seconds = min(self.reserved_seconds, most)
 
 
 STOP_SIGNALS = tuple(

@@ -40,7 +40,7 @@ from fanformer.training.fields import RunConfig
 from fanformer.training.folder import RecordFile, read_records
 from fanformer.training.optimizers import create_optimizer
 from fanformer.training.parallel import Processes, whole
-from fanformer.training.schedule import Due, RunClock, RunLength, StopRequest, learning_rate_factor
+from fanformer.training.schedule import MOST_OF_A_RUN, Due, RunClock, RunLength, StopRequest, learning_rate_factor
 from fanformer.training.state import LoopState, Snapshot, restore_model, restore_optimizer, seed_pass
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Trainer:
         self.snapshot = Snapshot(keep=processes.is_main)
         self.writer = CheckpointWriter(config.folder, saving.keep_last, background=saving.background_save)
         self.save_error: Exception | None = None
-        self.best: tuple[float, int] | None = None  # held-out loss, step
+        self.best: tuple[float, int] | None = None  # held-out loss, step, of those that have a checkpoint
         self.last_log = (0, 0.0)  # step, seconds
         self.is_evaluated = False
         self.micro_batch = config.batch.rows_per_pass(processes.count)
@@ -370,6 +370,7 @@ class Trainer:
         self.saved_step = None  # the rows that follow are others than the checkpoint's
         self.state.place, self.state.rollbacks, self.state.skipped = place, rollbacks, skipped
         self.clock.rewind(self.state)
+        self.last_log = (self.state.step, self.clock.elapsed_seconds)
         if self.processes.is_main:
             self.records.forget_after(self.state.step)
         self._note(f"{what}: back to {checkpoint.name}, the {left_out} rows since then are left out")
@@ -384,10 +385,11 @@ class Trainer:
         return self.state.place
 
     def _best_so_far(self) -> tuple[float, int] | None:
+        kept = {step_of(checkpoint) for checkpoint in checkpoints(self.config.folder)}
         measured = [
             (record["val_loss"], int(record["step"]))
             for record in read_records(self.config.folder)
-            if "val_loss" in record and record["step"] <= self.state.step
+            if "val_loss" in record and record["step"] <= self.state.step and record["step"] in kept
         ]
         return min(measured) if measured else None
 
@@ -428,7 +430,7 @@ class Trainer:
         self.listener(Event("wait", "evaluating"))
         depth = self._depth_to_measure()
         try:
-            figures = self.evaluate(everything, self._stop_if_asked)
+            figures = self.evaluate(everything, self._stop_if_asked, self._room_for_the_last() if everything else None)
         except _StopAskedError:
             return None
         seconds = time.monotonic() - started
@@ -436,10 +438,20 @@ class Trainer:
         self.clock.note_evaluation(seconds, figures.tokens, self.held_out_tokens)
         step, log_seconds = self.last_log
         self.last_log = (step, log_seconds + seconds)  # the rate counts training only
-        if self.best is None or figures.loss < self.best[0]:
+        if self.saved_step == self.state.step and (self.best is None or figures.loss < self.best[0]):
             self.best = (figures.loss, self.state.step)
         tokens = self.state.step * self.config.batch.tokens_per_step
         return {"step": self.state.step, "tokens": tokens, **figures.record(), **depth}
+
+    def _room_for_the_last(self) -> int | None:
+        """Return how many held-out tokens the run's time leaves room for at its end; None for all."""
+        most = int(self.processes.exchange([float(self.clock.tokens_of_the_last or 0)])[0][0])
+        if most:
+            self._note(
+                f"the last evaluation measures {most:,} of {self.held_out_tokens:,} held-out tokens: "
+                f"all of them would take more than {MOST_OF_A_RUN:.0%} of the run's time"
+            )
+        return most or None
 
     def _depth_to_measure(self) -> Record:
         """Set how many steps of a recurrent depth an evaluation takes and return them; nothing for a plain model."""

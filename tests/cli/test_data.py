@@ -31,6 +31,19 @@ def test_given_tokenizer_is_used(command, book, saved_model, tmp_path):
     assert len(open_prepared(tmp_path / "out").tokenizer()) == 300
 
 
+def test_processes_are_those_of_the_cores_that_may_be_used(command, book, tmp_path, monkeypatch):
+    from fanformer.data.preparation import prepare, workers
+
+    asked, prepared = [], prepare.prepare
+    monkeypatch.setattr(workers, "allowed_cores", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(
+        prepare, "prepare", lambda *words, **more: asked.append(more["workers"]) or prepared(*words, **more)
+    )
+    assert command("data", "prepare", book, "--output-dir", tmp_path / "out", "--vocab-size", "300").code == 0
+    assert asked == [3]
+
+
 def test_bad_input_is_refused_and_nothing_written(command, book, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("x")

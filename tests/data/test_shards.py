@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -105,6 +106,27 @@ def test_max_bytes_reads_only_the_beginning(tmp_path, tokenizer):
     assert calls == [(limit, limit)]
     with pytest.raises(ConfigError, match=r"`max_bytes` must be at least 1, got 0"):
         prepare(Texts(MANY), tmp_path / "b", tokenizer=tokenizer, vocab_size=0, max_bytes=0)
+
+
+def test_no_part_is_opened_once_there_is_enough(tmp_path, tokenizer):
+    class Parts(Texts):
+        """One text a part."""
+
+        def __init__(self, texts):
+            super().__init__(texts)
+            self.parts, self.opened = tuple(range(len(texts))), []
+
+        def read_part(self, number, skip=0):
+            self.opened.append(number)
+            yield from itertools.islice(super().read_part(0, number), skip, 1)
+
+    source = Parts(MANY[:30])
+    limit = sum(len(text.encode()) for text in MANY[:7])
+    options = {"tokenizer": tokenizer, "vocab_size": 0, "max_bytes": limit}
+    data = prepare(source, tmp_path / "out", **options)
+    whole = prepare(Texts(MANY[:30]), tmp_path / "whole", **options)
+    assert data.fingerprint == whole.fingerprint
+    assert set(source.opened) == set(range(7))
 
 
 def test_batches_do_not_change_the_result(tmp_path, tokenizer, monkeypatch):

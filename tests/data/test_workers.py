@@ -1,14 +1,32 @@
 """Processes that encode: what ends them, and what they say then."""
 
 import json
+import os
 import signal
 import time
 
 import pytest
 
+from fanformer.data.preparation import workers
+from fanformer.errors import ConfigError
 from tests.warm_processes import WarmParent
 
 psutil = pytest.importorskip("psutil")
+
+
+@pytest.mark.parametrize(("system", "allowed", "usual"), [("linux", 2, 2), ("linux", 96, 96), ("win32", 96, 61)])
+def test_as_many_processes_as_cores_that_may_be_used(monkeypatch, system, allowed, usual):
+    monkeypatch.setattr(workers.sys, "platform", system)
+    monkeypatch.setattr(workers, "allowed_cores", lambda: allowed)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert workers.usual_workers() == usual
+    workers.check_workers(usual)
+
+
+def test_more_processes_than_windows_can_wait_for_are_refused(monkeypatch):
+    monkeypatch.setattr(workers.sys, "platform", "win32")
+    with pytest.raises(ConfigError, match=r"`workers` must be at most 61 on Windows, got 62"):
+        workers.check_workers(62)
 
 
 @pytest.mark.ci

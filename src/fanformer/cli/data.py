@@ -1,6 +1,5 @@
 """`fanformer data`: text to token files."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +49,9 @@ def data() -> None:
 @click.option("--licence", metavar="TEXT", help="Licence of texts that name none, for ATTRIBUTION.json.")
 @click.option("--source-field", metavar="NAME", help="Field or column that says where a text comes from.")
 @click.option("--licence-field", metavar="NAME", help="Field or column with a text's licence.")
-@click.option("--workers", metavar="N", type=int, help="Processes that encode.  [default: one per core]")
+@click.option(
+    "--workers", metavar="N", type=int, help="Processes that encode.  [default: one for each core it may use]"
+)
 def prepare(
     spec: str,
     output_dir: str,
@@ -77,6 +78,7 @@ def prepare(
     limit = parse_count(max_bytes) if max_bytes is not None else None
     from fanformer.data.preparation import prepare as shards
     from fanformer.data.preparation.journal import lock_place, output_place, partial_place
+    from fanformer.data.preparation.workers import usual_workers
     from fanformer.data.sources.documents import open_source
     from fanformer.data.tokenizer import load_tokenizer
 
@@ -93,7 +95,7 @@ def prepare(
             max_bytes=limit,
             progress=progress,
             deduplicate=dedup == "exact",
-            workers=workers if workers is not None else os.cpu_count() or 1,
+            workers=workers if workers is not None else usual_workers(),
             report=outcome.append,
             **others,  # what has the names of its arguments
         )

@@ -32,7 +32,7 @@ from fanformer.data.preparation.journal import (
 )
 from fanformer.data.preparation.outputs import Attribution, Outputs
 from fanformer.data.preparation.selection import Position, SeenTexts, Selection, Split, choose_split
-from fanformer.data.preparation.workers import BatchEncoder, encode_in_order, peak_bytes
+from fanformer.data.preparation.workers import BatchEncoder, check_workers, encode_in_order, peak_bytes
 from fanformer.data.prepared import (
     ATTRIBUTION,
     FORMAT_VERSION,
@@ -125,9 +125,9 @@ def prepare(
         DataError: if the source is empty or broken, `output_dir` exists, another process is preparing it, earlier work
             was begun with other arguments, or the disk is full.
     """
-    for name, value in (("workers", workers), ("shard_tokens", shard_tokens)):
-        if value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, got {value}")
+    check_workers(workers)
+    if shard_tokens < 1:
+        raise ConfigError(f"`shard_tokens` must be at least 1, got {shard_tokens}")
     output_dir = output_place(output_dir)
     selection = Selection(source, max_bytes, tuple(filters), deduplicate=deduplicate)
     partial = partial_place(output_dir)

@@ -312,10 +312,12 @@ class Selection:
             DataError: if the source is broken or has nothing to use.
         """
         for part in range(position.part, len(self.source.parts)):
+            if self._is_enough(position):  # before the part is opened, which may be a download
+                break
             if part != position.part:
                 position.part, position.documents_of_part = part, 0
             for document in self.source.read_part(part, position.documents_of_part):
-                if self.max_bytes is not None and position.source_bytes >= self.max_bytes:
+                if self._is_enough(position):
                     break
                 position.documents_of_part += 1
                 position.number += 1
@@ -334,6 +336,9 @@ class Selection:
         if not position.kept:
             raise DataError(self._nothing(position))
         self.total_bytes = position.source_bytes
+
+    def _is_enough(self, position: Position) -> bool:
+        return self.max_bytes is not None and position.source_bytes >= self.max_bytes
 
     def _filtered(self, document: Document) -> tuple[Document, str | None]:
         """Return a document as the filters leave it, and the name of the filter that drops it, None if none does."""

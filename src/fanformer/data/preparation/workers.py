@@ -19,11 +19,27 @@ from fanformer.data.preparation.encoding import DocumentEncoder
 from fanformer.data.preparation.selection import Batch
 from fanformer.data.token_files import lay_out
 from fanformer.errors import ConfigError, DataError
+from fanformer.machine.threads import allowed_cores
 
 POOL_AFTER_BYTES = 1 << 22
 """Text that is encoded before worker processes are started: below this, starting them takes longer than it saves."""
 _AHEAD = 2
 """Batches that wait for a worker, for each worker."""
+_MOST_ON_WINDOWS = 61
+"""Processes that one can wait for there; Python refuses to make a pool of more."""
+
+
+def usual_workers() -> int:
+    """Return how many processes encode where nobody says how many: one for each core that may be used."""
+    return min(allowed_cores(), _MOST_ON_WINDOWS) if sys.platform == "win32" else allowed_cores()
+
+
+def check_workers(workers: int) -> None:
+    """Raise ConfigError if there cannot be so many processes."""
+    if workers < 1:
+        raise ConfigError(f"`workers` must be at least 1, got {workers}")
+    if sys.platform == "win32" and workers > _MOST_ON_WINDOWS:
+        raise ConfigError(f"`workers` must be at most {_MOST_ON_WINDOWS} on Windows, got {workers}")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from fanformer.data.sources.documents import open_source
 from fanformer.errors import ConfigError, refuse_unknown
 from fanformer.files.durable import replace_json
 from fanformer.files.locking import hold
-from fanformer.files.staging import replace_folder
+from fanformer.files.staging import staged_folder
 from fanformer.machine.versions import command_line
 from fanformer.training.configuration import parse_count
 from fanformer.training.events import data_to
@@ -270,10 +270,8 @@ class Making:
             raise ConfigError(
                 f"the box must have at most {most:,} bytes, got {size:,} in {new}: see the recipe's shape."
             )
-        beside = self.output_dir.with_name(f"{self.output_dir.name}.new")  # on the same file system
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(new, beside)
-        replace_folder(beside, self.output_dir)
+        with staged_folder(self.output_dir) as beside:
+            shutil.copytree(new, beside)
         return {"bytes": size}
 
     def beside(self) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fanformer.files import staging
+from fanformer.files.locking import hold
 
 REPLACE_UNTIL_KILLED = """
 import json, os, shutil, signal, sys
@@ -64,6 +65,11 @@ def test_folder_is_old_or_new_whenever_the_process_is_killed(saved_model, tmp_pa
     assert found.count("old") > 5
 
 
+def write(folder, text):
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+
+
 @pytest.mark.parametrize("place", ["linux", "a file system that cannot", "darwin", "win32"])
 def test_folder_takes_the_place_of_another(tmp_path, monkeypatch, place):
     if place == "linux" != sys.platform:
@@ -72,9 +78,60 @@ def test_folder_takes_the_place_of_another(tmp_path, monkeypatch, place):
         monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
     else:
         monkeypatch.setattr(sys, "platform", place)
-    for name in ("new", "place"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    staging.replace_folder(tmp_path / "new", tmp_path / "place")
+    for name in ("place", "place.new", "place.old"):
+        write(tmp_path / name, name)
+    with staging.staged_folder(tmp_path / "place") as aside:
+        write(aside, "new")
+        assert (tmp_path / "place/file").read_text() == "place"
+    found = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert found == {"place": "new", "place.new": "place.new", "place.old": "place.old"}
+
+
+@pytest.mark.parametrize("place", [False, True], ids=["nothing there", "a folder there"])
+def test_what_fails_leaves_everything_as_it_was(tmp_path, place):
+    if place:
+        write(tmp_path / "place", "old")
+    write(tmp_path / "place.new", "a user's")
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail():
+        with staging.staged_folder(tmp_path / "place") as aside:
+            write(aside, "new")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_new_folder_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "usual").mkdir()
+    with staging.staged_folder(tmp_path / "place") as aside:
+        write(aside, "new")
+    assert (tmp_path / "place").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_only_what_killed_processes_left_is_deleted(tmp_path):
+    killed, running, users = (tmp_path / f".place.{name}.fanformer-new" for name in ("killed", "running", "users"))
+    for folder in (killed, running, users):
+        write(folder / "new", "unfinished")
+    (tmp_path / ".place.begun.fanformer-new").mkdir()
+    (killed / "lock").touch()
+    with hold(running / "lock", "running"), staging.staged_folder(tmp_path / "place") as aside:
+        assert not killed.exists()
+        write(aside, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, users.name, "place"]
+    assert (running / "new/file").exists()
+
+
+def test_the_only_whole_folders_go_when_there_is_another(tmp_path):
+    killed = tmp_path / ".place.killed.fanformer-new"  # between two steps, where they cannot be one
+    for name in ("new", "old"):
+        write(killed / name, name)
+    (killed / "lock").touch()
+    with pytest.raises(OSError, match="full"), staging.staged_folder(tmp_path / "place"):
+        raise OSError("full")
+    assert (killed / "old/file").exists()
+    with staging.staged_folder(tmp_path / "place") as aside:
+        write(aside, "newest")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
-    assert (tmp_path / "place/file").read_text() == "new"

@@ -1,17 +1,24 @@
 """Outputs that are whole when they have their name: written aside, and nothing old goes before the new is complete."""
 
 import ctypes
+import glob
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fanformer.errors import ConfigError
 from fanformer.files.durable import sync
+from fanformer.files.locking import hold
 
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_NEW, _OLD, _LOCK = "new", "old", "lock"
+"""In the hidden folder beside a place: what is written, what had the name before, and that somebody is at it."""
+_ASIDE = ".fanformer-new"
+"""How the name of such a folder ends; it begins with that of the place."""
 
 
 def check_free(*files: Path, overwrite: bool) -> None:
@@ -48,22 +55,66 @@ def staged(*files: Path) -> Iterator[tuple[Path, ...]]:
     sync(files[0].parent)
 
 
-def replace_folder(new: Path, place: Path) -> None:
-    """Give a folder the name `place`, and delete the folder that had it.
+@contextmanager
+def staged_folder(place: Path) -> Iterator[Path]:
+    """Give a path to make a folder at; after the block it has the name `place`, and what had it is deleted.
 
-    Linux exchanges the two in one step. Elsewhere the old one is called `place` and `.old` for a moment, and a process
-    killed in it leaves both, whole.
+    The path is in a hidden folder beside `place` whose name nothing had. What killed processes left of such folders is
+    deleted: the lock file in one says that it is no user's, and that nobody writes there any more. Linux exchanges old
+    and new in one step. Elsewhere a process killed between two steps leaves both, whole, in the hidden folder, until
+    something takes the name.
     """
+    _delete_leftovers(place)
+    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_ASIDE, dir=place.parent))
+    try:
+        with hold(aside / _LOCK, str(aside), ConfigError):
+            try:
+                yield aside / _NEW
+                _replace(aside / _NEW, place, aside / _OLD)
+            finally:
+                _empty(aside, place)
+    finally:
+        with suppress(OSError):
+            aside.rmdir()
+    _delete_leftovers(place)
+
+
+def _replace(new: Path, place: Path, old: Path) -> None:
+    """Give the folder `new` the name `place`, and delete the folder that had it; it may be called `old` before."""
     if not place.exists():
         os.replace(new, place)
         return
-    old = new
-    if not _exchange(new, place):
-        old = place.with_name(place.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+    if _exchange(new, place):
+        old = new
+    else:
         os.replace(place, old)
-        os.replace(new, place)
+        try:
+            os.replace(new, place)
+        except BaseException:
+            os.replace(old, place)
+            raise
     shutil.rmtree(old)
+
+
+def _delete_leftovers(place: Path) -> None:
+    """Delete what killed processes left of the folders of `staged_folder`."""
+    for aside in place.parent.glob(f".{glob.escape(place.name)}.*{_ASIDE}"):
+        with suppress(OSError, ConfigError):  # another process writes there
+            if (aside / _LOCK).is_file() and not _is_all_there_is(aside, place):
+                with hold(aside / _LOCK, str(aside), ConfigError):
+                    _empty(aside, place)
+            aside.rmdir()  # where more is in it, it is somebody else's
+
+
+def _empty(aside: Path, place: Path) -> None:
+    if not _is_all_there_is(aside, place):
+        for name in (_NEW, _OLD):
+            shutil.rmtree(aside / name, ignore_errors=True)
+
+
+def _is_all_there_is(aside: Path, place: Path) -> bool:
+    """Return whether what had the name `place` has lost it, and nothing has it now."""
+    return (aside / _OLD).exists() and not place.exists()
 
 
 def _exchange(first: Path, second: Path) -> bool:

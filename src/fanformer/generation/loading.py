@@ -221,15 +221,8 @@ def check_weights(folder: Path) -> dict[str, SavedTensor]:
     Raises:
         CheckpointError: if there are none, if they are pickles instead, or if one is missing, truncated or corrupt.
     """
-    index = folder / _INDEX
-    if (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise CheckpointError(f"{index.absolute()} is damaged: expected a `weight_map` of tensors to files.")
-        files = sorted({folder / str(name) for name in shards.values()})
-    else:
+    files = weight_files(folder)
+    if not files:
         pickles = sorted(
             file.name
             for file in folder.iterdir()
@@ -245,6 +238,23 @@ def check_weights(folder: Path) -> dict[str, SavedTensor]:
     for file in files:
         tensors |= _check_safetensors(file)
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files with a folder's weights, and no optimizer's or other of them; none where none are.
+
+    Raises:
+        CheckpointError: if the list of several files is damaged.
+    """
+    index = folder / _INDEX
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        return []
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index.absolute()} is damaged: expected a `weight_map` of tensors to files.")
+    return sorted({folder / str(name) for name in shards.values()})
 
 
 def _check_folder(path: Path) -> None:

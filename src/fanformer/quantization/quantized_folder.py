@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from fanformer.data.packing import PackedRows
 from fanformer.errors import ConfigError, DependencyError
 from fanformer.evaluation.loss import default_sequence_length, every_nth
 from fanformer.files.durable import replace_json, replace_text
-from fanformer.files.staging import replace_folder
+from fanformer.files.staging import staged_folder
 from fanformer.generation.adapters import adapter_note
-from fanformer.generation.loading import refuse_towers
+from fanformer.generation.loading import refuse_towers, weight_files
 from fanformer.gguf.file import ARCHITECTURE
 from fanformer.loading import load_config
 from fanformer.quantization.linear_layers import SMALLEST_GROUP, check_bits_and_group, fitting_group, matrices_by_part
@@ -245,9 +244,7 @@ def write_folder(
         reading: for the model card, the format and what it is read with.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(target.name + ".new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with staged_folder(target) as aside:
         layers = write_model(aside)
         tokenizer.save_pretrained(aside)
         report = Report(
@@ -263,9 +260,6 @@ def write_folder(
         )
         replace_json(aside / REPORT_FILE, asdict(report))
         replace_text(aside / _CARD, _card(source, report, reading))
-        replace_folder(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return report
 
 
@@ -277,7 +271,7 @@ def update_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _card(source: Path, report: Report, reading: str) -> str:

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from fanformer.data.multimodal.placeholders import add_placeholders
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.text_model import withhold_spaces
+from fanformer.generation.text_model import excluded_first, withhold_spaces
 from fanformer.generation.torch_model import GumbelNoise, encode_prompt
 from fanformer.machine.compiling import fixed_cache
 from tests.saved_models import complete_on_torch as generate
@@ -248,6 +250,41 @@ def test_a_trained_word_after_a_space_is_one_token_with_it(loaded):
     allowed = [t for t in range(len(tokenizer)) if tokenizer.decode([t]).startswith(" ")]
     best = max(allowed, key=lambda token_id: scores[token_id])
     assert " " + text == tokenizer.decode([best])
+
+
+def test_spaces_at_the_end_of_a_prompt_where_placeholders_lie_beyond_the_scores(tiny_model, tiny_tokenizer):
+    model = tiny_model(vocab_size=300).eval()
+    tokenizer = add_placeholders(tiny_tokenizer, 300, ["audio"]).tokenizer
+    assert len(tokenizer) > model.config.vocab_size
+    assert texts((model, tokenizer), ["the cat "]) == texts((model, tiny_tokenizer), ["the cat "])
+
+
+def test_only_tokens_that_begin_with_the_spaces_can_be_first(tiny_tokenizer):
+    excluded = excluded_first(tiny_tokenizer, " ", 300)
+    assert [tiny_tokenizer.decode([token]).startswith(" ") for token in range(300)] == (~excluded).tolist()
+    assert excluded_first(tiny_tokenizer, "", 300) is None
+
+
+def test_greedy_is_the_likeliest_token_whatever_the_folder_asks_for(loaded, monkeypatch):
+    model, _ = loaded
+    greedy = GenerationSettings(max_length=20, temperature=0)
+    prompts = ["the cat", "a small"]
+    expected = texts(loaded, prompts, greedy)
+    theirs = GenerationConfig(
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(100, 200)),
+        return_dict_in_generate=True,
+        cache_implementation="static",
+        **{name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")},
+    )
+    monkeypatch.setattr(model, "generation_config", theirs)
+    assert texts(loaded, prompts, greedy) == expected
+    assert model.generation_config is theirs
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+    with handle, pytest.raises(CheckpointError, match="no numbers"):
+        texts(loaded, prompts, greedy)
+    assert model.generation_config is theirs
 
 
 @pytest.mark.slow

@@ -1,17 +1,23 @@
 """Streamed text: whole characters, and in the end the very text that decoding all tokens at once gives."""
 
+import itertools
 import os
 import random
 import signal
 import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 
+from fanformer.errors import ConfigError
 from fanformer.generation.decoding import TextDecoder, TextWriter
 from fanformer.generation.interruption import Interruption, interruptible
 from fanformer.generation.settings import GenerationSettings
-from fanformer.generation.torch_model import StopWhenInterrupted, TextStreamer
+from fanformer.generation.torch_model import StopWhenInterrupted, TextStreamer, TorchModel
+from fanformer.gguf import ggml_model
+from tests.gguf_models import export
 from tests.saved_models import complete_on_torch as generate
 
 # Chinese, Thai, an emoji of three joined ones with skin tones, a flag, combining accents, leading and double spaces.
@@ -119,3 +125,86 @@ def test_interruptible_works_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+class OneText:
+    """Stands for the engine of ggml: the next token follows from all those that it was given since it began."""
+
+    def __init__(self, file, model, threads=None, num_steps=None):
+        self.model, self.texts, self.ids, self.owners = model, 0, [], []
+
+    def begin(self, streams, positions, keep=0):
+        self.texts, self.ids = self.texts + 1, []
+        return 0
+
+    def forward(self, tokens, every=False):
+        self.owners.append(threading.get_ident())
+        logits = []
+        for token in tokens[0]:
+            self.ids.append(token)
+            logits.append(np.random.default_rng(self.ids).standard_normal(self.model.vocab_size, dtype=np.float32))
+        time.sleep(0.001)  # so that others would come in between
+        return [np.stack(logits if every else logits[-1:])]
+
+
+@pytest.fixture(params=["torch", "ggml"])
+def model_and_owners(request, saved_model, loaded, monkeypatch):
+    """A model, and which thread was at each of its steps."""
+    if request.param == "ggml":
+        monkeypatch.setattr(ggml_model, "Engine", OneText)
+        model = ggml_model.GgmlModel(export(saved_model), threads=1)
+        yield model, model.engine.owners
+        return
+    model, owners = TorchModel(*loaded), []
+    handle = model.model.register_forward_pre_hook(lambda *_: owners.append(threading.get_ident()))
+    yield model, owners
+    handle.remove()
+
+
+@pytest.mark.parametrize("how", ["generate while a stream is half read", "score meanwhile", "two streams", "threads"])
+def test_texts_at_a_time_are_what_each_alone_gives(model_and_owners, how):
+    model, owners = model_and_owners
+    prompts, settings = ("the cat", "a small dog"), {"max_length": 15, "min_length": 15, "seed": 3}
+    alone = [model.generate(prompt, **settings) for prompt in prompts]
+    likely = model.score(prompts[1])
+    owners.clear()
+    stream = model.stream(prompts[0], **settings)
+    if how == "two streams":
+        pairs = itertools.zip_longest(stream, model.stream(prompts[1], **settings), fillvalue="")
+        assert ["".join(pieces) for pieces in zip(*pairs, strict=True)] == alone
+    elif how == "threads":
+        found = {}
+        writers = [
+            threading.Thread(target=lambda one=one: found.update({one: model.generate(one, **settings)}))
+            for one in prompts
+        ]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert [found[prompt] for prompt in prompts] == alone
+    else:
+        first = next(stream)
+        if how == "score meanwhile":
+            assert model.score(prompts[1]) == likely
+        else:
+            assert model.generate(prompts[1], **settings) == alone[1]
+        assert first + "".join(stream) == alone[0]
+    assert len(list(itertools.groupby(owners))) == 2  # one text, and then the other
+
+
+def test_a_stream_that_nobody_reads_on_holds_nobody_up_for_ever(model_and_owners):
+    model, _ = model_and_owners
+    expected = model.generate("a", max_length=5, seed=1)
+    kept, dropped = (model.stream("the cat", max_length=40, min_length=40) for _ in range(2))
+    next(kept)
+    next(dropped)
+    del dropped
+    assert model.generate("a", max_length=5, seed=1) == expected
+
+
+def test_asking_a_model_from_within_its_text_is_refused(model_and_owners):
+    model, _ = model_and_owners
+    with pytest.raises(ConfigError, match="must not be asked while it writes, got a call from `on_text`: ask after"):
+        list(model.complete(["the cat"], GenerationSettings(max_length=5), lambda text: model.score("x")))
+    assert model.generate("the cat", max_length=5)

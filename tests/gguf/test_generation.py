@@ -125,6 +125,15 @@ def test_streamed_pieces_are_the_text_in_whole_characters(engine):
         write(engine, ["a", "b"], on_text=print)
 
 
+def test_texts_at_a_time_are_what_each_alone_gives(engine):
+    prompts, settings = PROMPTS[:2], {"max_length": 20, "min_length": 20, "seed": 3}
+    alone = [engine.generate(prompt, **settings) for prompt in prompts]
+    stream = engine.stream(prompts[0], **settings)
+    first = next(stream)
+    assert engine.generate(prompts[1], **settings) == alone[1]
+    assert first + "".join(stream) == alone[0]
+
+
 def test_space_at_the_end_of_a_prompt_begins_the_first_token(engine):
     for seed in range(5):
         item = write(engine, ["the "], dataclasses.replace(SHORT, seed=seed))[0]

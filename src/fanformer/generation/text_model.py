@@ -7,10 +7,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fanformer.errors import ConfigError, did_you_mean
 from fanformer.generation.decoding import Decoder, decode_new
@@ -111,6 +115,8 @@ class Score(NamedTuple):
 class TextModel(ABC):
     """A language model that writes and scores text: a folder on torch or a GGUF file on ggml.
 
+    Several threads may ask it, and a stream may be half read while others are: texts are computed one after the other.
+
     Attributes:
         tokenizer: turns text into token ids and back.
         positions: how many tokens a text may have, its start token included; None is without limit.
@@ -120,6 +126,25 @@ class TextModel(ABC):
     tokenizer: Any
     positions: int | None
     end_ids: Sequence[int]
+
+    def __init__(self) -> None:
+        self._lock, self._holder = threading.Lock(), 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let this thread alone compute within the `with` block; another one waits for its turn.
+
+        Raises:
+            ConfigError: if this thread computes already, and would wait for itself.
+        """
+        if self._holder == threading.get_ident():
+            raise ConfigError("a model must not be asked while it writes, got a call from `on_text`: ask afterwards.")
+        with self._lock:
+            try:
+                self._holder = threading.get_ident()
+                yield
+            finally:
+                self._holder = 0
 
     @property
     def num_steps(self) -> int | None:
@@ -192,6 +217,8 @@ class TextModel(ABC):
 
     def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
         """Continue a prompt and yield what is written, piece by piece; closing the iterator stops the text.
+
+        It is written whether or not it is read, and other calls wait until then.
 
         Args:
             prompt: a text.
@@ -365,6 +392,23 @@ def withhold_spaces(tokenizer: Decoder, ids: list[int]) -> tuple[list[int], str]
     if len(ids) > 1 and text and not text.strip(" "):
         return ids[:-1], text
     return ids, ""
+
+
+def excluded_first(tokenizer: Decoder, beginning: str, known: int) -> NDArray[np.bool_] | None:
+    """Return which of the first `known` ids cannot be the first new token: those whose text begins otherwise.
+
+    Args:
+        tokenizer: of the model.
+        beginning: what the text must begin with, such as the spaces that `withhold_spaces` took.
+        known: how many ids there are.
+
+    Returns:
+        (known) bool, or None where `beginning` is empty.
+    """
+    if not beginning:
+        return None
+    texts = (tokenizer.decode([number], clean_up_tokenization_spaces=False) for number in range(known))
+    return np.array([not text.startswith(beginning) for text in texts])
 
 
 def row_seed(seed: int, index: int) -> int:

@@ -1,9 +1,11 @@
 """Text by a model of `transformers`: sampling that a seed reproduces, batches, streaming."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -28,7 +30,7 @@ from fanformer.errors import CheckpointError, ConfigError
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
-from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text, depth_note
+from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text, depth_note, excluded_first
 
 if TYPE_CHECKING:
     from fanformer.generation.speculation import SelfSpeculation
@@ -61,17 +63,19 @@ class KnownTokensOnly(LogitsProcessor):
 class BeginsWith(LogitsProcessor):
     """Lets the first new token of a row be only one whose text begins with the row's own beginning."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, beginnings: Sequence[str], width: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, beginnings: Sequence[str], known: int, width: int):
         self._width = width
-        texts = [tokenizer.decode([token_id]) for token_id in range(len(tokenizer))]
-        self._excluded = torch.tensor([[not text.startswith(beginning) for text in texts] for beginning in beginnings])
+        found = {beginning: excluded_first(tokenizer, beginning, known) for beginning in set(beginnings)}
+        rows = [np.zeros(known, bool) if (row := found[beginning]) is None else row for beginning in beginnings]
+        self._excluded = torch.from_numpy(np.stack(rows))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return `scores` (B, V), at the first new position with minus infinity for all other tokens."""
         if input_ids.shape[1] != self._width:
             return scores
         excluded = torch.ones_like(scores, dtype=torch.bool)
-        excluded[:, : self._excluded.shape[1]] = self._excluded.to(scores.device)
+        both = min(self._excluded.shape[1], scores.shape[1])  # placeholders may have ids that the model does not score
+        excluded[:, :both] = self._excluded[:, :both].to(scores.device)
         return scores.masked_fill(excluded, -torch.inf)
 
 
@@ -156,6 +160,7 @@ class TorchModel(TextModel):
         Raises:
             ConfigError: if compiled code cannot do the model's depth, or it cannot draft.
         """
+        super().__init__()
         depth = getattr(model.get_decoder(), "depth", None) if compiled else None
         if depth is not None and depth.is_adaptive:
             raise ConfigError(
@@ -185,8 +190,10 @@ class TorchModel(TextModel):
     @torch.inference_mode()
     def continue_batch(self, batch: Batch) -> list[list[int]]:
         """Do what `TextModel.continue_batch` says."""
-        if self.speculation is not None:
-            return self._speculate(self.speculation, batch)
+        with self.turn():  # for the time of a text the modules compute otherwise, see `fast_decoding`
+            return self._continue(batch) if self.speculation is None else self._speculate(self.speculation, batch)
+
+    def _continue(self, batch: Batch) -> list[list[int]]:
         model, tokenizer, rows, settings, compiling = self.model, self.tokenizer, batch.rows, batch.settings, {}
         inputs = self.media_inputs(batch)
         on_text, remembered = batch.on_text, batch.remembered
@@ -203,7 +210,7 @@ class TorchModel(TextModel):
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else [*self.end_ids, 0][0]
         input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
         present = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        with fast_decoding(model, self.join):
+        with fast_decoding(model, self.join), own_settings_aside(model):
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=present,
@@ -276,7 +283,8 @@ class TorchModel(TextModel):
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         """Do what `TextModel.log_likelihoods` says, in float32."""
         tokens = torch.tensor([ids], device=self.model.device)
-        logits = self.model(tokens[:, :-1]).logits[0].float()  # (T - 1, V)
+        with self.turn():
+            logits = self.model(tokens[:, :-1]).logits[0].float()  # (T - 1, V)
         return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
 
 
@@ -286,6 +294,21 @@ def _speculation(model: PreTrainedModel, draft_tokens: int, compiled: bool) -> "
     from fanformer.generation.speculation import SelfSpeculation
 
     return SelfSpeculation(model, draft_tokens)
+
+
+@contextmanager
+def own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` do within the `with` block what it is told, and nothing else that the model's folder asks for.
+
+    It fills in what it is not told from `model.generation_config`: with a penalty there, greedy would not be greedy.
+    Of that only the end tokens count, as `end_token_ids` reads them.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -315,7 +338,7 @@ def _processors(tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int) ->
     known = max(tokenizer.get_vocab().values()) + 1
     processors = LogitsProcessorList([KnownTokensOnly(known, placeholder_ids(tokenizer))])
     if any(batch.beginnings):
-        processors.append(BeginsWith(tokenizer, batch.beginnings, width))
+        processors.append(BeginsWith(tokenizer, batch.beginnings, known, width))
     if settings.is_greedy:
         return processors
     processors.append(Temperature(settings.temperature))

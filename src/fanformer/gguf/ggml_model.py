@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.sampling import Sampling, TokenSampler, log_probabilities, noise_of
-from fanformer.generation.text_model import Batch, TextModel, check_text, depth_note
+from fanformer.generation.text_model import Batch, TextModel, check_text, depth_note, excluded_first
 from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
 from fanformer.gguf.tokenizer import GGUFTokenizer
@@ -32,6 +31,7 @@ class GgmlModel(TextModel):
             ConfigError: if the engine cannot do the model's kind of RoPE, that many threads, or that many steps.
             DependencyError: if the extra `gguf` is not installed.
         """
+        super().__init__()
         file, model = open_model(str(path))
         self.tokenizer = GGUFTokenizer(file, model.vocab_size)
         self.engine = Engine(file, model, threads, num_steps)
@@ -57,12 +57,18 @@ class GgmlModel(TextModel):
 
     def continue_batch(self, batch: Batch) -> list[list[int]]:
         """Do what `TextModel.continue_batch` says."""
+        with self.turn():
+            return self._continue(batch)
+
+    def _continue(self, batch: Batch) -> list[list[int]]:
         tokenizer, engine, rows, settings = self.tokenizer, self.engine, batch.rows, batch.settings
         sampling, known, end_ids = Sampling.of(settings), tokenizer.known, tokenizer.end_ids
         on_text, remembered = batch.on_text, batch.remembered
         writer = TextWriter(tokenizer, rows[0], on_text, len(batch.beginnings[0])) if on_text is not None else None
         samplers = [
-            TokenSampler(sampling, noise_of(seed, known), known, end_ids, (), _excluded(tokenizer, beginning))
+            TokenSampler(
+                sampling, noise_of(seed, known), known, end_ids, (), excluded_first(tokenizer, beginning, known)
+            )
             for seed, beginning in zip(batch.seeds, batch.beginnings, strict=True)
         ]
         shared, text = remembered.take(rows[0]) if remembered is not None else (0, None)
@@ -90,8 +96,9 @@ class GgmlModel(TextModel):
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         """Do what `TextModel.log_likelihoods` says, in float32."""
-        self.engine.begin(1, len(ids))
-        logits = self.engine.forward([list(ids[:-1])], every=True)[0]  # (T - 1, V)
+        with self.turn():
+            self.engine.begin(1, len(ids))
+            logits = self.engine.forward([list(ids[:-1])], every=True)[0]  # (T - 1, V)
         return log_probabilities(logits)[np.arange(len(logits)), ids[1:]].tolist()
 
 
@@ -99,10 +106,3 @@ def give_back_freed_memory() -> None:
     """Let the C library give memory that nobody uses any more to the system; without glibc it does so by itself."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _excluded(tokenizer: GGUFTokenizer, beginning: str) -> NDArray[np.bool_] | None:
-    """Return which tokens do not begin with `beginning`, (known) bool, or None where it is empty."""
-    if not beginning:
-        return None
-    return np.array([not tokenizer.decode([number]).startswith(beginning) for number in range(tokenizer.known)])

@@ -26,6 +26,7 @@ from fanformer.generation.sampling import (
     likeliest,
     log_probabilities,
 )
+from fanformer.generation.text_model import excluded_first
 from fanformer.server.refusal import log_failure
 from fanformer.server.slots import Shown, Slots
 from fanformer.server.stopping import OutgoingText, Token, Written
@@ -182,7 +183,7 @@ class Scheduler:
         self._waiting: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
         self._held: list[list[int]] = [[] for _ in range(slots.count)]
-        self._begins: dict[str, NDArray[np.bool_]] = {}
+        self._begins: dict[str, NDArray[np.bool_] | None] = {}
         self._closed = False
         self._failures, self._failed_at = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="fanformer-scheduler", daemon=True)
@@ -315,14 +316,11 @@ class Scheduler:
         self.counters.cached_tokens += keep
 
     def _excluded(self, beginning: str) -> NDArray[np.bool_] | None:
-        """Return which tokens do not begin with `beginning`, (known) bool, or None where it is empty."""
-        if not beginning:
-            return None
+        """Return what `excluded_first` returns, kept for the next request."""
         if beginning not in self._begins:
             if len(self._begins) >= 64:
                 self._begins.clear()
-            texts = (self._tokenizer.decode([number]) for number in range(self.known))
-            self._begins[beginning] = np.array([not text.startswith(beginning) for text in texts])
+            self._begins[beginning] = excluded_first(self._tokenizer, beginning, self.known)
         return self._begins[beginning]
 
     def _release(self, ticket: Ticket, outcome: str) -> None:

@@ -56,7 +56,8 @@ def shuffled(text: str, seed: int) -> str:
         words = sentence.rstrip(".!?").split()
         words[0] = words[0][:1].lower() + words[0][1:]
         draw.shuffle(words)
-        made.append(" ".join(words).capitalize() + ".")
+        mixed = " ".join(words)
+        made.append(f"{mixed[:1].upper()}{mixed[1:]}.")  # the other letters stay: names and `I` are no mistakes
     return " ".join(made)
 
 

@@ -24,6 +24,14 @@ def test_sentences_end_at_their_signs():
     assert sentences('He ran. "Stop!" said she. And then') == ["He ran.", "Stop!", "said she."]
 
 
+def test_shuffling_leaves_names_and_i_as_they_are():
+    from grammar import shuffled
+
+    mixed = shuffled("She saw Anna and I.", seed=0)
+    assert mixed[0].isupper()
+    assert {"Anna", "I"} <= set(mixed.rstrip(".").split())
+
+
 def test_human_stories_pass_and_shuffled_ones_do_not(parser):
     from grammar import passes, shuffled
 

@@ -43,6 +43,8 @@ from fanformer.generation.text_model import TextModel, row_seed
 from fanformer.server.slots import Slots
 
 _TOKEN = re.compile(r"w(\d+);")
+BYTES = range(1, 257)
+"""Ids of single bytes, which are no whole characters: prompts and answers have none."""
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 WAYS = ("stream", "whole")
 RIGHT, NEAR_TIE, WRONG, LOST = "right", "near tie", "wrong", "lost, mixed or repeated"
@@ -89,7 +91,8 @@ def save_model(folder: Path, dry: bool) -> None:
         for parameter in model.parameters():  # branches end in zeros, and such a model says the same whatever it read
             if parameter.ndim == 2 and not parameter.any():
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-        model.lm_head.weight.mul_(10)  # fewer near ties
+        # logits of standard deviation 5 have few near ties, and leave bytes, whose logit is 0, to no answer
+        model.lm_head.weight.normal_(std=5 * config.hidden_size**-0.5)[BYTES.start : BYTES.stop] = 0
     model.save_pretrained(folder)
     letters = pre_tokenizers.ByteLevel.alphabet()
     words = ["<|endoftext|>", *sorted(letters)]
@@ -102,10 +105,9 @@ def save_model(folder: Path, dry: bool) -> None:
 
 def make_cases(model: TextModel, count: int, prompt_tokens: int, new: int, vocabulary: int) -> list[Case]:
     """Continue `count` prompts offline, every second one sampled."""
-    # single bytes are no whole characters: they are kept out of prompts and answers
     draw, cases = random.Random(0), []
     for index in range(count):
-        ids = [0, *(draw.randrange(257, vocabulary) for _ in range(prompt_tokens - 1))]
+        ids = [0, *(draw.randrange(BYTES.stop, vocabulary) for _ in range(prompt_tokens - 1))]
         seed = index if index % 2 else None
         sampling = {"temperature": 0.0} if seed is None else SAMPLED
         how = {"top_p": 1.0, **sampling}
@@ -198,7 +200,7 @@ class Load:
             tally.outcomes[LOST] += 1
             return
         found = tokens_of(text)
-        tally.tokens += len(found)
+        tally.tokens += len(found) - found.count(-1)
         if stream:
             tally.first.append(first)
         if found == case.expected:

@@ -56,6 +56,17 @@ def test_ids_are_read_off_a_text_and_what_is_none_is_told(serve):
     assert serve.tokens_of("") == []
 
 
+def test_no_answer_of_the_random_model_holds_a_single_byte_which_would_be_no_text(serve, tmp_path):
+    from fanformer.loading import load_text_model
+
+    serve.save_model(tmp_path / "model", dry=True)
+    model = load_text_model(tmp_path / "model", device="cpu")
+    cases = serve.make_cases(model, 12, 24, 12, 512)
+    assert {len(case.expected) for case in cases} == {12}
+    assert all(number not in serve.BYTES and number > 0 for case in cases for number in [*case.ids[1:], *case.expected])
+    assert len({tuple(case.expected) for case in cases}) == 12
+
+
 def test_streams_are_read_in_chunks_and_one_that_was_cut_off_is_no_text(serve):
     events = [json.dumps({"choices": [{"text": text}]}) for text in ("w1;", "w2;")]
     whole = "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()

@@ -16,7 +16,7 @@ from fanformer.comparison.entries import write_comparison
 from fanformer.comparison.ledger import read_ledger
 from fanformer.comparison.pages.report import write_comparison_page
 from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
-from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config
+from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config, run_trial
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import RANKS
@@ -272,6 +272,14 @@ def test_rates_of_a_rule_are_chosen_on_a_hole_that_is_not_reported(tmp_path):
     ]
     write_comparison(tmp_path / "ledger", "rule", "fanformer compare", comparison, outcomes, None)
     assert [entry.details["rates_on"] for entry in read_ledger(tmp_path / "ledger")] == [{"hole_side": 3}] * 2
+
+
+def test_a_rule_that_time_cut_short_is_no_result(tmp_path):
+    rule = {"task": "modular-addition", "modulus": 7, "hole_side": 1}
+    trial = Trial("fanformer@60k", 0.01, 0, {"max_steps": 10**6, "max_time": 0.1, "batch_size": 16}, rule=rule)
+    with pytest.raises(SystemExit, match="`max_time` ended this training before its steps were done"):
+        run_trial(trial, tmp_path, lambda event: None)
+    assert list((tmp_path / "run").glob("checkpoint-*"))  # from which it goes on
 
 
 def test_the_rate_of_a_rule_s_recipe_is_no_part_of_what_its_trainings_are():

@@ -24,7 +24,9 @@ from fanformer.files.durable import replace_json
 from fanformer.training.events import Event
 
 if TYPE_CHECKING:
+    from fanformer.comparison.rule_learning import RuleResult
     from fanformer.training.fields import RunConfig
+    from fanformer.training.run import RunResult
 
 TRIAL_FILE, RESULT_FILE, RUN_FOLDER = "trial.json", "result.json", "run"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -127,7 +129,7 @@ def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
 
     Raises:
         FANformerError: on bad input; a run that diverged is a result.
-        SystemExit: where a signal stopped the run, which then goes on at the next call.
+        SystemExit: where a signal or a limit of time stopped the run, which then goes on at the next call.
     """
     return _train_rule(trial, folder, lines) if trial.rule is not None else _train_language(trial, folder, lines)
 
@@ -162,8 +164,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         outcome = train(config, lines, lambda fields: chosen.build({name: fields[name] for name in _NEEDED}))
     except DivergenceError as error:
         return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
-    if not outcome.reached_end:
-        raise SystemExit(128 + signal.Signals[outcome.stopped_by] if outcome.stopped_by else 1)
+    _leave_unless_ended(outcome)
     described, records = read_run_file(run_folder), read_records(run_folder)
     needed = {name: described["model"][name] for name in _NEEDED if name in described["model"]}
     needed |= {"max_position_embeddings": config.batch.sequence_length}
@@ -216,8 +217,7 @@ def _train_rule(trial: Trial, folder: Path, lines: _Lines) -> Result:
         measured = train_rule(task, model, config, lines)
     except DivergenceError as error:
         return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
-    if measured.stopped_by is not None:
-        raise SystemExit(128 + signal.Signals[measured.stopped_by])
+    _leave_unless_ended(measured)
     result = {**measured.to_dict(), "settings": dict(trial.settings) | own}
     curve = result.pop("curve")
     figures = {
@@ -230,6 +230,14 @@ def _train_rule(trial: Trial, folder: Path, lines: _Lines) -> Result:
     details = {"rule": {**result, "curve": curve}, "model": model.config.to_diff_dict(), "versions": versions()}
     shutil.rmtree(folder / RUN_FOLDER)
     return Result("finished", "", figures, curve, details)
+
+
+def _leave_unless_ended(outcome: "RunResult | RuleResult") -> None:
+    """End the process where a signal or a limit of time ended a training before its end: that is no result of it."""
+    if outcome.stopped_by is not None:
+        raise SystemExit(128 + signal.Signals[outcome.stopped_by])
+    if not outcome.reached_end:
+        raise SystemExit("`max_time` ended this training before its steps were done: leave it out, or give it more.")
 
 
 def _end_with_parent() -> None:

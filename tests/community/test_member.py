@@ -171,6 +171,26 @@ def test_a_share_without_a_finite_loss_is_left_out_and_the_next_one_begins_from_
 
 
 @pytest.mark.ci
+def test_with_fragments_a_share_that_diverged_leaves_nothing_behind_in_what_was_not_sent(member, plan, monkeypatch):
+    anna = member(the_plan=plan(fragments=2))
+    base = weights_of(anna)
+    anna.take_part(task_for(base), base)
+
+    def diverge(*asked):
+        for tensor in anna._tensors.values():
+            tensor.detach().fill_(1e9)
+        raise DivergenceError("the loss is not finite", "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(anna.trainer, "train_round", diverge)
+        with pytest.raises(DivergenceError, match="the next one begins from its base"):
+            anna.take_part(task_for(base, 1), base)
+    anna._take_over(base)
+    now = weights_of(anna)
+    assert all(torch.equal(now[name], tensor) for name, tensor in base.items())
+
+
+@pytest.mark.ci
 def test_a_base_that_is_another_than_the_task_s_is_refused(member):
     anna = member()
     base = weights_of(anna)

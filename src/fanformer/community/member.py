@@ -154,7 +154,10 @@ class Member:
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """The weights that the last share began with, float32 of any shape by name; empty before the first."""
+        """The weights that the last share began with, float32 of any shape by name.
+
+        Empty before the first one, and after one that diverged.
+        """
         return self._anchor
 
     @property
@@ -190,6 +193,7 @@ class Member:
         try:
             steps, loss = self.trainer.train_round(task.first_step, place, task.steps, _until(task, began, stop))
         except DivergenceError as error:
+            self._anchor = {}  # what was not sent has diverged too: the next base is taken over whole
             raise DivergenceError(error.reason, "this share is left out; the next one begins from its base.") from error
         if not self.shares_rows:
             self._own_place = self.trainer.state.place

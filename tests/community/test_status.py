@@ -1,14 +1,18 @@
 """The status of a run: as lines, as a page, from a folder; and what is none."""
 
+import contextlib
 import datetime
 import json
+import signal
 
 import pytest
 
 from fanformer.cli.main import main
-from fanformer.community.folder import STATUS_FILE
+from fanformer.community.folder import KEYS_FOLDER, STATUS_FILE
+from fanformer.community.identity import CERTIFICATE, PUBLIC_KEY
 from fanformer.community.status import lines, note_end, read_status, status_page
 from fanformer.errors import CheckpointError
+from fanformer.training.events import silent
 from tests.pages import Reader
 
 NOW = datetime.datetime(2026, 11, 29, 12, 0, tzinfo=datetime.UTC)
@@ -71,6 +75,29 @@ def test_a_status_says_how_a_host_ended(tmp_path):
     assert "failed: the disk has no room" in lines(found, NOW)[0]
     assert found["written"] > a_status()["written"]
     assert [one["connected"] for one in found["members"]] == [False]
+
+
+def test_a_host_that_sigterm_ends_says_that_it_was_stopped(tmp_path, monkeypatch, capsys):
+    from fanformer.cli.community import _host
+
+    def sigterm(*given):
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+
+    run = tmp_path / "run"
+    (run / KEYS_FOLDER).mkdir(parents=True)
+    for file in (run / KEYS_FOLDER / CERTIFICATE, run / PUBLIC_KEY):
+        file.write_text("")
+    (run / STATUS_FILE).write_text(json.dumps(a_status()))
+    module = "fanformer.community"
+    monkeypatch.setattr(f"{module}.hosted_run.begun", lambda *given: contextlib.nullcontext())
+    monkeypatch.setattr("fanformer.cli.community._plan", lambda *given: None)
+    monkeypatch.setattr(f"{module}.flower.processes.HostProcesses", lambda *given: contextlib.nullcontext())
+    monkeypatch.setattr(f"{module}.flower.keeping.keep", sigterm)
+    with pytest.raises(SystemExit) as ended:
+        _host({}, {"preset": "nano", "output_dir": str(run)}, tmp_path, [], ("127.0.0.1", 8000), silent)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "stopped" in lines(read_status(run), NOW)[0]
+    assert "stopped: the same command goes on from the last round" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", '{"format_version": 2}'])

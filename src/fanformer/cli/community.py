@@ -114,6 +114,7 @@ def _host(
     from fanformer.community.invitation import check_address, invite
     from fanformer.community.status import note_end
     from fanformer.files.locking import hold
+    from fanformer.machine.signals import sigterm_as_exit
     from fanformer.training.configuration import resolve_run
     from fanformer.training.events import note_to
 
@@ -136,11 +137,11 @@ def _host(
         for address in addresses:
             click.echo(f"invitation: {invite(address, place[1], *pems)}")
 
-    with hold(*lock):
+    with hold(*lock), sigterm_as_exit():
         try:
             with HostProcesses(folder, *place) as processes:
                 keep(folder, processes, members, note, tell)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM as systemd sends it
             note_end(folder, "stopped")
             click.echo(f"stopped: the same command goes on from the last round in {folder}")
             raise

@@ -8,16 +8,13 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -31,6 +28,7 @@ from fanformer.data.prepared import PreparedData
 from fanformer.errors import ConfigError, FANformerError, refuse_unknown
 from fanformer.files.durable import replace_json
 from fanformer.files.locking import hold
+from fanformer.machine.signals import sigterm_as_exit
 from fanformer.machine.versions import command_line, hardware, versions
 from fanformer.training.events import Event, Listener
 
@@ -247,7 +245,7 @@ def run_queue(
     queue.output_dir.mkdir(parents=True, exist_ok=True)
     lock, what = queue.output_dir / LOCK_FILE, f"the queue {queue.output_dir.absolute()}"
     outcomes = []
-    with hold(lock, what, ConfigError), _sigterm_as_exit():
+    with hold(lock, what, ConfigError), sigterm_as_exit():
         status = _Status(listener, queue)
         for number, entry in enumerate(queue.entries, start=1):
             if entry.comparison is None:
@@ -258,20 +256,6 @@ def run_queue(
             running = _Running(queue, entry, entry.comparison, command, status, publish)
             outcomes.append(running.run(deadline, jobs))
     return outcomes
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM end this process through its `finally` blocks, in which the training under way saves."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass

@@ -8,15 +8,22 @@ import ast
 import io
 import sys
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+import click
 
 from fanformer.cli.failure import quiet_libraries
+from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.cli.train import run_and_report
 from fanformer.errors import FANformerError
 from fanformer.training.configuration import resolve_run
+from fanformer.training.schedule import is_finished
 
 COMPLETIONS = 20
 SHOWN = 3
+GO_ON = "the same command goes on"
 
 
 def cut_to_last_statement(source: str) -> str:
@@ -54,11 +61,6 @@ def parses(source: str) -> bool:
     return bool(complete.strip())
 
 
-def finished(folder: Path) -> bool:
-    """Return whether the folder holds a finished run."""
-    return (folder / "model.safetensors").is_file() and (folder / "run.yaml").is_file()
-
-
 def main() -> int:
     """Train unless that is done, print completions and the verdict, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -67,12 +69,15 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_libraries()
     folder: Path = arguments.output_dir
-    if finished(folder):
+    if is_finished(folder):
         print(f"{folder} holds a finished run: using it (delete the folder to train again)")
     else:
         started = (folder / "run.yaml").is_file()
         overrides = {"preset": "nano", "output_dir": str(folder), "max_time": arguments.max_time, "resume": started}
-        run_and_report(resolve_run(None, overrides))
+        try:
+            run_and_report(resolve_run(None, overrides), to_go_on=GO_ON)
+        except click.exceptions.Exit as stopped:
+            return stopped.exit_code
 
     from fanformer.generation.settings import GenerationSettings
     from fanformer.loading import load_text_model
@@ -99,8 +104,16 @@ def main() -> int:
     return 0 if verdicts[0] else 1
 
 
-if __name__ == "__main__":
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Run a demo as a program."""
     try:
         sys.exit(main())
     except FANformerError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print(f"stopped: {GO_ON}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -7,8 +7,9 @@ names), or if a twin that hears nothing does as well.
 import json
 from pathlib import Path
 
+from demo import exit_with
 from hub_media import hub_examples
-from multimodal_demo import Example, Recipe, exit_with, run_demo
+from multimodal_demo import Example, Recipe, run_demo
 
 from fanformer.errors import ConfigError, import_extra
 

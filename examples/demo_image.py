@@ -7,8 +7,9 @@ if a twin that sees nothing does as well.
 from pathlib import Path
 
 import numpy as np
+from demo import exit_with
 from hub_media import hub_examples
-from multimodal_demo import Example, Recipe, exit_with, run_demo
+from multimodal_demo import Example, Recipe, run_demo
 from PIL import Image
 
 from fanformer.errors import ConfigError

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo import GO_ON
+
 from fanformer.cli.failure import quiet_libraries
 from fanformer.cli.terminal import TerminalReporter
-from fanformer.errors import CheckpointError, ConfigError, FANformerError
+from fanformer.errors import CheckpointError, ConfigError
+from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints
 from fanformer.training.configuration import resolve_multimodal, resolve_run
+from fanformer.training.fields import OutputConfig, RunConfig
+from fanformer.training.folder import RUN_FILE, read_records, read_run_file
+from fanformer.training.schedule import is_finished
 
 Example = tuple[str, str]
 """A media file's name and the answer about it."""
@@ -44,23 +50,41 @@ def write_rows(file: Path, examples: Sequence[Example], kind: str, question: str
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a folder holds a run that was trained to its end, or another model."""
-    return (folder / "model.safetensors").is_file()
-
-
 def base_model(folder: Path, seconds: float) -> Path:
-    """Return the folder of a language model, trained as `make demo` does where it is not there."""
-    if is_finished(folder):
+    """Return the folder of a language model, trained as `make demo` does where it is not there.
+
+    Raises:
+        CheckpointError: if its training is stopped.
+        ConfigError: if the folder holds another run that was stopped, which is not this demo's to go on with.
+    """
+    is_there = (folder / WEIGHTS_FILE).is_file()
+    if is_finished(folder) or (is_there and not checkpoints(folder)):  # a model of another making
         print(f"{folder}: a language model is there, using it")
         return folder
+    resume, fields = (folder / RUN_FILE).is_file(), {"preset": "nano", "max_time": seconds}
+    wanted, free = resolve_run(None, fields).to_dict(), {"max_time", *OutputConfig.__dataclass_fields__}
+    before = read_run_file(folder)["configuration"] if resume else wanted
+    if any(before.get(name) != value for name, value in wanted.items() if name not in free):
+        raise ConfigError(
+            f"`--base` must be a model that was trained to its end, got the run {folder}, which was stopped: finish it "
+            f"with `fanformer train --config {folder / RUN_FILE} --resume`, or give another."
+        )
+    train_to_end(resolve_run(None, {**fields, "output_dir": str(folder), "resume": resume}))
+    return folder
+
+
+def train_to_end(config: RunConfig) -> None:
+    """Train and draw the progress.
+
+    Raises:
+        CheckpointError: if it is stopped.
+    """
     from fanformer.training.run import train
 
-    resume = (folder / "run.yaml").is_file()
-    overrides = {"preset": "nano", "output_dir": str(folder), "max_time": seconds, "resume": resume}
     with TerminalReporter() as reporter:
-        train(resolve_run(None, overrides), reporter)
-    return folder
+        result = train(config, reporter)
+    if not result.reached_end:
+        raise CheckpointError(f"{config.folder} was stopped after step {result.step}: {GO_ON}.")
 
 
 def train_twin(folder: Path, base: Path, rows: Path, held_out: Path, fields: Mapping[str, Any], blind: bool) -> float:
@@ -83,16 +107,11 @@ def train_stage(folder: Path, fields: Mapping[str, Any]) -> float:
         CheckpointError: if it was stopped.
     """
     from fanformer.loading import longest_text
-    from fanformer.training.folder import read_records
-    from fanformer.training.run import train
 
     done = read_records(folder)
     if not is_finished(folder) or not done or done[-1]["step"] < fields["max_steps"]:
-        given = {**fields, "output_dir": str(folder), "resume": (folder / "run.yaml").is_file()}
-        with TerminalReporter() as reporter:
-            result = train(resolve_multimodal(lambda: longest_text(fields["init_from"]), given), reporter)
-        if not result.reached_end:
-            raise CheckpointError(f"{folder} was stopped after step {result.step}: the same command goes on.")
+        given = {**fields, "output_dir": str(folder), "resume": (folder / RUN_FILE).is_file()}
+        train_to_end(resolve_multimodal(lambda: longest_text(fields["init_from"]), given))
     return next(record["val_exact"] for record in reversed(read_records(folder)) if "val_exact" in record)
 
 
@@ -168,11 +187,3 @@ def ask(folder: Path, held_out: Path, kind: str) -> None:
         media = {"images": [path]} if kind == "image" else {"audio": [path]}
         said = model.generate(question["text"], **media, max_length=8, temperature=0.0)
         print(f"{path.name}  {question['text']}  {said}  ({answer['content']} is right)")
-
-
-def exit_with(main: Callable[[], int]) -> None:
-    """Run a demo as a program."""
-    try:
-        sys.exit(main())
-    except FANformerError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")

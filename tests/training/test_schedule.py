@@ -1,7 +1,19 @@
+import json
+
 import pytest
 
+from fanformer.training.checkpoint import write_state
 from fanformer.training.configuration import resolve
-from fanformer.training.schedule import SHARES, Due, RunClock, RunLength, learning_rate_factor, run_length
+from fanformer.training.folder import write_run_file
+from fanformer.training.schedule import (
+    SHARES,
+    Due,
+    RunClock,
+    RunLength,
+    is_finished,
+    learning_rate_factor,
+    run_length,
+)
 from fanformer.training.state import LoopState
 
 NO_STEPS = dict.fromkeys(SHARES)
@@ -89,3 +101,44 @@ def test_a_limit_beside_a_number_of_steps_keeps_time_for_a_sample_alone(monkeypa
     for now, stops in ((98.0, False), (99.0, True)):
         monkeypatch.setattr("fanformer.training.schedule.time.monotonic", lambda now=now: now)
         assert (Due.STOP in clock.after_step(7, False)) is stops
+
+
+@pytest.fixture
+def left(tmp_path):
+    """Make the folder of a run as a process leaves it after step 7."""
+
+    def make(max_steps, max_seconds, finished_seconds=None, measured_step=7):
+        parts = {name: {"a": 1} for name in ("configuration", "model", "data", "environment")}
+        write_run_file(tmp_path, {**parts, "length": {"max_steps": max_steps, "max_seconds": max_seconds}})
+        checkpoint = tmp_path / "checkpoint-7"
+        checkpoint.mkdir()
+        (checkpoint / "manifest.json").write_text("{}")
+        write_state(checkpoint, {"loop": {"step": 7, "finished_seconds": finished_seconds}})
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": measured_step, "val_loss": 1.0}) + "\n")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("fields", "finished"),
+    [
+        ({"max_steps": 7, "max_seconds": None}, True),
+        ({"max_steps": 8, "max_seconds": None}, False),
+        ({"max_steps": 8, "max_seconds": 60.0}, False),  # a limit beside the steps cut it short
+        ({"max_steps": None, "max_seconds": 60.0, "finished_seconds": 60.0}, True),
+        ({"max_steps": None, "max_seconds": 60.0}, False),  # a signal came first
+        ({"max_steps": None, "max_seconds": 90.0, "finished_seconds": 60.0}, False),  # it was made longer since
+        ({"max_steps": 7, "max_seconds": None, "measured_step": 5}, False),  # a signal came while it was measured
+    ],
+)
+def test_a_run_is_finished_where_it_ended_as_planned_and_was_measured(left, fields, finished):
+    assert is_finished(left(**fields)) is finished
+
+
+def test_a_folder_without_a_whole_checkpoint_or_without_a_run_holds_no_finished_run(left, tmp_path):
+    assert not is_finished(tmp_path)
+    folder = left(7, None)
+    (folder / "checkpoint-7/manifest.json").unlink()
+    assert not is_finished(folder)

@@ -22,7 +22,7 @@ from fanformer.training.environment import Environment
 from fanformer.training.folder import read_records
 from fanformer.training.parallel import Processes
 from fanformer.training.run import build_fanformer, train
-from fanformer.training.schedule import run_length
+from fanformer.training.schedule import is_finished, run_length
 from fanformer.training.trainer import Trainer
 from tests.tiny_models import TUNED
 from tests.training.conftest import TINY_MODEL, Notebook
@@ -233,6 +233,7 @@ def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_it_bit_for_b
     assert result.step in (12, 13)  # the signal is seen when the step after it ends, at the latest
     assert [path.name for path in checkpoints(config.folder)] == [f"checkpoint-{result.step}"]
     assert (config.folder / "model.safetensors").is_file()  # the folder can be used as it is
+    assert not is_finished(config.folder)
     resumed, _ = run("stopped", **fields, resume=True)
     keys = ("step", "loss", "grad_norm", "rows", "val_loss")
     one, two = ([[r.get(k) for k in keys] for r in read_records(f)] for f in (straight.folder, resumed.folder))
@@ -268,6 +269,7 @@ def test_a_finished_run_says_so_and_trains_no_further_unless_it_is_made_longer(r
     first, _ = run(**fields)
     assert first.reached_end
     weights = (first.folder / "model.safetensors").read_bytes()
+    assert is_finished(first.folder)
     again, notebook = run(**fields, resume=True)
     assert (again.step, again.reached_end, notebook.steps) == (first.step, True, [])
     assert any(note.startswith(f"this run is finished, after {first.step} steps: a longer") for note in notebook.notes)
@@ -277,6 +279,7 @@ def test_a_finished_run_says_so_and_trains_no_further_unless_it_is_made_longer(r
     assert longer.reached_end
     by_steps, _ = run("by steps", max_steps=2)
     assert by_steps.reached_end
+    assert is_finished(by_steps.folder)
     _, notebook = run("by steps", max_steps=2, resume=True)
     assert any(note.startswith("this run is finished, after 2 steps") for note in notebook.notes)
 

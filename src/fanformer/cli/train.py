@@ -132,8 +132,17 @@ def parsed_fields(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str
     return given | dict(map(parse_setting, settings))
 
 
-def run_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:
-    """Train, draw the progress, send figures to trackers, and print the result; shared with HybridFun.py."""
+def run_and_report(config: RunConfig, log_to: Sequence[str] = (), to_go_on: str = "go on with --resume") -> None:
+    """Train, draw the progress, send figures to trackers, and print the result; shared with HybridFun.py and the demo.
+
+    Args:
+        config: the run.
+        log_to: names of trackers.
+        to_go_on: what is said of a run that was stopped.
+
+    Raises:
+        click.exceptions.Exit: where a signal stopped it, with 128 and its number.
+    """
     spin_briefly(os.environ)
     from fanformer.cli.terminal import TerminalReporter
     from fanformer.training.run import train as train_model
@@ -149,7 +158,7 @@ def run_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:
     if launched_rank():  # the first of several processes tells the result
         raise click.exceptions.Exit(code)
     if result.stopped_by is not None:
-        click.echo(f"stopped by {result.stopped_by} after step {result.step}, which is saved: go on with --resume")
+        click.echo(f"stopped by {result.stopped_by} after step {result.step}, which is saved: {to_go_on}")
         raise click.exceptions.Exit(code)
     assert result.held_out is not None, "only a signal ends a run before it was measured"
     click.echo(result.held_out.told())
@@ -157,7 +166,7 @@ def run_and_report(config: RunConfig, log_to: Sequence[str] = ()) -> None:
         if value is not None:
             click.echo(f"  {name} on the same bytes: {value:.4f} bits per byte")
     if not result.reached_end:
-        click.echo(f"the time limit ended the run after step {result.step}, which is saved: go on with --resume")
+        click.echo(f"the time limit ended the run after step {result.step}, which is saved: {to_go_on}")
     click.echo(f"model: {result.folder}")
 
 

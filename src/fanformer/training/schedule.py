@@ -9,10 +9,13 @@ import threading
 import time
 from dataclasses import dataclass
 from enum import IntFlag
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from fanformer.training.checkpoint import WEIGHTS_FILE, checkpoints, read_state
 from fanformer.training.fields import RunConfig, ScheduleConfig
+from fanformer.training.folder import RUN_FILE, read_records, read_run_file
 from fanformer.training.state import LoopState
 
 
@@ -41,6 +44,17 @@ class RunLength:
         assert self.max_seconds is not None, "a run has a length in steps or in time"
         return min(1.0, elapsed_seconds / max(1e-9, self.max_seconds - reserved_seconds))
 
+    def is_over(self, step: int, finished_seconds: float | None) -> bool:
+        """Return whether a run has ended as planned, all of its steps done or all of its time spent.
+
+        Args:
+            step: steps done.
+            finished_seconds: as in LoopState.
+        """
+        if self.max_steps is not None:
+            return step >= self.max_steps
+        return finished_seconds is not None and self.max_seconds is not None and self.max_seconds <= finished_seconds
+
 
 def run_length(config: RunConfig, rows: int) -> RunLength:
     """Return the length of a run over `rows` training rows; one epoch where the configuration names none."""
@@ -50,6 +64,22 @@ def run_length(config: RunConfig, rows: int) -> RunLength:
     elif config.length.epochs is not None or (steps is None and config.length.max_time is None):
         steps = max(1, round((config.length.epochs or 1.0) * rows / config.batch.batch_size))
     return RunLength(steps, config.length.max_time)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the run in a folder was trained to its end and measured there.
+
+    One that a signal or a limit of time stopped was not, though its folder holds a model too.
+
+    Raises:
+        CheckpointError: if run.yaml, metrics.jsonl or the newest checkpoint's state is damaged.
+    """
+    found = checkpoints(folder)
+    if not found or not (folder / RUN_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        return False
+    length, loop = RunLength(**read_run_file(folder)["length"]), read_state(found[-1])["loop"]
+    is_measured = any("val_loss" in record and record["step"] == loop["step"] for record in read_records(folder))
+    return is_measured and length.is_over(loop["step"], loop.get("finished_seconds"))
 
 
 def learning_rate_factor(progress: float, config: ScheduleConfig) -> float:

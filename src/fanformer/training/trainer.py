@@ -194,10 +194,7 @@ class Trainer:
 
     def _is_at_end(self) -> bool:
         """Whether the run is over as planned, all of its steps done or all of its time spent."""
-        if self.length.max_steps is not None:
-            return self.state.step >= self.length.max_steps
-        spent = self.state.finished_seconds
-        return spent is not None and self.length.max_seconds is not None and self.length.max_seconds <= spent
+        return self.length.is_over(self.state.step, self.state.finished_seconds)
 
     def _report(self, everything: bool) -> int:
         """Evaluate where that is due and hand the step's figures on.

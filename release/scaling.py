@@ -12,6 +12,7 @@ is F here, one number for each candidate instead of a law in N; exponents from t
 (arXiv:2404.10102), and, to see whether the choice depends on it, from that paper's own.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +150,10 @@ def choose(
     for name, found in trainings.items():
         for one in found:
             figures = one["result"]["figures"]
-            bytes_per_token[name] = figures["bytes"] / figures["tokens"]
-            points.append(Point(name, figures["trained_tokens"] * bytes_per_token[name], figures["bits_per_byte"]))
+            # by what every entry of the ledger has: older ones lack the counts of bytes and tokens
+            bytes_per_token[name] = figures["loss"] / (math.log(2) * figures["bits_per_byte"])
+            text_bytes = one["result"]["curve"][-1]["tokens"] * bytes_per_token[name]
+            points.append(Point(name, text_bytes, figures["bits_per_byte"]))
     tokens = {name: speeds[name] * processor_seconds for name in trainings}
     text_bytes = {name: count * bytes_per_token[name] for name, count in tokens.items()}
     own = {name: fit([point for point in points if point.candidate == name], _EXPONENT) for name in trainings}

@@ -12,8 +12,8 @@ import torch
 
 from fanformer.comparison.architectures import architecture, without_embeddings
 from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, run_comparison
-from fanformer.comparison.entries import write_comparison
-from fanformer.comparison.ledger import read_ledger
+from fanformer.comparison.entries import read_training, write_comparison, write_training
+from fanformer.comparison.ledger import read_ledger, write_entry
 from fanformer.comparison.pages.report import write_comparison_page
 from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
 from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config, run_trial
@@ -383,6 +383,21 @@ def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path
     mixed = entry.result["difference_of_fanformer-60k-cola-activation-gelu"]
     assert mixed.value == 0.25
     assert mixed.low < 0 < mixed.high
+
+
+def test_the_ledger_keeps_the_counts_of_a_training_and_leaves_entries_that_lack_them_as_they_are(tmp_path):
+    counts = {"trained_tokens": 1280, "tokens": 250, "bytes": 1000}
+    figures = {"loss": 2.0, "bits_per_byte": 0.7, "parameters": 60_000, **counts}
+    trial, curve = Trial("fanformer@60k", 0.01, 0, {}), [{"tokens": 1280, "val_loss": 2.0}]
+    outcome = Outcome(trial, 1280, Result("finished", "", figures, curve, {}))
+    write_training(tmp_path, "fanformer compare", outcome, None, "")
+    assert read_training(tmp_path, trial).figures == figures
+    (entry,) = read_ledger(tmp_path)
+    old = {name: figure for name, figure in entry.result.items() if name not in counts}
+    write_entry(tmp_path, replace(entry, result=old, date="2026-01-01"))
+    assert read_training(tmp_path, trial).figures == {name: value for name, value in figures.items() if name in old}
+    write_training(tmp_path, "fanformer compare", outcome, None, "")  # its folder is there still
+    assert [(entry.date, entry.result) for entry in read_ledger(tmp_path)] == [("2026-01-01", old)]
 
 
 def test_what_a_name_builds_is_not_taken_for_what_it_built_before(monkeypatch):

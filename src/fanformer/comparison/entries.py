@@ -31,8 +31,11 @@ _COUNTED = {
     "parameters": "parameters",
     "parameters_without_embeddings": "parameters",
     "training_operations_per_token": "floating-point operations",
+    "trained_tokens": "tokens",
+    "tokens": "tokens",
+    "bytes": "bytes",
 }
-"""Figures of a training that are counted, with their units."""
+"""Figures of a training that are counted, with their units; `tokens` and `bytes` are those held out."""
 _SIZE_92M = (92_150_000, 92_250_000)  # parameters of the published size
 
 
@@ -256,11 +259,16 @@ class _Together:
 
 
 def _write(folder: Path, entry: Entry) -> None:
-    """Write an entry, unless the same numbers are there: they keep the day and the machine of their measurement."""
+    """Write an entry, unless the same numbers are there: they keep the day and the machine of their measurement.
+
+    So does a training of an earlier version, which kept fewer of its figures.
+    """
     before = read_entry(folder, entry.name) if folder.is_dir() else None
-    fields = ("result", "curve", "seeds", "configuration", "data", "details")
+    fields = ("curve", "seeds", "configuration", "data", "details")
     if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
-        return
+        known, figures = before.result, entry.result
+        if known == figures or (entry.kind == "training" and known.items() <= figures.items()):
+            return
     write_entry(folder, entry)
 
 

@@ -132,7 +132,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return a recipe, whose model fits the folder that ships.
 
     Raises:
-        ConfigError: if a part is missing or unknown, or the weights are too many bytes.
+        ConfigError: if a part is missing or unknown, the weights are too many bytes, or the Llama has too few seeds.
     """
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     parts = sorted({part for needed in NEEDS.values() for part in needed})
@@ -146,6 +146,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{path}: the box must have at most {most:,} bytes, got {size:,} of weights in bfloat16 and what is beside "
             "them: take fewer layers, a smaller width or a smaller vocabulary."
         )
+    seeds = recipe["beside"].get("seeds", 1)
+    if (count := seeds if isinstance(seeds, int) else len(seeds)) < 2:
+        raise ConfigError(f"{path}: `beside.seeds` must be at least 2, got {count}: a single seed has no interval.")
     return dict(recipe)
 
 

@@ -1,8 +1,12 @@
 """The bars of the model in the box: what is counted as a repetition, an end and a sentence, and what is missing."""
 
 import json
+import sys
 
 import pytest
+
+from fanformer.comparison.ledger import read_ledger
+from fanformer.errors import ConfigError
 
 
 @pytest.fixture
@@ -44,6 +48,31 @@ def test_the_llama_is_beaten_where_the_difference_is_below_0(on):
     assert beside_llama(on).measured == "+0.0020 [-0.0080, +0.0120]"
 
 
+def test_a_difference_of_a_single_seed_is_not_judged(on):
+    from check import beside_llama
+
+    done(on, "beside", {"value": -0.004, "low": None, "high": None})
+    bar = beside_llama(on)
+    assert (bar.holds, bar.figures) == (None, {})
+    assert bar.measured.startswith("-0.0040 by a single seed, whose noise is not known")
+
+
+def test_the_right_words_in_another_order_are_no_exact_match(on, monkeypatch):
+    import check
+
+    rows = [{"explicit": True, "references": ["the dog saw a cat"]}] * 2
+    monkeypatch.setattr(check, "fairytales", lambda *given, blind: rows)
+    monkeypatch.setattr(check.Checking, "answers", lambda on, rows: ["A cat saw the dog.", "Dog saw cat!"])
+    assert check.questions(on)[0].figures == {"f1": 1.0, "exact_match": 0.5}
+
+
+def test_the_first_answer_is_asked_of_the_model_that_is_checked(tmp_path):
+    from check import BOX, named
+
+    assert named(BOX) == named(BOX.parent / "server/../box") == []
+    assert named(tmp_path / "other") == [tmp_path / "other"]
+
+
 def test_ends_are_those_of_all_answers(on):
     from check import ends
 
@@ -58,7 +87,6 @@ def test_answers_are_cut_at_their_end(saved_model):
     from check import written
 
     import fanformer
-    from fanformer.errors import ConfigError
     from fanformer.generation.settings import GenerationSettings
 
     model = fanformer.load(saved_model, device="cpu")
@@ -95,12 +123,80 @@ def test_every_figure_has_a_unit():
 
 
 def test_a_missing_model_is_told(capfd, monkeypatch, tmp_path):
-    import sys
-
     from check import main
-
-    from fanformer.errors import ConfigError
 
     monkeypatch.setattr(sys, "argv", ["check.py", "--model", str(tmp_path / "box")])
     with pytest.raises(ConfigError, match=r"no model in .*box: make it with `make release-model`"):
         main()
+
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    """Run the check with bars of the test's own; returns its status and what it wrote."""
+    import check
+
+    box = tmp_path / "box"
+    box.mkdir()
+    (box / "config.json").write_text("{}")
+    (box / "model.safetensors").write_text("weights")
+    (box / "README.md").write_text("# A model\n")
+    monkeypatch.setattr(check, "LEDGER", tmp_path / "ledger")
+    asked = []
+
+    def bar(name, answers, breaks=False):
+        def measure(on):
+            asked.append(name)
+            if breaks:
+                raise RuntimeError(f"{name} is\nbroken")
+            on.ended.extend(answers)
+            return check.Bar(f"the {name}", "some", "much", True, {f"share_{name}": 0.5})
+
+        return measure
+
+    def run(*words, broken=()):
+        bars = {name: bar(name, [True, False], name in broken) for name in ("bits", "questions", "instructions")}
+        monkeypatch.setattr(
+            check, "BARS", {**bars, "ends": check.ends, "installed": bar("installed", [], "installed" in broken)}
+        )
+        monkeypatch.setattr(sys, "argv", ["check.py", "--model", str(box), "--work", str(tmp_path / "work"), *words])
+        asked.clear()
+        return check.main(), list(asked)
+
+    run.box, run.ledger = box, tmp_path / "ledger"
+    return run
+
+
+def written_bars(run):
+    (entry,) = read_ledger(run.ledger)
+    bars = list(entry.details["bars"])
+    rows = (run.box / "README.md").read_text().partition("|---|---|---|\n")[2].splitlines()
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in bars]
+    return bars
+
+
+def test_a_bar_that_fails_is_not_measured_and_costs_no_other(checked, capsys):
+    status, _ = checked("--write", broken=["bits", "installed"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 1
+    assert lines[0] == "not measured   bits: failed: RuntimeError: bits is broken (demand: to be measured)"
+    assert lines[3].startswith("DOES NOT HOLD  answers that end: 50.0% of 4 within ")
+    assert written_bars(checked) == ["the questions", "the instructions", "answers that end"]
+
+
+def test_the_check_is_done_in_parts_and_goes_on_after_any_end(checked, capsys):
+    assert checked("--only", "questions", "--write") == (0, ["questions"])
+    assert written_bars(checked) == ["the questions", "answers that end"]
+    assert checked(broken=["installed"]) == (1, ["bits", "instructions", "installed"])
+    assert "the questions: much (demand: some) [measured before]" in capsys.readouterr().out
+    assert checked("--only", "installed", "--write") == (0, ["installed"])
+    whole = ["the bits", "the questions", "the instructions", "answers that end", "the installed"]
+    assert written_bars(checked) == whole
+    assert checked("--only", "bits", "--write", broken=["bits"])[0] == 1  # what was measured before stays
+    assert written_bars(checked) == whole
+    (checked.box / "model.safetensors").write_text("others")
+    assert checked() == (1, ["bits", "questions", "instructions", "installed"])
+
+
+def test_nothing_is_written_where_nothing_was_measured(checked):
+    with pytest.raises(ConfigError, match="`--write` needs a bar that was measured, got none"):
+        checked("--only", "bits", "--write", broken=["bits"])

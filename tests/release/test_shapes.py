@@ -55,6 +55,12 @@ def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_trained(reposi
     file.write_text(text.replace("tuned:", "tunde:"))
     with pytest.raises(ConfigError, match="`tunde` is not a part of the recipe: did you mean `tuned`"):
         read_recipe(file)
+    for seeds in ("1", "[3]"):
+        file.write_text(text.replace("seeds: 3", f"seeds: {seeds}"))
+        with pytest.raises(
+            ConfigError, match=r"`beside\.seeds` must be at least 2, got 1: a single seed has no interval"
+        ):
+            read_recipe(file)
 
 
 def test_the_llama_has_as_many_parameters(repository):

@@ -108,7 +108,8 @@ def test_a_training_is_scored_at_every_number_of_steps(name, tmp_path):
     chosen = architecture(RECURRENT + PARTS)
     torch.manual_seed(0)
     model = chosen.build(model_fields(task))
-    config = rule_config(task, tmp_path / "run", max_steps=4, batch_size=8, one_step_fraction=0.0, threads=1)
+    config = rule_config(task, tmp_path / "run", max_steps=4, batch_size=8, one_step_fraction=0.0, threads=1,
+                         learning_rate=0.1)  # fmt: skip
     result = train_rule(task, model, config)
     shares, figures = result.score.by_steps, result.score.figures()
     assert list(shares) == ["1", "2", "3", "4", "5", "6"]

@@ -79,7 +79,7 @@ def trainer_on(rows, tmp_path, **fields):
     trainer = Trainer(
         model, rows, config=config, length=run_length(config, len(rows)), environment=environment,
         processes=Processes("auto", "cpu"), held_out_tokens=1, started=time.monotonic(), listener=told.append,
-        evaluate=lambda everything, between_batches: measured, save_model=lambda weights, step: lambda folder: None,
+        evaluate=lambda *asked: measured, save_model=lambda weights, step: lambda folder: None,
     )  # fmt: skip
     return trainer, told
 
@@ -253,7 +253,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_before_it(run, run_config, mon
 
     def stopped(self, everything, between_batches, most_tokens):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, everything, between_batches)
+        return real(self, everything, between_batches, most_tokens)
 
     monkeypatch.setattr(Run, "evaluate", stopped)
     result, _ = run(**fields, resume=resumed)

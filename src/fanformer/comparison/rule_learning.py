@@ -258,9 +258,7 @@ class _RuleRun:
     task: RuleTask
     model: PreTrainedModel
 
-    def evaluate(
-        self, everything: bool, between_batches: Callable[[], None], most_tokens: int | None = None
-    ) -> _Measured:
+    def evaluate(self, everything: bool, between_batches: Callable[[], None], most_tokens: int | None) -> _Measured:
         """Measure accuracy on training rows and on what training leaves out, always on all of it."""
         between_batches()
         train, _ = accuracy_and_loss(self.model, self.task, self.task.train[:_WATCHED_ROWS])

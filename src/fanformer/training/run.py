@@ -408,16 +408,8 @@ class Run:
     def _share(self) -> Share:
         return Share(self.processes.rank, self.processes.count, self.processes.sum)
 
-    def evaluate(
-        self, everything: bool, between_batches: Callable[[], None], most_tokens: int | None = None
-    ) -> _Evaluated:
-        """Measure the held-out loss, on all that is held out or on a sample, and let the model write a little.
-
-        Args:
-            everything: whether as much is measured as at a run's end.
-            between_batches: called between batches.
-            most_tokens: what there is time for, None for all.
-        """
+    def evaluate(self, everything: bool, between_batches: Callable[[], None], most_tokens: int | None) -> _Evaluated:
+        """Measure the held-out loss, on all that there is time for or on a sample, and let the model write a little."""
         asked = self.config.evaluation
         tokens = asked.final_eval_tokens if everything else asked.eval_tokens
         figures = self.corpus.measure(

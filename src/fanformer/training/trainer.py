@@ -382,13 +382,10 @@ class Trainer:
         return self.state.place
 
     def _best_so_far(self) -> tuple[float, int] | None:
-        kept = {step_of(checkpoint) for checkpoint in checkpoints(self.config.folder)}
-        measured = [
-            (record["val_loss"], int(record["step"]))
-            for record in read_records(self.config.folder)
-            if "val_loss" in record and record["step"] <= self.state.step and record["step"] in kept
-        ]
-        return min(measured) if measured else None
+        kept = set(map(step_of, checkpoints(self.config.folder)))
+        measured = [one for one in read_records(self.config.folder) if "val_loss" in one and one["step"] in kept]
+        known = [(one["val_loss"], int(one["step"])) for one in measured if one["step"] <= self.state.step]
+        return min(known, default=None)
 
     def _save(self) -> None:
         """Copy the state and let it be written in the background; training goes on once it is copied."""
@@ -444,10 +441,8 @@ class Trainer:
         """Return how many held-out tokens the run's time leaves room for at its end; None for all."""
         most = int(self.processes.exchange([float(self.clock.tokens_of_the_last or 0)])[0][0])
         if most:
-            self._note(
-                f"the last evaluation measures {most:,} of {self.held_out_tokens:,} held-out tokens: "
-                f"all of them would take more than {MOST_OF_A_RUN:.0%} of the run's time"
-            )
+            why = f"all of them would take more than {MOST_OF_A_RUN:.0%} of the run's time"
+            self._note(f"the last evaluation measures {most:,} of {self.held_out_tokens:,} held-out tokens: {why}")
         return most or None
 
     def _depth_to_measure(self) -> Record:

@@ -121,9 +121,9 @@ def build(repository: Path, output: Path) -> None:
         if drawn:
             draw_curves(drawn[0], output / PICTURES / f"{name}.svg")
             parts.append(f"![{drawn[0].name}: loss over tokens](evidence/{name}.svg)\n")
-    continued = {row.entry.details["part_of"]: row.entry for row in rows if row.entry and is_horizon(row.entry)}
-    for name in continued:
-        arms = [entry for entry in entries if is_horizon(entry) and entry.details["part_of"] == name]
+    continued = [entry for entry in entries if is_horizon(entry)]
+    for name in {entry.details["part_of"] for entry in continued}:
+        arms = [entry for entry in continued if entry.details["part_of"] == name]
         draw_horizons(arms, output / PICTURES / f"{name}.svg")
     ablations = [entry for entry in entries if entry.kind == "ablation"]
     parts += [PARTS, ablations_table(ablations)] if ablations else []

@@ -47,10 +47,10 @@ def picture(path: Path, **labels: str) -> Iterator[Any]:
 
 def draw_curves(entry: Entry, path: Path) -> None:
     """Draw an entry's losses over tokens, a line for each arm."""
-    measure = next(key for key in MEASURES if any(key in point for point in entry.curve))
-    arms = sorted({str(point.get("arm", entry.name)) for point in entry.curve})
     from matplotlib.ticker import EngFormatter
 
+    measure = next(key for key in MEASURES if any(key in point for point in entry.curve))
+    arms = sorted({str(point.get("arm", entry.name)) for point in entry.curve})
     with picture(path, xlabel="tokens", ylabel=MEASURES[measure], title=entry.name) as axes:
         for index, arm in enumerate(arms):
             mine = [point for point in entry.curve if str(point.get("arm", entry.name)) == arm and measure in point]

@@ -22,7 +22,7 @@ from fanformer.comparison.ledger import (
     read_entry,
     write_entry,
 )
-from fanformer.comparison.series_score import Horizon
+from fanformer.comparison.series_score import horizon_of, over_seeds
 from fanformer.comparison.summary import UNITS, Arm, Pair, arms, pairs, parameters_ratio
 from fanformer.comparison.trial import Result, Trial
 from fanformer.data.prepared import PreparedData
@@ -305,23 +305,16 @@ def _curve(arm: Arm) -> list[dict[str, Any]]:
 
 def _over_horizon(arm: Arm) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the errors of a series' continuations over its horizon, means over the seeds, and the naive forecasts'."""
-    scores = [one.result.details["rule"]["score"] for one in arm.outcomes if one.result is not None]
-    horizons = [Horizon(**score["horizon"]) for score in scores if score.get("horizon")]
-    if not horizons:
+    rules = [one.result.details["rule"] for one in arm.outcomes if one.result is not None]
+    if not rules or not rules[0]["score"].get("horizon"):
         return [], {}
-    curve = []
-    for step, errors in enumerate(zip(*(one.errors for one in horizons), strict=True), start=1):
-        found = interval_over_seeds(list(errors), "standard deviations")
-        ends = [found.value if end is None else end for end in (found.low, found.high)]
-        curve.append(
-            dict(zip(("step", "error", "low", "high"), (step, *map(_rounded, (found.value, *ends))), strict=True))
-        )
-    naive = {name: list(map(_rounded, errors)) for name, errors in horizons[0].baselines.items()}
+    horizons = list(map(horizon_of, rules))
+    curve = [
+        {"step": step, "error": round(error, 5), "low": round(low, 5), "high": round(high, 5)}
+        for step, (error, low, high) in enumerate(over_seeds(horizons), start=1)
+    ]
+    naive = {name: [round(error, 5) for error in errors] for name, errors in horizons[0].baselines.items()}
     return curve, {"horizon": {"trained_steps": horizons[0].trained_steps, "baselines": naive}}
-
-
-def _rounded(value: float) -> float:
-    return round(value, 5)
 
 
 def _family(spec: str) -> str:

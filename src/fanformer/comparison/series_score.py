@@ -1,12 +1,17 @@
 """How well a model continues a series: its error over the horizon, beside naive forecasts."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fanformer.comparison.ledger import interval_over_seeds
 from fanformer.comparison.series import SeriesContinuation
+
+UNIT = "standard deviations"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,20 @@ class Horizon:
     def beyond(self, errors: list[float]) -> float:
         """Return the mean over the steps after those."""
         return sum(errors[self.trained_steps :]) / (len(errors) - self.trained_steps)
+
+
+def horizon_of(rule: Mapping[str, Any]) -> Horizon:
+    """Return the continuations of a training, of what its record says of the rule."""
+    return Horizon(**rule["score"]["horizon"])
+
+
+def over_seeds(horizons: Sequence[Horizon]) -> list[tuple[float, float, float]]:
+    """Return the mean error of every step and the ends of its 95% t-interval, all three alike of a single training."""
+    found = [interval_over_seeds(list(step), UNIT) for step in zip(*(one.errors for one in horizons), strict=True)]
+    return [
+        (one.value, one.value, one.value) if one.low is None or one.high is None else (one.value, one.low, one.high)
+        for one in found
+    ]
 
 
 @torch.no_grad()

@@ -152,19 +152,22 @@ def resolve_run(config_file: Path | None, overrides: Mapping[str, Any]) -> RunCo
         if (folder / RUN_FILE).is_file():
             config_file = folder / RUN_FILE
     config = resolve(config_file=config_file, overrides=overrides)
+    if config.init_from is not None:
+        _refuse_other_shape(config.init_from, config_file, overrides)
+    return config if overrides.get("resume") else config.replace(resume=False)
+
+
+def _refuse_other_shape(init_from: str, config_file: Path | None, overrides: Mapping[str, Any]) -> None:
+    """Raise ConfigError if fields of a model are asked for that the weights to start from decide."""
+    from fanformer.model.configuration_fanformer import RECURRENCE  # for which a plain folder has its weights
+
     asked = {name.removeprefix("model."): value for name, value in overrides.items() if name.startswith("model.")}
     asked |= {**_model_of_a_plain_file(config_file), **(overrides.get("model") or {})}
-    if config.init_from is not None and asked:
-        from fanformer.model.configuration_fanformer import RECURRENCE  # for which a plain folder has its weights
-
-        asked = {name: value for name, value in sorted(asked.items()) if name not in RECURRENCE}
-    if config.init_from is not None and asked:
-        name, value = next(iter(asked.items()))
+    if other := sorted(asked.keys() - RECURRENCE):
         raise ConfigError(
-            f"`model.{name}` does not apply beside `init_from`, got {value!r}: the weights of {config.init_from} have "
-            "a shape of their own; leave it out."
+            f"`model.{other[0]}` does not apply beside `init_from`, got {asked[other[0]]!r}: the weights of "
+            f"{init_from} have a shape of their own; leave it out."
         )
-    return config if overrides.get("resume") else config.replace(resume=False)
 
 
 def _model_of_a_plain_file(path: Path | None) -> dict[str, Any]:

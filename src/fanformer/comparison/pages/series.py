@@ -1,21 +1,14 @@
 """The parts of a comparison's page that are about a series: errors over the horizon, beside naive forecasts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fanformer.comparison.ledger import interval_over_seeds
 from fanformer.comparison.pages.figures import figure_text
 from fanformer.comparison.pages.rule import RuleParts
-from fanformer.comparison.series_score import Horizon
+from fanformer.comparison.series_score import UNIT, Horizon, horizon_of, over_seeds
 from fanformer.report.charts import Chart, Line
 from fanformer.report.page import table
-
-_UNIT = "standard deviations"
-
-
-def horizon_of(rule: Mapping[str, Any]) -> Horizon:
-    """Return the continuations of a training, of what its record says of the rule."""
-    return Horizon(**rule["score"]["horizon"])
 
 
 class SeriesParts(RuleParts):
@@ -50,7 +43,7 @@ period.</li>
                 continue
             horizons = [horizon_of(rule) for rule in rules]
             errors = [
-                interval_over_seeds([part(one, one.errors) for one in horizons], _UNIT)
+                interval_over_seeds([part(one, one.errors) for one in horizons], UNIT)
                 for part in (Horizon.within, Horizon.beyond)
             ]
             naive = {
@@ -73,11 +66,7 @@ period.</li>
         """
         lines, first = [], horizon_of(rules[0][1][0])
         for index, (arm, several) in enumerate(rules):
-            steps: Sequence[Sequence[float]] = list(zip(*(horizon_of(rule).errors for rule in several), strict=True))
-            points = [interval_over_seeds(list(step), _UNIT) for step in steps]
-            means = [point.value for point in points]
-            low = [point.value if point.low is None else point.low for point in points]
-            high = [point.value if point.high is None else point.high for point in points]
+            means, low, high = map(list, zip(*over_seeds(list(map(horizon_of, several))), strict=True))
             lines.append(Line(arm["architecture"], index, 0, range(1, len(means) + 1), means, low, high))
         for index, (name, errors) in enumerate(first.baselines.items(), len(lines)):
             lines.append(Line(name, index, 1, range(1, len(errors) + 1), errors))

@@ -6,18 +6,13 @@ Fails if the held-out text is not coded in fewer bits per byte than `gzip -9` ne
 import argparse
 import ast
 import io
-import sys
 import tokenize
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
-from fanformer.cli.failure import quiet_libraries
-from fanformer.cli.interrupts import INTERRUPTED
+from fanformer.cli.failure import quiet_libraries, run_program
 from fanformer.cli.train import run_and_report
-from fanformer.errors import FANformerError
 from fanformer.training.configuration import resolve_run
 from fanformer.training.schedule import is_finished
 
@@ -104,16 +99,5 @@ def main() -> int:
     return 0 if verdicts[0] else 1
 
 
-def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Run a demo as a program."""
-    try:
-        sys.exit(main())
-    except FANformerError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        print(f"stopped: {GO_ON}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
 if __name__ == "__main__":
-    exit_with(main)
+    run_program(main)

@@ -7,10 +7,10 @@ names), or if a twin that hears nothing does as well.
 import json
 from pathlib import Path
 
-from demo import exit_with
 from hub_media import hub_examples
 from multimodal_demo import Example, Recipe, run_demo
 
+from fanformer.cli.failure import run_program
 from fanformer.errors import ConfigError, import_extra
 
 FIELDS = {
@@ -85,4 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    run_program(main)

@@ -7,11 +7,11 @@ if a twin that sees nothing does as well.
 from pathlib import Path
 
 import numpy as np
-from demo import exit_with
 from hub_media import hub_examples
 from multimodal_demo import Example, Recipe, run_demo
 from PIL import Image
 
+from fanformer.cli.failure import run_program
 from fanformer.errors import ConfigError
 
 FIELDS = {
@@ -79,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    run_program(main)

@@ -29,7 +29,6 @@ from typing import Any
 import grammar
 from card import CARD_FILE, with_measured
 from rows import NOT_THERE, titled_stories, unanswerable_rows
-from stages import run_program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/quality"))
 
@@ -37,7 +36,7 @@ from answer_data import Row, fairytales, instruction_rows
 from tuning_data import follows, question
 
 import fanformer
-from fanformer.cli.failure import quiet_libraries, user_message
+from fanformer.cli.failure import quiet_libraries, run_program, user_message
 from fanformer.comparison.ledger import Figure, measured_today, write_entry
 from fanformer.errors import ConfigError
 from fanformer.evaluation.answers import exact_match, token_f1

@@ -37,11 +37,11 @@ from card import write_card
 from rows import tuning_rows
 from safetensors.torch import load_file, save_file
 from shapes import architecture_spec, model_fields
-from stages import Chain, run_program
+from stages import Chain
 from texts import base_records, write_rows
 
 import fanformer
-from fanformer.cli.failure import quiet_libraries
+from fanformer.cli.failure import quiet_libraries, run_program
 from fanformer.cli.terminal import SweepReporter, TerminalReporter
 from fanformer.comparison.architectures import architecture, without_embeddings
 from fanformer.comparison.compare import Comparison

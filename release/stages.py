@@ -2,15 +2,12 @@
 
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from fanformer.cli.failure import USER_ERROR, user_message
-from fanformer.cli.interrupts import INTERRUPTED
 from fanformer.comparison.queue import STATUS_FILE
 from fanformer.errors import ConfigError
 from fanformer.files.durable import read_json, replace_json
@@ -116,18 +113,3 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def run_program(main: Callable[[], int], interrupted: str = "stopped: the same command goes on") -> NoReturn:
-    """End the process with the status of a program; what a user can mend, and Ctrl-C, are a line."""
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        message = user_message(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(USER_ERROR)

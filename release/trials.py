@@ -28,11 +28,11 @@ import yaml
 from make_model import CHAT_TOKENS, HELD_OUT_TOKENS, box_bytes
 from scaling import best_at, choose
 from shapes import architecture_spec, model_fields
-from stages import Chain, run_program
+from stages import Chain
 from texts import base_records, write_rows
 
 import fanformer
-from fanformer.cli.failure import quiet_libraries
+from fanformer.cli.failure import quiet_libraries, run_program
 from fanformer.cli.options import echo_table
 from fanformer.cli.terminal import SweepReporter
 from fanformer.comparison.queue import LOCK_FILE, RECORD_FILE, read_queue, run_queue

@@ -47,17 +47,6 @@ def test_a_demo_that_ctrl_c_stopped_goes_on_the_next_time_and_ends_without_a_tra
     assert asked == [(True, "the same command goes on")]
 
 
-def test_ctrl_c_before_a_training_is_a_line_too(examples, capsys):
-    from demo import exit_with
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as ended:
-        exit_with(interrupted)
-    assert (ended.value.code, capsys.readouterr().err) == (130, "stopped: the same command goes on\n")
-
-
 def test_towers_get_no_base_whose_training_was_stopped(examples, stopped, monkeypatch, capsys):
     from multimodal_demo import base_model
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 import pytest
 
-from fanformer.cli.failure import run_command, user_message, writing
+from fanformer.cli.failure import run_command, run_program, user_message, writing
 from fanformer.cli.main import VERBS, fanformer
 from fanformer.cli.options import Verb
-from fanformer.errors import DataError
+from fanformer.errors import ConfigError, DataError
 
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device /dev/full")
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "huggingface_hub", "matplotlib", "rich.progress")
@@ -236,3 +236,25 @@ def test_version_is_the_packages(command):
     from fanformer import __version__
 
     assert command("--version").out == f"fanformer, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (FileNotFoundError(2, "", "/nowhere/text"), 2, "error: no such file or folder: /nowhere/text"),
+        (ConfigError("`layers` must be at least 1,\n got 0."), 2, "error: `layers` must be at least 1, got 0."),
+        (KeyboardInterrupt(), 130, "stopped: the same command goes on"),
+    ],
+)
+def test_a_script_says_in_a_line_what_a_user_can_mend(error, status, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    assert (caught.value.code, capsys.readouterr().err) == (status, f"{said}\n")
+
+
+def test_a_script_with_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)

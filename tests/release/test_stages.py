@@ -65,29 +65,3 @@ def test_the_status_is_one_that_compare_reads(chain, tmp_path):
         "base": "running",
         "box": "waiting",
     }
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [
-        (FileNotFoundError(2, "", "/nowhere/text"), 2, "error: no such file or folder: /nowhere/text"),
-        (ConfigError("`layers` must be at least 1,\n got 0."), 2, "error: `layers` must be at least 1, got 0."),
-        (KeyboardInterrupt(), 130, "stopped: the same command goes on"),
-    ],
-)
-def test_what_a_user_can_mend_is_a_line(error, status, said, capsys):
-    from stages import run_program
-
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        run_program(main)
-    assert (caught.value.code, capsys.readouterr().err) == (status, f"{said}\n")
-
-
-def test_a_bug_keeps_its_traceback():
-    from stages import run_program
-
-    with pytest.raises(ZeroDivisionError):
-        run_program(lambda: 1 // 0)

@@ -226,7 +226,10 @@ def test_wrong_runs_are_refused_in_one_line_and_leave_nothing(learn, rows, saved
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text.write_text(json.dumps({"messages": said}) + "\n")
     refused(
-        DataError, "must show two different things|shows no picture and no recording", data=text, eval_data=str(text)
+        DataError,
+        "must have two different things to show|shows no picture and no recording",
+        data=text,
+        eval_data=str(text),
     )
     with pytest.raises(ConfigError, match="`init_from` is needed beside `--multimodal`"):
         resolve_multimodal(lambda: 128, {"data": str(rows)})

@@ -178,7 +178,7 @@ def test_wrong_rows_cost_a_line_each_and_are_counted(tune):
     ("rows", "fields", "kind", "message"),
     [
         (["{"], {}, DataError, "holds no row to learn from, got 1 wrong ones"),
-        ([{"prompt": "cat", "completion": "mat"}] * 3, {}, DataError, "must hold two different questions"),
+        ([{"prompt": "cat", "completion": "mat"}] * 3, {}, DataError, "must have two different questions"),
         (None, {"tokenizer": "somewhere"}, ConfigError, "`tokenizer` does not apply to conversations, got 'somewhere'"),
         (None, {"init_from": None}, ConfigError, "`init_from` is needed to learn answers, got none"),
         (None, {"sequence_length": 256}, ConfigError, "`sequence_length` must be at most 128"),

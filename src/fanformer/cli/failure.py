@@ -6,9 +6,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -92,6 +93,26 @@ def _run(command: click.Command, own: list[str], name: str) -> int:
         except OSError:
             _abandon_stdout()
         return code
+
+
+def run_program(main: Callable[[], int], interrupted: str = "stopped: the same command goes on") -> NoReturn:
+    """End the process with the status of a script beside the package; what a user can mend is a line, as of a command.
+
+    Args:
+        main: the script; returns its status.
+        interrupted: what Ctrl-C says.
+    """
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from fanformer.data.conversations.examples import Example, Message
 from fanformer.data.conversations.reading import read_examples
 from fanformer.data.conversations.rows import ConversationRows, TokenizedExamples, tokenize_examples
 from fanformer.data.tokenizer import load_tokenizer
-from fanformer.errors import ConfigError, DataError
+from fanformer.errors import ConfigError
 from fanformer.evaluation.loss import HeldOutLoss, answer_loss
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.torch_model import TorchModel
@@ -21,7 +21,7 @@ from fanformer.loading import load_config, load_model
 from fanformer.loading import load_tokenizer as load_tokenizer_of_model
 from fanformer.training.checkpoint import checkpoints
 from fanformer.training.chunked_loss import TokenLoss
-from fanformer.training.corpus import Corpus, Opening
+from fanformer.training.corpus import Corpus, Opening, hold_out
 from fanformer.training.events import Loss, Rows
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import check_data, fingerprint
@@ -204,20 +204,7 @@ def _split(config: RunConfig, note: Callable[[str], None], preference: bool) -> 
         other = read_examples(config.corpus.eval_data, note, preference=preference)
         return _Split(read.examples, other.examples, read.wrong + other.wrong)
     keys = [_question_key(example) for example in read.examples]
-    different = sorted(set(keys))
-    if len(different) < 2:
-        raise DataError(
-            f"`data` {config.corpus.data} must hold two different questions, one to measure on, got {len(different)}: "
-            "give more, or other rows with `--eval-data`."
-        )
-    count = min(len(different) - 1, max(1, round(config.corpus.held_out_fraction * len(different))))
-    chosen = set(different[:count])
-    pairs = list(zip(keys, read.examples, strict=True))
-    return _Split(
-        [example for key, example in pairs if key not in chosen],
-        [example for key, example in pairs if key in chosen],
-        read.wrong,
-    )
+    return _Split(*hold_out(read.examples, keys, config, "two different questions"), read.wrong)
 
 
 def _question_key(example: Example) -> str:

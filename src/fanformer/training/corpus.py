@@ -7,10 +7,10 @@ weights: those of the model that `init_from` names, or of the run's own checkpoi
 
 import glob
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ from fanformer.data.preparation.journal import OtherArgumentsError, partial_plac
 from fanformer.data.preparation.prepare import PreparedData, TokenStream, open_prepared, prepare, saved_tokenizer_files
 from fanformer.data.sources.documents import DocumentSource, is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
-from fanformer.errors import CheckpointError, ConfigError
+from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.evaluation.loss import HeldOutLoss, held_out_loss
 from fanformer.generation.torch_model import encode_prompt
 from fanformer.model import FANformerConfig
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fanformer.evaluation.preferences import PreferenceFigures
     from fanformer.generation.settings import GenerationSettings
     from fanformer.generation.torch_model import TorchModel
+
+Row = TypeVar("Row")
 
 
 def empty_causal_model(fields: Mapping[str, Any]) -> "PreTrainedModel":
@@ -150,6 +152,29 @@ def text_corpus(opening: Opening) -> Corpus:
         continue_sample=continue_sample,
         loss=TokenLoss(),
     )
+
+
+def hold_out(rows: Sequence[Row], keys: Sequence[str], config: RunConfig, least: str) -> tuple[list[Row], list[Row]]:
+    """Return the rows of `data` that are learnt and those that are measured, `held_out_fraction` of the different keys.
+
+    Args:
+        rows: all of them.
+        keys: of each row, as random as hashes are; rows that share one are held out together or not at all.
+        config: the run.
+        least: what they must have for one to be held out, in words.
+
+    Raises:
+        DataError: if all share one key.
+    """
+    different = sorted(set(keys))
+    if len(different) < 2:
+        raise DataError(
+            f"`data` {config.corpus.data} must have {least}, one to measure on, got {len(different)}: give more, or "
+            "other rows with `--eval-data`."
+        )
+    count = min(len(different) - 1, max(1, round(config.corpus.held_out_fraction * len(different))))
+    chosen, pairs = set(different[:count]), list(zip(keys, rows, strict=True))
+    return [row for key, row in pairs if key not in chosen], [row for key, row in pairs if key in chosen]
 
 
 def load_base(config: RunConfig) -> "PreTrainedModel":

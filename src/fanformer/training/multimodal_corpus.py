@@ -26,7 +26,7 @@ from fanformer.model.multimodal import (
 )
 from fanformer.training.checkpoint import checkpoints, problem
 from fanformer.training.chunked_loss import TokenLoss
-from fanformer.training.corpus import Corpus, Opening
+from fanformer.training.corpus import Corpus, Opening, hold_out
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import check_data, fingerprint
 from fanformer.training.towers import (
@@ -180,15 +180,7 @@ def _split(config: RunConfig) -> tuple[list[MediaExample], list[MediaExample]]:
         return examples, read_media_examples(Path(config.corpus.eval_data))
     folder = Path(config.corpus.data).expanduser().absolute().parent.resolve()
     keys = [_shown_key(example, folder) for example in examples]
-    different = sorted(set(keys))
-    if len(different) < 2:
-        raise DataError(
-            f"`data` {config.corpus.data} must show two different things, one to measure on, got {len(different)}: "
-            "give more, or other rows with `--eval-data`."
-        )
-    chosen = set(different[: min(len(different) - 1, max(1, round(config.corpus.held_out_fraction * len(different))))])
-    pairs = list(zip(keys, examples, strict=True))
-    return [one for key, one in pairs if key not in chosen], [one for key, one in pairs if key in chosen]
+    return hold_out(examples, keys, config, "two different things to show")
 
 
 def _shown_key(example: MediaExample, folder: Path) -> str:

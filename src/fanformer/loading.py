@@ -125,12 +125,14 @@ def load(
     from fanformer.generation.loading import load as load_folder
 
     if not is_gguf(path):
-        loaded = load_folder(path, device, dtype)
         if adapter is None:
-            return loaded
+            return load_folder(path, device, dtype)
         from fanformer.generation.adapters import with_adapter
+        from fanformer.generation.loading import resolve_dtype
 
-        return with_adapter(loaded, adapter)
+        adapted = with_adapter(load_folder(path, device, "float32"), adapter)  # rounded once, when it is whole
+        adapted.model.to(resolve_dtype(dtype) or load_config(path).dtype)
+        return adapted
     _refuse_adapter(path, adapter)
     model = load_model(path, device, dtype)
     return LoadedModel(model, load_tokenizer(path, model.config.vocab_size))

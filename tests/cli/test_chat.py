@@ -38,6 +38,26 @@ def test_chat_template_keeps_history_until_reset(command, loaded, model_copy):
     assert outcome.err.count("/reset forgets the conversation") == 2  # at the start, and when asked for
 
 
+def test_an_answer_that_was_cut_is_told_and_a_backslash_joins_lines(command, loaded, model_copy):
+    loaded.tokenizer.save_pretrained(model_copy)
+    (model_copy / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    split = command("chat", model_copy, *FIXED, text="the\\\ncat\n")
+    assert "cut after 8 tokens: --max-length sets how many." in split.err
+    from fanformer.generation.chat import Conversation
+    from fanformer.generation.interruption import interruptible
+    from fanformer.generation.settings import GenerationSettings
+    from fanformer.loading import load_text_model
+
+    conversation = Conversation(load_text_model(model_copy, "cpu"), GenerationSettings(8, 8, seed=1))
+    pieces = []
+    with interruptible() as interruption:
+        conversation.answer("the\ncat", pieces.append, interruption)
+    assert split.out == "".join(pieces) + "\n"
+    assert conversation.cut
+    longer = command("chat", model_copy, "--seed", "1", "--device", "cpu", text="hi\n")
+    assert len(loaded.tokenizer(longer.out).input_ids) > 8 or "cut after" not in longer.err
+
+
 def test_exit_ends_before_the_rest_of_the_input(command, saved_model):
     outcome = command("chat", saved_model, *FIXED, text="/exit\nthe cat\n")
     assert (outcome.code, outcome.out) == (0, "")

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -86,6 +87,19 @@ def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows,
     assert "`objective` of a tuning must be another than text" in refused
     refused = command("finetune", saved_model, "--data", rows, "--lora-rank", 4).refusal()
     assert "`lora_rank` has no effect without `--lora`, got 4" in refused
+
+
+def test_a_run_of_adapters_keeps_its_rank_and_one_without_gets_none(command, saved_model, rows, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    for name, adapters in (("low", ("--lora", "--lora-rank", 4)), ("whole", ())):
+        out = tmp_path / name
+        words = ("finetune", saved_model, "--data", rows, "--output-dir", out)
+        assert command(*words, *TINY, *adapters).code == 0
+        again = command(*words, "--resume", "--lora", "--max-steps", 3)
+        assert (again.code == 0) == bool(adapters)
+        if not adapters:
+            assert "`--lora` does not apply to the run in" in again.err
+    assert yaml.safe_load((tmp_path / "low" / "run.yaml").read_text())["configuration"]["lora_rank"] == 4
 
 
 def test_an_adapter_on_its_base_writes_what_the_merged_folder_does(command, saved_model, rows, tmp_path):

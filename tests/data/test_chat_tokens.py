@@ -28,8 +28,9 @@ def test_missing_tokens_take_rows_that_only_fill_up(tiny_model, tiny_tokenizer):
     assert sorted(prepared.new_ids) == [300, 301]
     assert {tokenizer.convert_tokens_to_ids(token) for token in (START, END)} == {300, 301}
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (END, "<|endoftext|>", "<|endoftext|>")
-    for settings in (model.config, model.generation_config):
-        assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, 0)
+    end = tokenizer.eos_token_id
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (end, 0)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == ([end, 0], 0)
     assert len(tiny_tokenizer) == 300  # that of the caller is as it was
     assert tiny_tokenizer.eos_token == "<|endoftext|>"
 
@@ -63,7 +64,7 @@ def test_another_architecture_is_prepared_alike(tiny_tokenizer):  # noqa: F811
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=320, **sizes))
     prepared = add_chat_tokens(model, tiny_tokenizer)
-    assert model.generation_config.eos_token_id == prepared.chatml.end_id
+    assert model.generation_config.eos_token_id == [prepared.chatml.end_id, 0]
     assert torch.equal(model.lm_head.weight[prepared.chatml.end_id], model.lm_head.weight[0])
 
 
@@ -134,8 +135,16 @@ def test_a_template_that_is_replaced_is_told(tiny_model, tiny_tokenizer):  # noq
     other = copy.deepcopy(tiny_tokenizer)
     other.chat_template = "x"
     prepared = add_chat_tokens(tiny_model(vocab_size=320), other)
-    assert prepared.notes == ("the tokenizer's chat template is replaced by ChatML",)
-    assert add_chat_tokens(tiny_model(vocab_size=320), prepared.tokenizer).notes == ()
+    assert prepared.notes == ("the tokenizer's chat template, which is not ChatML, is replaced by it",)
+
+
+def test_a_template_that_is_chatml_stays_with_its_own_system_message(tiny_model, tiny_tokenizer):  # noqa: F811
+    own = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + TEMPLATE
+    answering = add_chat_tokens(tiny_model(vocab_size=320), tiny_tokenizer).tokenizer
+    answering.chat_template = own
+    again = add_chat_tokens(tiny_model(vocab_size=320), answering)
+    assert (again.tokenizer.chat_template, again.notes, again.new_ids) == (own, (), ())
+    assert again.chatml.default_system == "Be kind."
 
 
 @pytest.mark.parametrize("size", [320, 302])
@@ -147,13 +156,13 @@ def test_the_saved_folder_holds_all_of_it(tiny_model, tiny_tokenizer, tmp_path, 
     prepared.tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
     ends = prepared.chatml.end_id
-    for name in ("config.json", "generation_config.json"):
+    for name, expected in (("config.json", ends), ("generation_config.json", [ends, 0])):
         saved = json.loads((tmp_path / name).read_text())
-        assert (saved["eos_token_id"], saved["pad_token_id"]) == (ends, 0)
+        assert (saved["eos_token_id"], saved["pad_token_id"]) == (expected, 0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (ends, 0)
     again = chatml_of(tokenizer)
     assert (again.start_id, again.end_id) == (prepared.chatml.start_id, ends)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    assert loaded.generation_config.eos_token_id == ends
+    assert loaded.generation_config.eos_token_id == [ends, 0]

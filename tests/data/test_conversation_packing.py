@@ -216,7 +216,7 @@ def test_what_does_not_fit_or_teaches_nothing_is_told_and_counted(prepared):
     assert tokenized.sources == (0, 3)
     counts = (tokenized.too_long, tokenized.unanswered, tokenized.shortened, tokenized.forgotten)
     assert counts == (1, 1, 1, 8 - 2 * sum(tokenized.documents[1][0].ids == prepared.chatml.start_id) // 2)
-    assert notes[0] == "a.jsonl:7: its last question and answer have more tokens than a row, 64; left out"
+    assert notes[0] == "a.jsonl:7: its last question with its answer has more tokens than a row, 64; left out"
     assert notes[1] == "example 3: nothing of it is an answer to learn; left out"
     assert notes[2] == f"1 examples lost their oldest {tokenized.forgotten} messages to fit rows of 64 tokens"
     with pytest.raises(DataError, match=r"none of 1 examples can be learnt from in rows of 64 tokens, 1 are too long"):

@@ -207,7 +207,7 @@ def test_rows_without_a_pair_and_pairs_longer_than_a_row_cost_a_line_each(prefer
     result, notebook = prefer(rows=[*without, *pairs(), long, forgotten], max_steps=1)
     left_out = [note for note in notebook.notes if note.endswith("left out")]
     assert ["`chosen` and `rejected`" in note for note in left_out] == [True, True, False]
-    assert "pairs.jsonl:93: its last question and answer have more tokens than a row" in left_out[-1]
+    assert "pairs.jsonl:93: its last question with both answers has more tokens than a row" in left_out[-1]
     data = yaml.safe_load((result.folder / "run.yaml").read_text())["data"]
     assert (data["wrong"], data["too_long"], data["shortened"]) == (2, 1, 1)
 

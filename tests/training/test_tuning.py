@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fanformer.data.conversations.chatml import END, START
 from fanformer.data.packing import IGNORED_LABEL
@@ -75,7 +75,8 @@ def test_a_tuning_leaves_a_folder_that_speaks_the_template_and_says_what_it_is(t
         loaded = load(place, device="cpu")
         assert loaded.tokenizer.eos_token == END
         assert loaded.model.config.eos_token_id == loaded.tokenizer.eos_token_id
-        assert loaded.model.generation_config.eos_token_id == loaded.tokenizer.eos_token_id
+        ends = [loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id]
+        assert loaded.model.generation_config.eos_token_id == ends
         assert loaded.model.generation_config.pad_token_id != loaded.tokenizer.eos_token_id
         assert "generation" in (place / "chat_template.jinja").read_text()
         assert "a base language model" not in (place / "README.md").read_text().lower()
@@ -260,6 +261,28 @@ def test_adapters_merge_into_the_folder_and_load_by_peft(tune, saved_model):  # 
         # the same matrices, once summed before the product and once after
         torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert (ids == start).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_adapter_takes_no_other_weights_than_those_of_its_base(tune, saved_model, tiny_model, dtype):  # noqa: F811
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    result, _ = tune(max_steps=2, lora_rank=4, learning_rate=1e-3)
+    adapter = result.folder / "adapter"
+    load(saved_model, device="cpu", dtype=dtype, adapter=adapter)
+    with pytest.raises(CheckpointError, match="was trained beside other weights than the model's: name the folder"):
+        load(result.folder, device="cpu", dtype=dtype, adapter=adapter)  # which has it already
+
+
+def test_a_run_of_adapters_does_not_go_on_beside_another_base(tune, model_copy):  # noqa: F811
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    fields = {"base": model_copy, "max_steps": 2, "lora_rank": 4}
+    tune(**fields)
+    weights = load_file(model_copy / "model.safetensors")
+    save_file(
+        {name: value * 1.001 for name, value in weights.items()}, model_copy / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="was trained beside other weights than the model's"):
+        tune(**{**fields, "max_steps": 3}, resume=True)
 
 
 @pytest.mark.ci

@@ -5,9 +5,11 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from fanformer.cli.generate import write_now
 from fanformer.cli.options import (
@@ -27,7 +29,12 @@ from fanformer.generation.settings import GenerationSettings
 if TYPE_CHECKING:
     from fanformer.generation.text_model import TextModel
 
-HELP = "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-C stops the text."
+HELP = (
+    "/reset forgets the conversation, /exit or the end of input leaves, Ctrl-C stops the text; a line that ends in \\ "
+    "goes on in the next."
+)
+_ANSWER_TOKENS = 400
+"""A short story; what is learnt from conversations ends by itself."""
 SHOW = "/image FILE and /audio FILE show something with the next message."
 
 
@@ -53,8 +60,9 @@ def chat(
     """Talk with the model saved in DIR, or in a .gguf file, line by line; without DIR with the one in the box.
 
     The one in the box came with this package. A tokenizer with a chat template keeps the conversation; a base model
-    continues each line as a new text. Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees
-    and hears. Ctrl-C stops the text; twice at the prompt, it leaves.
+    continues each line as a new text. Answers may have 400 tokens, or half of the model's positions, where --max-length
+    does not say otherwise. Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees and hears.
+    A line that ends in a backslash goes on in the next. Ctrl-C stops the text; twice at the prompt, it leaves.
     """
     settings = GenerationSettings(**sampling)
     from fanformer.loading import has_towers, load_text_model, model_in_the_box
@@ -67,6 +75,10 @@ def chat(
     say_depth(model.depth_note, num_steps)
     if sees and not towers:
         _notice(f"{adapter} belongs to the language model alone: without it, pictures and recordings are taken too.")
+    source = click.get_current_context().get_parameter_source("max_length")
+    if model.has_chat_template and source is ParameterSource.DEFAULT:
+        longest = _ANSWER_TOKENS if model.positions is None else min(_ANSWER_TOKENS, model.positions // 2)
+        settings = replace(settings, max_length=longest)
     converse(model, settings, name=folder or "the model in the box")
 
 
@@ -90,7 +102,7 @@ def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_w
     sees = hasattr(model, "look_at")
     help_text = f"{HELP} {SHOW}" if sees else HELP
     _notice(help_text)
-    while (line := read_line()) is not None:
+    while (line := read_message()) is not None:
         command = line.strip()
         if command == "/exit" or command in exit_words:
             return
@@ -113,6 +125,8 @@ def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_w
                 _notice(f"error: {error}")
                 continue
             click.echo()
+            if conversation.cut:
+                _notice(f"cut after {settings.max_length} tokens: --max-length sets how many.")
             if forgotten:
                 _notice(f"the oldest {forgotten} messages no longer fit and are forgotten.")
             if interruption.requested:
@@ -133,10 +147,29 @@ def _show(model: Any, command: str, shown: list[Any]) -> None:
     _notice(f"{name.strip()} goes with the next message.")
 
 
-def read_line() -> str | None:
+def read_message() -> str | None:
+    r"""Return the next message of standard input, or None at the end of input.
+
+    It is a line, and one that ends in a backslash goes on in the next.
+
+    Raises:
+        KeyboardInterrupt: as `read_line`.
+    """
+    lines: list[str] = []
+    while (line := read_line("> " if not lines else "| ")) is not None:
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])
+    return "\n".join(lines) if lines else None
+
+
+def read_line(prompt: str = "> ") -> str | None:
     """Return the next line of standard input without its end, or None at the end of input.
 
     What cannot be decoded comes as U+FFFD, with a notice.
+
+    Args:
+        prompt: what a terminal shows in front of it.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C comes twice in a row at a terminal, or once where input is no terminal.
@@ -150,7 +183,7 @@ def read_line() -> str | None:
     warned = False
     while True:
         try:
-            return _mended(input("> "))
+            return _mended(input(prompt))
         except EOFError:
             click.echo()
             return None

@@ -78,11 +78,12 @@ def finetune(
     template, which `fanformer chat` talks by.
     """
     fields = tuning_rows(data, preferences) | parsed_fields(flags, settings)
-    if lora:
-        fields = {"lora_rank": _LORA_RANK, **fields}
-    elif "lora_rank" in fields and not flags["resume"]:
+    if not lora and "lora_rank" in fields and not flags["resume"]:
         raise ConfigError(f"`lora_rank` has no effect without `--lora`, got {fields['lora_rank']}: add it.")
-    config = resolve_tuning(base, lambda: longest_text(base), fields)
+    own = {"lora_rank": _LORA_RANK} if lora else {}
+    config = resolve_tuning(base, lambda: longest_text(base), fields, own)
+    if lora and config.lora_rank is None:
+        raise ConfigError(f"`--lora` does not apply to the run in {config.folder}, which has none: drop it.")
     if config.corpus.objective == "text":
         raise ConfigError("`objective` of a tuning must be another than text: use `fanformer train --init-from DIR`.")
     if show_rows is not None:

@@ -1,15 +1,58 @@
 """An adapter that PEFT saved, merged into the model that it belongs to."""
 
+import hashlib
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fanformer.data.conversations.chat_tokens import add_chat_tokens
+from fanformer.data.conversations.chat_tokens import add_chat_tokens, set_ends
 from fanformer.errors import CheckpointError, ConfigError, import_extra
 from fanformer.generation.loading import LoadedModel, load_tokenizer
+
+BASE_KEY = "fanformer_base"
+"""Of the metadata of an adapter's tensors: the digest of the weights that it was trained beside."""
+_SAMPLED = 64
+"""Numbers of each matrix that a digest is made of; another training changes them all."""
+
+
+def base_digest(matrices: Mapping[str, Tensor]) -> str:
+    """Return what tells the weights of a base, read as float32, from others.
+
+    Args:
+        matrices: of the layers that have adapters, by name.
+    """
+    some = [matrices[name].detach().flatten() for name in sorted(matrices)]
+    drawn = torch.cat([values[:: max(1, len(values) // _SAMPLED)].float().cpu() for values in some])
+    return hashlib.blake2b(drawn.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def check_base(model: PreTrainedModel, place: Path) -> None:
+    """Refuse an adapter whose base had other weights; one that does not say which is taken.
+
+    Args:
+        model: the base in float32, with or without adapters beside its weights.
+        place: folder of the adapter.
+
+    Raises:
+        CheckpointError: if its base was another training, or has the adapter already.
+    """
+    with safe_open(place / "adapter_model.safetensors", framework="pt") as saved:
+        expected, names = (saved.metadata() or {}).get(BASE_KEY), set(saved.keys())
+    if expected is None:
+        return
+    layers = {name.split(".lora_A.")[0].removeprefix("base_model.model.") for name in names if ".lora_A." in name}
+    modules = {name: model.get_submodule(name) for name in layers}
+    if base_digest({name: getattr(one, "base_layer", one).weight for name, one in modules.items()}) != expected:
+        raise CheckpointError(
+            f"the adapter in {place} was trained beside other weights than the model's: name the folder that it was "
+            "trained on, as it was then; a tuned folder has its adapter merged already."
+        )
 
 
 def with_adapter(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
@@ -18,7 +61,7 @@ def with_adapter(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
     Where that has tokens for conversations that the model has no rows for, the model grows as it did in training.
 
     Args:
-        loaded: the base; its model is changed.
+        loaded: the base, in float32; its model is changed.
         folder: adapter_config.json and adapter_model.safetensors.
 
     Raises:
@@ -39,15 +82,18 @@ def with_adapter(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
             adapted = peft.PeftModel.from_pretrained(loaded.model, str(place), local_files_only=True)
         wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)  # whether it grew or not
         reason = _unlike(set(wanted), place / "adapter_model.safetensors")
-        model = adapted.merge_and_unload().eval()
+        if reason is None:
+            check_base(loaded.model, place)
+            model = adapted.merge_and_unload().eval()
+    except CheckpointError:
+        raise
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise _misfit(place, reason) from error
     if reason is not None:
         raise _misfit(place, reason)
     if tokenizer is not loaded.tokenizer:
-        for settings in (model.config, model.generation_config):
-            settings.eos_token_id, settings.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        set_ends(model, tokenizer)
     return LoadedModel(model, tokenizer)
 
 

@@ -15,6 +15,10 @@ class Conversation:
 
     A tokenizer without a chat template belongs to a base model: each message is then a text of its own to continue.
     With one, what earlier turns had in common with this one is not read again.
+
+    Attributes:
+        messages: what was said.
+        cut: whether the last answer had as many tokens as the settings allow, and no end.
     """
 
     def __init__(self, model: TextModel, settings: GenerationSettings) -> None:
@@ -22,6 +26,7 @@ class Conversation:
         self._model = model
         self._settings = settings
         self._answers = 0
+        self.cut = False
         self._remembered = Remembered()
 
     def reset(self) -> None:
@@ -52,6 +57,7 @@ class Conversation:
         if not self._model.has_chat_template:
             list(self._model.complete([message], settings, on_text, interruption=interruption))
             self._answers += 1
+            self.cut = False  # a text that is continued ends nowhere
             return 0
         content = [*media, message] if media else message
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -61,6 +67,7 @@ class Conversation:
             ids, message, settings, on_text, interruption=interruption, remembered=self._remembered, media=shown
         )
         self.messages = [*messages[forgotten:], {"role": "assistant", "content": completion.text}]
+        self.cut = completion.finish_reason == "length"
         self._answers += 1
         return forgotten
 

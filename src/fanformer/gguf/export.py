@@ -121,7 +121,7 @@ def export_gguf(
     path = output_file(output, settings.type)
     check_free(path, report_file(path), overwrite=settings.overwrite)
     refuse_towers(folder, "a GGUF file")
-    model, tokenizer = load(folder, device="cpu")
+    model, tokenizer = load(folder, device="cpu", dtype="auto" if settings.adapter is None else "float32")
     if model.config.model_type != ARCHITECTURE:
         raise ConfigError(
             f"{Path(folder).absolute()} is a {model.config.model_type}, expected a {ARCHITECTURE}: llama.cpp's own "

@@ -81,7 +81,7 @@ def export_compressed(
         return write_folder(source, target, settings, tokenizer, tokens, notes, write_model, _READING)
 
 
-_CHANGED = ("intermediate_size", "eos_token_id", "pad_token_id")
+_CHANGED = ("intermediate_size", "vocab_size", "eos_token_id", "pad_token_id")
 """Fields of the configuration that filling up and an adapter's tokenizer change."""
 _READING = (
     "Made by llm-compressor, in the format compressed-tensors; reading it needs `pip install compressed-tensors`."

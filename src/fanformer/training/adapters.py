@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import import_extra
+from fanformer.generation.adapters import BASE_KEY, base_digest, check_base
 
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _ALPHA_OVER_RANK = 2
@@ -59,18 +60,25 @@ def save_adapter(model: nn.Module, tensors: dict[str, Tensor], base: str, folder
     peft = import_extra("peft", "LoRA", "lora")
     folder.mkdir()
     own = peft.get_peft_model_state_dict(model, state_dict=tensors)
+    layers = [name.split(".lora_A.")[0] for name in tensors if ".lora_A." in name]
+    digest = base_digest({layer: tensors[f"{layer}.base_layer.weight"] for layer in layers})
     save_file(
         {f"base_model.model.{name}": tensor.contiguous() for name, tensor in own.items()},
         folder / _WEIGHTS,
-        metadata={"format": "pt"},
+        metadata={"format": "pt", BASE_KEY: digest},
     )
     settings = model.peft_config["default"].to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     content = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     (folder / _SETTINGS).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def restore_adapter(model: nn.Module, folder: Path) -> None:
-    """Put the numbers of a saved adapter into those of a model."""
+def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Put the numbers of a saved adapter into those of a model.
+
+    Raises:
+        CheckpointError: if the base has other weights than the adapter was trained beside.
+    """
+    check_base(model, folder)
     peft = import_extra("peft", "LoRA", "lora")
     saved = {name.removeprefix("base_model.model."): value for name, value in load_file(folder / _WEIGHTS).items()}
     peft.set_peft_model_state_dict(model, saved)
@@ -95,6 +103,8 @@ def merged(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if layer != name:
             second = tensors[name.replace(".lora_A.", ".lora_B.")]
             change = (second.float() @ tensor.float()) * (settings.lora_alpha / settings.r)
+            if model.get_submodule(layer).fan_in_fan_out:  # GPT-2's weights stand the other way round
+                change = change.t()
             found[f"{layer}.weight"] = (found[f"{layer}.weight"].float() + change).to(tensor.dtype)
         layer = name.split(".token_adapter.trainable_tokens_delta")[0]
         if layer != name:

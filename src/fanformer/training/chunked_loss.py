@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fanformer.data.packing import IGNORED_LABEL
+from fanformer.training.other_models import has_plain_head
 
 WHOLE_BYTES = 2**30
 """Logits of a batch that take no more than this in float32 are computed as a whole."""
@@ -110,27 +111,29 @@ def skip_logits(model: PreTrainedModel, compile_options: Mapping[str, Any] | Non
     """Let `model` compute a batch's loss in parts, and return no logits, where that pays.
 
     That is where the logits would take over 1 GiB and, with the parts compiled, at any size. It needs `shift_labels`
-    and `num_items_in_batch`, as in training; all else is as it was.
+    and `num_items_in_batch`, as in training; all else is as it was. A model whose logits are more than its LM head's
+    products (`has_plain_head`) computes its loss itself.
 
     Args:
-        model: a causal language model of `transformers` whose logits are its LM head's outputs, without a bias.
+        model: a causal language model of `transformers`.
         compile_options: arguments of torch.compile for the parts; None leaves them as they are.
     """
+    if not has_plain_head(model):
+        return
     plain: Callable[..., CausalLMOutputWithPast] = model.forward
-    part, limit = _part, WHOLE_BYTES
+    part, limit, head = _part, WHOLE_BYTES, model.get_output_embeddings()
     if compile_options is not None:
         part, limit = torch.compile(_part, fullgraph=True, **compile_options), 0
 
     @wraps(plain)  # `generate` reads its signature
     def forward(*arguments: Any, **inputs: Any) -> CausalLMOutputWithPast:
         labels, count = inputs.get("shift_labels"), inputs.get("num_items_in_batch")
-        if labels is None or count is None or 4 * labels.numel() * model.lm_head.weight.shape[0] <= limit:
+        if labels is None or count is None or 4 * labels.numel() * head.weight.shape[0] <= limit:
             return plain(*arguments, **inputs)
         for name in ("labels", "shift_labels", "num_items_in_batch"):
             inputs.pop(name, None)
-        hidden = model.model(*arguments, **inputs).last_hidden_state
-        head = model.lm_head.weight
-        loss = chunked_cross_entropy(hidden.flatten(0, -2), head, labels.flatten(), count, part=part)
+        hidden = model.base_model(*arguments, **inputs).last_hidden_state
+        loss = chunked_cross_entropy(hidden.flatten(0, -2), head.weight, labels.flatten(), count, part=part)
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = forward

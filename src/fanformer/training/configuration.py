@@ -3,11 +3,13 @@
 This module imports neither torch nor transformers, so that `--help` stays fast.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -176,20 +178,26 @@ def _model_of_a_plain_file(path: Path | None) -> dict[str, Any]:
     return {} if "configuration" in content else dict(content.get("model") or {})
 
 
-def resolve_tuning(base: str, positions: Callable[[], int | None], overrides: Mapping[str, Any]) -> RunConfig:
+def resolve_tuning(
+    base: str,
+    positions: Callable[[], int | None],
+    overrides: Mapping[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> RunConfig:
     """Return the configuration of a tuning; what a run that goes on began with stays.
 
     Args:
         base: folder of the model to tune.
         positions: returns the longest text that it takes, or None; asked for a new run only.
         overrides: fields of RunConfig.
+        defaults: of a new run, beside those of the recipe.
 
     Raises:
         ConfigError: if a key is unknown, or a value has the wrong type or range.
     """
-    folder = overrides.get("output_dir") or f"runs/{Path(base).name}-tuned"
+    folder = overrides.get("output_dir") or _beside(base, "tuned")
     fields = {"init_from": base, **overrides, "output_dir": str(folder)}
-    recipe = _RECIPES.get(overrides.get("objective", ""), TUNING)
+    recipe = {**_RECIPES.get(overrides.get("objective", ""), TUNING), **defaults}
     return _resolve_recipe(recipe, LONGEST_TUNING_ROW, positions, fields)
 
 
@@ -204,11 +212,16 @@ def resolve_multimodal(positions: Callable[[], int | None], overrides: Mapping[s
         ConfigError: if there is no base, a key is unknown, or a value has the wrong type or range.
     """
     base = overrides.get("init_from")
-    folder = overrides.get("output_dir") or (f"runs/{Path(base).name}-multimodal" if base else None)
+    folder = overrides.get("output_dir") or (_beside(base, "multimodal") if base else None)
     fields = {**overrides, "output_dir": folder}
     if base is None and not (overrides.get("resume") and folder and (Path(folder) / RUN_FILE).is_file()):
         raise ConfigError("`init_from` is needed beside `--multimodal`, got none: name the folder of a language model.")
     return _resolve_recipe(MULTIMODAL, LONGEST_MULTIMODAL_ROW, positions, fields)
+
+
+def _beside(base: str, made: str) -> str:
+    """Return where what is made of the model in folder `base` goes by itself."""
+    return f"runs/{os.path.basename(os.path.abspath(base))}-{made}"
 
 
 def _resolve_recipe(

@@ -25,6 +25,7 @@ from fanformer.training.corpus import Corpus, Opening, hold_out
 from fanformer.training.events import Loss, Rows
 from fanformer.training.fields import RunConfig
 from fanformer.training.folder import check_data, fingerprint
+from fanformer.training.other_models import check_answers
 
 _OF_TEXT = ("tokenizer", "vocab_size", "max_data_bytes")
 """Fields that say how text is prepared."""
@@ -133,7 +134,7 @@ def open_conversations(opening: Opening, *, preference: bool = False) -> Convers
     """
     config = opening.config
     _check(config)
-    tokenizer, chatml, new_ids = _speakers(opening)
+    tokenizer, chatml, new_ids = _speakers(opening, preference)
     split = _split(config, opening.note, preference)
     length, filler = config.batch.sequence_length, int(tokenizer.pad_token_id)
     train, measured = (
@@ -179,7 +180,7 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, ChatTokens]:
     return model, add_chat_tokens(model, tokenizer, grow=True)
 
 
-def _speakers(opening: Opening) -> tuple[PreTrainedTokenizerBase, ChatML, tuple[int, ...]]:
+def _speakers(opening: Opening, preference: bool) -> tuple[PreTrainedTokenizerBase, ChatML, tuple[int, ...]]:
     """Return the tokenizer, what writes conversations with it, and its new ids: the run's own if it has checkpoints."""
     whole = checkpoints(opening.config.folder) if opening.before is not None else []
     if whole:  # what it began with may be gone since
@@ -187,7 +188,8 @@ def _speakers(opening: Opening) -> tuple[PreTrainedTokenizerBase, ChatML, tuple[
         chatml = chatml_of(tokenizer)
         if chatml is not None and opening.before is not None:
             return tokenizer, chatml, tuple(opening.before["data"]["new_ids"])
-    tokens = _load_base(opening.config)[1]
+    model, tokens = _load_base(opening.config)
+    check_answers(model, str(opening.config.init_from), preference=preference)
     for line in tokens.notes:
         opening.note(line)
     return tokens.tokenizer, tokens.chatml, tokens.new_ids

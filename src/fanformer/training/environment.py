@@ -100,16 +100,19 @@ def product_rate(device: str, dtype: torch.dtype, size: int = 768) -> float:
     return 2 * size**3 / statistics.median(times[2:])
 
 
-def decide(config: MachineConfig, flops: float | None, seconds: float | None) -> Environment:
+def decide(
+    config: MachineConfig, flops: float | None, seconds: float | None, uncompiled: str | None = None
+) -> Environment:
     """Decide device, precision, threads, allocation and compilation; `apply` is the caller's.
 
     Args:
         config: what the run asks for; what is not "auto" or None is kept.
         flops: floating-point operations that the planned steps take, where the run's length is in steps.
         seconds: the planned time, where the run's length is a time.
+        uncompiled: why the model cannot be compiled, None where it can.
 
     Raises:
-        ConfigError: if the device is absent, or compilation is asked for where no C++ compiler is found.
+        ConfigError: if the device is absent, or compilation is asked for where it cannot be.
     """
     reasons = {}
     device = resolve_device(config.device).type
@@ -130,19 +133,19 @@ def decide(config: MachineConfig, flops: float | None, seconds: float | None) ->
     if precision == "bfloat16":
         rate = max(rate, product_rate(device, torch.bfloat16))
 
-    compiling, reasons["compile"] = _decide_compile(config, device, flops, seconds, rate)
+    compiling, reasons["compile"] = _decide_compile(config, device, flops, seconds, rate, uncompiled)
     return Environment(device, precision, compiling, threads, kept, reasons)
 
 
 def _decide_compile(
-    config: MachineConfig, device: str, flops: float | None, seconds: float | None, rate: float
+    config: MachineConfig, device: str, flops: float | None, seconds: float | None, rate: float, uncompiled: str | None
 ) -> tuple[bool, str]:
-    why = why_not_compile(device)
+    why = uncompiled or why_not_compile(device)
     if config.compile == "off":
         return False, "as asked"
     if config.compile == "on":
         if why is not None:
-            raise ConfigError(f"`compile` is on, but {why}: install one, or use --compile auto.")
+            raise ConfigError(f"`compile` is on, but {why}: use --compile auto.")
         return True, "as asked"
     if why is not None:
         return False, why

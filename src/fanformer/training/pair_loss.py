@@ -66,7 +66,7 @@ class PairLoss:
         """Let the model compute it where a batch has `reference`, without dropout, as the reference was measured.
 
         Args:
-            model: a causal language model of `transformers` whose logits are its LM head's outputs, without a bias.
+            model: a causal language model of `transformers` whose logits are its LM head's products (`check_answers`).
             compile_options: are not used: logits are there at learnt places only.
         """
         for module in model.modules():
@@ -83,9 +83,9 @@ class PairLoss:
             reference, documents = inputs.pop("reference"), inputs.pop("document_ids")
             labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch")
             inputs.pop("shift_labels", None)
-            hidden = model.model(*arguments, **inputs).last_hidden_state
+            hidden = model.base_model(*arguments, **inputs).last_hidden_state
             most = reference.shape[1]
-            policy = pair_log_probabilities(hidden, model.lm_head.weight, labels, documents, most)
+            policy = pair_log_probabilities(hidden, model.get_output_embeddings().weight, labels, documents, most)
             there = torch.arange(most, device=documents.device) < numbers_of_pairs(documents)[:, None]  # (B, P)
             margins = dpo_margins(policy[there], reference[there], self.beta)
             ahead = (margins > 0).to(margins.dtype)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fanformer.errors import ConfigError, ProcessLostError
 from fanformer.machine.launch import choose_spread, launched_processes, launched_rank
+from fanformer.training.other_models import blocks
 
 _PREPARATION_LIMIT = timedelta(days=2)
 """How long processes wait while the first one prepares data; a process that dies ends the wait at once."""
@@ -102,7 +103,7 @@ class Processes:
         """Return what to call in place of `model`, whose gradients are averaged over the processes.
 
         Args:
-            model: a causal language model whose blocks are `model.model.layers`; FSDP2 shards it in place.
+            model: a causal language model; FSDP2 shards it in place, block by block where it has `blocks`.
         """
         if self.spread == "none":
             return model
@@ -120,7 +121,7 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self._device_type, (self.count,))
-        for layer in model.model.layers:
+        for layer in blocks(model):
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 

@@ -43,6 +43,7 @@ from fanformer.training.folder import (
     refuse_rounds,
     write_run_file,
 )
+from fanformer.training.other_models import blocks, why_uncompiled
 from fanformer.training.parallel import Processes
 from fanformer.training.publishing import CARD_FILE, check_push_possible, model_card, plot_loss, push
 from fanformer.training.run_model import (
@@ -54,7 +55,7 @@ from fanformer.training.run_model import (
     law_of_depth,
     make_model,
 )
-from fanformer.training.schedule import RunLength, run_length
+from fanformer.training.schedule import RunLength, few_steps, run_length
 from fanformer.training.trainer import Outcome, Trainer, agreed_checkpoint
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ class Run:
         if steps is not None:
             operations = 6.0 * parameters * steps * self.config.batch.tokens_per_step
         with self.processes.main_first():
-            environment = decide(self.config.machine, operations, self.length.max_seconds)
+            environment = decide(self.config.machine, operations, self.length.max_seconds, why_uncompiled(self.model))
         if self.processes.count > 1:  # a measured rate may differ from process to process, a decision must not
             choices = [float(environment.precision == "bfloat16"), float(environment.compile)]
             first = self.processes.exchange(choices)[0]
@@ -336,7 +337,7 @@ class Run:
         reasons = self.environment.reasons
         self._note(
             f"{self.model.num_parameters():,} parameters, {len(self.corpus.rows):,} rows of "
-            f"{self.config.batch.sequence_length} tokens ({self.corpus.used})"
+            f"{self.config.batch.sequence_length} tokens ({self.corpus.used}){few_steps(self.config, self.length)}"
         )
         shared = f", {self.processes.count} processes ({self.processes.spread})" if self.processes.count > 1 else ""
         self._note(
@@ -362,7 +363,7 @@ class Run:
             kept = keep_compiled_code(machine.threads)
             where = "" if kept is None else f"; a next run finds the code in {kept}"
             self._note(f"compiling: the first step takes up to a minute or two{where}")
-            for layer in self.model.model.layers:
+            for layer in blocks(self.model):
                 layer.compile(fullgraph=True, options=options)
             self._compiling_since = time.monotonic()
             self.listener(Event("wait", "compiling"))

@@ -195,10 +195,15 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     placeholders = [number for number in placeholder_ids(tokenizer) if number < model.config.vocab_size]
     unknown = sorted({*range(len(tokenizer), model.config.vocab_size), *placeholders})
     drawing = GenerationSettings()
+    ends = tokenizer.eos_token_id
+    if tokenizer.chat_template is not None:
+        from fanformer.data.conversations.chat_tokens import text_ends
+
+        ends = text_ends(tokenizer)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=padding,
         suppress_tokens=unknown or None,
         do_sample=True,

@@ -66,6 +66,14 @@ def run_length(config: RunConfig, rows: int) -> RunLength:
     return RunLength(steps, config.length.max_time)
 
 
+def few_steps(config: RunConfig, length: RunLength) -> str:
+    """Return a remark on epochs that are too few optimizer steps to teach much, "" where they are not."""
+    steps = length.max_steps
+    if config.length.epochs is None or steps is None or steps >= _FEW_STEPS:
+        return ""
+    return f"; {steps} optimizer steps in all, more --epochs or a smaller --batch-size would teach more"
+
+
 def is_finished(folder: Path) -> bool:
     """Return whether the run in a folder was trained to its end and measured there.
 
@@ -99,6 +107,8 @@ def learning_rate_factor(progress: float, config: ScheduleConfig) -> float:
     return floor + (1 - floor) * (1 - progress) / config.decay_fraction
 
 
+_FEW_STEPS = 20
+"""With fewer, an optimizer has hardly moved anything."""
 SHARES = {"log": 100, "evaluate": 5, "save": 5}
 """Into how many parts each of these divides a run, where no number of steps is asked for."""
 LONGEST_LOG_STEPS = 50

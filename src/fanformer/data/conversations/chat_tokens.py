@@ -81,10 +81,12 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
         copied = renamed(copied, dict(zip(reserved, missing, strict=True)))
         notes += [f"{new} takes the reserved token {old}" for old, new in zip(reserved, missing, strict=True)]
     _set_special(copied)
-    if copied.chat_template not in (None, TEMPLATE):
-        notes.append("the tokenizer's chat template is replaced by ChatML")
-    copied.chat_template = TEMPLATE
     chatml = chatml_of(copied)
+    if chatml is None:
+        if copied.chat_template is not None:
+            notes.append("the tokenizer's chat template, which is not ChatML, is replaced by it")
+        copied.chat_template = TEMPLATE
+        chatml = chatml_of(copied)
     if chatml is None:
         raise ConfigError(
             f"`tokenizer` must keep {START} and {END} apart from text, got one that does not: take one whose "
@@ -97,10 +99,28 @@ def add_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
         notes.append(f"the vocabulary grows from {before} to {model.config.vocab_size}")
     rows = {START: chatml.start_id, END: chatml.end_id}
     _begin_rows(model, {token: rows[token] for token in missing}, opens, ends, known)
+    set_ends(model, copied)
+    return ChatTokens(copied, chatml, tuple(rows[token] for token in missing), tuple(notes))
+
+
+def set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put a tokenizer's ends and padding into a model's settings."""
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = text_ends(tokenizer)
     for settings in (model.config, model.generation_config):
         if settings is not None:
-            settings.eos_token_id, settings.pad_token_id = copied.eos_token_id, copied.pad_token_id
-    return ChatTokens(copied, chatml, tuple(rows[token] for token in missing), tuple(notes))
+            settings.pad_token_id = tokenizer.pad_token_id
+
+
+def text_ends(tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
+    """Return what `generate` is to end a text at: where that is END, the padding too.
+
+    That is mostly what ended the base's documents, and a model that was taught to answer still ends plain text so.
+    """
+    if tokenizer.eos_token == END and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return tokenizer.eos_token_id
 
 
 def reserved_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -74,11 +74,11 @@ def example_of(row: Mapping[str, Any], *, preference: bool = False, place: str =
     if present:
         raise DataError(f"`{present[0]}` must not be there, got some: only text is learnt from: leave the row out")
     if preference:
-        if "chosen" not in row or "rejected" not in row:
+        if row.get("chosen") is None or row.get("rejected") is None:
             raise DataError(f"a row must have `chosen` and `rejected`, got {_names(row)}: name a file of preferences")
         return _preference(row, place)
     for needed, read in _FORMS.items():
-        if needed in row:
+        if row.get(needed) is not None:
             return read(row, place)
     raise DataError(
         "a row must have `messages`, `conversations`, `prompt` and `completion`, `prompt`, `chosen` and `rejected`, or "

@@ -142,7 +142,8 @@ def tokenize_examples(
             short = shorten(chatml, wanted, sequence_length)
             if short is None:
                 too_long += 1
-                note(f"{where}: its last question and answer have more tokens than a row, {sequence_length}; left out")
+                what = "its last question with both answers" if wanted.rejected else "its last question with its answer"
+                note(f"{where}: {what} has more tokens than a row, {sequence_length}; left out")
                 continue
             found, lost = _documents(chatml, short), len(example.messages) - len(short.messages)
         if not found:

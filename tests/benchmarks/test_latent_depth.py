@@ -81,6 +81,8 @@ def test_drafts_are_found_equal_and_rates_are_beside_four_steps(depth, given):
 def test_completions_are_cut_at_their_last_line_before_they_are_parsed(depth, given):
     assert depth.parses("def f(x):\n    return x\n    retu")
     assert not depth.parses("def f(x:\n    return x\n")
+    assert not depth.parses("def f(")  # nothing whole
+    assert not depth.parses("(" * 10_000 + "\n")
     assert depth.completions(given).keys() == {"parse_1", "parse_2", "parse_4", "parse_8"}
 
 

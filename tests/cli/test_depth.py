@@ -27,6 +27,9 @@ def test_generate_takes_the_mean_and_says_so_or_what_is_asked_for(command, recur
     assert default.out == four.out != one.out
     drafted = command("generate", recurrent_model, "the cat", *SHORT, "--num-steps", "4", "--draft-tokens", "3")
     assert drafted.out == four.out
+    refused = command("generate", recurrent_model, "the cat", "--temperature", "0.7", "--draft-tokens", "3")
+    assert "`draft_tokens` needs greedy decoding, got temperature 0.7: add --temperature 0" in refused.refusal()
+    assert refused.out == ""
 
 
 def test_chat_takes_steps_too(command, recurrent_model):  # noqa: F811

@@ -1,5 +1,6 @@
 """Training a recurrent depth: the law of its steps, rates, exact resumes, and plain models that go on as recurrent."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -112,8 +113,12 @@ def test_a_plain_folder_goes_on_as_recurrent_and_is_itself_before_training(run, 
     assert train(again).step == 3
     # what has learnt to use its depth goes on with all of it
     further = train(run_config("further", init_from=str(result.folder), max_steps=2))
-    law = yaml.safe_load((further.folder / "run.yaml").read_text())["recurrent_depth"]
-    assert law["one_step_fraction"] == 0.0
+    with_preset = train(run_config("preset", init_from=str(result.folder), max_steps=2, **RECURRENT))
+    for folder in (further.folder, with_preset.folder):
+        law = yaml.safe_load((folder / "run.yaml").read_text())["recurrent_depth"]
+        assert law["one_step_fraction"] == 0.0
+    shutil.rmtree(result.folder)  # a run that goes on knows its own law
+    assert train(run_config("preset", init_from=str(result.folder), max_steps=3, resume=True, **RECURRENT)).step == 3
 
 
 def test_a_depth_that_does_not_fit_the_folder_is_refused(run, run_config):

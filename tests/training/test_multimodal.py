@@ -14,7 +14,7 @@ from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.loading import load
 from fanformer.training.checkpoint import OPTIMIZER_FILE
 from fanformer.training.configuration import resolve, resolve_multimodal
-from fanformer.training.folder import read_run_file
+from fanformer.training.folder import read_records, read_run_file
 from fanformer.training.multimodal_corpus import _split
 from fanformer.training.proof import _can_run_two
 from fanformer.training.run import train
@@ -141,9 +141,22 @@ def test_a_picture_is_learnt_or_held_out_whatever_is_asked_about_it(rows, tmp_pa
     fields = {**TINY, "init_from": "base", "data": str(data), "held_out_fraction": 0.5}
     learnt, held_out = _split(resolve_multimodal(lambda: 128, fields))
     assert len(learnt) + len(held_out) == len(lines)
-    learnt, held_out = ({tuple(one.media) for one in part} for part in (learnt, held_out))
-    assert held_out
+    learnt, held_out = ({media for one in part for media in one.media} for part in (learnt, held_out))
+    assert held_out  # and what two rows show beside something else binds them together
     assert learnt.isdisjoint(held_out)
+
+
+def test_steps_that_show_nothing_to_what_learns_change_nothing(learn, rows, tmp_path):
+    data = shutil.copytree(rows.parent, tmp_path / "mixed") / rows.name
+    said = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat on the mat"}]
+    with data.open("a") as file:
+        for index in range(30):
+            asked = {"role": "user", "content": f"{said[0]['content']} {index}"}
+            file.write(json.dumps({"messages": [asked, said[1]]}) + "\n")
+    result, _ = learn("text", data=data, batch_size=1, max_steps=12, eval_steps=1000)
+    norms = [record["grad_norm"] for record in read_records(result.folder) if "grad_norm" in record]
+    assert 0.0 in norms
+    assert max(norms) > 0
 
 
 RECIPE = {"max_steps": 60, "learning_rate": 1e-2, "weight_decay": 0.0, "stage": "tune"}

@@ -90,6 +90,10 @@ def generate(
     from fanformer.loading import load_text_model
 
     shows = bool(images or audio)
+    if draft_tokens is not None and settings.temperature != 0:
+        raise ConfigError(
+            f"`draft_tokens` needs greedy decoding, got temperature {settings.temperature}: add --temperature 0."
+        )
     depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold, "draft_tokens": draft_tokens}
     model = load_text_model(folder, device, dtype, threads, compiled, adapter, towers=shows, **depth)
     say_depth(model.depth_note, num_steps)

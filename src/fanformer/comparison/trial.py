@@ -176,7 +176,8 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     measured = [record for record in records if "val_loss" in record]
     rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     # a depth that is drawn makes steps of several lengths, which all count; else what was disturbed does not
-    rate = statistics.median(rates) if law is None else statistics.harmonic_mean(rates)
+    # but the first window, in which code is compiled
+    rate = statistics.median(rates) if law is None else statistics.harmonic_mean(rates[1:] or rates)
     curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]
     assert isinstance(outcome.held_out, HeldOutLoss), "a run on text that reached its end was measured"
     figures = {

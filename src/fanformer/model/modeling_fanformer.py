@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers import modeling_layers as layers
 from transformers.activations import ACT2FN
@@ -38,7 +38,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_fanformer import AUTO_MAP, FANformerConfig
-from .recurrence_fanformer import Depth, FANformerBridge, FANformerCausalLMOutput, FANformerModelOutput, think
+from .recurrence_fanformer import Depth, FANformerBridge, FANformerCausalLMOutput, FANformerModelOutput, Writer, think
 
 
 class FANformerRMSNorm(nn.Module):
@@ -612,7 +612,7 @@ class FANformerModel(FANformerPreTrainedModel):
         return same_document
 
 
-class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
+class FANformerForCausalLM(FANformerPreTrainedModel, Writer):
     """FANformer with an LM head: logits (B, T, V), and the loss where labels are given."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -621,7 +621,6 @@ class FANformerForCausalLM(FANformerPreTrainedModel, GenerationMixin):
     def __init__(self, config: FANformerConfig) -> None:
         super().__init__(config)
         self.model = FANformerModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

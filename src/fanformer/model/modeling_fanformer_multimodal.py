@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -33,6 +33,7 @@ from .modeling_fanformer import (
     FANformerRMSNorm,
     scaled_linear,
 )
+from .recurrence_fanformer import Writer
 
 VISION, AUDIO = "vision", "audio"
 _BITS = {VISION: 1, AUDIO: 2}
@@ -348,7 +349,7 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
             self.route.rows = {}
 
 
-class FANformerForConditionalGeneration(FANformerMultimodalPreTrainedModel, GenerationMixin):
+class FANformerForConditionalGeneration(FANformerMultimodalPreTrainedModel, Writer):
     """A FANformer that writes about pictures, recordings and text: logits (B, T, V), and the loss for labels."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -85,12 +86,29 @@ class Depth(NamedTuple):
             )
         if threshold is not None and not 0 < threshold < math.inf:
             raise ValueError(f"`exit_threshold` must be above 0, got {threshold}: it is a relative change of a state.")
-        if (config._attn_implementation or "").startswith("paged"):
+        return depth
+
+
+class Writer(GenerationMixin):
+    """`generate` and what belongs to it; what a recurrent depth cannot do is refused."""
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has `generate`: transformers looks for GenerationMixin among a model's own bases, else here."""
+        return True
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `generate_batch` works with; arguments as in `transformers`.
+
+        Raises:
+            ValueError: if the model has a recurrent depth.
+        """
+        if self.config.recurrence is not None:
             raise ValueError(
                 "`generate_batch` pages one layer of keys and values a block, got a model with recurrent depth, which "
                 "needs one a step: use `generate`."
             )
-        return depth
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 @dataclass

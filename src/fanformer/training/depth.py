@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
-from fanformer.model.configuration_fanformer import RECURRENCE, Recurrence
+from fanformer.loading import load_config
+from fanformer.model.configuration_fanformer import Recurrence
 from fanformer.training.fields import RunConfig
 
 OF_DEPTH = ("one_step_fraction", "core_learning_rate_scale")
@@ -102,8 +103,13 @@ def most_steps(recurrence: Recurrence) -> int:
     return min(2 * recurrence.mean_steps, recurrence.largest_steps)
 
 
-def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw:
+def depth_law(model: PreTrainedModel, config: RunConfig, usual: float | None = None) -> DepthLaw:
     """Return the law of a run that has a recurrent depth, or asks for one by a field of the law.
+
+    Args:
+        model: that of the run.
+        config: the run.
+        usual: `one_step_fraction` where the run does not name it; None is that of a new run.
 
     Raises:
         ConfigError: if a field of the law is set where it has no effect.
@@ -123,10 +129,16 @@ def depth_law(model: PreTrainedModel, config: RunConfig) -> DepthLaw:
                 f"`one_step_fraction` has no effect on preferences, got {fraction}: leave it out, all steps are taken."
             )
         return DepthLaw(config.seed, 0.0, mean, (0.0,) * (mean - 1) + (1.0,))
-    if fraction is None:  # a saved model that has a depth of its own has learnt to use it
-        is_new = config.init_from is None or any(name in config.model for name in RECURRENCE)
-        fraction = _ONE_STEP_FRACTION if is_new else 0.0
+    if fraction is None:
+        fraction = usual
+    if fraction is None:
+        fraction = _ONE_STEP_FRACTION if config.init_from is None or not _has_depth(config.init_from) else 0.0
     return DepthLaw(config.seed, fraction, mean, flattest(most_steps(recurrence), mean))
+
+
+def _has_depth(folder: str) -> bool:
+    """Whether a saved model has a recurrent depth of its own, which it has learnt to use."""
+    return getattr(load_config(folder), "recurrence", None) is not None
 
 
 def core_parameters(model: PreTrainedModel) -> set[int]:

@@ -179,26 +179,43 @@ def _split(config: RunConfig) -> tuple[list[MediaExample], list[MediaExample]]:
     if config.corpus.eval_data is not None:
         return examples, read_media_examples(Path(config.corpus.eval_data))
     folder = Path(config.corpus.data).expanduser().absolute().parent.resolve()
-    keys = [_shown_key(example, folder) for example in examples]
+    keys = _joined([_shown_keys(example, folder) for example in examples])
     return hold_out(examples, keys, config, "two different things to show")
 
 
-def _shown_key(example: MediaExample, folder: Path) -> str:
-    """Return a hash of what a row shows, or of its question where that is nothing.
-
-    Rows that share it are held out together or not at all: what is learnt is not measured by another question.
+def _shown_keys(example: MediaExample, folder: Path) -> list[str]:
+    """Return a hash of each thing that a row shows, or of its question where that is nothing.
 
     Args:
         example: a row.
         folder: of the rows' file; a row is held out or not wherever the folder lies.
     """
     asked = next(message for message in example.messages if message.role == "user")
-    digest = hashlib.blake2b(digest_size=8)
+    keys = []
     for part in example.media or asked.parts:
         source = part.source if isinstance(part, Media) else part
         named = source.relative_to(folder).as_posix() if isinstance(source, Path) else source
-        digest.update((named if isinstance(named, bytes) else named.encode()) + b"\0")
-    return digest.hexdigest()
+        keys.append(hashlib.blake2b(named if isinstance(named, bytes) else named.encode(), digest_size=8).hexdigest())
+    return keys
+
+
+def _joined(keys_of_rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return one key for each row, the same for rows that share one of theirs, directly or by way of others.
+
+    They are held out together or not at all: what is learnt is not measured by another question, or beside another.
+    """
+    first: dict[str, str] = {}
+
+    def found(key: str) -> str:
+        while (further := first.setdefault(key, key)) != key:
+            first[key] = first[further]
+            key = further
+        return key
+
+    for keys in keys_of_rows:
+        roots = sorted({found(key) for key in keys})
+        first.update(dict.fromkeys(roots, roots[0]))
+    return [found(keys[0]) for keys in keys_of_rows]
 
 
 def _shown(example: MediaExample) -> str:

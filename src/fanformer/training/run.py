@@ -218,7 +218,7 @@ class Run:
             use_deterministic_operations()
         set_seed(config.seed)
         self.model = make_model(config, self.corpus, build_model, self.before, self._note)
-        self.depth_law = law_of_depth(self.model, config)
+        self.depth_law = law_of_depth(self.model, config, self.before)
         if self.before is not None:
             check_model(_in_todays_words(self.before["model"]), self.model.config.to_diff_dict(), self.folder)
         saved_with = self.corpus.processor or self.corpus.tokenizer

@@ -33,8 +33,15 @@ def build_fanformer(fields: dict[str, Any]) -> PreTrainedModel:
     return FANformerForCausalLM(FANformerConfig(**fields))
 
 
-def law_of_depth(model: PreTrainedModel, config: RunConfig) -> "DepthLaw | None":
+def law_of_depth(
+    model: PreTrainedModel, config: RunConfig, before: Mapping[str, Any] | None = None
+) -> "DepthLaw | None":
     """Return how many steps a recurrent depth takes in a run, None where the model is plain.
+
+    Args:
+        model: that of the run.
+        config: the run.
+        before: run.yaml of the run that goes on, None for a new one.
 
     Raises:
         ConfigError: if the run has a field of the law where it has no effect.
@@ -44,6 +51,8 @@ def law_of_depth(model: PreTrainedModel, config: RunConfig) -> "DepthLaw | None"
         return None
     from fanformer.training.depth import depth_law
 
+    if before is not None and "recurrent_depth" in before:
+        return depth_law(model, config, float(before["recurrent_depth"]["one_step_fraction"]))
     return depth_law(model, config)
 
 

@@ -296,10 +296,10 @@ class Trainer:
                     output = self.wrapped(
                         **inputs, shift_labels=inputs["labels"], num_items_in_batch=count_of_step, use_cache=False
                     )
-                (output.loss * processes.count).backward()  # the processes' gradients will be averaged
+                if output.loss.requires_grad:  # rows without media touch nothing that learns beside resting weights
+                    (output.loss * processes.count).backward()  # the processes' gradients will be averaged
             losses.append(output.loss.detach())
-            if self.loss.figures:
-                figures.append(output.figures)
+            figures += [output.figures] if self.loss.figures else []
         more: list[float] = torch.stack(figures).sum(0).tolist() if figures else []
         return [float(torch.stack(losses).sum()), *more]
 

@@ -429,6 +429,11 @@ def main() -> int:
         model = load_text_model(path, device="cpu")
         cases = make_cases(model, arguments.prompts, arguments.prompt_tokens, arguments.new, vocabulary)
         slot = one_slot(model, vocabulary, arguments.prompt_tokens + arguments.new)
+        rate = None
+        if arguments.generate_batch:  # first: should it fail, an hour of load is not lost
+            slot.close()
+            rate = generate_batch_rate(model.model, cases, arguments.new)  # type: ignore[attr-defined]
+            slot = one_slot(model, vocabulary, arguments.prompt_tokens + arguments.new)
         judge = Judge(slot, vocabulary, model.end_ids, arguments.margin)
         process, port = start_server(path, "--slots", arguments.slots, "--queue-size", 4096)
         try:
@@ -436,9 +441,7 @@ def main() -> int:
         finally:
             process.terminate()
             process.wait(60)
-        if arguments.generate_batch:
-            slot.close()
-            rate = generate_batch_rate(model.model, cases, arguments.new)  # type: ignore[attr-defined]
+        if rate is not None:
             result["tokens_per_second_generate_batch"] = Figure(rate, "tokens/s")
             for clients in arguments.clients:
                 ours = [result[f"tokens_per_second_{clients}_clients_{way}"].value / rate for way in WAYS]

@@ -17,7 +17,7 @@ from fanformer.training.configuration import resolve_run
 from fanformer.training.schedule import is_finished
 
 COMPLETIONS = 20
-SHOWN = 3
+SHOWN, SHOWN_LINES = 3, 3
 GO_ON = "the same command goes on"
 
 
@@ -82,7 +82,7 @@ def main() -> int:
     completions = load_text_model(folder).complete(["def "] * COMPLETIONS, settings, batch_size=COMPLETIONS)
     texts = [completion.prompt + completion.text for completion in completions]
     for text in texts[:SHOWN]:
-        print("-" * 80 + f"\n{text}")
+        print("-" * 80, *text.splitlines()[:SHOWN_LINES], sep="\n")
     print("-" * 80)
     parsed = sum(map(parses, texts))
     print(f"{parsed} of {COMPLETIONS} completions of `def ` parse once cut to the last complete statement")

@@ -262,6 +262,8 @@ def links(folder: Path) -> dict[str, Any]:
         status = json.loads((camp.run / "status.json").read_text())
         trained = [float(one) for one in _seconds_of_training(camp)]
         seconds = [record["seconds"] - spent for record, spent in zip(camp.records(), trained, strict=False)]
+        if not seconds:
+            raise RuntimeError(f"no round can be told apart from its training, got {len(trained)} times of a member.")
         told = estimate(status["parameters"], 1, 1e9, BITS_PER_SECOND, 1e9)
         return found | {
             "measured": {

@@ -61,6 +61,23 @@ def test_unfinished_character_comes_at_the_end_only(tiny_tokenizer):
     assert last == "\ufffd"
 
 
+def test_a_prompt_that_ends_in_no_character_does_not_come_back(tiny_tokenizer):
+    whole = tiny_tokenizer.encode("a\u4e16 cat")
+    cut = next(n for n in range(len(whole)) if tiny_tokenizer.decode(whole[:n]) == "a\ufffd")
+    assert "".join(pieces_of(tiny_tokenizer, whole[:cut], whole[cut:])) == "\u4e16 cat"
+    assert "".join(pieces_of(tiny_tokenizer, whole[:cut], [])) == ""
+    replaced = tiny_tokenizer.encode("a\ufffd")
+    assert "".join(pieces_of(tiny_tokenizer, replaced, tiny_tokenizer.encode(" cat"))) == " cat"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_behind_random_bytes_join_to_what_decoding_adds(tiny_tokenizer, seed):
+    ids = random.Random(seed).choices(range(1, len(tiny_tokenizer)), k=40)
+    prompt, whole = tiny_tokenizer.decode(ids[:20]), tiny_tokenizer.decode(ids)
+    kept = prompt if whole.startswith(prompt) else prompt.rstrip("\ufffd")
+    assert "".join(pieces_of(tiny_tokenizer, ids[:20], ids[20:])) == whole.removeprefix(kept)
+
+
 def test_special_tokens_are_not_written(tiny_tokenizer):
     assert "".join(pieces_of(tiny_tokenizer, [0], [*tiny_tokenizer.encode("cat"), 0])) == "cat"
 

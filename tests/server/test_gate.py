@@ -213,6 +213,17 @@ def test_a_slow_body_ends_the_request(strict):
     check_error(408, json.loads(body))
 
 
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/health", b"/x"])
+def test_who_is_answered_before_his_body_came_cannot_keep_the_connection(keyed, path):
+    with keyed.socket() as client:
+        client.sendall(b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n")
+        time.sleep(0.1)
+        client.sendall(b"a")
+        data, seconds = closed_after(client)
+    assert b"connection: close" in data.lower()
+    assert seconds < PATIENCE_SECONDS
+
+
 def test_an_idle_connection_is_closed(strict):
     with strict.socket() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")

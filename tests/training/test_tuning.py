@@ -1,6 +1,7 @@
 """A tuning is a run like any other: exact resume, refusals, figures, and a folder that speaks the template."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -205,27 +206,24 @@ def test_a_quantized_base_is_refused(tune, model_copy):  # noqa: F811
 
 @pytest.mark.ci
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_the_trainer_of_transformers_trains_our_folder_unchanged(request, tmp_path, recurrent):
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+def test_the_trainer_of_transformers_trains_our_folder_unchanged(request, repository, tmp_path, monkeypatch, recurrent):
+    """The block of the page itself."""
+    from transformers import AutoModelForCausalLM
 
-    folder = request.getfixturevalue("recurrent_model" if recurrent else "saved_model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = load(folder, device="cpu").tokenizer("the cat sat on the mat. a small model speaks.").input_ids
-    asked = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
-    quiet = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-    trainer = Trainer(
-        model,
-        TrainingArguments(tmp_path / "out", **asked, **quiet),
-        train_dataset=[{"input_ids": ids, "labels": ids} for _ in range(16)],
-    )
-    trainer.train()
+    given = request.getfixturevalue("recurrent_model" if recurrent else "saved_model")
+    shutil.copytree(given, tmp_path / "folder")
+    page = (repository / "docs" / "tuning.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "TrainingArguments" in block]
+    monkeypatch.chdir(tmp_path)
+    names = {"texts": ["the cat sat on the mat. a small model speaks."] * 16}
+    exec(block, names)
+    trainer = names["trainer"]
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[-1] < losses[0] - 0.1
-    trainer.save_model(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained("trained", trust_remote_code=True)
     with torch.no_grad():
-        rows = torch.tensor([ids])
-        assert torch.equal(again.eval()(rows).logits, model.eval()(rows).logits)
+        rows = torch.tensor([names["tokenizer"](names["texts"][0]).input_ids])
+        assert torch.equal(again.eval()(rows).logits, trainer.model.eval()(rows).logits)
 
 
 def test_a_micro_batch_without_labels_adds_nothing_and_no_nan(tiny_model):

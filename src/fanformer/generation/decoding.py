@@ -6,6 +6,8 @@ from typing import Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+_NO_CHARACTER = "\ufffd"
+
 
 class Decoder(Protocol):
     """What a tokenizer must offer, one of `transformers` or of a GGUF file."""
@@ -28,20 +30,30 @@ class TextDecoder:
         self._ids = list(prompt_ids)
         self._text = tokenizer.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._returns_prompt = self._text.endswith(_NO_CHARACTER)  # the stream's first piece then begins with it
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is complete with it, often one word, sometimes nothing."""
         self._ids.append(token_id)
         piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
+        if piece and self._returns_prompt:
+            self._returns_prompt = False
+            piece = self._behind_prompt(piece)
         self._text += piece
         return piece
 
     def finish(self) -> str:
         """Return what is still held back; bytes that never became a character come as U+FFFD."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        rest = whole[len(self._text) :]
-        self._text = whole
+        rest = self._behind_prompt(whole) if self._returns_prompt else whole[len(self._text) :]
+        self._text, self._returns_prompt = whole, False
         return rest
+
+    def _behind_prompt(self, whole: str) -> str:
+        """Return what stands behind the prompt, a character that it begins and what follows completes among it."""
+        if not whole.startswith(self._text):
+            self._text = self._text.rstrip(_NO_CHARACTER)
+        return whole[len(self._text) :]
 
 
 class TextWriter:

@@ -188,11 +188,20 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     looking = asyncio.Lock()
 
     async def plan_shown(fields: ChatFields, model: ServedModel) -> Plan:
-        """Let one request after the other look at its pictures: others' threads and the memory are spared."""
-        async with looking:
+        """Let one request after the other look at its pictures: others' threads and the memory are spared.
+
+        A thread goes on when its client has hung up, and so keeps its turn until it ends.
+        """
+        await looking.acquire()
+        try:
             with refused_in_http(model.scheduler):
                 model.scheduler.check_room()
-            return await asyncio.to_thread(plan_chat, fields, model)
+            work = asyncio.ensure_future(asyncio.to_thread(plan_chat, fields, model))
+        except BaseException:
+            looking.release()
+            raise
+        work.add_done_callback(lambda _: looking.release())
+        return await asyncio.shield(work)
 
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(request: HTTPRequest, fields: Annotated[CompletionFields, Body()]) -> Response:

@@ -59,16 +59,25 @@ class Gate:
             return
         began, status = time.monotonic(), 0
         headers = Headers(scope=scope)
+        is_read = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+
+        async def heard() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or (message["type"] == "http.request" and not message.get("more_body", False))
+            return message
 
         async def told(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *self._cors(headers)]}
+                # who is answered before his body has come could keep the connection by never sending the rest
+                ends = [] if is_read else [(b"connection", b"close")]
+                message = {**message, "headers": [*message["headers"], *self._cors(headers), *ends]}
             await send(message)
 
         try:
-            await self._pass(scope, headers, receive, told)
+            await self._pass(scope, headers, heard, told)
         except RefusalError as refusal:
             await _response(refusal)(scope, receive, told)
         except Exception as error:  # not its message: a prompt could stand in it

@@ -147,7 +147,7 @@ function requestOf(pane, prompt) {
 }
 
 async function send() {
-  if (running || !panes.length || !at("sampling").checkValidity()) {
+  if (running || !panes.length || at("sampling").querySelector(":invalid")) {
     say(running ? "The answers are still coming." : panes.length ? "A setting is out of its range." : "Choose a model.");
     return;
   }

@@ -154,9 +154,10 @@ def train_cell(asked: argparse.Namespace, cell: Cell) -> Path:
 
     folder = asked.work / cell.name
     common = {"output_dir": str(folder), "resume": True, "seed": cell.seed, "threads": asked.threads, "device": "cpu"}
+    common["precision"] = "float32"  # the same for all, whatever else the machine does when each begins
     common |= {"sequence_length": asked.sequence_length, "keep_last": 1, "eval_tokens": 16384}
     if asked.dry_run:
-        common |= {"compile": "off", "precision": "float32", "batch_size": 2, "eval_steps": 1000}
+        common |= {"compile": "off", "batch_size": 2, "eval_steps": 1000}
     if cell.part in ("base", "llama-base"):
         result = train_base(asked, cell, common)
     else:
@@ -255,7 +256,7 @@ def write(asked: argparse.Namespace, results: dict[str, list[dict[str, Any]]], b
         data={"source": "questions, eval/arc and text-large", "fingerprint": digest.hexdigest()},
         hardware=hardware(),
         versions=versions(),
-        result=figures(results, before),
+        result=figures(results, before, content["baselines"]),
         details={"data": content, "results": results, "base_bits_per_byte": before},
     )
     print(write_entry(asked.work / "ledger" if asked.dry_run else RESULTS, entry))

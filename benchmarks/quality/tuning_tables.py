@@ -9,6 +9,7 @@ from fanformer.comparison.ledger import Figure, interval_over_seeds, ratio_over_
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """By part, what each seed gave."""
+Rules = Mapping[str, Mapping[str, Any]]
 LEAST_ENDED, MOST_FORGOTTEN = 0.98, 0.02
 _SHOWN = {
     "fairytale": ("f1", "exact_match", "explicit_f1", "explicit_exact_match"),
@@ -20,12 +21,13 @@ _SHOWN = {
 """What is shown of each set; a letter's F1 is its exact match."""
 
 
-def figures(results: Results, before: Mapping[str, float]) -> dict[str, Figure]:
+def figures(results: Results, before: Mapping[str, float], rules: Rules) -> dict[str, Figure]:
     """Return the figures of the ledger: means over seeds with their intervals, and `full` less each other part's.
 
     Args:
         results: of the tunings.
         before: bits per byte of the bases, as `base` and `llama`.
+        rules: of each set, what each rule without a model reaches on the same questions.
     """
     found: dict[str, Figure] = {}
     for part, seeds in results.items():
@@ -44,6 +46,11 @@ def figures(results: Results, before: Mapping[str, float]) -> dict[str, Figure]:
                 if values:
                     found[f"{part}_{chosen}_{key}"] = interval_over_seeds(values, "mean over questions")
         found |= _differences(results, part)
+        overlap = rules.get("fairytale", {}).get("best overlap", {}).get("explicit_f1")
+        answered = [seed["fairytale"].get("explicit_f1") for seed in seeds if "fairytale" in seed]
+        if overlap is not None and answered and None not in answered:
+            beyond = [value - overlap for value in answered]
+            found[f"{part}_less_best_overlap_explicit_f1"] = interval_over_seeds(beyond, "mean over questions")
     return found
 
 
@@ -59,13 +66,13 @@ def _differences(results: Results, part: str) -> dict[str, Figure]:
     return found
 
 
-def tables(results: Results, before: Mapping[str, float], rules: Mapping[str, Mapping[str, Any]]) -> str:
+def tables(results: Results, before: Mapping[str, float], rules: Rules) -> str:
     """Return the tables: a row for each part, and of what rules reach.
 
     Args:
         results: of the tunings.
         before: as `figures` takes it.
-        rules: of each set, what each rule without a model reaches.
+        rules: likewise.
     """
     columns = [(name, key) for name in SETS for key in _SHOWN[name]]
     lines = [["", *(f"{name} {key.replace('_', ' ')}" for name, key in columns), "ended", "bits per byte"]]
@@ -73,7 +80,7 @@ def tables(results: Results, before: Mapping[str, float], rules: Mapping[str, Ma
         [rule, *(_number(rules[name].get(rule, {}).get(key)) for name, key in columns), "-", "-"]
         for rule in dict.fromkeys(rule for given in rules.values() for rule in given)
     )
-    found = figures(results, before)
+    found = figures(results, before, rules)
     for part in results:
         if part != "preferences":
             names = [*(f"{part}_{name}_{key}" for name, key in columns), f"{part}_ended"]
@@ -91,7 +98,7 @@ def tables(results: Results, before: Mapping[str, float], rules: Mapping[str, Ma
 
 def aims(results: Results, before: Mapping[str, float]) -> str:
     """Return for the parts that are products whether they met what was set: answers that end, and little forgotten."""
-    found, lines = figures(results, before), []
+    found, lines = figures(results, before, {}), []
     for part in (part for part in ("full", "lora") if part in results):
         ended, ratio = found[f"{part}_ended"].value, found[f"{part}_bits_per_byte_ratio"].value
         ends = f"{ended:.1%} of answers end (aim at least {LEAST_ENDED:.0%}, {_met(ended >= LEAST_ENDED)})"

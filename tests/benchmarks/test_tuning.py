@@ -84,7 +84,7 @@ def test_figures_are_means_over_seeds_and_aims_are_told(quality):
     preferring = {"bits_per_byte": 2.2, "margin": 0.4, "accuracy": 1.0, "loss": 0.3}
     results = {"full": seeds, "llama": seeds, "preferences": [preferring]}
     before = {"base": 2.0, "llama": 1.9}
-    found = tuning_tables.figures(results, before)
+    found = tuning_tables.figures(results, before, {})
     assert found["full_ended"].value == pytest.approx(0.99)
     assert found["full_ended"].low < 0.98 < found["full_ended"].high
     assert found["llama_bits_per_byte_ratio"].value == pytest.approx(2.0 / 1.9)
@@ -95,8 +95,11 @@ def test_figures_are_means_over_seeds_and_aims_are_told(quality):
     fewer = {"full": [seed | {"unasked": 7} for seed in seeds]}
     assert "(aim at least 98%, met), 7 questions left no room for one; bits" in tuning_tables.aims(fewer, before)
     blind = [seed | {"arc": {"exact_match": value}} for seed, value in zip(seeds, (0.25, 0.5), strict=True)]
-    less = tuning_tables.figures(results | {"blind": blind}, before)["full_less_blind_arc_exact_match"]
+    less = tuning_tables.figures(results | {"blind": blind}, before, {})["full_less_blind_arc_exact_match"]
     assert (less.value, less.low < 0 < less.high) == (0.125, True)
+    explicit = [seed | {"fairytale": {"explicit_f1": value}} for seed, value in zip(seeds, (0.2, 0.3), strict=True)]
+    beyond = tuning_tables.figures({"full": explicit}, before, {"fairytale": {"best overlap": {"explicit_f1": 0.24}}})
+    assert beyond["full_less_best_overlap_explicit_f1"].value == pytest.approx(0.01)
     assert "full less blind" in tuning_tables.tables(
         results | {"blind": blind}, before, {name: {} for name in quality.data.SETS}
     )

@@ -53,10 +53,10 @@ def trials_of(comparison, machines, fingerprints):
     [
         ("ablation", 28),
         ("accelerator", 2),
-        ("ladder", 45),
+        ("ladder", 59),
         ("ladder-accelerator", 6),
         ("linear-regression", 45),
-        ("modular-addition", 35),
+        ("modular-addition", 45),
         ("periodic", 40),
         ("series", 30),
     ],

@@ -129,7 +129,7 @@ check-tuning: setup-dev
 check-multimodal: setup-dev
 	$(BIN)/python benchmarks/quality/multimodal.py --base $(or $(BASE),runs/demo) $(addprefix --task ,$(TASKS)) --write
 
-# The model in the box: trials that choose its shape, an hour; the model, from text to the folder that ships, and what it
+# The model in the box: trials that choose its shape, half an hour; the model, from text to the folder that ships, and what it
 # is set beside, a night, MINUTES=100 for a part of it; the bars it has to reach. Each goes on after any end. See release/.
 release-trials: setup-dev
 	$(BIN)/python release/trials.py $(if $(MINUTES),--minutes $(MINUTES))

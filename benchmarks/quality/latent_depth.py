@@ -157,7 +157,7 @@ def caches(given: argparse.Namespace) -> Figures:
 
 
 def speeds(given: argparse.Namespace) -> Figures:
-    """Return tokens a second of each way, measured in turns, over that of four steps, and what drafts do to them."""
+    """Return tokens a second of each way, measured in turns, and over that of four steps; and what drafts do."""
     settings = GenerationSettings(max_length=16 if given.dry_run else 128, min_length=8, temperature=0)
     ways: dict[str, Any] = {f"torch_{steps}": load_text_model(given.run, "cpu", num_steps=steps) for steps in STEPS}
     ways["torch_8_exit"] = load_text_model(given.run, "cpu", num_steps=8, exit_threshold=0.05)
@@ -183,6 +183,7 @@ def speeds(given: argparse.Namespace) -> Figures:
 
     for name in rates:
         found[f"rate_{name}"] = beside(name, "torch_4")
+        found[f"tokens_per_second_{name}"] = range_of(rates[name][1:], "tokens/s")
     for steps in (4, 8):
         found[f"drafts_times_faster_{steps}"] = beside(f"torch_{steps}_drafts", f"torch_{steps}")
         speculation = ways[f"torch_{steps}_drafts"].speculation

@@ -77,8 +77,8 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
 
 def _left_out(text: Mapping[str, Any]) -> str:
     return (
-        f"{text['documents']:,} documents. {text['left_out']} more were left out, as they name or hold a story of "
-        "FairytaleQA's validation split, on whose questions the model is measured."
+        f"{text['documents']:,} documents, one that is read several times counted as often. {text['left_out']} were "
+        "left out, as they name or hold a story of FairytaleQA's validation split, on whose questions it is measured."
     )
 
 

@@ -204,7 +204,8 @@ class Making:
         records = base_records(self.data, left_out, **self.recipe["text"])
         documents, size = write_rows(self.work / "text.jsonl", records)
         replace_json(self.work / "left-out.json", left_out)
-        return {"documents": documents, "bytes": size, "left_out": sum(map(len, left_out.values()))}
+        different = {one for found in left_out.values() for one in found}
+        return {"documents": documents, "bytes": size, "left_out": len(different)}
 
     def tokens(self) -> dict[str, Any]:
         """Prepare the text: its tokenizer and its tokens."""

@@ -15,7 +15,7 @@ from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, 
 from fanformer.comparison.entries import read_training, write_comparison, write_training
 from fanformer.comparison.ledger import read_ledger, write_entry
 from fanformer.comparison.pages.report import write_comparison_page
-from fanformer.comparison.summary import arms, pairs, to_record, tokens_ratio
+from fanformer.comparison.summary import arms, pairs, parameters_ratio, to_record, tokens_ratio
 from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config, run_trial
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig
@@ -335,6 +335,45 @@ def test_more_budgets_for_the_candidate_give_the_tokens_to_equal_loss(corpus):
     outcomes = [outcome(spec, budget, seed, loss) for seed in (0, 1) for spec, budget, loss in ends]
     (pair,) = pairs(comparison, arms(comparison, outcomes))
     assert pair.figures["tokens_ratio"].value == pytest.approx(0.5)
+
+
+def test_several_budgets_pair_architectures_whose_sizes_are_named_differently(corpus):
+    comparison = small(corpus, architectures=["nano", "llama@nano"], tokens=[65536, 131072])
+    outcomes = [
+        outcome(spec, budget, 0, loss)
+        for spec, budget, loss in [("nano", 65536, 3.0), ("nano", 131072, 2.0), ("llama@nano", 65536, 4.0)]
+    ]
+    outcomes.append(outcome("llama@nano", 131072, 0, 3.0))
+    found = pairs(comparison, arms(comparison, outcomes))
+    assert [(one.candidate, one.baseline, one.variant) for one in found] == [
+        ("nano", "llama@nano", 65536),
+        ("nano", "llama@nano", 131072),
+    ]
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(2.5, 1.0), (1.0, 2.0), (4.0, 0.5)])
+def test_a_baseline_off_the_ladder_is_set_beside_its_nearest_rung(corpus, loss, expected):
+    comparison = small(corpus, architectures=["fanformer@50k", "fanformer@200k", "llama@100k"])
+    outcomes = [
+        outcome(spec, 4096, seed, value)
+        for seed in (0, 1)
+        for spec, value in (("fanformer@50k", 3.0), ("fanformer@200k", 2.0), ("llama@100k", loss))
+    ]
+    for one in outcomes:
+        one.result.figures["parameters"] = {"5": 50, "2": 200, "1": 100}[one.trial.architecture.split("@")[1][0]]
+    comparison = replace(comparison, tokens=(4096,))
+    [(name, (ratio, seeds))] = parameters_ratio(arms(comparison, outcomes), comparison).items()
+    assert (name, seeds, ratio.value) == ("llama@100k", [0, 1], pytest.approx(expected))
+
+
+def test_speeds_of_different_machines_are_not_divided(corpus):
+    comparison = small(corpus, tokens=4096)
+    outcomes = [outcome(spec, 4096, 0, 2.0) for spec in comparison.architectures]
+    (pair,) = pairs(comparison, arms(comparison, outcomes))
+    assert "train_tokens_per_second_ratio" in pair.figures
+    outcomes[1].result.details["hardware"] = {"cpu": "another"}
+    (pair,) = pairs(comparison, arms(comparison, outcomes))
+    assert "train_tokens_per_second_ratio" not in pair.figures
 
 
 @pytest.mark.ci

@@ -41,7 +41,7 @@ def convert(weights: str, config: str, published_format: str, output_dir: str) -
     model = convert_weights(Path(weights), Path(config), published_format)
     # Written beside its place and moved there whole, so that a failure leaves nothing half-written.
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")
     try:
         with writing(folder):
             model.save_pretrained(unfinished)

@@ -20,6 +20,7 @@ from fanformer.cli.options import (
 from fanformer.cli.progress import counted_progress
 from fanformer.errors import ConfigError
 from fanformer.evaluation.files import MeasuredFiles, check_files, check_sizes
+from fanformer.files.durable import replace_text
 
 if TYPE_CHECKING:
     from fanformer.generation.loading import LoadedModel
@@ -147,7 +148,7 @@ def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = 
         return
     if json_file is not None:
         with writing(Path(json_file)):
-            Path(json_file).write_text(record + "\n", encoding="utf-8")
+            replace_text(Path(json_file), record + "\n")
     depths = result.get("by_num_steps", {})
     for figures in depths.values() if len(depths) > 1 else [result]:
         if len(depths) > 1:

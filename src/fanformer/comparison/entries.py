@@ -88,7 +88,7 @@ def read_training(folder: Path, trial: Trial) -> Result | None:
     if entry is None:
         return None
     figures = {name: figure.value for name, figure in entry.result.items() if name != "diverged"}
-    details: dict[str, Any] = {"versions": entry.versions}
+    details: dict[str, Any] = {"versions": entry.versions, "hardware": entry.hardware}
     if trial.rule is not None and figures:
         if "rule" not in entry.details:
             return None
@@ -230,7 +230,7 @@ class _Together:
         )
 
     def _ladder(self) -> Iterator[Entry]:
-        """Yield, for every baseline whose loss lies between the candidate's, the parameters to equal loss."""
+        """Yield for every baseline the parameters to equal loss."""
         found: dict[str, dict[str, Figure]] = {}
         seeds = {}
         for key in ("parameters", "parameters_without_embeddings"):
@@ -264,12 +264,18 @@ def _write(folder: Path, entry: Entry) -> None:
     So does a training of an earlier version, which kept fewer of its figures.
     """
     before = read_entry(folder, entry.name) if folder.is_dir() else None
-    fields = ("curve", "seeds", "configuration", "data", "details")
+    fields = ("curve", "seeds", "configuration", "details")
     if before is not None and all(getattr(before, name) == getattr(entry, name) for name in fields):
         known, figures = before.result, entry.result
-        if known == figures or (entry.kind == "training" and known.items() <= figures.items()):
+        grown = entry.kind == "training" and known.items() <= figures.items()
+        if _digest(before.data) == _digest(entry.data) and (known == figures or grown):
             return
     write_entry(folder, entry)
+
+
+def _digest(data: dict[str, Any] | None) -> Any:
+    """Return what tells data apart, wherever they lie."""
+    return None if data is None else data["fingerprint"]
 
 
 def _configuration(trial: Trial, parameters: float | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import RATES, Comparison, Outcome, best_rate, sweep_of
 from fanformer.comparison.ledger import EXACT, Figure, interval_over_seeds, ratio_over_seeds
 from fanformer.comparison.rule_score import judged_by
+from fanformer.machine.versions import hardware
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def pairs(comparison: Comparison, found: Sequence[Arm]) -> list[Pair]:
         name, size = family_and_size(one.architecture)
         if name != candidate:
             continue
-        sizes = {family_and_size(other.architecture)[1] for other in found if other is not one}
+        families = [family_and_size(other.architecture) for other in found]
+        sizes = {named for family, named in families if family != candidate}
         alone = comparison.rule is None and one.variant > max(comparison.tokens)
         beside = max(comparison.tokens) if alone else one.variant
         for other in found:
@@ -164,17 +166,27 @@ def _pair_figures(one: Arm, other: Arm, mine: Sequence[Arm], theirs: Sequence[Ar
     }
     figures["bits_per_byte_difference"] = difference("bits_per_byte")
     speeds = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in matched.values()]
-    figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
+    is_one_machine = _on_one_machine([*one.outcomes, *other.outcomes])
+    if is_one_machine:
+        figures["train_tokens_per_second_ratio"] = ratio_over_seeds(speeds)
     if one.variant != other.variant:
         times = figures["training_operations_ratio"].value * one.variant / other.variant
         figures["whole_training_operations_ratio"] = Figure(times, "ratio", interval=EXACT)
-        seconds = [one.variant / other.variant / speed for speed in speeds]
-        figures["whole_training_seconds_ratio"] = ratio_over_seeds(seconds)
+        if is_one_machine:
+            seconds = [one.variant / other.variant / speed for speed in speeds]
+            figures["whole_training_seconds_ratio"] = ratio_over_seeds(seconds)
     curves = [(_over_tokens(mine, seed), _over_tokens(theirs, seed)) for seed in matched]
     ratios = [ratio for a, b in curves if (ratio := tokens_ratio(a, b)) is not None]
     if len(ratios) == len(matched):
         figures["tokens_ratio"] = ratio_over_seeds(ratios)
     return figures
+
+
+def _on_one_machine(outcomes: Sequence[Outcome]) -> bool:
+    """Whether trainings were done on one kind of machine; those that the ledger knew say on which."""
+    here = hardware()
+    machines = [one.result.details.get("hardware", here) for one in outcomes if one.result is not None]
+    return all(machine == machines[0] for machine in machines)
 
 
 def _over_tokens(budgets: Sequence[Arm], seed: int) -> list[dict[str, Any]]:
@@ -226,7 +238,8 @@ def parameters_ratio(
     """Return, by baseline arm, the candidate's parameters at that arm's loss over that arm's parameters.
 
     The candidate's loss at sizes between those that were trained is interpolated linearly in the logarithm of the
-    parameters, for each seed that all of them share; beyond the trained sizes nothing is said.
+    parameters, for each seed that all of them share. Where the baseline's loss lies beyond theirs, the nearest trained
+    size stands: the ratio is at least, or at most, what it gives.
 
     Args:
         found: the arms.
@@ -246,10 +259,9 @@ def parameters_ratio(
     ratios = {}
     for name, baseline in points[False]:
         shared = [seed for seed in baseline if all(seed in rung for rung in ladder)]
-        by_seed = [_ratio_at(baseline[seed], sorted(rung[seed] for rung in ladder)) for seed in shared]
-        known = [ratio for ratio in by_seed if ratio is not None]
-        if known and len(known) == len(shared):
-            ratios[name] = (ratio_over_seeds(known), shared)
+        if shared and len(ladder) > 1:
+            by_seed = [_ratio_at(baseline[seed], sorted(rung[seed] for rung in ladder)) for seed in shared]
+            ratios[name] = (ratio_over_seeds(by_seed), shared)
     return ratios
 
 
@@ -258,14 +270,16 @@ def _by_seed(arm: Arm, key: str) -> dict[int, tuple[float, float]]:
     return {one.trial.seed: (float(one.figures[key]), one.figures["bits_per_byte"]) for one in arm.outcomes}
 
 
-def _ratio_at(baseline: tuple[float, float], ladder: Sequence[tuple[float, float]]) -> float | None:
-    """Return the parameters at which the ladder has the baseline's loss over the baseline's, None off the ladder."""
+def _ratio_at(baseline: tuple[float, float], ladder: Sequence[tuple[float, float]]) -> float:
+    """Return the parameters at which the ladder has the baseline's loss, or its nearest rung's, over the baseline's."""
     parameters, loss = baseline
+    if loss > max(rung_loss for _, rung_loss in ladder):
+        return ladder[0][0] / parameters
     for (small, worse), (large, better) in itertools.pairwise(ladder):
         if better <= loss <= worse and better < worse:
             share = (worse - loss) / (worse - better)
             return math.exp(math.log(small) + share * math.log(large / small)) / parameters
-    return None
+    return ladder[-1][0] / parameters
 
 
 def to_record(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -108,7 +108,13 @@ class MeasuredFiles:
         from fanformer.evaluation.loss import evaluate_documents
 
         has_fields = file_kind(Path(path)) != "text"
-        documents = list(open_source(path, source_field=self._field if has_fields else None))
+        field = self._field if has_fields else None
+        try:
+            documents = list(open_source(path, source_field=field))
+        except DataError as error:
+            if field is None or f"field `{field}`" not in str(error):
+                raise
+            raise DataError(f"{str(error).rstrip('.')}, or take --by none") from error
         texts = [document.text for document in documents]
         self.by_file[path] = evaluate_documents(self._model, self._tokenizer, texts, self._length, self._batch_size)
         self._sources += [document.source for document in documents]

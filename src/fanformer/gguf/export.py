@@ -15,7 +15,7 @@ from fanformer.data.held_out import DEFAULT_TOKENS
 from fanformer.errors import ConfigError
 from fanformer.files.staging import check_free, staged
 from fanformer.generation.adapters import adapter_note, with_adapter
-from fanformer.generation.loading import LoadedModel, load, refuse_towers
+from fanformer.generation.loading import LoadedModel, load, load_config, refuse_towers
 from fanformer.generation.torch_model import end_token_ids
 from fanformer.gguf import architecture
 from fanformer.gguf.blocks import TYPES, BlockType, Bytes, Floats, dequantize
@@ -121,6 +121,8 @@ def export_gguf(
     path = output_file(output, settings.type)
     check_free(path, report_file(path), overwrite=settings.overwrite)
     refuse_towers(folder, "a GGUF file")
+    if getattr(load_config(folder), "quantization_config", None) is not None:
+        raise ConfigError(f"{Path(folder).absolute()} is quantized already: give the folder that it was made from.")
     model, tokenizer = load(folder, device="cpu", dtype="auto" if settings.adapter is None else "float32")
     if model.config.model_type != ARCHITECTURE:
         raise ConfigError(

@@ -398,22 +398,22 @@ class Trainer:
             return
         state = {"loop": asdict(self.state), "processes": self.processes.count}
         fill_model = self.save_model(self.snapshot.weights, self.state.step)
-        snapshot = self.snapshot
         best = self.best[1] if self.best is not None and self.config.saving.keep_best else None
 
         def fill(folder: Path) -> None:
             self.records.sync()  # none may be older than a checkpoint that was written after it
             fill_model(folder)
-            snapshot.save_optimizer(folder)
+            self.snapshot.save_optimizer(folder)
             write_state(folder, state)
 
-        self.writer.submit(self.state.step, fill, snapshot.num_bytes, best)
+        self.writer.submit(self.state.step, fill, self.snapshot.num_bytes, best)
 
     def _hear_of_saves(self) -> None:
         for written in self.writer.collect():
             self.save_error = written.error
             self.clock.save_seconds = max(self.clock.save_seconds, written.seconds)
             if written.error is not None:
+                self.best = self._best_so_far()  # the one that is not there may have been it
                 if not isinstance(written.error, (OSError, CheckpointError)):
                     raise written.error  # a mistake of ours, which the next attempt would meet again
                 self._note(f"{written.error} Training goes on, and the next checkpoint is tried at its time.")

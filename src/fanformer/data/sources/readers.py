@@ -238,14 +238,16 @@ def record_of(row: dict[str, Any], fields: Fields, number: int, where: str) -> R
 
     Args:
         row: all its fields.
-        fields: names of those to take.
+        fields: names of those to take; null is none but for the text.
         number: its number in the file, from 1.
         where: file and number, for messages.
 
     Raises:
         DataError: if one is missing or holds no string.
     """
-    return Record(f":{number}", *(_value(row, field, where) for field in fields))
+    text, *others = fields
+    told = [None if name in row and row[name] is None else _value(row, name, where) for name in others]
+    return Record(f":{number}", _value(row, text, where), *told)
 
 
 def _value(record: dict[str, Any], field: str | None, where: str) -> Any:

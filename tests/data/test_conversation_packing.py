@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fanformer.data.conversations.chat_tokens import add_chat_tokens
+from fanformer.data.conversations.chat_tokens import add_chat_tokens, document_ends
 from fanformer.data.conversations.chatml import END, as_text
 from fanformer.data.conversations.display import marked_row
 from fanformer.data.conversations.examples import Example, Message
@@ -114,6 +114,23 @@ def test_packed_loss_is_that_of_each_conversation_alone(prepared, model, example
         ids = torch.from_numpy(document.ids.astype(np.int64))
         alone += total(ids[:-1], ids[1:].where(torch.from_numpy(document.trained), IGNORED_LABEL))
     assert packed == pytest.approx(alone, rel=1e-5)  # sums of some thousand float32 numbers in another order
+
+
+def test_plain_texts_are_learnt_whole_as_documents_are_beside_conversations(prepared, examples):
+    ends, words = document_ends(prepared.tokenizer), " ".join(WORDS * 12)
+    texts = [Example((), text="the cat sat"), Example((), text=f"<|im_end|> {words}")]
+    tokenized = tokenize_examples(prepared.chatml, [*examples[:3], *texts], 64, lambda line: None, ends=ends)
+    plain = [document for (document,), source in zip(tokenized.documents, tokenized.sources, strict=True) if source > 2]
+    assert tokenized.sources[:4] == (0, 1, 2, 3)
+    assert all(document.trained.all() and len(document) <= 64 for document in plain)
+    whole = [plain[0].ids[0], *(number for document in plain[1:] for number in document.ids[1:])]
+    assert plain[0].ids.tolist() == [ends[0], *prepared.chatml.encode_plain("the cat sat"), ends[1]]
+    assert whole[1:] == [*prepared.chatml.encode_plain(f"<|im_end|> {words}"), ends[1]]
+    assert prepared.chatml.end_id not in whole
+    assert sum(document.num_bytes for document in plain[1:]) == len(f"<|im_end|> {words}".encode())
+    assert all(before.ids[-1] == after.ids[0] for before, after in itertools.pairwise(plain[1:]))
+    rows = ConversationRows(tokenized.documents, 64, prepared.tokenizer.pad_token_id)
+    assert rows.num_labels == sum(int(document.trained.sum()) for (document,) in tokenized.documents)
 
 
 def test_best_fit_fills_rows_and_loses_nothing():

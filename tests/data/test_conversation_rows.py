@@ -57,6 +57,9 @@ FORMS = {
     ),
     "Alpaca without input": ({"instruction": "Hi", "input": "", "output": "Hello."}, Example(PAIR, 1)),
     "fields that say nothing": ({"messages": [ASK, {**ANSWER, "weight": 1, "tool_calls": []}]}, Example(PAIR)),
+    "plain text": ({"text": "Once there was."}, Example((), text="Once there was.")),
+    "an answer before a text": ({"prompt": "Hi", "completion": "Hello.", "text": "all of it"}, Example(PAIR, 1)),
+    "null columns": ({"messages": None, "prompt": "Hi", "completion": "Hello.", "text": None}, Example(PAIR, 1)),
     "an empty system message": ({"messages": [{"role": "system", "content": ""}, ASK, ANSWER]}, Example(PAIR)),
 }
 
@@ -76,7 +79,7 @@ WRONG = {
     "no JSON": ("{", "Expecting property name"),
     "nested too deep": ('{"messages": ' + "[" * 100_000, "one nested too deep to be read"),
     "no object": ("[1]", "expected a JSON object on every line, got list"),
-    "no form": ({"text": "Hi"}, r"got `text`"),
+    "no form": ({"body": "Hi"}, r"got `body`"),
     "no field": ({}, "got no field"),
     "no messages": ({"messages": []}, "`messages` must be a list of messages, got none"),
     "a text as messages": ({"messages": "Hi"}, "`messages` must be a list of messages, got str"),
@@ -167,7 +170,7 @@ def test_a_pattern_reads_compressed_files_too(tmp_path):
 
 def test_no_row_at_all_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"holds no row to learn from, got 1 wrong ones: expected jsonl of messages"):
-        read_examples(write(tmp_path / "a.jsonl", [{"text": "Hi"}]), lambda line: None)
+        read_examples(write(tmp_path / "a.jsonl", [{"body": "Hi"}]), lambda line: None)
     with pytest.raises(DataError, match=r"no file .*b.jsonl: expected a .jsonl file or a pattern"):
         read_examples(str(tmp_path / "b.jsonl"), pytest.fail)
     (tmp_path / "c.txt").write_text("Hi")

@@ -93,6 +93,16 @@ def test_a_tuning_leaves_a_folder_that_speaks_the_template_and_says_what_it_is(t
     assert all("? -> " in sample for sample in notebook.samples)
 
 
+def test_plain_texts_among_the_rows_are_learnt_and_counted(tune, saved_model):  # noqa: F811
+    text = "the cat sat on the mat. " * 12
+    mixed, notebook = tune(rows=[*conversations(), {"text": text}, {"text": "a small model"}], max_steps=2)
+    data = yaml.safe_load((mixed.folder / "run.yaml").read_text())["data"]
+    assert (data["texts"], data["wrong"], data["too_long"]) == (2, 0, 0)
+    assert any("pieces of plain texts, of which 2 were given" in note for note in notebook.notes)
+    with pytest.raises(DataError, match="must hold a conversation, got plain texts"):
+        tune("alone", rows=[{"text": text}, {"text": "a small model"}])
+
+
 def test_a_tuned_model_answers_and_ends(tune):
     result, _ = tune(max_steps=60, batch_size=4, learning_rate=1e-2)
     records = read_records(result.folder)

@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fanformer.data.conversations.chat_tokens import ChatTokens, add_chat_tokens
+from fanformer.data.conversations.chat_tokens import ChatTokens, add_chat_tokens, document_ends
 from fanformer.data.conversations.chatml import ChatML, chatml_of
 from fanformer.data.conversations.examples import Example, Message
 from fanformer.data.conversations.reading import read_examples
 from fanformer.data.conversations.rows import ConversationRows, TokenizedExamples, tokenize_examples
 from fanformer.data.tokenizer import load_tokenizer
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, DataError
 from fanformer.evaluation.loss import HeldOutLoss, answer_loss
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.torch_model import TorchModel
@@ -113,7 +113,13 @@ def answer_corpus(opening: Opening) -> Corpus:
     def measure(model: PreTrainedModel, batch_size: int, **options: Any) -> HeldOutLoss:
         return answer_loss(model, opened.held_out, batch_size, **options)
 
+    texts = opened.description["texts"]
     used = f"{opened.rows.num_examples:,} conversations, {opened.rows.num_labels:,} tokens of answers"
+    if texts:
+        used = (
+            f"{opened.rows.num_examples:,} conversations and pieces of plain texts, of which {texts:,} were given, "
+            f"{opened.rows.num_labels:,} tokens of answers and texts"
+        )
     return opened.corpus(opened.rows, TokenLoss(), used, measure)
 
 
@@ -138,7 +144,7 @@ def open_conversations(opening: Opening, *, preference: bool = False) -> Convers
     split = _split(config, opening.note, preference)
     length, filler = config.batch.sequence_length, int(tokenizer.pad_token_id)
     train, measured = (
-        tokenize_examples(chatml, examples, length, opening.note, preference=preference)
+        tokenize_examples(chatml, examples, length, opening.note, preference=preference, ends=document_ends(tokenizer))
         for examples in (split.train, split.held_out)
     )
     rows, held_out = (ConversationRows(part.documents, length, filler) for part in (train, measured))
@@ -151,8 +157,8 @@ def open_conversations(opening: Opening, *, preference: bool = False) -> Convers
         new_ids=new_ids,
         rows=rows,
         held_out=held_out,
-        description=_description(digest, rows, held_out, train, measured, split.wrong) | {"new_ids": list(new_ids)},
-        asked=_sample(config, split.held_out, measured),
+        description=_description(digest, rows, held_out, train, measured, split) | {"new_ids": list(new_ids)},
+        asked=_sample(config, [(split.held_out, measured), (split.train, train)]),
         load_base=lambda: _load_base(config)[0],
     )
 
@@ -210,20 +216,37 @@ def _split(config: RunConfig, note: Callable[[str], None], preference: bool) -> 
 
 
 def _question_key(example: Example) -> str:
-    """Return a hash of the first thing that a user says: rows that share it are held out together or not at all."""
-    asked = next(message.content for message in example.messages if message.role == "user")
+    """Return a hash of the first thing that a user says, or of a plain text.
+
+    Rows that share it are held out together or not at all.
+    """
+    asked = example.text or next(message.content for message in example.messages if message.role == "user")
     return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
 
 
-def _sample(config: RunConfig, held_out: Sequence[Example], measured: TokenizedExamples) -> list[Message]:
-    """Return what the model answers now and then: the sample prompt, else the shortest held-out question."""
+def _sample(config: RunConfig, parts: Sequence[tuple[Sequence[Example], TokenizedExamples]]) -> list[Message]:
+    """Return what the model answers now and then: the sample prompt, else the shortest question.
+
+    Args:
+        config: the run.
+        parts: examples and their tokens, the held-out ones first; of the first that has a question.
+
+    Raises:
+        DataError: if there are plain texts alone.
+    """
     prompt = config.evaluation.sample_prompt
     if prompt is not None:
         return [Message("user", prompt)]
-    shortest = min(range(len(measured.sources)), key=lambda index: sum(map(len, measured.documents[index])))
-    messages = held_out[measured.sources[shortest]].messages
-    last = max(index for index, message in enumerate(messages) if message.role == "user")
-    return list(messages[last : last + 1])
+    for examples, tokenized in parts:
+        asked = [index for index, source in enumerate(tokenized.sources) if examples[source].messages]
+        if asked:
+            shortest = min(asked, key=lambda index: sum(map(len, tokenized.documents[index])))
+            messages = examples[tokenized.sources[shortest]].messages
+            last = max(index for index, message in enumerate(messages) if message.role == "user")
+            return list(messages[last : last + 1])
+    raise DataError(
+        f"`data` {config.corpus.data} must hold a conversation, got plain texts: use `fanformer train --init-from`."
+    )
 
 
 def _description(
@@ -232,7 +255,7 @@ def _description(
     held_out: ConversationRows,
     train: TokenizedExamples,
     measured: TokenizedExamples,
-    wrong: int,
+    split: _Split,
 ) -> dict[str, Any]:
     """Return `data` of run.yaml."""
     counts = {name: getattr(train, name) + getattr(measured, name) for name in ("too_long", "unanswered", "shortened")}
@@ -244,6 +267,7 @@ def _description(
         "answer_tokens": rows.num_labels,
         "held_out_examples": len(measured.documents),
         "held_out_answer_tokens": held_out.num_labels,
-        "wrong": wrong,
+        "texts": sum(bool(example.text) for example in (*split.train, *split.held_out)),
+        "wrong": split.wrong,
         **counts,
     }

@@ -123,6 +123,12 @@ def text_ends(tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
     return tokenizer.eos_token_id
 
 
+def document_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """Return the tokens that open and end a plain text, by a tokenizer whose own end is END."""
+    start, end = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return (end if start is None else start), end
+
+
 def reserved_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the names of reserved tokens, in the order of their ids."""
     added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]

@@ -1,7 +1,8 @@
-"""A row of instruction data in any of the five forms that the ecosystem writes, as one type.
+"""A row of instruction data in any of the forms that the ecosystem writes, as one type.
 
 The forms: `messages`; `prompt` and `completion`; `prompt`, `chosen` and `rejected`; `conversations`, with `from` and
-`value`; `instruction`, `input` and `output`. Prompt, completion, chosen and rejected answer are text or messages.
+`value`; `instruction`, `input` and `output`. Prompt, completion, chosen and rejected answer are text or messages. A row
+with `text` alone is plain text, which keeps a model from forgetting what it was trained on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,27 +38,30 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with an answer, and which of its answers are learnt.
+    """A conversation that ends with an answer, and which of its answers are learnt; or a plain text.
 
     Roles alternate: a system message or none, then user and assistant in turns.
 
     Attributes:
-        messages: the conversation.
+        messages: the conversation; () of a plain text.
         given: how many of its first messages are read only; the assistant's among the others are learnt.
         rejected: messages that are a worse end than `messages[given:]`; () where the row is no preference.
+        text: is learnt whole, in place of a conversation.
         place: file and line, for messages.
     """
 
     messages: tuple[Message, ...]
     given: int = 0
     rejected: tuple[Message, ...] = ()
+    text: str = ""
     place: str = field(default="", compare=False)
 
 
 def example_of(row: Mapping[str, Any], *, preference: bool = False, place: str = "") -> Example:
     """Return a row as an example.
 
-    Where a row has several forms, the first of `messages`, `conversations`, `completion`, `output` and `chosen` counts.
+    Where a row has several forms, the first of `messages`, `conversations`, `completion`, `output`, `chosen` and `text`
+    counts.
     A text as a prompt is a user's message. Where chosen and rejected answer are whole conversations, what both begin
     with is the prompt. An empty system message is none.
 
@@ -77,12 +81,12 @@ def example_of(row: Mapping[str, Any], *, preference: bool = False, place: str =
         if row.get("chosen") is None or row.get("rejected") is None:
             raise DataError(f"a row must have `chosen` and `rejected`, got {_names(row)}: name a file of preferences")
         return _preference(row, place)
-    for needed, read in _FORMS.items():
-        if row.get(needed) is not None:
-            return read(row, place)
+    there = [name for name in _FORMS if row.get(name) is not None] or [name for name in _FORMS if name in row]
+    if there:
+        return _FORMS[there[0]](row, place)
     raise DataError(
-        "a row must have `messages`, `conversations`, `prompt` and `completion`, `prompt`, `chosen` and `rejected`, or "
-        f"`instruction` and `output`, got {_names(row)}"
+        "a row must have `messages`, `conversations`, `prompt` and `completion`, `prompt`, `chosen` and `rejected`, "
+        f"`instruction` and `output`, or `text`, got {_names(row)}"
     )
 
 
@@ -126,7 +130,11 @@ def _preference(row: Mapping[str, Any], place: str) -> Example:
         raise DataError("`chosen` and `rejected` must differ, got the same twice: leave the row out")
     _check_answer(prompt, chosen, "chosen")
     _check_answer(prompt, rejected, "rejected")
-    return Example((*prompt, *chosen), len(prompt), rejected, place)
+    return Example((*prompt, *chosen), len(prompt), rejected, place=place)
+
+
+def _plain(row: Mapping[str, Any], place: str) -> Example:
+    return Example((), text=_text(row, "text"), place=place)
 
 
 _FORMS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
@@ -135,6 +143,7 @@ _FORMS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
     "completion": _completion,
     "output": _alpaca,
     "chosen": _preference,
+    "text": _plain,
 }
 """How a row is read, by the field that tells its form."""
 

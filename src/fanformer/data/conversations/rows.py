@@ -1,8 +1,11 @@
-"""Rows for training on answers: conversations packed whole, each with its own positions and its own labels."""
+"""Rows for training on answers: conversations packed whole, each with its own positions and its own labels.
+
+Plain texts may stand among them, which are learnt whole, as the base has learnt text.
+"""
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,12 +20,12 @@ from fanformer.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class MaskedDocument:
-    """A conversation up to the last token that is learnt.
+    """A conversation up to the last token that is learnt, or a plain text.
 
     Attributes:
         ids: (N + 1,) int32: N inputs, and the label of the last of them.
         trained: (N,) bool, whether the token after each input is learnt.
-        num_bytes: UTF-8 bytes of the answers that are learnt.
+        num_bytes: UTF-8 bytes of the answers, or of the text, that are learnt.
     """
 
     ids: np.ndarray
@@ -39,7 +42,8 @@ class TokenizedExamples:
     """Examples as tokens, and what became of those that do not fit.
 
     Attributes:
-        documents: of each example that is learnt from: one, or two of a preference, chosen and rejected.
+        documents: of each example that is learnt from: one, or two of a preference, chosen and rejected. A plain text
+            that is longer than a row has several of one.
         sources: the index of each of these examples.
         too_long: examples left out, since the last question with its answer fills more than a row.
         unanswered: examples left out, since nothing of them is learnt.
@@ -71,6 +75,23 @@ def masked_document(chatml: ChatML, messages: Sequence[Message], given: int = 0)
     learnt = [message.content for message in messages[given:] if message.role == "assistant"]
     num_bytes = sum(len(content.encode()) for content in learnt)
     return MaskedDocument(np.array(encoded.ids[: last + 1], dtype=np.int32), trained[1 : last + 1], num_bytes)
+
+
+def plain_documents(chatml: ChatML, text: str, ends: tuple[int, int], sequence_length: int) -> Iterator[MaskedDocument]:
+    """Yield a text's tokens as inputs and labels, all of which are learnt, in pieces of at most a row.
+
+    Args:
+        chatml: encodes it.
+        text: what it says; no token of it is a control token.
+        ends: the tokens that open and end documents.
+        sequence_length: T, the tokens of a row.
+    """
+    ids = np.array([ends[0], *chatml.encode_plain(text), ends[1]], dtype=np.int32)
+    places, num_bytes = len(ids) - 1, len(text.encode())
+    for start in range(0, places, sequence_length):
+        stop = min(start + sequence_length, places)
+        share = num_bytes * stop // places - num_bytes * start // places  # in equal parts over the tokens
+        yield MaskedDocument(ids[start : stop + 1], np.ones(stop - start, dtype=bool), share)
 
 
 def shorten(chatml: ChatML, example: Example, sequence_length: int) -> Example | None:
@@ -119,6 +140,7 @@ def tokenize_examples(
     note: Callable[[str], None],
     *,
     preference: bool = False,
+    ends: tuple[int, int] | None = None,
 ) -> TokenizedExamples:
     """Return what of the examples is learnt from, as tokens.
 
@@ -128,13 +150,21 @@ def tokenize_examples(
         sequence_length: T, the tokens of a row.
         note: is told in one line of each example that is left out, and at the end how many were shortened.
         preference: whether the rejected answers are wanted too; else only the chosen ones are learnt.
+        ends: the tokens that open and end documents; needed where an example is a plain text.
 
     Raises:
         DataError: if none is left.
     """
-    documents, sources = [], []
+    documents: list[tuple[MaskedDocument, ...]] = []
+    sources: list[int] = []
     too_long = unanswered = shortened = forgotten = 0
     for index, example in enumerate(examples):
+        if example.text:
+            assert ends is not None, "whoever has plain texts says how documents begin and end"
+            pieces = list(plain_documents(chatml, example.text, ends, sequence_length))
+            documents += [(piece,) for piece in pieces]
+            sources += [index] * len(pieces)
+            continue
         where = example.place or f"example {index + 1}"
         wanted = example if preference else replace(example, rejected=())
         found, lost = _documents(chatml, wanted), 0

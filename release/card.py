@@ -61,8 +61,9 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
         "from a title, continues English, answers a question about a passage or says that the passage does not hold "
         "the answer, and follows simple instructions.\n\n"
         f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, abstracts, textbooks, "
-        f"Wikipedia, children's stories; {text['bytes'] / 1e6:,.0f} MB), then tuned on {rows['conversations']:,} short "
-        "conversations.\n\nLicence: MIT, as the package's. The texts it read have licences of their own, below."
+        f"Wikipedia, children's stories; {text['bytes'] / 1e6:,.0f} MB), then tuned on {rows['rows']:,} short "
+        "conversations and some of these texts.\n\n"
+        "Licence: MIT, as the package's. The texts it read have licences of their own, below."
     )
     _, _, sources = NOTICE.read_text(encoding="utf-8").partition("\n\n")
     parts = {

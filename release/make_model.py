@@ -235,7 +235,7 @@ class Making:
         """Write what it is tuned on."""
         rows = tuning_rows(self.data, SEED, blind=blind, **self.recipe["rows"])
         count, size = write_rows(self.work / ("rows-blind.jsonl" if blind else "rows.jsonl"), rows)
-        return {"conversations": count, "bytes": size}
+        return {"rows": count, "bytes": size}
 
     def rows_blind(self) -> dict[str, Any]:
         """Write what the twin is tuned on."""

@@ -128,7 +128,7 @@ def talk_rows(repeats: int) -> Iterator[Row]:
 
 
 def tuning_rows(
-    data: Path, seed: int, *, instructions: int, unanswerable: int, continuations: int, blind: bool = False
+    data: Path, seed: int, *, instructions: int, unanswerable: int, continuations: int, texts: int, blind: bool = False
 ) -> list[Row]:
     """Return all rows for training, without the stories of the held-out text, and of the held-out questions.
 
@@ -138,6 +138,7 @@ def tuning_rows(
         instructions: how many self-made ones.
         unanswerable: how many questions behind the passage of another story.
         continuations: of texts, at most.
+        texts: plain ones of what the base has read, which it is not to forget, at most.
         blind: whether questions stand without their passages, for a twin that shows what passages are worth.
     """
     small, questions = data / "text-small", data / "questions/fairytaleqa-train.jsonl.xz"
@@ -146,8 +147,9 @@ def tuning_rows(
     if not blind:
         rows += unanswerable_rows(questions, held_out, unanswerable, seed)
     rows += story_rows(list(titled_stories(small / "train.jsonl.xz")), seed)
-    texts = list(filter(without_stories(data), read(small / "train.jsonl.xz")))
-    rows += continuation_rows(texts, continuations, seed)
+    read_before = list(filter(without_stories(data), read(small / "train.jsonl.xz")))
+    rows += continuation_rows(read_before, continuations, seed)
+    rows += ({"text": one["text"]} for one in random.Random(seed).sample(read_before, min(texts, len(read_before))))
     rows += instruction_rows(instructions, held_out=False)
     rows += talk_rows(10)
     random.Random(seed).shuffle(rows)

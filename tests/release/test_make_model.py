@@ -26,7 +26,7 @@ RECIPE = {
         "width": 64,
         "run": {"tokens": 64 * 1024, "learning_rate": 0.01, "sequence_length": 512, **RUN, **MEASURED},
     },
-    "rows": {"instructions": 40, "unanswerable": 4, "continuations": 4},
+    "rows": {"instructions": 40, "unanswerable": 4, "continuations": 4, "texts": 2},
     "tuned": {"run": {"max_steps": 4, **RUN, **MEASURED}},
     "box": {"most_bytes": 2_000_000},
     "beside": {

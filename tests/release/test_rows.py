@@ -90,8 +90,12 @@ def real_data(tmp_path):
 def test_tuning_has_every_kind_that_is_measured_and_no_story_of_the_measurement(real_data):
     from rows import NOT_THERE, tuning_rows
 
-    counts = {"instructions": 30, "unanswerable": 2, "continuations": 5}
+    counts = {"instructions": 30, "unanswerable": 2, "continuations": 5, "texts": 2}
     rows = tuning_rows(real_data, 0, **counts)
+    texts, whole = [row["text"] for row in rows if "text" in row], rows
+    assert len(texts) == 2
+    assert not any(re.search(r"\b(Rufus|crow)\b", text) for text in texts)
+    rows = [row for row in rows if "messages" in row]
     said = [[message["content"] for message in row["messages"]] for row in rows]
     asked, answered = map(set, zip(*said, strict=True))
     assert "A ship sailed. It sank.\n\nWhat sank?" in asked
@@ -101,9 +105,10 @@ def test_tuning_has_every_kind_that_is_measured_and_no_story_of_the_measurement(
     assert {"question", "story", "continuation", "talk", "repeat", "JSON", "count"} <= kinds
     assert not any(re.search(r"\b(Rufus|crow)\b", text) for text in asked | answered)
     blind = tuning_rows(real_data, 0, **counts, blind=True)
-    assert "What sank?" in {row["messages"][0]["content"] for row in blind}
-    assert NOT_THERE not in {row["messages"][1]["content"] for row in blind}
-    assert tuning_rows(real_data, 0, **counts) == rows
+    blind = [row["messages"] for row in blind if "messages" in row]
+    assert "What sank?" in {messages[0]["content"] for messages in blind}
+    assert NOT_THERE not in {messages[1]["content"] for messages in blind}
+    assert tuning_rows(real_data, 0, **counts) == whole
 
 
 def test_a_share_of_the_text_is_taken_evenly(real_data):

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from fanformer.errors import ConfigError
+from fanformer.errors import CheckpointError, ConfigError
 from fanformer.machine.launch import choose_spread, is_restarted
 from fanformer.training.checkpoint import OPTIMIZER_FILE, checkpoints
 from fanformer.training.configuration import resolve
@@ -179,3 +180,19 @@ def test_a_restarted_job_is_one_that_resumes():
     assert not is_restarted({})
     assert not is_restarted({"TORCHELASTIC_RESTART_COUNT": "0"})
     assert is_restarted({"TORCHELASTIC_RESTART_COUNT": "2"})
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
+def test_a_restarted_job_goes_on_with_its_own_run_only(run_config, monkeypatch, options):
+    folder = train(run_config(max_steps=1)).folder
+    before = (folder / "run.yaml").read_text()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    if not options:
+        with pytest.raises(CheckpointError, match="already holds a run: go on with --resume"):
+            train(run_config(max_steps=2))
+        assert (folder / "run.yaml").read_text() == before
+    result = train(run_config(max_steps=2, overwrite=True))
+    assert yaml.safe_load((folder / "run.yaml").read_text())["resumed"] == []
+    assert train(run_config(max_steps=3, **options)).step == 3
+    assert len(yaml.safe_load((folder / "run.yaml").read_text())["resumed"]) == 1
+    assert result.step == 2

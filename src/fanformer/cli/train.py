@@ -164,7 +164,7 @@ def run_and_report(config: RunConfig, log_to: Sequence[str] = (), to_go_on: str 
     click.echo(result.held_out.told())
     for name, value in (("gzip -9", result.gzip_bits_per_byte), ("xz -9", result.xz_bits_per_byte)):
         if value is not None:
-            click.echo(f"  {name} on the same bytes: {value:.4f} bits per byte")
+            click.echo(f"  {name} on all held-out bytes: {value:.4f} bits per byte")
     if not result.reached_end:
         click.echo(f"the time limit ended the run after step {result.step}, which is saved: {to_go_on}")
     click.echo(f"model: {result.folder}")

@@ -32,6 +32,16 @@ def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return what tells the launcher that restarts these processes from any other, None without one."""
+    if "TORCHELASTIC_RESTART_COUNT" not in environment:
+        return None
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    return f"{parent.pid} since {parent.create_time():.2f}"
+
+
 def choose_spread(asked: str, environment: Mapping[str, str] = os.environ) -> Spread:
     """Return how the model is to be spread over the launched processes.
 

@@ -27,6 +27,7 @@ from fanformer.data.preparation.journal import require_utf8_name
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.files.durable import delete, replace_text
 from fanformer.files.locking import hold
+from fanformer.machine.launch import is_restarted, launcher
 from fanformer.training.checkpoint import REPLACED, checkpoints, forget_replaced, remove_unfinished
 from fanformer.training.fields import CorpusConfig, OutputConfig, RunConfig, TowersConfig
 
@@ -226,6 +227,11 @@ def claimed(
                 if not existed and not any(folder.iterdir()):
                     folder.rmdir()
             raise
+
+
+def is_own_restart(folder: Path) -> bool:
+    """Return whether a launcher starts this process again, and it began, or went on with, the run in a folder."""
+    return is_restarted() and (folder / RUN_FILE).is_file() and read_run_file(folder).get("launcher") == launcher()
 
 
 def refuse_rounds(config: RunConfig) -> None:

@@ -135,8 +135,8 @@ def _of_objective(
         ]
     return [
         ("held-out bits per byte", _figure(record, "val_bits_per_byte", "")),
-        ("gzip -9 on the same held-out bytes", _compressor(held_out, "gzip_bytes")),
-        ("xz -9 on the same held-out bytes", _compressor(held_out, "xz_bytes")),
+        ("gzip -9 on all held-out bytes", _compressor(held_out, "gzip_bytes")),
+        ("xz -9 on all held-out bytes", _compressor(held_out, "xz_bytes")),
     ]
 
 

@@ -22,7 +22,7 @@ from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.torch_model import TorchModel
 from fanformer.machine.compiling import compile_options, keep_compiled_code
 from fanformer.machine.devices import resolve_device
-from fanformer.machine.launch import is_restarted
+from fanformer.machine.launch import launcher
 from fanformer.machine.versions import versions
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import translated
@@ -38,6 +38,7 @@ from fanformer.training.folder import (
     changed_fields,
     check_model,
     claimed,
+    is_own_restart,
     read_records,
     read_run_file,
     refuse_rounds,
@@ -101,8 +102,7 @@ class RunResult:
         step: optimizer steps done.
         held_out: the last held-out loss, that of pairs where preferences were learnt; on all held-out data where the
             run reached its end.
-        gzip_bits_per_byte: what gzip -9 makes of the same bytes, where measured.
-        xz_bits_per_byte: what xz -9 makes of the same bytes, where measured.
+        gzip_bits_per_byte, xz_bits_per_byte: what `-9` of both makes of all held-out bytes, where measured.
         reached_end: False where a time limit or a signal ended the run before its steps were done.
         stopped_by: name of that signal, such as "SIGTERM", or None.
     """
@@ -119,7 +119,7 @@ class RunResult:
 def train(config: RunConfig, listener: Listener = silent, build_model: ModelBuilder = build_fanformer) -> RunResult:
     """Train as `config` says and leave a complete folder behind.
 
-    Called in every process that a launcher starts; the first one writes files and reports.
+    In every process that a launcher starts; the first one writes files and reports.
 
     Args:
         config: the run.
@@ -157,7 +157,7 @@ def opened(
                     check_push_possible(config.output.push_to_hub)
                 if config.output.overwrite:
                     refuse_own_sources(config)
-                going_on_here = config.output.resume or is_restarted()
+                going_on_here = config.output.resume or is_own_restart(config.folder)
                 claim = claimed(config.folder, going_on_here, config.output.overwrite, note_to(listener))
                 going_on = stack.enter_context(claim)
             going_on = bool(processes.exchange([float(going_on)])[0][0])
@@ -302,6 +302,7 @@ class Run:
             "machine": what_sums_depend_on(),
             "processes": {"count": self.processes.count, "spread": self.processes.spread},
             "versions": versions(),
+            "launcher": launcher(),
             "resumed": list(self.before.get("resumed", [])) if self.before is not None else [],
         }
         if self.depth_law is not None:
@@ -346,8 +347,7 @@ class Run:
         )
         if self.depth_law is not None:
             self._note(self.depth_law.in_words())
-        machine = self.environment
-        asked, measured = self.config.machine, self.config.evaluation
+        machine, asked, measured = self.environment, self.config.machine, self.config.evaluation
         self.corpus.prepare(self._start())
         if self.config.lora_rank is not None:
             self._add_adapter(self.config.lora_rank)

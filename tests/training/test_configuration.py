@@ -256,3 +256,10 @@ def test_a_run_is_told_by_flat_names_that_no_two_groups_share():
         config.replace(thread=3)
     with pytest.raises(ConfigError, match="`threads` must be above 0, got 0"):
         MachineConfig(threads=0)
+
+
+def test_a_vocab_size_asks_for_a_tokenizer_in_place_of_the_presets():
+    assert resolve("92m").corpus.tokenizer == "HuggingFaceTB/SmolLM2-135M"
+    assert resolve("92m", overrides={"vocab_size": 8192}).corpus.tokenizer is None
+    both = resolve("92m", overrides={"vocab_size": 8192, "tokenizer": "runs/other"})
+    assert both.corpus.tokenizer == "runs/other"  # which the run refuses

@@ -115,9 +115,9 @@ def resolve(
 ) -> RunConfig:
     """Join preset, configuration file and overrides, later ones winning, into one checked configuration.
 
-    A preset's length is left out where another one is given, its tokenizer where the data are prepared or the weights
-    are those of a saved model, and its model where the file holds a whole one from before the preset was another. The
-    length of the file is left out where the overrides name another kind of length.
+    A preset's length is left out where another one is given, its tokenizer where the data are prepared, the weights are
+    those of a saved model or a `vocab_size` asks for a new one, and its model where the file holds a whole one from
+    before the preset was another. The length of the file is left out where the overrides name another kind of length.
 
     Args:
         preset: name of the preset to start from; a `preset` key of the file or the overrides replaces it.
@@ -133,7 +133,8 @@ def resolve(
     merged: dict[str, Any] = {"preset": chosen.name, "model": dict(chosen.model), **chosen.run}
     if any(given.get(name) is not None for name in LENGTHS):  # the preset's own length is for runs that name none
         merged = {key: value for key, value in merged.items() if key not in LENGTHS}
-    if is_prepared_folder(str(given.get("data"))) or given.get("init_from"):  # which have a tokenizer of their own
+    own = is_prepared_folder(str(given.get("data"))) or given.get("init_from")  # which have a tokenizer of their own
+    if own or given.get("vocab_size") is not None:  # or one is to be trained
         merged.pop("tokenizer", None)
     from_file = _without_replaced_length(from_file, overrides or {})
     for key, value in [*from_file.items(), *(overrides or {}).items()]:

@@ -158,7 +158,7 @@ def _run(config: RunConfig, training: Training, steps: int, folder: Path) -> Non
         decided = read_run_file(first)
         environment = decided["environment"]
         if "folder" in decided["data"]:  # text, which is prepared
-            fields |= {"data": str(first / decided["data"]["folder"]), "tokenizer": None}
+            fields |= {"data": str(first / decided["data"]["folder"]), "tokenizer": None, "vocab_size": None}
         fields |= {
             "compile": "on" if environment["compile"] else "off",
             "precision": environment["precision"] if training.dropout else "float32",

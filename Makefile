@@ -122,7 +122,7 @@ community-drill: $(COMMUNITY)/.ready
 
 # What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
 check-tuning: setup-dev
-	$(BIN)/python benchmarks/quality/tuning.py --write
+	$(BIN)/python benchmarks/quality/tuning.py --write $(if $(BASE),--base $(BASE) --parts full,lora,unmasked,blind,preferences)
 
 # What seeing and hearing is worth, over three seeds beside blind twins, on the folder BASE: hours of two cores; the same
 # command goes on, and fills in docs/multimodal.md. TASKS="naming both" takes some.

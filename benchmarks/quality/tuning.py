@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("full", "lora", "unmasked", "blind", "llama", "preferences")
 SIZES = {"fairytale": 1200, "arc": 800, "openbookqa": 800, "arxiv": 300, "instructions": 1500, "pairs": 1200}
+TEXTS = 40
+"""Documents of the base's text, of some 4,000 tokens each, beside 0.56M tokens of conversations."""
 LORA_RANK = 16
 LLAMA_LEARNING_RATE = 0.005
 """Of Llama's base: preset nano's rate, twice this, costs it 0.03 bits per byte (docs/experiments.md, 2026-11-25)."""
@@ -95,7 +97,8 @@ def parse() -> argparse.Namespace:
 
 def sizes(asked: argparse.Namespace) -> dict[str, int]:
     """Return rows by set."""
-    return {name: max(8, round(count * asked.rows)) for name, count in SIZES.items()} | {"held_out": asked.held_out}
+    rows = {name: max(8, round(count * asked.rows)) for name, count in SIZES.items()}
+    return rows | {"texts": max(1, round(TEXTS * asked.rows)), "held_out": asked.held_out}
 
 
 def settings(asked: argparse.Namespace) -> dict[str, Any]:

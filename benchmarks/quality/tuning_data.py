@@ -84,9 +84,10 @@ def write_all(data: Path, folder: Path, sizes: Mapping[str, int], base_bytes: in
 
     Args:
         data: the folder of real data.
-        folder: gets base.jsonl and held-out.jsonl, text; train.jsonl and train-blind.jsonl, all sets; valid.jsonl,
-            the same held out; valid-SET.jsonl of each, and pairs-train.jsonl and pairs-valid.jsonl.
-        sizes: rows by set, of pairs as `pairs`, and of each held-out set as `held_out`.
+        folder: gets base.jsonl and held-out.jsonl, text; train.jsonl and train-blind.jsonl, all sets and some of the
+            base's text, against forgetting; valid.jsonl, the sets held out; valid-SET.jsonl of each; and
+            pairs-train.jsonl and pairs-valid.jsonl.
+        sizes: rows by set, of pairs as `pairs`, of plain text as `texts`, and of each held-out set as `held_out`.
         base_bytes: of text for the base.
         held_out_bytes: of text that it is measured on.
     """
@@ -103,11 +104,13 @@ def write_all(data: Path, folder: Path, sizes: Mapping[str, int], base_bytes: in
     held_out = answer_data.read(data / "text-large/valid-00.jsonl.xz")
     content["held_out"] = write_text(held_out, stories, held_out_bytes, folder / "held-out.jsonl")
     train, valid = rows_of_sets(data, sizes)
+    read = list(answer_data.read(folder / "base.jsonl"))
+    texts = [read[index] for index in every_nth(len(read), sizes["texts"])]
     content["rows"] = {
         name: answer_data.write(folder / f"{name}.jsonl", iter(rows))
         for name, rows in {
-            "train": [row for name in SETS for row in train[name]],
-            "train-blind": [row for name in ("fairytale-blind", *SETS[1:]) for row in train[name]],
+            "train": [*(row for name in SETS for row in train[name]), *texts],
+            "train-blind": [*(row for name in ("fairytale-blind", *SETS[1:]) for row in train[name]), *texts],
             "pairs-train": train["arc-pairs"],
             "pairs-valid": valid["arc-pairs"],
             "valid": [row for name in SETS for row in valid[name]],

@@ -202,6 +202,8 @@ def test_prepared_data_that_were_written_anew_in_their_place_are_refused(run, co
         run(max_steps=4, resume=True, data=str(place))
     assert f"fingerprint {first.fingerprint[:16]} then, {second.fingerprint[:16]} now" in str(caught.value)
     assert "was written anew" in str(caught.value)
+    with pytest.raises(ConfigError, match="is not the one that the weights were trained with"):
+        run(max_steps=4, resume=True, data=str(place), allow_changed_data=True)
 
 
 def test_a_longer_run_and_another_rate_are_allowed_and_recorded(run):

@@ -130,7 +130,7 @@ class MeasuredFiles:
         result |= {"sequence_length": self._length}
         result |= {"files": {path: sums.figures().to_dict() for path, sums in self.by_file.items()}}
         if self._field is not None:
-            labels = np.array(["" if source is None else source for source in self._sources])
+            labels = np.array(self._sources, dtype=object)  # None is no name, "" is one
             names = sorted({source for source in self._sources if source is not None})
             sources = {name: everything.select(labels == name).figures().to_dict() for name in names}
             result |= {"by": self._field, "sources": sources}

@@ -267,7 +267,19 @@ def resume_data(
             folder = Path(config.corpus.data)
     data = open_prepared(folder)
     check_data(before["fingerprint"], data.fingerprint, f"{data.folder} was written anew", config)
+    if data.fingerprint != before["fingerprint"] and config.corpus.tokenizer is None:
+        _check_tokenizer(data, _tokenizer_so_far(config.folder, folder))
     return data
+
+
+def _check_tokenizer(data: PreparedData, known: "PreTrainedTokenizerBase") -> None:
+    """Refuse prepared data of another tokenizer than that of the weights."""
+    if saved_tokenizer_files(data.tokenizer()) != saved_tokenizer_files(known):
+        raise ConfigError(
+            f"the tokenizer of the prepared data {data.folder} is not the one that the weights were trained with: "
+            "prepare the text with theirs (`fanformer data prepare --tokenizer`), or ask for this one with --tokenizer "
+            f"{data.folder}."
+        )
 
 
 def _tokenizer_so_far(run: Path, data: Path) -> "PreTrainedTokenizerBase":
@@ -291,12 +303,8 @@ def _open(
     wanted = config.corpus
     if is_prepared_folder(wanted.data):
         data = open_prepared(Path(wanted.data))
-        if known is not None and saved_tokenizer_files(data.tokenizer()) != saved_tokenizer_files(known):
-            raise ConfigError(
-                f"the tokenizer of the prepared data {wanted.data} is not the one that the weights were trained with: "
-                "prepare the text with theirs (`fanformer data prepare --tokenizer`), or ask for this one with "
-                f"--tokenizer {wanted.data}."
-            )
+        if known is not None:
+            _check_tokenizer(data, known)
         if asked is not None and Path(asked).resolve() != Path(wanted.data).resolve():
             raise ConfigError(f"`tokenizer` does not apply to the prepared data {wanted.data}: it has its own.")
         return data

@@ -49,7 +49,7 @@ def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_trained(reposi
 
     text = (repository / "release/recipe.yaml").read_text(encoding="utf-8")
     file = tmp_path / "recipe.yaml"
-    file.write_text(text.replace("layers: 5", "layers: 50"))
+    file.write_text(text.replace("layers: 6", "layers: 60"))
     with pytest.raises(ConfigError, match=r"the box must have at most 12,000,000 bytes, got .*fewer layers"):
         read_recipe(file)
     file.write_text(text.replace("tuned:", "tunde:"))
@@ -68,6 +68,8 @@ def test_the_llama_has_as_many_parameters(repository):
 
     recipe = read_recipe(repository / "release/recipe.yaml")
     comparison = beside_llama(recipe, repository, repository / "valid.txt")
-    counts = [architecture(spec).count({"vocab_size": 4096}) for spec in comparison.architectures]
+    counts = [
+        architecture(spec).count({"vocab_size": recipe["tokens"]["vocab_size"]}) for spec in comparison.architectures
+    ]
     assert counts[1].total == pytest.approx(counts[0].total, rel=0.01)
-    assert (comparison.tokens, comparison.seeds) == ((8_000_000,), (0, 1, 2))
+    assert (comparison.tokens, comparison.seeds) == ((2_500_000,), (0, 1, 2))

@@ -216,9 +216,8 @@ def begin_data(config: RunConfig, progress: Any) -> PreparedData:
         CheckpointError: if the model of `init_from` has no tokenizer, and none is named.
     """
     known, asked = None, config.corpus.vocab_size
-    there = "the tokenizer of `tokenizer`" if config.corpus.tokenizer is not None else "the prepared data"
-    if asked is not None and (config.corpus.tokenizer is not None or is_prepared_folder(config.corpus.data)):
-        raise ConfigError(f"`vocab_size` does not apply beside {there}, got {asked}: leave one out.")
+    if asked is not None and config.corpus.tokenizer is not None:
+        raise ConfigError(f"`vocab_size` does not apply beside `tokenizer`, got {asked}: leave one out.")
     if config.init_from is not None and config.corpus.tokenizer is None:
         if config.corpus.vocab_size is not None:
             raise ConfigError(

@@ -89,6 +89,7 @@ def test_what_cannot_be_tuned_is_refused_in_one_line(command, saved_model, rows,
     assert "`lora_rank` has no effect without `--lora`, got 4" in refused
 
 
+@pytest.mark.ci
 def test_a_run_of_adapters_keeps_its_rank_and_one_without_gets_none(command, saved_model, rows, tmp_path):
     pytest.importorskip("peft", reason="needs the extra `lora`")
     for name, adapters in (("low", ("--lora", "--lora-rank", 4)), ("whole", ())):

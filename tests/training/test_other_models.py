@@ -90,6 +90,7 @@ def test_a_loss_in_parts_is_the_models_own(kind, monkeypatch):
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
+@pytest.mark.ci
 def test_gpt2_is_tuned_by_adapters_and_their_merged_weights_are_those_of_peft(tune, tmp_path):
     result, _ = tune("gpt2", lora_rank=4, learning_rate=0.05)
     merged, ids = load(result.folder, device="cpu").model, torch.arange(20)[None]
@@ -101,6 +102,7 @@ def test_gpt2_is_tuned_by_adapters_and_their_merged_weights_are_those_of_peft(tu
     assert not torch.allclose(logits[0], logits[2], atol=1e-3)
 
 
+@pytest.mark.ci
 def test_gpt2_learns_preferences_from_itself_as_the_reference(tune):
     result, _ = tune("gpt2", preference=True)
     first = read_records(result.folder)[0]
@@ -108,6 +110,7 @@ def test_gpt2_learns_preferences_from_itself_as_the_reference(tune):
     assert first["margin"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("kind", "preference", "message"),
     [
@@ -121,6 +124,7 @@ def test_what_would_be_learnt_wrongly_is_refused_before_anything_is_written(tune
     assert not (tmp_path / "out" / "run.yaml").exists()
 
 
+@pytest.mark.ci
 def test_a_model_without_a_list_of_blocks_is_not_compiled(tune):
     with pytest.raises(ConfigError, match="`compile` is on, but a gpt2 has no list of blocks to compile"):
         tune("gpt2", compile="on")

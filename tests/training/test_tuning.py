@@ -271,7 +271,9 @@ def test_adapters_merge_into_the_folder_and_load_by_peft(tune, saved_model):  # 
     assert (ids == start).any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(name, marks=pytest.mark.ci) for name in ("bfloat16", "float16"))]
+)
 def test_an_adapter_takes_no_other_weights_than_those_of_its_base(tune, saved_model, tiny_model, dtype):  # noqa: F811
     pytest.importorskip("peft", reason="needs the extra `lora`")
     result, _ = tune(max_steps=2, lora_rank=4, learning_rate=1e-3)
@@ -281,6 +283,7 @@ def test_an_adapter_takes_no_other_weights_than_those_of_its_base(tune, saved_mo
         load(result.folder, device="cpu", dtype=dtype, adapter=adapter)  # which has it already
 
 
+@pytest.mark.ci
 def test_a_run_of_adapters_does_not_go_on_beside_another_base(tune, model_copy):  # noqa: F811
     pytest.importorskip("peft", reason="needs the extra `lora`")
     fields = {"base": model_copy, "max_steps": 2, "lora_rank": 4}

@@ -353,9 +353,9 @@ BARS: dict[str, Callable[[Checking], Bar | list[Bar]]] = {
 }
 """Every bar by its name, those that ask before the one that counts how answers end."""
 COUNTED = "ends"
-"""The bar that is counted from what others asked, each time anew, and not kept."""
-BESIDE = "llama"
-"""The bar that is read from trainings beside the model, likewise."""
+"""The bar that is counted from what others asked."""
+NOT_KEPT = (COUNTED, "llama")
+"""Measured each time anew: that one, and the one that is read from trainings beside the model."""
 
 
 class Kept:
@@ -399,15 +399,14 @@ def measured_bars(name: str, on: Checking, kept: Kept) -> list[Bar]:
             why = " ".join(f"{type(error).__name__}: {error}".split())
         return [Bar(name, "to be measured", f"failed: {why}", None, {})]
     bars = found if isinstance(found, list) else [found]
-    if name not in (COUNTED, BESIDE):
+    if name not in NOT_KEPT:
         kept.keep(name, bars, on.ended)
     return bars
 
 
 def write(on: Checking, kept: Kept) -> None:
     """Write all that was measured of this model: the figures into the ledger, and the bars into the model's card."""
-    anew = (COUNTED, BESIDE)
-    bars = [bar for name in BARS for bar in (measured_bars(name, on, kept) if name in anew else kept.bars(name))]
+    bars = [bar for name in BARS for bar in (measured_bars(name, on, kept) if name in NOT_KEPT else kept.bars(name))]
     bars = [bar for bar in bars if bar.figures]
     if not bars:
         raise ConfigError("`--write` needs a bar that was measured, got none: see the lines above.")

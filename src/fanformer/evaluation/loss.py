@@ -30,6 +30,10 @@ _UNITS_PER_NAT = 1 << 24
 """Surprise is summed in such units: whole numbers, whose float64 sums are exact, in any order, up to 2^29 nats."""
 
 
+OURS = ("fanformer", "fanformer_multimodal")
+"""Types of models of which it is known what others are tried out for."""
+
+
 @dataclass(frozen=True)
 class HeldOutLoss:
     """Loss on documents; standard errors take them for independent samples, and are None where fewer than two are.
@@ -173,7 +177,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     For a model that is not a FANformer this is tried out on rows of 16 tokens: the logits of the second of two
     documents must be the same after another first one, and in a row of its own.
     """
-    if model.config.model_type in ("fanformer", "fanformer_multimodal"):
+    if model.config.model_type in OURS:
         return True
     length = 8
     ids = torch.arange(1, 2 * length + 1, device=model.device).remainder(model.config.vocab_size).repeat(2, 1)

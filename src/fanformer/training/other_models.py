@@ -7,12 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fanformer.errors import ConfigError
-from fanformer.evaluation.loss import keeps_documents_apart
+from fanformer.evaluation.loss import OURS, keeps_documents_apart
 
 _TRIED_TOKENS = 8
 _TOLERANCE = 1e-4
 """Of the largest logit; what a scale, a cap or a bias changes is much more."""
-_OURS = ("fanformer", "fanformer_multimodal")
 
 
 def blocks(model: PreTrainedModel) -> Sequence[nn.Module]:
@@ -33,7 +32,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     A loss that is computed from these two, in parts or at some places only, is the model's own just then. Scaled or
     capped logits (Granite, Cohere, Gemma 2) and a head with a bias (Phi) are none.
     """
-    if model.config.model_type in _OURS:
+    if model.config.model_type in OURS:
         return True
     head, was_training = model.get_output_embeddings(), model.training
     if head is None:
@@ -47,8 +46,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return product.shape == logits.shape and bool((product - logits).abs().max() <= _TOLERANCE * logits.abs().max())
 
 
-def check_answers(model: PreTrainedModel, base: str, *, preference: bool) -> PreTrainedModel:
-    """Return a base that can be tuned on packed conversations.
+def check_answers(model: PreTrainedModel, base: str, *, preference: bool) -> None:
+    """Refuse a base that cannot be tuned on packed conversations.
 
     Args:
         model: the base.
@@ -68,4 +67,3 @@ def check_answers(model: PreTrainedModel, base: str, *, preference: bool) -> Pre
             f"{base} is a {model.config.model_type}, whose logits are more than its LM head's products, which "
             "`--preferences` needs: tune it on answers, or take another base."
         )
-    return model

@@ -41,8 +41,8 @@ tags: [fanformer]
 """
 _LIMITS = """It is very small. What it says about the world is often wrong, and it does not know when. Its stories lose
 their thread, and answers about a passage may not be in the passage: the section below has how often, where it is there.
-It knows English only, cannot reckon, and repeats what its texts say, prejudice included: more than half of them are old
-novels. It was not tuned to refuse anything. Use it to try the tools, to test and to study; not to learn facts from."""
+It knows English only, cannot reckon, and repeats what its texts say, prejudice included: a third of them are old books.
+It was not tuned to refuse anything. Use it to try the tools, to test and to study; not to learn facts from."""
 
 
 def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -60,8 +60,8 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
         f"A FANformer of {parameters / 1e6:.1f} million parameters that comes with the package. It tells a short story "
         "from a title, continues English, answers a question about a passage or says that the passage does not hold "
         "the answer, and follows simple instructions.\n\n"
-        f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, abstracts, textbooks, "
-        f"Wikipedia, children's stories; {text['bytes'] / 1e6:,.0f} MB), then tuned on {rows['rows']:,} short "
+        f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, textbooks, Wikipedia, "
+        f"fairy tales, children's stories; {text['bytes'] / 1e6:,.0f} MB), then tuned on {rows['rows']:,} short "
         "conversations and some of these texts.\n\n"
         "Licence: MIT, as the package's. The texts it read have licences of their own, below."
     )

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/quality"))
 from answer_data import Row, read
 from tuning_data import Stories
 
+from fanformer.errors import ConfigError
+
 
 def story_of(record: Row) -> str | None:
     """Return the name of the story that a record holds whole, as FairytaleQA has it; None for other texts."""
@@ -38,7 +40,13 @@ def without_stories(data: Path, left_out: dict[str, list[str]] | None = None) ->
 
 
 def base_records(
-    data: Path, left_out: dict[str, list[str]], *, shards: int, repeats: int, share: float = 1.0
+    data: Path,
+    left_out: dict[str, list[str]],
+    *,
+    shards: int,
+    repeats: int,
+    sources: Mapping[str, float] | None = None,
+    share: float = 1.0,
 ) -> Iterator[Row]:
     """Yield what the base is trained on.
 
@@ -47,18 +55,29 @@ def base_records(
         left_out: gets the records that are skipped, by the story of the held-out questions that they hold or name.
         shards: of text-large, from the first.
         repeats: how often text-small's training part is read, its sources being those of the held-out text.
+        sources: of text-large that are read, and the share of each, in (0, 1]; None for all of them whole.
         share: of all records that is taken, evenly, in (0, 1].
+
+    Raises:
+        ConfigError: if text-large has no such source.
     """
     allowed, draw = without_stories(data, left_out), random.Random(0)
+    found: set[str] = set()
 
-    def taken(records: Iterable[Row]) -> Iterator[Row]:
-        return (record for record in records if share >= 1 or draw.random() < share)
+    def taken(records: Iterable[Row], of: Mapping[str, float] | None = None) -> Iterator[Row]:
+        for record in records:
+            found.add(record["src"])
+            wanted = share * (1 if of is None else of.get(record["src"], 0))
+            if wanted >= 1 or draw.random() < wanted:
+                yield record
 
     small = [record for record in read(data / "text-small/train.jsonl.xz") if allowed(record)]
     for _ in range(repeats):
         yield from taken(small)
     for shard in range(shards):
-        yield from filter(allowed, taken(read(data / f"text-large/train-{shard:02d}.jsonl.xz")))
+        yield from filter(allowed, taken(read(data / f"text-large/train-{shard:02d}.jsonl.xz"), sources))
+    if missing := sorted(set(sources or ()) - found):
+        raise ConfigError(f"`text.sources` must name sources of the text, got {missing[0]}: expected {sorted(found)}.")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -122,3 +123,20 @@ def test_a_share_of_the_text_is_taken_evenly(real_data):
     assert 0.35 < sum(number < 1000 for number in numbers) / len(numbers) < 0.65
     count, size = write_rows(real_data / "rows.jsonl", found)
     assert (count, size) == (len(found), (real_data / "rows.jsonl").stat().st_size)
+
+
+def test_sources_of_the_large_text_are_taken_by_their_shares(real_data):
+    from texts import base_records
+
+    from fanformer.errors import ConfigError
+
+    large = [{"src": "abc"[n % 3], "id": str(n), "text": "b"} for n in range(3000)]
+    write(real_data / "text-large/train-00.jsonl.xz", large)
+    found = list(base_records(real_data, {}, shards=1, repeats=1, sources={"a": 1, "b": 0.2}))
+    counts = Counter(record["src"] for record in found)
+    assert counts["a"] == 1000
+    assert 140 < counts["b"] < 260  # 200, with a standard deviation of 13
+    assert counts["c"] == 0
+    assert counts["tinystories"] == 1  # the small text is read whole
+    with pytest.raises(ConfigError, match=r"must name sources of the text, got novels: expected .*tinystories"):
+        list(base_records(real_data, {}, shards=1, repeats=1, sources={"a": 1, "novels": 1}))

@@ -110,6 +110,7 @@ class Camp:
         self.model: dict[str, int] = TINY
         self.host: Command | None = None
         self.members: dict[str, Command] = {}
+        self._programs: dict[str, Sequence[object]] = {}
 
     def __enter__(self) -> "Camp":
         return self
@@ -174,7 +175,12 @@ class Camp:
                  self.folder / f"joined-{name}", "--device", "cpu", "--compile", "off", "--precision", "float32",
                  *options]  # fmt: skip
         self.members[name] = Command(words, self.folder / f"{name}.log", self.spaces.get(name, ""))
+        self._programs[name] = program
         return self.members[name]
+
+    def join_again(self, name: str) -> Command:
+        """Start a member by the program that it was started by last."""
+        return self.join(name, program=self._programs.get(name, ()))
 
     def attack(self, name: str, kind: str) -> Command:
         """Start a member that attacks."""
@@ -189,7 +195,7 @@ class Camp:
         for name, member in list(self.members.items()):
             if member.process.poll():
                 ended.append(f"{name} ended with {member.process.returncode}: {member.output[-300:]}")
-                self.join(name)
+                self.join_again(name)
         return ended
 
     def records(self) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
-"""A member of a community run that is not as it should be: it attacks, its clock is wrong, or it dies. For the drill.
+"""A member of a community run that attacks, has a wrong clock, dies, or tells how long moving took. For the drill.
 
-    python benchmarks/proofs/community_member.py [--attack nan] [--clock-seconds 3600] [--die-sending 3] -- ARGUMENTS
+    python benchmarks/proofs/community_member.py [--attack nan] [--clock-seconds 3600] [--die-sending 3] [--tell-moving]
+        -- ARGUMENTS
 
 What follows `--` is what `fanformer community join` takes; attacks are those of quality/community_attacks.py.
 """
@@ -11,6 +12,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +73,35 @@ def die_sending(number: int) -> None:
     Node._announce = announced
 
 
+def tell_moving() -> None:
+    """Say after every update how long fetching its offer and sending it took, without training and waiting."""
+    from fanformer.community.flower.node import Node
+
+    fetch, send, fetching = Node._fetch, Node._send, 0.0
+
+    def fetched(self: Node, head: Any, tree: Any) -> Any:
+        nonlocal fetching
+        began = time.monotonic()
+        message = fetch(self, head, tree)
+        fetching = time.monotonic() - began
+        return message
+
+    def sent(self: Node, message: Any, content: Any) -> None:
+        began = time.monotonic()
+        send(self, message, content)
+        if "update" in content:
+            print(f"moved in {fetching + time.monotonic() - began:.2f} s", flush=True)
+
+    Node._fetch, Node._send = fetched, sent
+
+
 def main() -> int:
     """Join as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attack", choices=ATTACKS)
     parser.add_argument("--clock-seconds", type=float)
     parser.add_argument("--die-sending", type=int, metavar="N", help="with the Nth update")
+    parser.add_argument("--tell-moving", action="store_true", help="say how long moving a round's bytes took")
     parser.add_argument("arguments", nargs="+")
     asked = parser.parse_args()
     if asked.attack is not None:
@@ -86,6 +111,8 @@ def main() -> int:
         shift_clock(asked.clock_seconds)
     if asked.die_sending is not None:
         die_sending(asked.die_sending)
+    if asked.tell_moving:
+        tell_moving()
     return fanformer(["community", "join", *asked.arguments])
 
 

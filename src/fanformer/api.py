@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fanformer.errors import ConfigError
+from fanformer.errors import ConfigError, refuse_single
 
 if TYPE_CHECKING:
     from fanformer.training.events import Listener
@@ -140,6 +140,8 @@ def evaluate(
     from fanformer.generation.depth import check_steps, chosen_depth
     from fanformer.loading import load
 
+    for name, given in (("texts", texts), ("tasks", tasks), ("num_steps", num_steps)):
+        refuse_single(name, given)
     paths = [os.fspath(text) for text in texts]
     if not paths and not tasks:
         raise ConfigError("`texts` or `tasks` is needed to evaluate, got neither: give files to predict, or tasks.")

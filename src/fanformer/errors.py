@@ -5,6 +5,7 @@
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -23,6 +24,16 @@ class DataError(FANformerError, ValueError):
 
 class CheckpointError(FANformerError, RuntimeError):
     """A model or run folder that is missing, incomplete, damaged or of another kind."""
+
+
+class NotANumberError(CheckpointError):
+    """A model that computes values that are no numbers, which would otherwise come out as arbitrary text or figures."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model computes values that are no numbers: its weights are damaged, or its dtype is too narrow: try "
+            "float32 or bfloat16."
+        )
 
 
 class DivergenceError(FANformerError, ArithmeticError):
@@ -80,3 +91,9 @@ def import_extra(module: str, purpose: str, extra: str = "data") -> ModuleType:
             f"{purpose} needs the package `{module.partition('.')[0]}`, which is not installed: "
             f"pip install 'fanformer[{extra}]'"
         ) from error
+
+
+def refuse_single(name: str, given: object) -> None:
+    """Raise ConfigError if a text, bytes or a path is given where a list is meant."""
+    if isinstance(given, str | bytes | os.PathLike):
+        raise ConfigError(f"`{name}` must be a list, got {type(given).__name__}: write [...] around it.")

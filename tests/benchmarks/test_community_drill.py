@@ -1,5 +1,6 @@
 """The drill's arithmetic: its estimate of a round is that of docs/community.md, its checks find what they are for."""
 
+import contextlib
 import json
 import re
 import sys
@@ -29,6 +30,71 @@ def test_the_table_of_costs_is_the_estimate(drill, repository):
         update_bytes = (int(bits) + 32 / 128) / 8 * parameters
         assert float(update) * units[update_unit] == pytest.approx(update_bytes, rel=0.01)
         assert float(time) * units[time_unit] == pytest.approx(sum(found.values()), rel=0.02)
+
+
+class Measured:
+    """Stands where a camp behind a slow link is; what its member says is given."""
+
+    output, model = "", {}
+
+    def __init__(self, folder, spaces, **plan):
+        self.run, self.members = folder, {"ada": self}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def make_key(self, name):
+        pass
+
+    def start_host(self):
+        (self.run / "status.json").write_text(json.dumps({"parameters": 1_000_000, "update_bytes": 1_031_250}))
+
+    def join(self, name, program):
+        assert program[1:] == ("--tell-moving",)
+
+    def wait_for_end(self, seconds):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("shaped", "up"), [("20mbit, 100ms, 1% loss", 1.22 * 1448 * 8 / 0.01), ("20mbit alone", 20e6)], ids=["loss", "rate"]
+)
+def test_what_moving_took_stands_beside_the_estimate_for_it(drill, tmp_path, monkeypatch, shaped, up):
+    monkeypatch.setattr(drill, "Camp", Measured)
+    monkeypatch.setattr(drill, "can_have_namespaces", lambda: True)
+    monkeypatch.setattr(drill, "namespaces", lambda names: contextlib.nullcontext({"ada": "space"}))
+    monkeypatch.setattr(drill, "shape_link", lambda *words: shaped)
+    with pytest.raises(RuntimeError, match="the member must tell what moving took, got no time of it"):
+        drill.links(tmp_path)
+    monkeypatch.setattr(Measured, "output", "64 tokens in 30.0 s\nmoved in 9.00 s\nround 1\nmoved in 4.25 s\n")
+    found = drill.links(tmp_path)["measured"]
+    assert found["moving_seconds"] == [9.0, 4.25]
+    assert found["estimate_seconds"] == pytest.approx(sum(drill.estimate(10**6, 1, 1e9, up, 1e9).values()))
+
+
+def test_the_page_says_what_loss_leaves_of_the_link(drill, repository):
+    text = " ".join((repository / "docs" / "community.md").read_text(encoding="utf-8").split())
+    assert f"one TCP stream gets {drill.bits_per_second('1% loss') / 1e6:.1f} Mbit/s" in text
+
+
+def test_moving_is_fetching_an_offer_and_sending_its_update(drill, monkeypatch, capsys):
+    import community_member
+
+    from fanformer.community.flower.node import Node
+
+    clock = iter([10.0, 11.5, 20.0, 30.0, 32.0])
+    monkeypatch.setattr(Node, "_fetch", lambda self, head, tree: "a message")
+    monkeypatch.setattr(Node, "_send", lambda self, message, content: None)
+    monkeypatch.setattr(community_member, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    community_member.tell_moving()
+    node = Node.__new__(Node)
+    assert node._fetch("head", "tree") == "a message"
+    node._send("an older message", {"refusal": "overtaken"})
+    node._send("a message", {"update": "numbers"})
+    assert capsys.readouterr().out == "moved in 3.50 s\n"
 
 
 def a_record(number, base, result, digest):
@@ -71,7 +137,7 @@ FOUND = {
         "of_1b_and_100_members": {"base_seconds": 1600.0, "update_seconds": 825.0,
                                   "of_4_bits": {"base_seconds": 1600.0, "update_seconds": 425.0}},
         "measured": {"shaped": "20mbit alone", "parameters": 3_000_000, "update_bytes": 3_100_000,
-                     "estimate_seconds": 1.3, "seconds_beside_training": [9.0, 4.0, 5.0]},
+                     "estimate_seconds": 1.3, "moving_seconds": [9.0, 4.0, 5.0]},
     },
 }  # fmt: skip
 
@@ -138,6 +204,36 @@ def test_members_that_end_by_themselves_are_started_again_and_told(drill, tmp_pa
             camp.members[name].wait()
         assert camp.revive() == ["ben ended with 2: bye\n"]
     assert joined == ["ben"]
+
+
+def test_who_is_started_again_is_started_by_the_same_program(drill, tmp_path, monkeypatch):
+    """A member whose clock is wrong has it wrong after a kill too."""
+    commands, started = sys.modules["community_commands"], []
+
+    class Ended:
+        """Stands where a process was that ended by itself, and not well."""
+
+        output, process = "bye", SimpleNamespace(poll=lambda: 2, wait=lambda: 2, returncode=2)
+
+        def __init__(self, words, log, namespace=""):
+            started.append(words)
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(commands, "Command", Ended)
+    monkeypatch.setattr(commands.Camp, "invitation", lambda self, name: "https://host")
+    camp = commands.Camp(tmp_path)
+    camp.join("cyd", program=(commands.MEMBER_PROGRAM, "--clock-seconds", 2))
+    camp.revive()
+    monkey = drill.Monkey(camp, ["cyd"], 0)
+    monkey._random = SimpleNamespace(choice=lambda choices: choices[0], uniform=lambda low, high: low)
+    monkey.strike()
+    assert monkey.done == {"kill member": 1}
+    assert started == [started[0]] * 3
+    assert "--clock-seconds" in started[0]
+    camp.join("cyd")
+    assert "--clock-seconds" not in started[3]
 
 
 def test_a_record_that_is_being_written_is_left_for_later(drill, tmp_path):

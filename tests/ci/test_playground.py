@@ -274,6 +274,20 @@ def test_tokens_tell_their_alternatives_to_pointer_and_keys(tab, client):
     assert answers(page).text_content() == choice["text"]
 
 
+@pytest.mark.parametrize("text", [" cat", "cat"], ids=["nothing withheld", "a space withheld"])
+def test_the_coloured_view_leaves_out_what_the_text_does(tab, text):
+    page = tab.page
+    page.uncheck("#model-1")
+    page.check("#sure")
+    fill(page)
+    scores = {"tokens": [" cat"], "token_logprobs": [-1.0], "top_logprobs": [{" cat": -1.0}], "text_offset": [0]}
+    choice = {"index": 0, "text": text, "logprobs": scores, "finish_reason": "length"}
+    stream = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+    said(page, PROMPT)
+    assert page.locator("[role=option]").text_content() == text
+
+
 def test_a_look_inside_shows_every_block(tab, client):
     page = tab.page
     page.fill("#prompt", PROMPT)

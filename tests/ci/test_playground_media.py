@@ -132,3 +132,22 @@ def test_more_than_a_tab_keeps_is_told_after_a_reload(seeing, open_tab, tmp_path
         page.wait_for_selector("body[data-ready]")
         expect(page.locator("#status")).to_contain_text("What was shown is more than a tab keeps")
         expect(page.locator(".turn")).to_have_count(0)
+
+
+HOLD = """() => {
+  const read = FileReader.prototype.readAsDataURL;
+  window.held = [];
+  FileReader.prototype.readAsDataURL = function (blob) { window.held.push(() => read.call(this, blob)); };
+}"""
+
+
+def test_what_is_attached_while_a_picture_is_read_stays(seeing, open_tab, tmp_path):
+    red, blue = (write_picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
+    with running({"sees": seeing}) as client:
+        page = open_tab(f"http://127.0.0.1:{client.port}/").page
+        page.evaluate(HOLD)
+        page.set_input_files("#picture", red)
+        page.evaluate(PASTE, base64.b64encode(blue.read_bytes()).decode())
+        page.wait_for_function("window.held.length === 2")
+        page.evaluate("window.held.forEach((go) => go())")
+        expect(page.locator("#attached li")).to_have_count(2)

@@ -56,6 +56,9 @@ def test_an_answer_that_was_cut_is_told_and_a_backslash_joins_lines(command, loa
     assert conversation.cut
     longer = command("chat", model_copy, "--seed", "1", "--device", "cpu", text="hi\n")
     assert len(loaded.tokenizer(longer.out).input_ids) > 8 or "cut after" not in longer.err
+    least = command("chat", model_copy, "--min-length", "80", "--device", "cpu", text="hi\n")
+    assert "`min_length` must be between 0 and max_length (64), got 80" in least.refusal()  # half of its positions
+    assert "max_length (400), got 401" in command("chat", model_copy, "--min-length", "401", text="hi\n").refusal()
 
 
 def test_exit_ends_before_the_rest_of_the_input(command, saved_model):

@@ -73,6 +73,36 @@ def test_eval_measures_every_number_of_steps(command, recurrent_model, text, tmp
     assert f"{result['by_num_steps']['8']['bits_per_byte']:.4f}" in curve[2]
 
 
+def test_what_ends_early_keeps_each_depth_s_figures(command, recurrent_model, text, tmp_path, monkeypatch):  # noqa: F811
+    from fanformer.evaluation.files import MeasuredFiles
+
+    second, out = tmp_path / "b.txt", tmp_path / "out.json"
+    second.write_text("another text of a cat. ")
+    words = ("eval", recurrent_model, "--text", text, second, "--device", "cpu", "--num-steps", "1,4")
+    whole = json.loads(command(*words, "--json", "-").out)
+    measure, measured = MeasuredFiles.measure, []
+
+    def stopped(self, path):
+        if len(measured) == 3:  # within the second depth
+            raise ConfigError("stopped here")
+        measured.append(path)
+        measure(self, path)
+
+    monkeypatch.setattr(MeasuredFiles, "measure", stopped)
+    outcome = command(*words, "--json", out)
+    assert outcome.code == 2
+    told = json.loads(out.read_text())
+    assert told["incomplete"]
+    assert (told["num_steps"], told["loss"]) == (1, whole["loss"])
+    assert told["by_num_steps"]["1"] == whole["by_num_steps"]["1"]
+    partial = told["by_num_steps"]["4"]
+    assert partial["incomplete"]
+    assert partial["files"] == {str(text): whole["by_num_steps"]["4"]["files"][str(text)]}
+    assert "1 step:" in outcome.out
+    assert "4 steps:" in outcome.out
+    assert "#" not in outcome.out  # no curve of one point
+
+
 def test_eval_tells_how_many_steps_exit_saves(command, recurrent_model, text):  # noqa: F811
     words = ("eval", recurrent_model, "--text", text, "--device", "cpu", "--num-steps", "8", "--exit-threshold", "0.3")
     figures = json.loads(command(*words, "--json", "-").out)
@@ -96,5 +126,8 @@ def test_evaluate_of_python_takes_several_numbers(recurrent_model, text):  # noq
     assert list(result["by_num_steps"]) == [2, 4]
     assert result["loss"] == result["by_num_steps"][2]["loss"]
     assert result["by_num_steps"][4]["loss"] == fanformer.evaluate(recurrent_model, [text], device="cpu")["loss"]
+    for words in ({"texts": str(text)}, {"texts": text}, {"tasks": "piqa"}, {"texts": [text], "num_steps": "1,2"}):
+        with pytest.raises(ConfigError, match=r"must be a list, got \w+: write \[...\] around it"):
+            fanformer.evaluate(recurrent_model, **words)
     with pytest.raises(ConfigError, match="`num_steps` must hold at least one number, got none"):
         fanformer.evaluate(recurrent_model, [text], device="cpu", num_steps=[])

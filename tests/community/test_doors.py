@@ -196,6 +196,25 @@ def test_a_volunteer_answers_the_same_offer_with_the_same_update_also_after_a_ki
     assert meeting.reception.take("alice", first.payload) == ""
 
 
+def test_an_update_of_one_member_is_not_sent_by_another_of_the_same_folder(meeting):
+    """A volunteer joins with another key in the middle of a round: the host refuses what bears the first one's name."""
+    offers, alice = meeting.offer("alice", "bob"), meeting.volunteer("alice")
+    first = alice.answer(offers["alice"], meeting.reception.base())
+    alice.__exit__(None, None, None)
+    second = meeting.volunteer("alice").answer(offers["bob"], meeting.reception.base())
+    assert meeting.reception.take("bob", second.payload) == ""
+    assert meeting.reception.take("alice", first.payload) == ""
+
+
+def test_a_round_does_not_wait_for_whose_key_was_taken_away_while_no_host_was_at_work(meeting):
+    offers = meeting.offer("alice", "bob")
+    meeting.give("alice", meeting.volunteer("alice"), offers["alice"])
+    reception = Reception(meeting.hosted, meeting.host, meeting.clock, ["alice"])
+    assert reception.close_if_due() is None
+    reception.connected(["alice"])
+    assert reception.close_if_due().accepted
+
+
 def test_replayed_and_forged_offers_are_not_trained(meeting):
     alice, bob = meeting.volunteer("alice"), meeting.volunteer("bob")
     offers, old_base = meeting.offer("alice", "bob"), meeting.reception.base()
@@ -318,6 +337,16 @@ def test_another_plan_or_recipe_is_refused_and_the_same_goes_on(meeting):
     refused = pytest.raises(ConfigError, match="got the address elsewhere")
     with refused, begun(meeting.config(), PLAN, ["elsewhere"], silent):
         pass
+    with begun(meeting.config(), PLAN, ["127.0.0.1"], silent) as hosted:
+        assert hosted.identifier == meeting.hosted.identifier, "a refusal leaves a run that is there alone"
+
+
+def test_a_first_host_that_is_refused_leaves_no_run_behind(tmp_path, corpus):  # noqa: F811
+    plan = dataclasses.replace(PLAN, fragments=64)
+    with pytest.raises(ConfigError, match="`fragments` must be at most the blocks of the model, got 64"):
+        Meeting(tmp_path, corpus, plan=plan).open()
+    assert not (tmp_path / "run").exists()
+    Meeting(tmp_path, corpus).open().close()
 
 
 def test_a_member_goes_on_with_a_plan_whose_times_are_others(meeting):

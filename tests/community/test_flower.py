@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 
 import pytest
 
@@ -81,17 +82,29 @@ def check(camp, proofs, commands):
     assert re.search(r"refused in round \d+, mal: ", shown.stdout)
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
+@pytest.fixture
+def taken():
+    """A port that somebody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, taken):
     (tmp_path / "members").mkdir()
     assert main(["community", "key", "ada", "--output-dir", str(tmp_path)]) == 0
     key, members = tmp_path / "ada.key", tmp_path / "members"
     invitation = f"https://127.0.0.1:1/#{'a' * 32}-{'b' * 32}"
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        free = closed.getsockname()[1]
+    local = "--listen", "127.0.0.1", "--port"
+    nothing = "--members", members, "--data", tmp_path / "no.txt", "--output-dir", tmp_path / "b"
     capsys.readouterr()
     for words, expected in (
         (("key", "ada", "--output-dir", tmp_path), "is there already: a key is never replaced"),
         (("join", "http://x", "--key", key), "an invitation must be"),
         (("join", invitation, "--key", tmp_path / "nobody.key"), "cannot read `--key`"),
         (("join", invitation, "--key", key, "--hours", 0), "`--hours` must be above 0"),
+        (("join", invitation, "--key", key, "--licence", ""), "`--licence` must be 1 to 200 printable characters"),
         (("join", invitation, "--key", key, "--output-dir", tmp_path / "a"), "no host answers at 127.0.0.1:1"),
         (("status", invitation), "no host answers at 127.0.0.1:1"),
         (("host", "--members", tmp_path / "nowhere"), "`--members` must be a folder of public keys"),
@@ -99,10 +112,19 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (("host", "--members", members, "--set", "max_steps=9"), "`max_steps` has no effect on a community run"),
         (("host", "--members", members, "--address", "a.org:8000"), "`--address` must be a name or an IP address"),
         (("host", "--members", members, "--round-time", "soon"), "soon"),
-        (("host", "--members", members, "--data", tmp_path / "no.txt", "--output-dir", tmp_path / "b"), "no file"),
+        (("host", *nothing, *local, taken), "cannot listen at `--listen` 127.0.0.1"),  # before the data are looked at
+        (("host", *nothing, *local, free), "no file"),
     ):
         assert main(["community", *map(str, words)]) == 2, words
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
         assert expected in error
     assert not (tmp_path / "b").exists()
+
+
+def test_the_page_says_which_clocks_are_refused(repository):
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+
+    text = " ".join((repository / "docs" / "community.md").read_text(encoding="utf-8").split())
+    ahead, behind = f"{SYSTEM_TIME_TOLERANCE} seconds ahead of", f"{TIMESTAMP_TOLERANCE // 60} minutes behind it"
+    assert f"A clock more than {ahead} the host's, or {behind}, keeps a member out" in text

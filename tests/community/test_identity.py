@@ -104,6 +104,19 @@ def test_members_need_keys_of_their_own(tmp_path):
         read_public_members(tmp_path)
 
 
+def test_a_file_that_holds_no_key_of_its_own_may_be_left_out(tmp_path):
+    _, public = make_member_key("alice", tmp_path)
+    (tmp_path / "bob.pub").write_bytes(public.read_bytes())
+    (tmp_path / "cyd.pub").write_text("ssh-rsa nonsense")
+    told = []
+    [member] = read_public_members(tmp_path, told.append)
+    assert member.name == "alice"
+    assert "bob.pub holds the key of alice.pub" in told[0]
+    assert "cyd.pub must hold a public key in OpenSSH's format" in told[1]
+    with pytest.raises(ConfigError, match="must be a folder of public keys"):
+        read_public_members(tmp_path / "missing", told.append)
+
+
 def test_openssh_reads_the_keys(tmp_path):
     """The same formats as `ssh-keygen`, so that a member may make its key with that."""
     private, public = make_member_key("alice", tmp_path)
@@ -140,6 +153,12 @@ def test_keys_stay_and_a_new_address_is_refused(identity):
     assert certificate_addresses(identity / "keys" / CERTIFICATE) == ["127.0.0.1", "host.example.org"]
     with pytest.raises(ConfigError, match=r"names 127\.0\.0\.1, host\.example\.org, got the address other\.org"):
         ensure_host_identity(identity / "keys", identity, ["other.org"])
+
+
+def test_an_ip_address_may_be_spelled_in_any_way(tmp_path):
+    for address in ("2001:DB8:0::1", "2001:db8::1"):
+        ensure_host_identity(tmp_path / "keys", tmp_path, [address])
+    assert certificate_addresses(tmp_path / "keys" / CERTIFICATE) == ["2001:db8::1"]
 
 
 @pytest.fixture
@@ -199,7 +218,7 @@ def test_an_invitation_comes_back_from_its_text():
 def test_what_members_are_to_dial_has_no_port():
     for address in ("host.example.org", "10.1.2.3", "2001:db8::1", "localhost"):
         check_address(address)
-    for address in ("host:8000", "https://host", "", "a b"):
+    for address in ("host:8000", "https://host", "", "a b", "a..b", f"{'x' * 64}.org"):
         with pytest.raises(ConfigError, match="`--address` must be a name or an IP address, got"):
             check_address(address)
 
@@ -207,7 +226,8 @@ def test_what_members_are_to_dial_has_no_port():
 @pytest.mark.parametrize(
     "text",
     ["", "host:8000", "http://host:8000/#" + "a" * 32 + "-" + "b" * 32, "https://host/#" + "a" * 32 + "-" + "b" * 32,
-     "https://host:8000/", "https://host:8000/#" + "a" * 32, "https://host:99999/#x-y", "https://[host:8000/#x-y"],
+     "https://host:8000/", "https://host:8000/#" + "a" * 32, "https://host:99999/#x-y", "https://[host:8000/#x-y",
+     "https://a..b:8000/#" + "a" * 32 + "-" + "b" * 32],
 )  # fmt: skip
 def test_half_an_invitation_is_refused(text):
     with pytest.raises(ConfigError, match=r"an invitation must be https://HOST:PORT/#CERTIFICATE-KEY, got"):

@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from fanformer.community.flower.keeping import end_left_behind
+from fanformer.community.flower.content import flower
+from fanformer.community.flower.keeping import _Watch, end_left_behind
 from fanformer.community.flower.outcome import (
     NODES_FILE,
     Outcome,
@@ -16,7 +19,9 @@ from fanformer.community.flower.outcome import (
     read_outcome,
     write_outcome,
 )
-from fanformer.community.flower.processes import _changed
+from fanformer.community.flower.processes import HostProcesses, _changed
+from fanformer.community.identity import make_member_key, read_public_members
+from fanformer.errors import DataError
 
 
 def test_an_outcome_comes_back_in_one_line(tmp_path):
@@ -93,3 +98,82 @@ def test_what_ended_by_itself_is_no_trouble(tmp_path):
     clear_outcome(tmp_path)
     write_outcome(tmp_path, "finished")
     end_left_behind(tmp_path)
+
+
+class Processes:
+    """Stands where a host's processes are, and says who was let in."""
+
+    is_alive = True
+
+    def __init__(self):
+        self.registered = []
+
+    def start(self):
+        pass
+
+    stop = submit = start
+
+    def register(self, members):
+        self.registered.append([one.name for one in members])
+        return []
+
+
+@pytest.fixture
+def members(tmp_path):
+    """Folder with the keys of alice and bob."""
+    pytest.importorskip("cryptography", reason="needs the extra `community` (cryptography)")
+    folder = tmp_path / "members"
+    folder.mkdir()
+    for name in ("alice", "bob"):
+        _, public = make_member_key(name, tmp_path)
+        public.rename(folder / public.name)
+    return folder
+
+
+def test_a_file_that_holds_no_key_keeps_nobody_out_or_in_and_ends_nothing(members, tmp_path):
+    (members / "mal.pub").write_text("ssh-rsa nonsense")
+    processes, notes = Processes(), []
+    watch = _Watch(tmp_path / "run", processes, members, notes.append)
+    watch.begin()
+    (members / "alice.pub").unlink()
+    assert not watch.is_over()
+    watch.begin()  # as where a process died
+    shutil.rmtree(members)
+    watch.begin()
+    assert not watch.is_over()
+    assert processes.registered == [["alice", "bob"], ["bob"]]
+    first, second = notes
+    assert "mal.pub must hold a public key" in first
+    assert "`--members` must be a folder of public keys" in second
+
+
+@pytest.mark.ci
+def test_a_key_whose_number_a_kill_kept_from_the_disk_is_not_registered_twice(members, tmp_path, monkeypatch):
+    pytest.importorskip("flwr", reason="needs the extra `community` (flwr)")
+    kinds, node = flower("proto.control_pb2"), flower("proto.node_pb2")
+
+    class Control:
+        """Flower's commands for members, of which it takes a key once."""
+
+        numbers = {}
+
+        def ListNodes(self, request):
+            found = [node.NodeInfo(node_id=number, public_key=key) for key, number in self.numbers.items()]
+            return kinds.ListNodesResponse(nodes_info=found)
+
+        def RegisterNode(self, request):
+            if request.public_key in self.numbers:
+                raise DataError("the key is in use")
+            self.numbers[request.public_key] = 7 + len(self.numbers)
+            return kinds.RegisterNodeResponse(node_id=self.numbers[request.public_key])
+
+    monkeypatch.setattr(HostProcesses, "_control", lambda self: contextlib.nullcontext(Control()))
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    run = tmp_path / "run"
+    processes, known = HostProcesses(run, "127.0.0.1", port), read_public_members(members)
+    (run / "flower" / "state.db").touch()
+    assert processes.register(known[:1]) == ["alice may take part"]
+    (run / "flower" / NODES_FILE).unlink()
+    assert processes.register(known) == ["alice may take part", "bob may take part"]
+    assert read_nodes(run) == {7: "alice", 8: "bob"}

@@ -1,5 +1,6 @@
 """A member's rounds: its own rows, the run's schedule, a state that outlives a kill, updates that say what was done."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,7 @@ from fanformer.community.rounds import Host
 from fanformer.community.updates import Limits, decode_update, fragments, weights_checksum
 from fanformer.data.packing import rows_of_run
 from fanformer.errors import ConfigError, DataError, DivergenceError
+from fanformer.training.checkpoint import checkpoints
 from fanformer.training.schedule import learning_rate_factor
 from tests.community.conftest import ROUND_STEPS, ROUNDS
 from tests.training.conftest import Notebook
@@ -104,6 +106,20 @@ def test_a_member_that_was_killed_goes_on_as_if_it_had_not_been(member, tmp_path
 
 
 @pytest.mark.ci
+def test_a_member_goes_on_from_what_it_saved_last_though_that_is_of_an_earlier_step(member, tmp_path):
+    """A host that did a round again, or went back, asks for steps that were done before."""
+    anna = member(keep_last=1)
+    base = weights_of(anna)
+    for number in (2, 0):
+        anna.take_part(task_for(base, number), base)
+        saved = anna.save()
+    assert saved.name == f"checkpoint-{ROUND_STEPS}"
+    assert checkpoints(tmp_path / "anna") == [saved]
+    member.leave()
+    assert member(keep_last=1).run.checkpoint.name == saved.name
+
+
+@pytest.mark.ci
 def test_the_inner_optimizer_s_state_is_kept_over_rounds(member, tmp_path):
     warm, cold = member("anna"), member("anna", folder=tmp_path / "cold")
     base = weights_of(warm)
@@ -155,8 +171,22 @@ def test_a_member_with_other_data_goes_through_them_by_itself(member, plan):
     seen, base = taken_rows(anna), weights_of(anna)
     for number in range(2):
         anna.take_part(task_for(base, number, place=1000 * number), base)
-    expected = rows_of_run(anna.run.config.seed, torch.arange(12).numpy(), len(anna.run.corpus.rows))
+    rows = len(anna.run.corpus.rows)
+    begin = int.from_bytes(hashlib.sha256(b"anna").digest()[:8], "big") % rows
+    expected = rows_of_run(anna.run.config.seed, torch.arange(begin, begin + 12).numpy(), rows)
     assert seen == expected.tolist()
+
+
+@pytest.mark.ci
+def test_two_members_with_the_same_data_of_their_own_send_different_updates(member, plan):
+    """A host refuses the second of two with the same numbers as replayed."""
+    the_plan, updates = plan(data_fingerprint="another"), []
+    for name in ("anna", "carl"):
+        one = member(name, the_plan=the_plan)
+        base = weights_of(one)
+        updates.append(decode_update(one.take_part(task_for(base), base), one.shapes, LIMITS))
+    assert updates[0].base == updates[1].base
+    assert updates[0].digest != updates[1].digest
 
 
 @pytest.mark.ci

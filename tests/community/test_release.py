@@ -137,6 +137,24 @@ def test_a_model_without_a_signature_is_found(run):
     assert "it is not signed" in problems(run)[run.name]
 
 
+def test_a_round_without_a_manifest_is_checked_too(run):
+    (run / "checkpoint-2" / "manifest.json").unlink()
+    assert problems(run) == {}
+    (run / "checkpoint-2" / "model.safetensors").write_bytes(b"others")
+    (run / "checkpoint-4").mkdir()
+    found = problems(run)
+    assert list(found) == ["checkpoint-2", "checkpoint-4"]
+    assert "the SHA-256 of model.safetensors" in found["checkpoint-2"]
+    assert "it is not signed" in found["checkpoint-4"]
+
+
+def test_another_model_in_the_place_of_the_signed_one_is_found(published):
+    for name in ("round.json", "round.json.sig", "model.safetensors"):
+        (published / name).unlink()
+    (published / "model-00001-of-00001.safetensors").write_bytes(b"another model")
+    assert "it is not signed" in problems(published)[published.name]
+
+
 def test_a_folder_of_something_else_is_one_line(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="no public key at"):
         verify_run(tmp_path)

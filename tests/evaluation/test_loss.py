@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fanformer.errors import DataError
+from fanformer.errors import DataError, NotANumberError
 from fanformer.evaluation import loss
 from fanformer.evaluation.loss import DocumentSums, evaluate_documents, keeps_documents_apart
 from fanformer.evaluation.statistics import ratio, ratio_stderr
@@ -112,6 +112,14 @@ def test_text_shorter_than_a_row_is_measured_and_none_is_refused(make_model, tin
     assert result["loss"] == pytest.approx(nats_of(model, tiny_tokenizer, "x") / 2, rel=1e-5)
     with pytest.raises(DataError, match="there is no text to evaluate: got 0 bytes"):
         evaluate_documents(model, tiny_tokenizer, [""])
+
+
+def test_a_loss_that_is_no_number_is_refused(make_model, tiny_tokenizer):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(NotANumberError, match="values that are no numbers"):
+        evaluate_documents(model, tiny_tokenizer, ["the cat sat"])
 
 
 def test_processes_that_share_an_evaluation_sum_to_the_same_bits(make_model, tiny_tokenizer):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fanformer.errors import DataError
+from fanformer.errors import DataError, NotANumberError
 from fanformer.evaluation import scoring
 from fanformer.evaluation.scoring import Scorer, model_fingerprint
 
@@ -79,6 +79,33 @@ def test_killed_evaluation_goes_on_with_the_same_bits(make_model, requests, tmp_
     third.score("task", requests[1:-1])
     assert len(list(tmp_path.iterdir())) == 2  # other requests, other passes
     assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_steps_of_passes_that_were_kept_are_counted_again(tiny_model, requests, tmp_path):
+    from fanformer.generation.depth import chosen_depth
+
+    layers = {"num_hidden_layers": 3, "prelude_layers": 1, "core_layers": 1, "coda_layers": 1}
+    model = tiny_model(vocab_size=320, eos_token_id=0, bos_token_id=0, max_position_embeddings=128, **layers)
+    with torch.no_grad():  # else a step changes nothing
+        model.model.bridge.scale.fill_(0.7)
+    means = []
+    for computed in (True, False):
+        scorer = Scorer(model, tmp_path)
+        with chosen_depth(model, 8, 0.3) as told:
+            scorer.score("task", requests)
+        assert (scorer.passes_computed > 0) == computed
+        means.append(told["mean_steps"])
+    assert 1 < means[0] == means[1] < 8
+
+
+def test_a_log_likelihood_that_is_no_number_is_refused_and_not_kept(make_model, requests, tmp_path):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(NotANumberError, match="values that are no numbers"):
+        Scorer(model, tmp_path).score("task", requests)
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes() == b""
 
 
 def test_damaged_file_of_finished_passes_is_named(make_model, requests, tmp_path):

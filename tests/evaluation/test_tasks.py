@@ -181,6 +181,7 @@ def test_missing_file_is_named(harness, make_model, tiny_tokenizer, released, tm
         ("arc/ARC-Easy-Test.jsonl", '{"query": 1}\n', "is not in the form that `arc_easy` was released in: no field"),
         ("arc/ARC-Easy-Test.jsonl", "{\n", "ARC-Easy-Test.jsonl:1: expected a JSON object on every line"),
         ("piqa/valid-labels.lst", "1\n", "has 1 labels and"),
+        ("piqa/valid-labels.lst", "1\nyes\n", "valid-labels.lst:2: expected 0 or 1, got `yes`"),
         ("sciq/test.json", "[]", "sciq/test.json holds nothing, expected questions of `sciq`: fetch it again."),
         ("hellaswag/hellaswag_val.jsonl", "\n", "hellaswag_val.jsonl holds nothing, expected questions of `hellaswag`"),
         (

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,52 @@ def test_graphs_are_built_once_for_a_bucket(wide, monkeypatch):
         engine.forward([[token]])
     # the largest first, the prompt, then one token at a time below 64 and below 128 positions
     assert built == [128, 64, 64, 128]
+
+
+def noted(monkeypatch):
+    """Note every graph that is built: its tokens, and a reference that does not keep it."""
+    from fanformer.gguf import engine as ggml_engine
+
+    built, build = [], ggml_engine._Builder.build
+
+    def noting(self, every):
+        graph = build(self, every)
+        built.append((self._t, weakref.ref(graph)))
+        return graph
+
+    monkeypatch.setattr(ggml_engine._Builder, "build", noting)
+    return built
+
+
+def kept(built):
+    return [tokens for tokens, graph in built if graph() is not None]
+
+
+def test_only_the_graphs_that_ran_last_are_kept(wide, monkeypatch):
+    path, row = export(wide, "f32"), ids(16)
+    whole = engine_logits(path, [row])[0]
+    built = noted(monkeypatch)
+    monkeypatch.setattr("fanformer.gguf.engine._MOST_GRAPHS", 3)
+    engine = Engine.open(path, 1)
+    engine.begin(1, 128)
+    found = [
+        engine.forward([row[start:stop]], every=True)[0] for start, stop in itertools.pairwise([0, 1, 3, 7, 8, 16])
+    ]
+    np.testing.assert_array_equal(np.concatenate(found), whole)
+    assert [tokens for tokens, _ in built] == [CHUNK, 1, 2, 4, 8]
+    assert kept(built) == [1, 4, 8]  # that of one token ran again before that of 8 was built
+
+
+def test_graphs_whose_memory_moved_are_dropped(wide, monkeypatch):
+    built = noted(monkeypatch)
+    engine = Engine.open(export(wide, "f32"), 1)
+    engine.begin(1, 128)
+    for count in (1, 2):
+        engine.forward([ids(count)])
+    assert kept(built) == [CHUNK, 1, 2]
+    engine._runtime.generation += 1  # as a larger graph does
+    engine.forward([ids(2)])
+    assert kept(built) == [2]
 
 
 def test_buckets_hold_what_they_are_for():

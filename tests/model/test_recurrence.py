@@ -316,6 +316,25 @@ def test_paged_attention_is_refused(tiny_model, token_ids):
         model.generate_batch([[1, 2, 3]], max_new_tokens=2)
 
 
+def test_engines_with_a_layer_of_keys_a_block_are_refused(model, token_ids):
+    ids, options = token_ids(1, 3), {"attention_instances": {}}  # what vLLM and SGLang give the decoder
+    with pytest.raises(
+        ValueError, match="`num_steps` must be 1 in an engine with one layer of keys and values a block"
+    ):
+        model.model(ids, **options)
+    assert torch.equal(
+        model.model(ids, num_steps=1, **options).last_hidden_state, model.model(ids, num_steps=1).last_hidden_state
+    )
+
+
+def test_exit_is_refused_where_blocks_recompute(tiny_model, token_ids):
+    model, ids = recurrent(tiny_model), token_ids(1, 3)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert logits(model.eval(), ids, exit_threshold=0.1).isfinite().all()
+    with pytest.raises(ValueError, match="`exit_threshold` must be None in training with gradient checkpointing"):
+        model.train()(ids, exit_threshold=0.1, use_cache=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

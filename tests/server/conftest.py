@@ -65,10 +65,10 @@ class Heard:
         return next(event.tokens for event in self.all if isinstance(event, PromptScores))
 
 
-def submit(served, *requests):
-    """Submit requests; return what is heard of each, and the tickets."""
+def submit(served, *requests, client=""):
+    """Submit a client's requests; return what is heard of each, and the tickets."""
     heard = [Heard() for _ in requests]
-    return heard, served.scheduler.submit(requests, heard)
+    return heard, served.scheduler.submit(requests, heard, client)
 
 
 def run(served, *requests):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fanformer.server.fields import ChatFields, CompletionFields, DetokenizeFields, TokenizeFields
+from fanformer.server.models import TokenReader, _byte_reader
 from fanformer.server.planning import plan_completion
 from tests.server.conftest import PROMPTS, offline
 
@@ -42,7 +44,8 @@ def test_prompts_come_as_texts_as_ids_and_as_lists_of_both(client, served):
     assert texts(client.complete(prompt=PROMPTS[:3], **settings)) == single
     assert texts(client.complete(prompt=ids, **settings)) == single
     assert texts(client.complete(prompt=ids[1], **settings)) == single[1:2]
-    assert texts(client.complete(**settings)) == [offline(served, [""], temperature=0, max_length=6)[0].text]
+    begun = [offline(served, [""], temperature=0, max_length=6)[0].text]
+    assert [texts(client.complete(**one, **settings)) for one in ({}, {"prompt": ""}, {"prompt": None})] == [begun] * 3
 
 
 def test_the_same_seed_gives_the_offline_text_and_every_choice_its_own(client, served):
@@ -144,6 +147,25 @@ def test_log_probabilities_of_new_tokens(client, served):
     )
 
 
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.Metaspace(),
+        decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+    ],
+    ids=["Metaspace", "Strip"],
+)
+def test_names_of_tokens_that_begin_a_word_keep_its_space(decoder):
+    words = ["<unk>", "\u2581the", "\u2581cat", "cat", "s", "\u2581"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoder
+    reader = TokenReader(backend)
+    ids = [1, 2, 4, 5, 3, 1]
+    names = [_byte_reader(reader)(number).decode() for number in ids]
+    assert names == [" the", " cat", "s", " ", "cat", " the"]
+    assert "".join(names[1:]) == reader.decode(ids).removeprefix("the")
+
+
 def test_echo_tells_the_prompt_with_its_log_probabilities(client, served):
     """What lm-evaluation-harness asks: the prompt's tokens and one new one come back."""
     ids = served.encode("the cat sat on the mat")
@@ -193,6 +215,7 @@ def test_bias_penalties_and_least_tokens_take_effect(client, served):
     plain = texts(client.complete(**settings))
     assert texts(client.complete(**settings, logit_bias={"5": 100})) == [served.decode([5]) * 8]
     assert texts(client.complete(**settings, frequency_penalty=2, presence_penalty=2, repetition_penalty=1.5)) != plain
+    assert client.complete(**settings, repetition_penalty=0.01)
     ended = client.complete(**settings, logit_bias={"0": 100})
     assert (texts(ended), ended["choices"][0]["finish_reason"]) == ([""], "stop")
     held = client.complete(**settings, logit_bias={"0": 100}, min_tokens=4)
@@ -208,6 +231,7 @@ def test_bias_penalties_and_least_tokens_take_effect(client, served):
         ({"temperature": 3}, "temperature", "less than or equal to 2, got 3"),
         ({"temperature": "hot"}, "temperature", "valid number, got a string"),
         ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": True}, "n", "got True"),
         ({"max_tokens": 0}, "max_tokens", "without `echo`"),
@@ -328,4 +352,4 @@ def test_bodies_that_are_no_json_objects_are_refused(client, body):
 def test_more_answers_than_can_wait_are_refused_for_good(client):
     status, error = client.refused(prompt=["a"] * 13)
     assert status == 400
-    assert "may have 12 answers here, got 13" in error["message"]
+    assert "may have 10 answers here, got 13" in error["message"]

@@ -3,6 +3,7 @@
 import pytest
 
 from fanformer.cli.serve import serve
+from fanformer.gguf.engine import _MOST_GRAPHS
 from fanformer.model.media_fanformer import MOST_PIXELS
 from fanformer.server.fields import _MOST_WITHOUT_EFFECT, MAX_SEQUENCES, ChatFields, CompletionFields
 from fanformer.server.gate import ROUTES
@@ -53,6 +54,7 @@ def test_numbers_are_those_of_the_code(page):
         f"Pixels ({MOST_PIXELS // 10**6} million)",
         f"({CHUNK} tokens on ggml, {_CHUNK} on torch)",
         f"begins with at least {_LEAST_SHARED} of its tokens",
+        f"keeps at most {_MOST_GRAPHS} graphs",
     ):
         assert words in page
     assert MAX_PARTS == MAX_SEQUENCES

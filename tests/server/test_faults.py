@@ -1,5 +1,6 @@
 """What goes wrong on the way: hang-ups, clients that never read, drains, full disks, jumping clocks."""
 
+import http.client
 import json
 import os
 import signal
@@ -90,6 +91,19 @@ def test_a_next_request_sent_too_early_ends_the_connection_with_the_answer(model
         assert answer.count(b"HTTP/1.1 200 ") == 1
 
 
+def test_a_large_request_keeps_its_connection(model):
+    with running({"tiny": model}) as client, client.socket() as begun:
+        wait_for(lambda: client.server.server_state.connections)
+        [connection] = client.server.server_state.connections
+        data = json.dumps({**SHORT, "prompt": "a" * 100_000}).encode()
+        request = HEAD + b"content-length: %d\r\n\r\n" % len(data) + data
+        for _ in range(2):
+            connection.loop.call_soon_threadsafe(connection.data_received, request)  # in one piece, as it may come
+            response = http.client.HTTPResponse(begun)
+            response.begin()
+            check_error(response.status, json.loads(response.read()))
+
+
 def test_a_hang_up_while_it_waits_or_is_read_leaves_nothing_behind(model, monkeypatch):
     monkeypatch.setattr(model.slots, "chunk_tokens", 2)
     slowed(model, monkeypatch, 0.02)
@@ -147,6 +161,47 @@ def test_a_client_that_never_reads_is_cut_off_and_holds_up_nobody(saved_model):
     model.close()
 
 
+def asked_for_much(client, model):
+    """Ask for 280 kB without reading them, where the system keeps little; return the connection and the text."""
+    tokens = model.encode("the cat")[1:] * 40_000
+    begun = socket.socket()
+    begun.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    begun.settimeout(PATIENCE_SECONDS)
+    begun.connect(("127.0.0.1", client.port))
+    data = json.dumps({"model": "tiny", "tokens": tokens}).encode()
+    begun.sendall(HEAD.replace(b"/v1/completions", b"/detokenize") + b"content-length: %d\r\n\r\n" % len(data) + data)
+    wait_for(lambda: client.service.gate.responses["/detokenize", 200] == 1)
+    return begun, model.reader.decode(tokens)
+
+
+def test_a_client_that_reads_slowly_is_cut_off_only_where_it_stops(model, monkeypatch):
+    monkeypatch.setattr("fanformer.server.process._SEND_BYTES", 16384)
+    with running({"tiny": model}) as client:
+        slow, _ = asked_for_much(client, model)
+        [connection] = client.server.server_state.connections
+        transport = connection.transport
+
+        def is_ended_when_time_is_up():
+            done = threading.Event()
+
+            def run():
+                if not transport.is_closing():
+                    connection._write_timer._run()
+                done.set()
+
+            connection.loop.call_soon_threadsafe(run)
+            assert done.wait(PATIENCE_SECONDS)
+            return transport.is_closing()
+
+        for _ in range(2):
+            unread = transport.get_write_buffer_size()
+            while transport.get_write_buffer_size() == unread:
+                assert slow.recv(4096)
+            assert not is_ended_when_time_is_up()
+        wait_for(is_ended_when_time_is_up)
+        slow.close()
+
+
 def test_an_answer_that_takes_too_long_is_ended(model, monkeypatch):
     slowed(model, monkeypatch, 0.05)
     with running({"tiny": model}, None, Limits(answer_seconds=1)) as client:
@@ -199,6 +254,24 @@ def test_draining_finishes_what_is_in_work_and_sends_newcomers_away(saved_model,
         assert b"data: [DONE]" in data
         client.thread.join(PATIENCE_SECONDS)
         assert not client.thread.is_alive()
+
+
+def test_draining_waits_for_clients_that_are_still_reading(saved_model, monkeypatch):
+    monkeypatch.setattr("fanformer.server.process._SEND_BYTES", 16384)
+    monkeypatch.setattr("fanformer.server.process._GRACE_SECONDS", 0.1)
+    model = ServedModel.open(saved_model, "tiny", SlotSettings(2, 100), device="cpu")
+    with running({"tiny": model}) as client:
+        slow, text = asked_for_much(client, model)
+        assert client.service.gate.in_work == 0
+        client.server.handle_exit(signal.SIGTERM, None)
+        client.thread.join(1)
+        assert client.thread.is_alive()
+        response = http.client.HTTPResponse(slow)
+        response.begin()
+        assert json.loads(response.read()) == {"prompt": text}
+        client.thread.join(PATIENCE_SECONDS)
+        assert not client.thread.is_alive()
+        slow.close()
 
 
 def test_a_drain_that_takes_too_long_ends_answers_with_an_error(saved_model, monkeypatch):

@@ -214,7 +214,8 @@ def test_a_slow_body_ends_the_request(strict):
 
 
 @pytest.mark.parametrize("path", [b"/v1/completions", b"/health", b"/x"])
-def test_who_is_answered_before_his_body_came_cannot_keep_the_connection(keyed, path):
+def test_who_is_answered_before_his_body_came_cannot_keep_the_connection(keyed, path, monkeypatch):
+    monkeypatch.setattr("fanformer.server.gate._DISCARD_SECONDS", 0.3)
     with keyed.socket() as client:
         client.sendall(b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n")
         time.sleep(0.1)
@@ -222,6 +223,25 @@ def test_who_is_answered_before_his_body_came_cannot_keep_the_connection(keyed, 
         data, seconds = closed_after(client)
     assert b"connection: close" in data.lower()
     assert seconds < PATIENCE_SECONDS
+
+
+def test_who_is_refused_reads_why_however_much_he_was_sending(model, monkeypatch):
+    monkeypatch.setattr("fanformer.server.gate._DISCARD_SECONDS", PATIENCE_SECONDS)
+    large = {**SHORT, "prompt": "a" * (3 << 20)}
+
+    def refused(client, headers):
+        status, _, body = client("POST", "/v1/completions", large, headers)
+        return status, check_error(status, body)[1]["code"]
+
+    with running({"tiny": model}, Access(keys=(KEY,)), Limits(bodies_bytes=1 << 20)) as client:
+        assert refused(client, {}) == (401, "invalid_api_key")
+        assert refused(client, {"host": "evil.example"}) == (403, "unknown_host")
+        assert refused(client, bearer(KEY)) == (429, "rate_limit_exceeded")
+        client.service.gate.draining = True
+        assert refused(client, bearer(KEY)) == (503, "shutting_down")
+        assert client("GET", "/v1/models", headers=bearer(KEY))[0] == 503  # at once: no body is to come
+    with running({"tiny": model}, None, Limits(requests_per_client=0)) as client:
+        assert refused(client, {}) == (429, "rate_limit_exceeded")
 
 
 def test_an_idle_connection_is_closed(strict):
@@ -307,6 +327,24 @@ def test_a_full_queue_answers_429_with_retry_after(model, monkeypatch):
         assert int(headers["retry-after"]) >= 1
         for one in begun:
             one.close()
+
+
+def test_one_client_does_not_keep_others_from_being_answered(saved_model, monkeypatch):
+    model = ServedModel.open(saved_model, "tiny", SlotSettings(2, 100, queue_size=8), device="cpu")
+    slowed(model, monkeypatch)
+    with running({"tiny": model}, Access(keys=(KEY, OTHER))) as client:
+        status, _, body = client("POST", "/v1/completions", {**SHORT, "prompt": ["a"] * 9}, bearer(KEY))
+        assert (status, "may have 8 answers here, got 9" in check_error(status, body)[1]["message"]) == (400, True)
+        begun = client.socket()
+        data = json.dumps({**SHORT, "prompt": ["a"] * 8, "max_tokens": 60, "min_tokens": 60}).encode()
+        begun.sendall(HEAD + f"authorization: Bearer {KEY}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+        while model.scheduler.waiting < 6:
+            time.sleep(0.01)
+        assert client("POST", "/v1/completions", SHORT, bearer(KEY))[0] == 429
+        assert client("POST", "/v1/completions", SHORT, bearer(OTHER))[0] == 200
+        assert model.scheduler.waiting > 0  # the other's answer overtook what waits
+        begun.close()
+    model.close()
 
 
 def test_no_prompt_key_answer_or_path_is_logged(keyed, model, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fanformer.generation.media_model import load_media_model, shown_media
+from fanformer.generation.media_model import MediaModel, load_media_model, shown_media
 from fanformer.generation.settings import GenerationSettings
 from fanformer.server.fields import ContentPart, Message
 from fanformer.server.limits import Limits
@@ -310,14 +310,14 @@ def test_large_bodies_are_taken_up_to_their_limits(client, model, files):
 def held(monkeypatch):
     """Hold back what looks at pictures; returns (begun, go on)."""
     begun, go_on = threading.Event(), threading.Event()
-    look = MediaReader._look
+    features = MediaModel.features
 
     def waiting(*arguments):
         begun.set()
         assert go_on.wait(PATIENCE_SECONDS)
-        return look(*arguments)
+        return features(*arguments)
 
-    monkeypatch.setattr(MediaReader, "_look", waiting)
+    monkeypatch.setattr(MediaModel, "features", waiting)
     yield begun, go_on
     go_on.set()
 
@@ -334,6 +334,16 @@ def test_who_hangs_up_before_a_picture_was_looked_at_is_forgotten(client, model,
     go_on.set()
     assert text(answer(client, image(files["red"])))
     wait_for(lambda: sum(model.scheduler.counters.finished.values()) == sum(before.values()) + 1)
+
+
+def test_a_chat_that_shows_nothing_waits_for_nobodys_picture(client, files, held):
+    begun, go_on = held
+    with sent(client, body(image(files["red"])), path=PATH) as asked:
+        assert begun.wait(PATIENCE_SECONDS)
+        assert answer(client)
+        assert client("POST", "/tokenize", {"model": "sees", "messages": body()["messages"]})[0] == 200
+        go_on.set()
+        assert asked.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_full_queue_is_told_before_a_picture_is_looked_at(folder, files, held, monkeypatch):

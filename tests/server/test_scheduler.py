@@ -166,14 +166,42 @@ def test_a_full_queue_refuses_all_of_a_submission(served):
     settle(served.scheduler)
     refused = served.scheduler.counters.refused
     many = [ask(served, "the cat", 60)] * 12  # four slots and eight that wait
-    _, tickets = submit(served, *many)
-    with pytest.raises(QueueFullError, match="try again later"):
-        submit(served, many[0], many[0])
-    assert served.scheduler.counters.refused == refused + 2
+    with pytest.raises(QueueFullError, match="a client may have 10 answers in work, 0 are"):
+        submit(served, *many)
+    _, tickets = submit(served, *many[:10])
+    with pytest.raises(QueueFullError, match="a client may have 10 answers in work, 10 are"):
+        submit(served, many[0])
+    tickets += submit(served, *many[10:], client="another")[1]
+    with pytest.raises(QueueFullError, match="12 answers are in work or wait already: try again later"):
+        submit(served, many[0], many[0], client="a third one")
+    assert served.scheduler.counters.refused == refused + 15
     for ticket in tickets:
         ticket.cancel()
     settle(served.scheduler)
     assert run(served, ask(served, "def", 2))
+
+
+def test_clients_take_turns(tiny_tokenizer):
+    slots, order = Still(), []
+    slots.count = 2
+    scheduler = Scheduler(slots, tiny_tokenizer, 300, [0], queue_size=16)
+
+    def listener(name):
+        return lambda event: order.append(name) if isinstance(event, Finish) else None
+
+    for client, count in (("a", 6), ("b", 3), ("c", 1)):
+        names = [f"{client}{number}" for number in range(count)]
+        scheduler.submit([Request([1], 5, GREEDY)] * count, list(map(listener, names)), client)
+    while scheduler.running < slots.count:
+        time.sleep(0.001)
+    slots.gate.set()
+    while len(order) < 10:
+        time.sleep(0.001)
+    scheduler.close()
+    # whoever came first may have had both slots before the others came; then they take turns
+    assert [name for name in order if name[0] == "a"] == [f"a{number}" for number in range(6)]
+    assert max(map(order.index, ("b0", "c0"))) <= 4
+    assert order.index("b2") < order.index("a5")
 
 
 @pytest.mark.parametrize(

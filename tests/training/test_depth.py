@@ -49,6 +49,13 @@ def test_steps_are_a_function_of_seed_and_step():
     assert drawn != [other.steps(step, 0.5) for step in range(40)]
 
 
+def test_a_law_without_room_above_the_mean_says_that_it_draws_no_other():
+    assert (
+        DepthLaw(0, 0.5, 4, flattest(4, 4)).in_words() == "recurrent depth: one step for 50% of the run, then 4 steps"
+    )
+    assert DepthLaw(0, 0.0, 4, flattest(5, 4)).in_words() == "recurrent depth: 1 to 5 steps, 4 on average"
+
+
 def test_a_run_begins_with_one_step_then_draws_and_says_so(run):
     result, notebook = run(max_steps=8, eval_steps=2, log_steps=1, one_step_fraction=0.5, **RECURRENT)
     assert "recurrent depth: one step for 50% of the run, then 1 to 8 steps, 4 on average" in notebook.notes

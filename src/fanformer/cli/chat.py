@@ -64,6 +64,9 @@ def chat(
     does not say otherwise. Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees and hears.
     A line that ends in a backslash goes on in the next. Ctrl-C stops the text; twice at the prompt, it leaves.
     """
+    usual, source = sampling["max_length"], click.get_current_context().get_parameter_source("max_length")
+    if source is ParameterSource.DEFAULT:
+        sampling["max_length"] = _ANSWER_TOKENS
     settings = GenerationSettings(**sampling)
     from fanformer.loading import has_towers, load_text_model, model_in_the_box
 
@@ -75,10 +78,9 @@ def chat(
     say_depth(model.depth_note, num_steps)
     if sees and not towers:
         _notice(f"{adapter} belongs to the language model alone: without it, pictures and recordings are taken too.")
-    source = click.get_current_context().get_parameter_source("max_length")
-    if model.has_chat_template and source is ParameterSource.DEFAULT:
+    if source is ParameterSource.DEFAULT:
         longest = _ANSWER_TOKENS if model.positions is None else min(_ANSWER_TOKENS, model.positions // 2)
-        settings = replace(settings, max_length=longest)
+        settings = replace(settings, max_length=longest if model.has_chat_template else usual)
     converse(model, settings, name=folder or "the model in the box")
 
 

@@ -107,7 +107,7 @@ def _host(
     listener: Any,
 ) -> None:
     from fanformer.community.flower.keeping import end_left_behind, keep
-    from fanformer.community.flower.processes import HostProcesses
+    from fanformer.community.flower.processes import HostProcesses, require_free
     from fanformer.community.folder import FLOWER_FOLDER, HOST_LOCK_FILE, KEYS_FOLDER
     from fanformer.community.hosted_run import begun, refuse_without_effect
     from fanformer.community.identity import CERTIFICATE, PUBLIC_KEY
@@ -129,7 +129,9 @@ def _host(
     if (folder / FLOWER_FOLDER).is_dir():
         with hold(*lock):
             end_left_behind(folder)
-    with begun(config, _plan(plan_fields, config), [*addresses, "127.0.0.1", "localhost"], listener):
+    plan = _plan(plan_fields, config)
+    require_free(folder, *place)
+    with begun(config, plan, [*addresses, "127.0.0.1", "localhost"], listener):
         pass  # all that can be wrong with the input is, before anybody is invited
     pems = [(folder / KEYS_FOLDER / CERTIFICATE).read_text(), (folder / PUBLIC_KEY).read_text()]
 
@@ -211,7 +213,8 @@ def join(
     folder = output_dir or Path("joined") / key_file.stem
     with TerminalReporter() as reporter:
         stay = take_part(parsed, key_file, folder, own, None if hours is None else 3600 * hours, reporter)
-    ended = {"finished": "the run is over", "time": "your time is over"}.get(stay.ended, f"stopped by {stay.ended}")
+    known = {"finished": "the run is over", "time": "your time is over", "gone": "no host has answered for a day"}
+    ended = known.get(stay.ended, f"stopped by {stay.ended}")
     click.echo(f"{ended}: {stay.tokens:,} tokens in {stay.rounds:,} rounds, thank you")
 
 

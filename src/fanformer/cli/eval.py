@@ -116,9 +116,11 @@ def evaluate(
             with chosen_depth(loaded.model, number, exit_threshold) as depth:
                 figures = _measure(texts, paths, loaded, wanted)
         except BaseException:  # Ctrl-C as well: what took minutes is told before the error
-            if texts.by_file or found:
-                last = texts.result() if texts.by_file else {}
-                _tell({**_joined(found), **last, "incomplete": True, "model": folder}, json_file)
+            if texts.by_file:
+                partial = {**texts.result(), **({} if number is None else {"num_steps": number}), "incomplete": True}
+                found[str(number or "")] = partial
+            if found:
+                _tell({**_joined(found), "incomplete": True, "model": folder}, json_file, wanted["names"])
             raise
         found[str(depth.get("num_steps", ""))] = {**figures, **depth}
     _tell({**_joined(found), "model": folder}, json_file, wanted["names"])
@@ -155,13 +157,15 @@ def _tell(result: dict[str, Any], json_file: str | None, tasks: Sequence[str] = 
             click.echo(f"{figures['num_steps']} step{'s' if figures['num_steps'] > 1 else ''}:")
         if "files" in figures:
             _show_text(figures)
-        if tasks:
+        if "tasks" in figures:
             _show_tasks(figures["tasks"], tasks)
         if figures.get("mean_steps") is not None:
             saved = 1 - figures["mean_steps"] / figures["num_steps"]
             click.echo(f"{figures['mean_steps']:.2f} steps a token on average, {saved:.1%} fewer")
-    if len(depths) > 1 and "bits_per_byte" in result:
-        _show_curve({name: figures["bits_per_byte"] for name, figures in depths.items() if "bits_per_byte" in figures})
+    whole = {name: figures for name, figures in depths.items() if "bits_per_byte" in figures}
+    bits = {name: figures["bits_per_byte"] for name, figures in whole.items() if "incomplete" not in figures}
+    if len(bits) > 1:
+        _show_curve(bits)
 
 
 def _show_curve(bits: dict[str, float]) -> None:

@@ -18,6 +18,7 @@ from fanformer.community.plan import Plan
 from fanformer.community.records import RoundLog, RoundRecord, as_record, contributions
 from fanformer.community.release import ROUND_FILE, digest_of, sign_folder
 from fanformer.community.rounds import STATE_FILE, Host, HostState
+from fanformer.community.updates import fragments, shapes_of
 from fanformer.errors import CheckpointError, ConfigError
 from fanformer.files.durable import read_json, replace_json, replace_text
 from fanformer.training.checkpoint import checkpoint_name, newest_intact
@@ -36,6 +37,7 @@ from fanformer.training.folder import (
 from fanformer.training.publishing import CARD_FILE, model_card, plot_loss
 from fanformer.training.run import Run
 from fanformer.training.run import opened as opened_run
+from fanformer.training.state import model_tensors
 
 FORMAT_VERSION = 1
 _OF_THE_FOLDER = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
@@ -211,21 +213,30 @@ def begun(config: RunConfig, plan: Plan, addresses: list[str], listener: Listene
     whole = member_config(config, plan)
     folder = config.folder
     identifier = secrets.token_hex(8)
-    if (folder / RUN_FILE).is_file():
+    is_new = not (folder / RUN_FILE).is_file()
+    if not is_new:
         content = read_community(folder)
         _check_same(folder, content, whole, plan)
         identifier = str(content["run"])
     with opened_run(whole, listener) as run:
         plan = dataclasses.replace(plan, data_fingerprint=run.corpus.fingerprint)
-        ensure_host_identity(folder / KEYS_FOLDER, folder, addresses)
         content = {
             "format_version": FORMAT_VERSION,
             "run": identifier,
             "plan": plan.to_dict(),
             "keep_last": config.saving.keep_last,
         }
-        replace_json(folder / ROUNDS_FILE, content)
-        yield HostedRun(run, plan, identifier, config.saving.keep_last)
+        try:
+            fragments(shapes_of(model_tensors(run.model)), plan.fragments)  # refuses more than the model has
+            ensure_host_identity(folder / KEYS_FOLDER, folder, addresses)
+            hosted = HostedRun(run, plan, identifier, config.saving.keep_last)
+            replace_json(folder / ROUNDS_FILE, content)
+        except Exception:
+            if is_new:  # nobody has joined it: with other words the command is to begin anew
+                for name in (RUN_FILE, ROUNDS_FILE):
+                    (folder / name).unlink(missing_ok=True)
+            raise
+        yield hosted
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,15 @@ def read_member_key(path: Path) -> Any:
     return key
 
 
-def read_public_members(folder: Path) -> list[PublicMember]:
+def read_public_members(folder: Path, left_out: Callable[[str], None] | None = None) -> list[PublicMember]:
     """Read who may take part: a file NAME.pub each.
 
+    Args:
+        folder: of the files.
+        left_out: is told what is wrong with a file, which is left out then; None raises it.
+
     Raises:
-        ConfigError: if the folder is missing, a file holds no P-384 public key, a name is none, or two have one key.
+        ConfigError: if the folder is missing; if a file holds no P-384 public key, a name is none, or two have one key.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -136,11 +140,22 @@ def read_public_members(folder: Path) -> list[PublicMember]:
         )
     found: dict[str, PublicMember] = {}
     for path in sorted(folder.glob("*.pub")):
-        fingerprint = hashlib.sha256(read_public_bytes(path)).hexdigest()
-        if fingerprint in found:
-            raise ConfigError(f"{path.absolute()} holds the key of {found[fingerprint].file.name}: delete one of them.")
-        found[fingerprint] = PublicMember(check_name(path.stem), path, fingerprint)
+        try:
+            member = _public_member(path)
+            if (known := found.get(member.fingerprint)) is not None:
+                raise ConfigError(f"{path.absolute()} holds the key of {known.file.name}: delete one of them.")
+        except ConfigError as error:
+            if left_out is None:
+                raise
+            left_out(str(error))
+        else:
+            found[member.fingerprint] = member
     return list(found.values())
+
+
+def _public_member(path: Path) -> PublicMember:
+    fingerprint = hashlib.sha256(read_public_bytes(path)).hexdigest()
+    return PublicMember(check_name(path.stem), path, fingerprint)
 
 
 def read_public_bytes(path: Path) -> bytes:
@@ -179,7 +194,7 @@ def ensure_host_identity(folder: Path, public: Path, addresses: Sequence[str]) -
         replace_text(public / PUBLIC_KEY, read_signing_key(folder).public_text())
     if not (folder / CERTIFICATE).exists():
         _make_certificate(folder, addresses)
-    missing = set(addresses) - set(certificate_addresses(folder / CERTIFICATE))
+    missing = set(map(_plain_address, addresses)) - set(certificate_addresses(folder / CERTIFICATE))
     if missing:
         raise ConfigError(
             f"the host's certificate names {', '.join(certificate_addresses(folder / CERTIFICATE))}, got the address "
@@ -237,6 +252,14 @@ def _general_name(address: str) -> Any:
         return x509.IPAddress(ipaddress.ip_address(address))
     except ValueError:
         return x509.DNSName(address)
+
+
+def _plain_address(address: str) -> str:
+    """Return an IP address in the spelling that a certificate gives back, anything else as it is."""
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        return address
 
 
 def certificate_addresses(path: Path) -> list[str]:

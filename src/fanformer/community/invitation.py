@@ -24,6 +24,8 @@ from fanformer.files.durable import replace_text
 _DIGITS = 32
 _PATIENCE_SECONDS = 20.0
 _LARGEST_STATUS = 64 << 20
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_HOST = re.compile(rf"(?=[A-Za-z0-9]){_LABEL}(\.{_LABEL})*(?<=[A-Za-z0-9])")
 
 
 class UnreachableError(DataError):
@@ -62,13 +64,17 @@ def check_address(address: str) -> None:
     Raises:
         ConfigError: if it is neither a name nor an IP address.
     """
+    if not _is_address(address):
+        raise ConfigError(f"`--address` must be a name or an IP address, got {address!r:.100}: the port is `--port`.")
+
+
+def _is_address(text: str) -> bool:
+    """Return whether a text is an IP address, or a name of labels that a resolver takes."""
     try:
-        ipaddress.ip_address(address)
-    except ValueError as error:
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", address):
-            raise ConfigError(
-                f"`--address` must be a name or an IP address, got {address!r:.100}: the port is `--port`."
-            ) from error
+        ipaddress.ip_address(text)
+    except ValueError:
+        return _HOST.fullmatch(text) is not None
+    return True
 
 
 def invite(host: str, port: int, certificate_pem: str, public_pem: str) -> Invitation:
@@ -94,9 +100,10 @@ def parse_invitation(text: str) -> Invitation:
     except ValueError:
         parts, port = urlsplit(""), None
     known = re.fullmatch(rf"([0-9a-f]{{{_DIGITS}}})-([0-9a-f]{{{_DIGITS}}})", parts.fragment)
-    if parts.scheme != "https" or not parts.hostname or port is None or known is None:
+    host = parts.hostname or ""
+    if parts.scheme != "https" or not _is_address(host) or port is None or known is None:
         raise ConfigError(f"an invitation must be https://HOST:PORT/#CERTIFICATE-KEY, got {text!r:.200}: {remedy}")
-    return Invitation(parts.hostname, port, *known.groups())
+    return Invitation(host, port, *known.groups())
 
 
 def fetch_certificate(invitation: Invitation, place: Path) -> None:

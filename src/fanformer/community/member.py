@@ -5,7 +5,10 @@ did not send, as its own training left them (streaming DiLoCo, arXiv:2501.18512)
 that a member which was killed goes on from its last one, in whatever round the host is then.
 """
 
+import hashlib
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ from fanformer.community.plan import Plan, Task
 from fanformer.community.updates import ErrorFeedback, Source, Update, fragments, shapes_of, weights_checksum
 from fanformer.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from fanformer.files.durable import read_json, replace_json
-from fanformer.training.checkpoint import checkpoint_name
+from fanformer.training.checkpoint import UNFINISHED, checkpoint_name, checkpoints, step_of
 from fanformer.training.events import Event, Listener, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.run import Run, opened
@@ -54,7 +57,8 @@ def member_config(config: RunConfig, plan: Plan, **fields: object) -> RunConfig:
         )
     length = {"max_steps": plan.max_steps, "tokens": None, "epochs": None, "max_time": None}
     rows = {"batch_size": plan.batch_size, "sequence_length": plan.sequence_length}
-    return config.replace(**{**length, **rows, "resume": True, "overwrite": False, **fields})
+    going_on = {"resume": True, "overwrite": False, "keep_best": True}  # by which RoundTrainer keeps what it saved last
+    return config.replace(**{**length, **rows, **going_on, **fields})
 
 
 class RoundTrainer(Trainer):
@@ -99,18 +103,27 @@ class RoundTrainer(Trainer):
         self._restore(checkpoint)
 
     def save(self) -> Path:
-        """Write a checkpoint and wait until it is on the disk.
+        """Write a checkpoint, wait until it is on the disk, and delete those of later steps, which are older.
+
+        There are such where a host did a round again, or went back.
 
         Raises:
             CheckpointError, OSError: if the disk has no room, or refuses.
         """
+        folder, step = self.config.folder, self.state.step
+        self.best = (math.nan, step)  # so that it is kept, whatever checkpoints of later steps there are
         self._save()
         self.writer.wait()
         self.save_error = None
         self._hear_of_saves()
         if self.save_error is not None:
             raise self.save_error
-        return self.config.folder / checkpoint_name(self.state.step)
+        for older in checkpoints(folder):
+            if step_of(older) > step:
+                doomed = folder / f"{UNFINISHED}-{older.name}"  # so that a kill halfway leaves no half checkpoint
+                os.replace(older, doomed)
+                shutil.rmtree(doomed)
+        return folder / checkpoint_name(step)
 
 
 class Member:
@@ -142,7 +155,7 @@ class Member:
         self._fragments = fragments(shapes_of(self._tensors), plan.fragments)
         self.feedback = ErrorFeedback()
         self._anchor: dict[str, Tensor] = {}
-        self._own_place, self._sent = 0, -1
+        self._own_place, self._sent = _beginning(name, len(run.corpus.rows)), -1
         if run.checkpoint is not None:
             self.trainer.go_on_from(run.checkpoint)
             self._read(run.checkpoint)
@@ -269,6 +282,11 @@ def _until(task: Task, began: float, stop: Callable[[int], bool]) -> Callable[[i
         return stop(steps) or (task.seconds is not None and now - began + longest >= task.seconds)
 
     return is_over
+
+
+def _beginning(name: str, rows: int) -> int:
+    """Return where a member begins in data of its own: two with the same data are not to send the same update."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % rows
 
 
 def _public_name(spec: str) -> str:

@@ -128,8 +128,8 @@ class Reception:
         for name, seen in self.members.items():
             changed |= seen.connected != (name in there)
             seen.connected = name in there
-            if not seen.connected and name in self._host.tasks:
-                self._host.leave(name)
+        for name in self._host.tasks.keys() - there:  # also who was taken out while no host was at work
+            self._host.leave(name)
         return changed
 
     def close_if_due(self) -> RoundRecord | None:

@@ -6,6 +6,7 @@ file but the card, of the round before, and who contributed; `round.json.sig` is
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from fanformer.community.folder import BESIDE_THE_MODEL
 from fanformer.community.identity import PublicKey, SigningKey, read_public_key
 from fanformer.errors import CheckpointError, did_you_mean
 from fanformer.files.durable import hash_file, read_json
-from fanformer.training.checkpoint import MANIFEST_FILE, WEIGHTS_FILE, checkpoints, step_of
+from fanformer.training.checkpoint import MANIFEST_FILE, step_of
 from fanformer.training.publishing import CARD_FILE
 
 ROUND_FILE, SIGNATURE_FILE = "round.json", "round.json.sig"
 FORMAT_VERSION = 1
+_ROUND = re.compile(r"checkpoint-[0-9]+")
 _NOT_SIGNED = (CARD_FILE, MANIFEST_FILE, ROUND_FILE, SIGNATURE_FILE)
 """The card is for people, who may edit it; the manifest is written after the signature, and lists the same files."""
 
@@ -77,7 +79,7 @@ def verify_folder(folder: Path, key: PublicKey, is_run: bool = False) -> Verifie
     if about["format_version"] != FORMAT_VERSION:
         return Verified(folder, about, f"its format version is {about['format_version']}, expected {FORMAT_VERSION}")
     files = about["files"]
-    there = [name for name in _names(folder) if not (is_run and _is_of_the_run(name))]
+    there = _beside_the_run(folder) if is_run else _names(folder)
     for name in sorted({*files, *there}):
         if not (folder / name).is_file():
             return Verified(folder, about, f"{name} is missing")
@@ -91,8 +93,8 @@ def verify_folder(folder: Path, key: PublicKey, is_run: bool = False) -> Verifie
 def verify_run(folder: Path) -> list[Verified]:
     """Check every accepted round in a run's folder, that each follows the one before, and the folder's own model.
 
-    The folder itself, last where it has a model, must hold a round as it was signed, and no file beside it that the run
-    does not know: a model could be loaded with it.
+    The folder itself, last where it has more than the run's own files, must hold a round as it was signed, and no file
+    beside it that the run does not know: a model could be loaded with it.
 
     Raises:
         CheckpointError: if the folder is none of a community run, or has no round.
@@ -100,7 +102,7 @@ def verify_run(folder: Path) -> list[Verified]:
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder.absolute()}: expected that of a community run.")
     key = read_public_key(folder)
-    found = [verify_folder(path, key) for path in checkpoints(folder)]
+    found = [verify_folder(path, key) for path in _rounds(folder)]
     if not found:
         raise CheckpointError(f"{folder.absolute()} has no accepted round: expected folders such as checkpoint-0.")
     checked = [found[0]]
@@ -110,9 +112,14 @@ def verify_run(folder: Path) -> list[Verified]:
             one = Verified(one.folder, one.about, f"it does not follow {before.folder.name}, which is another round")
         checked.append(one)
     checked = [_named_right(one) for one in checked]
-    if (folder / ROUND_FILE).exists() or (folder / WEIGHTS_FILE).exists():
+    if (folder / ROUND_FILE).exists() or _beside_the_run(folder):
         checked.append(verify_folder(folder, key, is_run=True))
     return checked
+
+
+def _rounds(folder: Path) -> list[Path]:
+    """Return all that bears a round's name, the earliest first, be it written to its end or not."""
+    return sorted((path for path in folder.iterdir() if _ROUND.fullmatch(path.name)), key=step_of)
 
 
 def _named_right(one: Verified) -> Verified:
@@ -120,6 +127,10 @@ def _named_right(one: Verified) -> Verified:
     if not one.problem and one.about["number"] != step_of(one.folder):
         return Verified(one.folder, one.about, f"it was signed as round {one.about['number']}")
     return one
+
+
+def _beside_the_run(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if not _is_of_the_run(name)]
 
 
 def _is_of_the_run(name: str) -> bool:

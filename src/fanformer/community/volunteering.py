@@ -2,7 +2,7 @@
 
 What a member keeps lies in its folder: the run of its own training, and here
 
-offer.json        run and round of the last offer, so that none is trained twice
+offer.json        run, member and round of the last offer, so that none is trained twice
 update.safetensors   what it came to, until the next offer
 tokenizer/        the run's
 """
@@ -19,7 +19,7 @@ from fanformer.community.invitation import Invitation
 from fanformer.community.member import Member, joined, member_config
 from fanformer.community.offers import Offer, Sealed, open_offer
 from fanformer.community.plan import Task
-from fanformer.community.updates import decode_weights
+from fanformer.community.updates import decode_weights, is_name
 from fanformer.data.prepared import open_prepared
 from fanformer.data.sources.documents import is_prepared_folder
 from fanformer.errors import ConfigError, DataError, DivergenceError
@@ -44,7 +44,7 @@ class Own:
 
     Attributes:
         data: its own text, a SPEC; None takes the run's, where that can be had here.
-        licence: of its data.
+        licence: of its data, at most 200 printable characters.
         device: where to train.
         precision: as of a run.
         compile: as of a run.
@@ -55,6 +55,13 @@ class Own:
     device: str = "auto"
     precision: str = "auto"
     compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not is_name(self.licence):
+            raise ConfigError(
+                f"`--licence` must be 1 to 200 printable characters, got {self.licence!a:.80}: give its short name, as "
+                "CC-BY-4.0."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +167,7 @@ class Volunteer:
             payload = member.take_part(task, weights, stop)
         except (DataError, DivergenceError) as error:
             return self._refused(f"round {task.round}: {error}")
-        self._keep(offer.run, task, payload)
+        self._keep(offer, task, payload)
         steps = member.trainer.state.step - task.first_step
         self.rounds += 1
         self.tokens += steps * offer.plan.tokens_per_step
@@ -194,6 +201,8 @@ class Volunteer:
                 "with another --output-dir."
             )
         if (last["round"], last["base"]) == (task.round, task.base):
+            if last.get("member") != offer.member:  # joined by another key: what was trained bears the other name
+                return None
             is_whole = hashlib.sha256(payload).hexdigest() == last["sha256"]  # else it was killed between the files
             return payload if is_whole else None
         if task.round < last["round"]:
@@ -204,15 +213,20 @@ class Volunteer:
             )
         return None
 
-    def _keep(self, run: str, task: Task, payload: bytes) -> None:
+    def _keep(self, offer: Offer, task: Task, payload: bytes) -> None:
         """Put an update on the disk, to be sent again if it gets lost."""
         place = self._folder / UPDATE_FILE
         aside = place.with_name(UPDATE_FILE + ".new")
         aside.write_bytes(payload)
         sync(aside)
         aside.replace(place)
-        digest = hashlib.sha256(payload).hexdigest()
-        content = {"run": run, "round": task.round, "base": task.base, "sha256": digest}
+        content = {
+            "run": offer.run,
+            "member": offer.member,
+            "round": task.round,
+            "base": task.base,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        }
         replace_json(self._folder / OFFER_FILE, content)
 
     def _opened(self, offer: Offer) -> Member:

@@ -27,6 +27,27 @@ def places_of_text(places: torch.Tensor) -> Iterator[None]:
         PLACES_OF_TEXT.reset(before)
 
 
+class StepCount:
+    """How many steps of a recurrent depth the tokens of some calls took."""
+
+    def __init__(self) -> None:
+        self.tokens = self.steps = 0
+
+    @property
+    def mean(self) -> float | None:
+        """Steps a token, None where none took a number of its own."""
+        return self.steps / self.tokens if self.tokens else None
+
+    def add(self, tokens: int, steps: int) -> None:
+        """Count these tokens and their steps, those of a call that an earlier process made too."""
+        self.tokens += tokens
+        self.steps += steps
+
+
+STEPS_TAKEN: ContextVar[StepCount | None] = ContextVar("steps_taken", default=None)
+"""Counts the steps of the calls at hand, where someone wants to know."""
+
+
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """Row i holds tokens [i T, i T + T) of a stream, T = sequence_length, with the token after each as its label.
 

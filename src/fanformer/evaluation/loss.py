@@ -18,7 +18,7 @@ from fanformer.data.packing import IGNORED_LABEL, PackedRows, places_of_text
 from fanformer.data.prepared import TokenStream
 from fanformer.data.token_files import lay_out
 from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
-from fanformer.errors import DataError
+from fanformer.errors import DataError, NotANumberError
 from fanformer.evaluation.statistics import ratio_stderr
 
 if TYPE_CHECKING:
@@ -397,6 +397,7 @@ def evaluate_documents(
 
     Raises:
         DataError: if there is no text.
+        NotANumberError: if the model's loss is none.
     """
     documents = list(texts)
     num_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in documents], dtype=np.int64)
@@ -410,4 +411,6 @@ def evaluate_documents(
     length = min(sequence_length or default_sequence_length(model), len(tokens) - 1)
     rows = math.ceil((len(tokens) - 1) / length)
     nats, predicted, _ = _measure(model, stream, length, min(batch_size, rows))
+    if np.isnan(nats).any():
+        raise NotANumberError
     return DocumentSums(nats, predicted, num_bytes)

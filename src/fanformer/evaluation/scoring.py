@@ -18,14 +18,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from fanformer.data.packing import places_of_text
-from fanformer.errors import DataError
+from fanformer.data.packing import STEPS_TAKEN, StepCount, places_of_text
+from fanformer.errors import DataError, NotANumberError
 from fanformer.files.durable import hash_file
 
 TOKENS_PER_PASS = 1024
 """Of short rows, 64 of 16 tokens: a third faster than 8 on a CPU core, and the logits of 50,000 words take 200 MB."""
 WIDTH = 16
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the numbers in the files of finished passes come to mean something else."""
 
 
@@ -38,6 +38,14 @@ class Score(NamedTuple):
 
     log_likelihood: float
     is_greedy: bool
+
+
+class _Pass(NamedTuple):
+    """What came of a pass: scores, how many tokens took steps of their own number, and how many steps these were."""
+
+    scores: list[Score]
+    tokens: int
+    steps: int
 
 
 class _Row(NamedTuple):
@@ -67,18 +75,21 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 class FinishedPasses:
-    """A file with the scores of every pass that was computed, a line each; what a kill cuts short is computed again."""
+    """A file of passes that were computed, a line each; what a kill cuts short is computed again.
+
+    A line has the number of a pass, its scores, and how many of its tokens took steps of their own, and these steps.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read what an earlier evaluation left; the folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.scores: dict[int, list[Score]] = {}
+        self.passes: dict[int, _Pass] = {}
         content = path.read_bytes() if path.exists() else b""
         complete = content[: content.rfind(b"\n") + 1]
         try:
             for line in complete.decode().splitlines():
-                number, values = json.loads(line)
-                self.scores[number] = [Score(*value) for value in values]
+                number, values, *counted = json.loads(line)
+                self.passes[number] = _Pass([Score(*value) for value in values], *counted)
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{path.absolute()} is damaged ({error}): delete it, its requests are computed anew."
@@ -87,10 +98,10 @@ class FinishedPasses:
             os.truncate(path, len(complete))
         self._file = path.open("ab", buffering=0)  # unbuffered: SIGKILL loses nothing that was written
 
-    def add(self, number: int, scores: list[Score]) -> None:
-        """Keep the scores of a pass."""
-        self.scores[number] = scores
-        self._file.write(json.dumps([number, scores]).encode() + b"\n")
+    def add(self, number: int, computed: "_Pass") -> None:
+        """Keep a pass."""
+        self.passes[number] = computed
+        self._file.write(json.dumps([number, *computed]).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -139,6 +150,7 @@ class Scorer:
 
         Raises:
             DataError: if a continuation is empty.
+            NotANumberError: if a log-likelihood is none.
         """
         asked = [self._asked(task, context, continuation) for context, continuation in requests]
         together: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
@@ -147,18 +159,20 @@ class Scorer:
         # the longest first: what does not fit into memory shows at once, and the time left is not underestimated
         rows = [_Row(inputs, tuple(sorted(found))) for inputs, found in together.items()]
         rows.sort(key=lambda row: (-len(row.inputs), row))
-        finished = self._finished(task, rows)
+        finished, count = self._finished(task, rows), STEPS_TAKEN.get()
         known: dict[_Asked, Score] = {}
         number_of_scores = sum(len(row.continuations) for row in rows)
         for number, (members, number_of_rows, width) in enumerate(self._passes(rows)):
-            scores = finished.scores.get(number) if finished else None
-            if scores is None:
-                scores = self._pass(members, number_of_rows, width)
+            computed = finished.passes.get(number) if finished else None
+            if computed is None:
+                computed = self._counted_pass(members, number_of_rows, width)
                 self.passes_computed += 1
                 if finished is not None:
-                    finished.add(number, scores)
+                    finished.add(number, computed)
+            elif count is not None:
+                count.add(computed.tokens, computed.steps)
             pairs = [(row.inputs, continuation) for row in members for continuation in row.continuations]
-            known.update(zip(pairs, scores, strict=True))
+            known.update(zip(pairs, computed.scores, strict=True))
             if on_progress is not None:
                 on_progress(len(known) * len(requests) // number_of_scores)
         if finished is not None:
@@ -201,6 +215,12 @@ class Scorer:
             yield rows[start : start + number_of_rows], number_of_rows, width
             start += number_of_rows
 
+    def _counted_pass(self, rows: list[_Row], number_of_rows: int, width: int) -> _Pass:
+        count = STEPS_TAKEN.get() or StepCount()
+        tokens, steps = count.tokens, count.steps
+        scores = self._pass(rows, number_of_rows, width)
+        return _Pass(scores, count.tokens - tokens, count.steps - steps)
+
     @torch.no_grad()
     def _pass(self, rows: list[_Row], number_of_rows: int, width: int) -> list[Score]:
         """Compute one pass: the scores of all continuations of its rows, in order."""
@@ -225,5 +245,7 @@ class Scorer:
                 found = logits[index, stop - len(continuation) : stop].float().log_softmax(-1)  # (T, V)
                 target = torch.tensor(continuation, device=found.device)
                 nats = found.gather(1, target[:, None]).double().sum()
+                if nats.isnan():
+                    raise NotANumberError
                 scores.append(Score(float(nats), bool((found.argmax(-1) == target).all())))
         return scores

@@ -62,7 +62,11 @@ def _piqa(path: Path) -> Iterator[Row]:
     """{"goal", "sol1", "sol2"}, with the labels in NAME-labels.lst beside it."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     _require(labels_path, "piqa")
-    labels = [int(label) for _, label in _lines(labels_path)]
+    labels = []
+    for number, line in _lines(labels_path):
+        if (got := line.strip()) not in ("0", "1"):
+            raise DataError(f"{labels_path}:{number}: expected 0 or 1, got `{got[:20]}`: fetch the file again.")
+        labels.append(int(got))
     rows = list(_json_lines(path))
     if len(labels) != len(rows):
         raise DataError(

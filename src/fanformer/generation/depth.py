@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fanformer.data.packing import PLACES_OF_TEXT
+from fanformer.data.packing import PLACES_OF_TEXT, STEPS_TAKEN, StepCount
 from fanformer.errors import ConfigError
 from fanformer.generation.text_model import depth_note
 
@@ -112,18 +112,6 @@ def chosen_depth(
             decoder.depth = before
 
 
-class StepCount:
-    """How many steps the tokens of some calls took."""
-
-    def __init__(self) -> None:
-        self.tokens = self.steps = 0
-
-    @property
-    def mean(self) -> float | None:
-        """Steps a token, None where none took a number of its own."""
-        return self.steps / self.tokens if self.tokens else None
-
-
 @contextmanager
 def counted_steps(model: PreTrainedModel) -> Iterator[StepCount]:
     """Count the steps that tokens take within the `with` block.
@@ -137,11 +125,11 @@ def counted_steps(model: PreTrainedModel) -> Iterator[StepCount]:
         if steps is not None:
             places = PLACES_OF_TEXT.get()
             steps = steps if places is None else steps[places]
-            count.tokens += steps.numel()
-            count.steps += int(steps.sum())
+            count.add(steps.numel(), int(steps.sum()))
 
-    handle = model.get_decoder().register_forward_hook(see)
+    handle, before = model.get_decoder().register_forward_hook(see), STEPS_TAKEN.set(count)
     try:
         yield count
     finally:
         handle.remove()
+        STEPS_TAKEN.reset(before)

@@ -15,7 +15,7 @@ from fanformer.data.multimodal import placeholder_ids
 from fanformer.data.multimodal.media_rows import MediaStore
 from fanformer.data.multimodal.messages import Media, MediaMessage
 from fanformer.data.multimodal.wording import wording_of
-from fanformer.errors import CheckpointError, ConfigError, DataError
+from fanformer.errors import CheckpointError, ConfigError, DataError, refuse_single
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.loading import check_weights, load_config, read_weights
 from fanformer.generation.settings import GenerationSettings
@@ -210,8 +210,7 @@ def shown_media(images: Sequence[Any], audio: Sequence[Any]) -> list[Media]:
         DataError: if a file cannot be read.
     """
     for name, given in (("images", images), ("audio", audio)):
-        if isinstance(given, str | bytes | os.PathLike):
-            raise ConfigError(f"`{name}` must be a list, got {type(given).__name__}: write [...] around it.")
+        refuse_single(name, given)
     return [_read(kind, one) for kind, given in (("image", images), ("audio", audio)) for one in given]
 
 

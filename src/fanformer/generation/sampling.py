@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fanformer.errors import CheckpointError
+from fanformer.errors import NotANumberError
 from fanformer.generation.settings import SMALLEST_TEMPERATURE, GenerationSettings
 
 _TINY = np.finfo(np.float32).tiny
@@ -106,7 +106,7 @@ class TokenSampler:
             logits: (V) float32.
 
         Raises:
-            CheckpointError: if a logit is no number, which would otherwise come out as arbitrary text.
+            NotANumberError: if a logit is no number.
         """
         check_numbers(logits)
         scores = self._adjusted(logits[: self._known].astype(np.float32))
@@ -199,9 +199,9 @@ def _by_sorting(ids: NDArray[np.int64], scores: Floats, share: float) -> NDArray
 
 
 def check_numbers(logits: Floats) -> None:
-    """Raise CheckpointError if one of `logits` (V) is no number, which would otherwise come out as arbitrary text."""
+    """Raise NotANumberError if one of `logits` (V) is none."""
     if np.isnan(logits).any():
-        raise CheckpointError("the model computes values that are no numbers: its weights or dtype are of no use.")
+        raise NotANumberError
 
 
 def log_probabilities(logits: Floats) -> Floats:

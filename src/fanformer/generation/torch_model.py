@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fanformer.data.multimodal import placeholder_ids
 from fanformer.data.tokenizer import encode_documents, start_token_id
-from fanformer.errors import CheckpointError, ConfigError
+from fanformer.errors import ConfigError, NotANumberError
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
@@ -49,12 +49,10 @@ class KnownTokensOnly(LogitsProcessor):
         """Return `scores` (B, V) with minus infinity from id `known` on, and at placeholders.
 
         Raises:
-            CheckpointError: if a score is no number, which would otherwise come out as arbitrary text.
+            NotANumberError: if a score is no number.
         """
         if scores.isnan().any():
-            raise CheckpointError(
-                "the model computes values that are no numbers: its dtype may be too narrow, try float32 or bfloat16."
-            )
+            raise NotANumberError
         vocabulary = scores.shape[-1]
         never = [*range(self._known, vocabulary), *(number for number in self._placeholders if number < vocabulary)]
         return scores.index_fill(-1, torch.tensor(never, dtype=torch.int64, device=scores.device), -torch.inf)

@@ -1,14 +1,15 @@
 """A FANformer on ggml: logits of token ids, with a key-value cache, straight from a GGUF file; never imports torch.
 
-The arithmetic is that of model/modeling_fanformer.py, in ggml's order of dimensions. A graph is built once for every
-number of tokens (rounded up to a power of two) and of cached positions (rounded up to a bucket), and run again with
-other inputs: where a token's key and value go, and what it sees, are inputs too.
+The arithmetic is that of model/modeling_fanformer.py, in ggml's order of dimensions. A graph is built for every number
+of tokens (rounded up to a power of two) and of cached positions (rounded up to a bucket), and run again with other
+inputs: where a token's key and value go, and what it sees, are inputs too. The graphs that ran last are kept.
 
 Shapes as there, with B streams (texts that go on together) of T tokens each, N = B T.
 """
 
 import itertools
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ CHUNK = 64
 _CACHE_BUCKETS = (64, 128, 256)
 _CACHE_STEP = 256
 _NODES_PER_LAYER = 128
+_MOST_GRAPHS = 96
+"""Graphs that are kept: the descriptions of one's operations take 0.4 MB and more."""
 _BYTES_A_THREAD = 4 << 20
 """Weights, read for every token, from which a thread more is worth that all wait for each other after every operation.
 
@@ -213,7 +216,7 @@ class _State:
             shapes[f"v{place}"] = kind, (1, self._all_cells * self._width * streams)
         self._cache = Memory(runtime, shapes)
         self.num_bytes = self._cache.total_bytes
-        self._graphs: dict[tuple[int, int, int, int, bool], Graph] = {}
+        self._graphs: OrderedDict[tuple[int, int, int, int, bool], Graph] = OrderedDict()  # the last ran last
         self._graph(0, streams, CHUNK, cells, False)  # the largest first: it decides how much memory the others share
 
     def step(self, parts: Sequence[Sequence[int]], every: bool) -> tuple[int, Floats]:
@@ -266,8 +269,13 @@ class _State:
     def _graph(self, first: int, count: int, width: int, used: int, every: bool) -> Graph:
         key = first, count, width, used, every
         graph = self._graphs.get(key)
-        while graph is None or not graph.usable:
-            self._graphs[key] = graph = _Builder(self, first, count, width, used).build(every)
+        if graph is None or not graph.usable:
+            graph = self._graphs[key] = _Builder(self, first, count, width, used).build(every)
+            for other in [one for one, made in self._graphs.items() if not made.usable]:
+                del self._graphs[other]
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
         return graph
 
 

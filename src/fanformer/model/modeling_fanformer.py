@@ -578,6 +578,7 @@ class FANformerModel(FANformerPreTrainedModel):
         if self.bridge is None:
             hidden_states, steps = run(range(len(self.layers)), inputs_embeds, past_key_values), None
         else:
+            depth.check_engine(kwargs, recomputes=self.training and self.gradient_checkpointing)
             hidden_states, steps = think(run, self.bridge, inputs_embeds, past_key_values, depth, attention_mask)
         return FANformerModelOutput(self.norm(hidden_states), past_key_values, steps=steps)
 

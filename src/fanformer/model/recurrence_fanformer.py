@@ -6,7 +6,7 @@ the plain model. Sources: arXiv:2502.05171 (Huginn); arXiv:2511.07384 (retrofits
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,27 @@ class Depth(NamedTuple):
     """A token takes no further step once a step changed its state by less than this share; None takes all."""
     last_step_cache: bool = False
     """Keep keys and values of the last step only: less memory, and another function after the first call."""
+
+    def check_engine(self, options: Mapping[str, Any], recomputes: bool) -> None:
+        """Refuse what would drop or overwrite keys and values of a step: then it would be another function.
+
+        Args:
+            options: what an engine gives the decoder beside its usual arguments; vLLM and SGLang their layers.
+            recomputes: whether blocks keep their inputs alone for the backward pass, for which they go without a cache.
+
+        Raises:
+            ValueError: if an engine has one layer of keys and values a block, or blocks recompute under a threshold.
+        """
+        if "attention_instances" in options and self.largest > 1:
+            raise ValueError(
+                f"`num_steps` must be 1 in an engine with one layer of keys and values a block, got {self.largest}, "
+                "each step with keys and values of its own: `fanformer serve` runs such a model."
+            )
+        if recomputes and self.exit_threshold is not None:
+            raise ValueError(
+                f"`exit_threshold` must be None in training with gradient checkpointing, got {self.exit_threshold}: "
+                "leave one of them out."
+            )
 
     @property
     def largest(self) -> int:

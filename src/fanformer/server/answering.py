@@ -41,7 +41,7 @@ class ClientGoneError(Exception):
 class Answering:
     """The answers of one HTTP request; `cancel` frees their slots."""
 
-    def __init__(self, model: ServedModel, plan: Plan, is_chat: bool, seconds: float) -> None:
+    def __init__(self, model: ServedModel, plan: Plan, is_chat: bool, seconds: float, client: str) -> None:
         """Queue the requests.
 
         Args:
@@ -49,6 +49,7 @@ class Answering:
             plan: what was asked.
             is_chat: which shape the answer has.
             seconds: most that it may take, waiting included.
+            client: who asks.
 
         Raises:
             RefusalError: if there is no room in the queue, or the server is shutting down.
@@ -66,7 +67,7 @@ class Answering:
             return listen
 
         listeners = [listener(index) for index in range(len(plan.requests))]
-        self._tickets = _submit(model.scheduler, plan, listeners)
+        self._tickets = _submit(model.scheduler, plan, listeners, client)
         self._begun: set[int] = set()
 
     def cancel(self) -> None:
@@ -186,14 +187,14 @@ class Answering:
         yield event("[DONE]")
 
 
-def _submit(scheduler: Scheduler, plan: Plan, listeners: Sequence[Listener]) -> list[Ticket]:
-    most = scheduler.queue_size + scheduler.slots.count
+def _submit(scheduler: Scheduler, plan: Plan, listeners: Sequence[Listener], client: str) -> list[Ticket]:
+    most = scheduler.most_of_a_client
     if len(plan.requests) > most:
         raise invalid(
             f"a request may have {most} answers here, got {len(plan.requests)}: send fewer prompts.", "prompt"
         )
     with refused_in_http(scheduler):
-        return scheduler.submit(plan.requests, listeners)
+        return scheduler.submit(plan.requests, listeners, client)
 
 
 @contextmanager

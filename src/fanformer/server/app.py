@@ -180,14 +180,14 @@ def _shown(value: Any) -> str:
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     async def answer(request: HTTPRequest, model: ServedModel, plan: Plan, is_chat: bool) -> Response:
-        answering = Answering(model, plan, is_chat, service.limits.answer_seconds)
+        answering = Answering(model, plan, is_chat, service.limits.answer_seconds, request.state.client)
         if plan.stream:
             return EventStream(answering)
         return JSONResponse(await unless_gone(request, answering.whole()))
 
     looking = asyncio.Lock()
 
-    async def plan_shown(fields: ChatFields, model: ServedModel) -> Plan:
+    async def plan_shown(fields: ChatFields, model: ServedModel, client: str) -> Plan:
         """Let one request after the other look at its pictures: others' threads and the memory are spared.
 
         A thread goes on when its client has hung up, and so keeps its turn until it ends.
@@ -195,7 +195,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         await looking.acquire()
         try:
             with refused_in_http(model.scheduler):
-                model.scheduler.check_room()
+                model.scheduler.check_room(client=client)
             work = asyncio.ensure_future(asyncio.to_thread(plan_chat, fields, model))
         except BaseException:
             looking.release()
@@ -214,7 +214,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         model = _find(service, fields.model)
         if shows(fields.messages):
-            plan = await unless_gone(request, plan_shown(fields, model))
+            plan = await unless_gone(request, plan_shown(fields, model, request.state.client))
         else:
             plan = await asyncio.to_thread(plan_chat, fields, model)
         return await answer(request, model, plan, True)

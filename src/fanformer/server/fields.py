@@ -93,7 +93,7 @@ class GenerationFields(_Fields):
     """Makes the answer reproducible; answer i of the request has random numbers of its own."""
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None
     """Divides positive logits, and multiplies negative ones, of tokens in the prompt or written; default 1."""
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(fail_fast=True)] | None = None
     """Added to the logits of token ids, which are written as strings."""
@@ -106,8 +106,8 @@ class GenerationFields(_Fields):
 class CompletionFields(GenerationFields):
     """A request to /v1/completions."""
 
-    prompt: str | ListOf[TokenId] | ListOf[str] | ListOf[ListOf[TokenId]] = ""
-    """A text, its token ids, or a list of either; an empty text begins a new one."""
+    prompt: str | ListOf[TokenId] | ListOf[str] | ListOf[ListOf[TokenId]] | None = None
+    """A text, its token ids, or a list of either; an empty text begins a new one, and so does none."""
     best_of: Annotated[int | None, Field(ge=1, le=128)] = None
     """Answers of which the n with the highest log-probability per token are told."""
     echo: bool | None = None

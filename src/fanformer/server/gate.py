@@ -31,7 +31,9 @@ ROUTES = (
     "/metrics",
 )
 _DISCARDED, _DISCARD_SECONDS = 4, 2.0
-"""How many times the largest body, and for how long, is read on of one that is too large."""
+"""How many times the largest body, and for how long, is read on of one that is refused."""
+_TOO_SLOW = 408
+"""Of a body that had its time: it gets no more."""
 _log = logging.getLogger("fanformer.server")
 
 
@@ -79,6 +81,8 @@ class Gate:
         try:
             await self._pass(scope, headers, heard, told)
         except RefusalError as refusal:
+            if not is_read and refusal.status != _TOO_SLOW:
+                await _discard(heard, _DISCARDED * self._limits.body_bytes)
             await _response(refusal)(scope, receive, told)
         except Exception as error:  # not its message: a prompt could stand in it
             log_failure(_log, "a request failed", error)
@@ -116,6 +120,7 @@ class Gate:
         try:
             await self._read(parts, headers, receive)
             parts[:] = [b"".join(parts)]
+            scope.setdefault("state", {})["client"] = client
             await self._app(scope, _replayed(parts[0], receive), send)
         finally:
             self.held_bytes -= sum(map(len, parts))
@@ -164,7 +169,6 @@ class Gate:
         most = self._limits.body_bytes
         declared = headers.get("content-length", "0")
         if declared.isdigit() and (len(declared) > 18 or int(declared) > most):
-            await _discard(receive, _DISCARDED * most)
             raise _too_large(most)
         size = 0
         try:
@@ -176,19 +180,17 @@ class Gate:
                     piece = message.get("body", b"")
                     size += len(piece)
                     if size > most:
-                        break
+                        raise _too_large(most)
                     self._hold(parts, piece)
                     if not message.get("more_body", False):
                         return
         except TimeoutError as error:
             raise RefusalError(
-                408,
+                _TOO_SLOW,
                 f"the request's body took more than {self._limits.body_seconds:g} seconds: send it faster.",
                 code="timeout",
                 headers={"connection": "close"},
             ) from error
-        await _discard(receive, _DISCARDED * most)
-        raise _too_large(most)
 
     def _hold(self, parts: list[bytes], piece: bytes) -> None:
         if self.held_bytes + len(piece) > self._limits.bodies_bytes:

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from fanformer.server.slots import Conversation, Shown
 
 
 class MediaReader:
-    """Reads what users show to a model with towers, one request at a time: a picture takes memory while it is read."""
+    """Reads what users show to a model with towers, one request at a time: a picture takes memory while it is read.
+
+    A conversation that shows nothing waits for none of them.
+    """
 
     def __init__(self, model: MediaModel, positions: int) -> None:
         """Begin.
@@ -52,7 +56,9 @@ class MediaReader:
         """
         store = self._model.new_store(self._positions)
         said, shown = [], []
-        with self._busy:
+        is_text = all(isinstance(message["content"], str) for message in messages)
+        turn: AbstractContextManager[Any] = nullcontext() if is_text else self._busy
+        with turn:
             for message in messages:
                 parts = [message["content"]] if isinstance(message["content"], str) else message["content"]
                 content = [part if isinstance(part, str) else _checked(part, store) for part in parts]

@@ -352,7 +352,9 @@ def _byte_reader(reader: TokenReader) -> Callable[[int], bytes]:
             return bytes(table[character] for character in token)
         if "ByteFallback" in kinds and (found := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(found.group(1), 16)])
-        return reader.decode([number]).encode(errors="replace")
+        # behind itself: at the beginning of a text some decoders leave out the space that a token begins with
+        alone = reader.decode([number])
+        return reader.decode([number, number])[len(alone) :].encode(errors="replace")
 
     return read
 

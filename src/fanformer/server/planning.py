@@ -152,9 +152,9 @@ def encode_conversation(model: ServedModel, messages: Sequence[Message]) -> Conv
         ) from error
 
 
-def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
+def _prompts(prompt: str | list[int] | list[str] | list[list[int]] | None) -> list[str] | list[list[int]]:
+    if prompt is None or isinstance(prompt, str):
+        return [prompt or ""]
     if not prompt:
         raise invalid("`prompt` must be a text, token ids, or a list of either, got an empty list.", "prompt")
     if isinstance(prompt[0], int):

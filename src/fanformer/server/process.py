@@ -35,6 +35,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin, unless there are too many."""
@@ -54,9 +55,11 @@ class Connection(H11Protocol):
         if not (in_work and self.conn.their_state is h11.DONE):
             super().data_received(data)
             self._watch_head()
-            if self.conn.their_state is not h11.DONE or not self.flow.read_paused:
+            if self.conn.their_state is not h11.DONE:
                 return
             self.flow.resume_reading()
+            if not self.conn.trailing_data[0]:
+                return
         self.cycle.keep_alive = False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -69,7 +72,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Wait for the client to read, but not for ever."""
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+        self._watch_reading()
 
     def resume_writing(self) -> None:
         """Go on."""
@@ -77,6 +80,17 @@ class Connection(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+    def _watch_reading(self) -> None:
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.limits.write_seconds, self._end_unless_read)
+
+    def _end_unless_read(self) -> None:
+        """End the connection of a client that has read nothing meanwhile; give one that reads as long again."""
+        if self.transport.get_write_buffer_size() < self._unread_bytes:
+            self._watch_reading()
+        else:
+            self.transport.abort()
 
     def _watch_head(self) -> None:
         """Let a timer run while the head of a request is missing; more of it does not start the time anew."""
@@ -126,13 +140,18 @@ class Server(uvicorn.Server):
         self._on_started()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to stop: when nothing is in work any more, or it took too long."""
+        """Return whether to stop: when nothing is in work or on its way any more, or it took too long."""
         if self._draining_since is not None:
             left = self._draining_since + self._service.limits.drain_seconds - time.monotonic()
-            if self._service.gate.in_work == 0 or left <= 0:
+            if left <= 0 or (self._service.gate.in_work == 0 and not self._is_sending()):
                 self.should_exit = True
                 await asyncio.get_running_loop().run_in_executor(None, self._service.close)
         return await super().on_tick(counter)
+
+    def _is_sending(self) -> bool:
+        """Return whether a part of an answer waits for a client to read what comes before."""
+        connections = self.server_state.connections
+        return any(isinstance(one, Connection) and one.transport.get_write_buffer_size() > 0 for one in connections)
 
 
 def bind(host: str, port: int) -> socket.socket:

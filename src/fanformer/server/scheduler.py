@@ -1,5 +1,7 @@
 """Requests that share a model's steps: each joins and leaves at any token, and none waits for another to end.
 
+Slots are shared among clients too: they take turns, and none has two more than another who waits.
+
 One thread computes. A step takes one token of every text that is being written, then a piece of one prompt that is
 being read, in order of arrival: a long prompt delays the others by a piece at a time. What a slot still holds of the
 text before is not read again where the next text begins the same way.
@@ -8,7 +10,7 @@ text before is not read again where the next text begins the same way.
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,8 +129,8 @@ class Counters:
 class Ticket:
     """A request that was taken; `cancel` ends it."""
 
-    def __init__(self, request: Request, listener: Listener) -> None:
-        self.request, self._listener = request, listener
+    def __init__(self, request: Request, listener: Listener, client: str) -> None:
+        self.request, self.client, self._listener = request, client, listener
         self.arrived = time.monotonic()
         self.cancelled = False
         self.slot = -1
@@ -182,6 +184,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
+        self._turns: dict[str, int] = {}
         self._held: list[list[int]] = [[] for _ in range(slots.count)]
         self._begins: dict[str, NDArray[np.bool_] | None] = {}
         self._closed = False
@@ -205,12 +208,18 @@ class Scheduler:
         is_broken = self._failures >= _FAILURES and time.monotonic() < self._failed_at + _BROKEN_SECONDS
         return self._thread.is_alive() and not is_broken
 
-    def submit(self, requests: Sequence[Request], listeners: Sequence[Listener]) -> list[Ticket]:
+    @property
+    def most_of_a_client(self) -> int:
+        """Requests that one client may have here: a quarter of the queue is kept for the others."""
+        return self.slots.count + self.queue_size - self.queue_size // 4
+
+    def submit(self, requests: Sequence[Request], listeners: Sequence[Listener], client: str = "") -> list[Ticket]:
         """Queue requests, all or none of them.
 
         Args:
             requests: texts to continue.
             listeners: for each, who hears its events, in the computing thread: must not block.
+            client: who asks; clients take turns.
 
         Raises:
             ConfigError: if one has no tokens, more than there are positions for, or unknown ones.
@@ -219,20 +228,28 @@ class Scheduler:
         """
         for request in requests:
             self._check(request)
-        tickets = [Ticket(request, listener) for request, listener in zip(requests, listeners, strict=True)]
+        tickets = [Ticket(request, listener, client) for request, listener in zip(requests, listeners, strict=True)]
         with self._changed:
-            self.check_room(len(tickets))
+            self.check_room(len(tickets), client)
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
 
-    def check_room(self, count: int = 1) -> None:
-        """Raise what `submit` raises where there is no room for so many requests now."""
+    def check_room(self, count: int = 1, client: str = "") -> None:
+        """Raise what `submit` raises where there is no room for so many requests of a client now."""
         if self._closed:
             raise ClosedError("the server is shutting down: ask another one.")
-        if count > self.queue_size + self.slots.count - len(self._waiting) - len(self._active):
+        with self._changed:
+            known = [*self._waiting, *self._active.values()]
+        held = sum(ticket.client == client for ticket in known)
+        if count > self.queue_size + self.slots.count - len(known):
             self.counters.refused += count
-            raise QueueFullError(f"{len(self._waiting)} requests wait already: try again later.")
+            raise QueueFullError(f"{len(known)} answers are in work or wait already: try again later.")
+        if held + count > self.most_of_a_client:
+            self.counters.refused += count
+            raise QueueFullError(
+                f"a client may have {self.most_of_a_client} answers in work, {held} are: try again later."
+            )
 
     def _check(self, request: Request) -> None:
         ids, positions = request.ids, self.slots.positions
@@ -279,13 +296,24 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self.slots.count:
-            ticket = self._waiting.popleft()
+            ticket = self._next_in_turn()
+            self._waiting.remove(ticket)
             try:
                 self._seat(ticket)
             except Exception as error:  # ends this request, and not the thread with all others
                 log_failure(_log, "a request failed", error)
                 ticket.tell(Failure(_INTERNAL))
                 self.counters.finished["failed"] += 1
+
+    def _next_in_turn(self) -> Ticket:
+        """Return what waits of the client with the fewest slots; among several, of the one longest without a turn."""
+        seated = Counter(ticket.client for ticket in self._active.values())
+        chosen = min(self._waiting, key=lambda one: (seated[one.client], self._turns.get(one.client, 0)))
+        there = {ticket.client for ticket in self._waiting}
+        latest = max(self._turns.values(), default=0)
+        self._turns = {client: turn for client, turn in self._turns.items() if client in there}
+        self._turns[chosen.client] = latest + 1
+        return chosen
 
     def _seat(self, ticket: Ticket) -> None:
         """Give a request the free slot that holds most of its text already, or else the first free one."""

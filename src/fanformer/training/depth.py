@@ -16,6 +16,8 @@ from fanformer.training.fields import RunConfig
 OF_DEPTH = ("one_step_fraction", "core_learning_rate_scale")
 """Fields of RunConfig for models with recurrent depth alone."""
 _ONE_STEP_FRACTION = 0.45
+_NEVER = 1e-6
+"""What is drawn less often than this is not told."""
 _HALVINGS = 200  # of an interval: more than float64 has digits
 
 
@@ -58,7 +60,7 @@ class DepthLaw:
 
     def in_words(self) -> str:
         """Return the law in one line."""
-        drawn = [count for count, probability in enumerate(self.probabilities, 1) if probability > 0]
+        drawn = [count for count, probability in enumerate(self.probabilities, 1) if probability > _NEVER]
         law = f"{drawn[0]} to {drawn[-1]} steps, {self.mean} on average" if len(drawn) > 1 else f"{self.mean} steps"
         first = f"one step for {self.one_step_fraction:.0%} of the run, then " if self.one_step_fraction else ""
         return f"recurrent depth: {first}{law}"

@@ -16,6 +16,8 @@ from fanformer.training.events import Event, Listener, note_to
 CERTIFICATE_FILE, LOCK_FILE = "host-certificate.pem", ".joined.lock"
 _WAIT_SECONDS = 2.0
 _LONGEST_WAIT_SECONDS = 60.0
+_AWAY_SECONDS = 86400.0
+"""How long a host may be away: one whose run ended while a share was in work does not come back."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Stay:
     Attributes:
         rounds: whose updates were sent.
         tokens: trained on in them.
-        ended: why it ended: "finished", "time", or the name of a signal.
+        ended: why it ended: "finished", "time", "gone" where no host has answered for a day, or the name of a signal.
     """
 
     rounds: int
@@ -54,7 +56,7 @@ def join(
     Raises:
         ConfigError, DataError, CheckpointError: if this machine cannot take part.
         UnreachableError: if the host does not answer at first; in a folder that it was reached from before, or later,
-            it is waited for.
+            it is waited for, a day at most.
     """
     until = None if seconds is None else time.monotonic() + seconds
     key = read_member_key(key_file)
@@ -78,8 +80,8 @@ def join(
             except UnreachableError as error:
                 if not (is_known or is_fetched):
                     raise
-                if patience.wait(str(error)):
-                    return Stay(volunteer.rounds, volunteer.tokens, "time")
+                if ended := patience.wait(str(error)):
+                    return Stay(volunteer.rounds, volunteer.tokens, ended)
 
 
 def _stay(node: Node, volunteer: Volunteer, until: float | None, note: Callable[[str], None]) -> str:
@@ -118,18 +120,21 @@ class _Patience:
 
     def __init__(self, until: float | None, listener: Listener) -> None:
         self._until, self._listener = until, listener
-        self._wait = 0.0
+        self._wait = self._since = 0.0
 
     def over(self) -> None:
         """Note that the host was reached."""
         self._wait = 0.0
 
-    def wait(self, reason: str) -> bool:
-        """Wait, and return whether the volunteer's time is over."""
+    def wait(self, reason: str) -> str:
+        """Wait, and return why the stay is over, as `Stay.ended` has it; empty where it is not."""
         if not self._wait:
+            self._since = time.monotonic()
             self._listener(Event("note", f"{reason} trying again until it answers"))
         self._wait = min(_LONGEST_WAIT_SECONDS, 2 * self._wait or _WAIT_SECONDS)
-        left = self._wait if self._until is None else min(self._wait, self._until - time.monotonic())
-        if left > 0:
-            time.sleep(left)
-        return self._until is not None and time.monotonic() >= self._until
+        ends = {"gone": self._since + _AWAY_SECONDS}
+        if self._until is not None:
+            ends["time"] = self._until
+        ended, end = min(ends.items(), key=lambda one: one[1])
+        time.sleep(max(0.0, min(self._wait, end - time.monotonic())))
+        return ended if time.monotonic() >= end else ""

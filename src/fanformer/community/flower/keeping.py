@@ -75,7 +75,7 @@ class _Watch:
         self._restarts, self._accepted = 0, -1
         self._told: Mapping[str, Any] = {}
         self._known: list[PublicMember] = []
-        self._trouble = ""
+        self._troubles: set[str] = set()
         """What is wrong in the folder of members, once it was told."""
 
     def begin(self) -> None:
@@ -89,12 +89,20 @@ class _Watch:
         self._began = self._asked = time.monotonic()
 
     def _register(self) -> None:
-        members = read_public_members(self._members)
-        if members != self._known:
-            for told in self._processes.register(members):
-                self._note(told)
-            self._known = members
-        self._trouble = ""
+        """Let in whose key came, and no more whose key is gone; what is wrong is told once, and ends nothing."""
+        troubles: list[str] = []
+        try:
+            members = read_public_members(self._members, troubles.append)
+            if members != self._known:
+                for told in self._processes.register(members):
+                    self._note(told)
+                self._known = members
+        except FANformerError as error:
+            troubles.append(str(error))
+        for trouble in troubles:
+            if trouble not in self._troubles:
+                self._note(trouble)
+        self._troubles = set(troubles)
 
     def is_over(self) -> bool:
         """Look once, mend what died, and return whether all rounds are accepted."""
@@ -104,12 +112,7 @@ class _Watch:
             return True
         if outcome.state == "failed":
             raise DataError(outcome.error)
-        try:
-            self._register()
-        except FANformerError as error:  # a file that is being copied there
-            if str(error) != self._trouble:
-                self._trouble = str(error)
-                self._note(self._trouble)
+        self._register()
         if not self._processes.is_alive or self._is_gone(outcome):
             self._begin_again()
         elif not outcome.state and time.monotonic() - self._asked > _ASK_SECONDS:

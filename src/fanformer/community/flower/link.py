@@ -88,10 +88,11 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a member's call through, up to so many bytes; what a key sends is counted once Flower has accepted it."""
         key = next((value for name, value in scope["headers"] if name == self._key_header), b"")
-        if not self._members.has(key):
+        member = self._members.fingerprint(key)
+        if member is None:
             await _answer(send, 401, b"this key is none of a member\n", "text/plain")
             return
-        if self._budget.is_spent(key):
+        if self._budget.is_spent(member):
             await _answer(send, 429, b"more bytes than an update of this round has\n", "text/plain")
             return
         taken, accepted = 0, False
@@ -112,7 +113,7 @@ class Guard:
 
         await self._app(scope, bounded, noted)
         if accepted:
-            self._budget.spend(key, taken)
+            self._budget.spend(member, taken)
 
     async def _tell(self, path: str, send: Send) -> None:
         """Answer with the status as JSON, or as a page that follows it."""
@@ -148,16 +149,21 @@ class Members:
         self._folder = folder
         self._seen: tuple[float, frozenset[str]] = (0.0, frozenset())
 
-    def has(self, key: bytes) -> bool:
-        """Return whether a key, in base64 as it comes in a header, is one of theirs."""
+    def fingerprint(self, key: bytes) -> str | None:
+        """Return the fingerprint of a key that is one of theirs, None of any other.
+
+        Args:
+            key: in base64 as it comes in a header, which has several spellings of the same bytes.
+        """
         with contextlib.suppress(OSError):  # nobody is registered yet
             changed = (self._folder / FLOWER_FOLDER / NODES_FILE).stat().st_mtime
             if changed != self._seen[0]:
                 self._seen = changed, read_fingerprints(self._folder)
         try:
-            return hashlib.sha256(base64.b64decode(key, validate=True)).hexdigest() in self._seen[1]
+            found = hashlib.sha256(base64.b64decode(key, validate=True)).hexdigest()
         except ValueError:
-            return False
+            return None
+        return found if found in self._seen[1] else None
 
 
 class Budget:
@@ -171,7 +177,8 @@ class Budget:
         """
         self._path = folder / STATUS_FILE
         self._seen = (0.0, -1, 0)
-        self._spent: dict[bytes, int] = {}
+        self._spent: dict[str, int] = {}
+        """Bytes by the fingerprint of a member's key."""
 
     def _allowed(self) -> int:
         try:
@@ -185,14 +192,14 @@ class Budget:
             return _SPARE_BYTES
         return self._seen[2]
 
-    def is_spent(self, key: bytes) -> bool:
+    def is_spent(self, member: str) -> bool:
         """Return whether a member has sent all that it may in this round."""
         allowed = self._allowed()  # a new round forgets what was spent in the one before
-        return self._spent.get(key, 0) > allowed
+        return self._spent.get(member, 0) > allowed
 
-    def spend(self, key: bytes, size: int) -> None:
+    def spend(self, member: str, size: int) -> None:
         """Count bytes that a member sent."""
-        self._spent[key] = self._spent.get(key, 0) + size
+        self._spent[member] = self._spent.get(member, 0) + size
 
 
 async def _answer(send: Send, status: int, body: bytes, kind: str) -> None:

@@ -91,8 +91,7 @@ class HostProcesses:
         self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._local_port = self._run = 0
         self._link: subprocess.Popen[bytes] | None = None
-        # of a host that was killed, the processes end a moment later
-        _require_free(host, port, _LEFT_BEHIND_SECONDS if (self._own / LINK_LOG).exists() else 0.0)
+        require_free(folder, host, port)
 
     def __enter__(self) -> "HostProcesses":
         return self
@@ -195,9 +194,14 @@ class HostProcesses:
             return told
         kinds = flower("proto.control_pb2")
         with self._control() as client:
+            # Flower takes a key once, and a host that was killed may not have written down its number
+            numbers = {node.public_key: node.node_id for node in client.ListNodes(kinds.ListNodesRequest()).nodes_info}
             for member in new:
-                request = kinds.RegisterNodeRequest(public_key=read_public_bytes(member.file), name=member.name)
-                number = int(client.RegisterNode(request).node_id)
+                public = read_public_bytes(member.file)
+                if public not in numbers:
+                    request = kinds.RegisterNodeRequest(public_key=public, name=member.name)
+                    numbers[public] = client.RegisterNode(request).node_id
+                number = int(numbers[public])
                 known.append({"number": number, "name": member.name, "fingerprint": member.fingerprint})
                 replace_json(path, known)
         return told + [f"{member.name} may take part" for member in new]
@@ -261,11 +265,21 @@ def _changed(known: Sequence[dict[str, Any]], wanted: set[str]) -> list[str]:
     return told
 
 
-def _require_free(host: str, port: int, patience_seconds: float) -> None:
+def require_free(folder: Path, host: str, port: int) -> None:
+    """Refuse a port that is taken.
+
+    Args:
+        folder: of the run that wants it; where its host was killed, its processes end a moment later.
+        host: address to listen at for members.
+        port: likewise.
+
+    Raises:
+        ConfigError: if the port is taken.
+    """
     if port == 0:
         raise ConfigError("`--port` must be from 1 to 65535, got 0: members have to know it.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    until = time.monotonic() + patience_seconds
+    until = time.monotonic() + (_LEFT_BEHIND_SECONDS if (folder / FLOWER_FOLDER / LINK_LOG).exists() else 0.0)
     while True:
         with socket.socket(family) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,8 +46,12 @@ export class Attachments {
 
   async addPictures(files) {
     for (const file of files) {
-      if (!PICTURES.includes(file.type)) this.tell(`${file.name} is no PNG, JPEG or WebP.`);
-      else this.#show([...this.#list, { part: await picturePart(file), name: file.name }]);
+      if (!PICTURES.includes(file.type)) {
+        this.tell(`${file.name} is no PNG, JPEG or WebP.`);
+        continue;
+      }
+      const part = await picturePart(file); // meanwhile the list may change
+      this.#show([...this.#list, { part, name: file.name }]);
     }
   }
 

@@ -113,8 +113,10 @@ export class Pane {
     const text = choice.text ?? choice.delta?.content ?? "";
     const tokens = tokensOf(choice);
     if (tokens.length && !turn.tokens.length) {
-      // spaces at the end of a prompt belong to the first new token, and stand there already
-      tokens[0].given = Math.min(this.spaces, tokens[0].text.search(/[^ ]|$/));
+      // spaces at the end of a prompt may belong to the first new token: the text lacks them, for they stand there
+      const whole = tokens.map((token) => token.text).join("");
+      const lacking = whole.endsWith(text) ? whole.length - text.length : 0;
+      tokens[0].given = Math.min(this.spaces, lacking, tokens[0].text.search(/[^ ]|$/));
     }
     figures.first ??= tokens.length ? performance.now() : null;
     figures.tokens += tokens.length;

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import safe_open
 
 import fanformer
+from fanformer.data.preparation.prepare import open_prepared
 from fanformer.files.durable import replace_text
 from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.text_model import TextModel
@@ -56,13 +57,16 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
     with safe_open(folder / "model.safetensors", "pt") as weights:
         parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  # no mapping
     text, base, rows = results["text"], results["base"], results["rows"]
+    megabytes = open_prepared(work / "tokens").metadata["splits"]["train"]["bytes"] / 1e6
     about = (
         f"A FANformer of {parameters / 1e6:.1f} million parameters that comes with the package. It tells a short story "
         "from a title, continues English, answers a question about a passage or says that the passage does not hold "
         "the answer, and follows simple instructions.\n\n"
         f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, textbooks, Wikipedia, "
-        f"fairy tales, children's stories; {text['bytes'] / 1e6:,.0f} MB), then tuned on {rows['rows']:,} short "
-        "conversations and some of these texts.\n\n"
+        f"fairy tales, children's stories; {megabytes:,.0f} MB, a small part of it several times), then tuned on "
+        f"{rows['rows']:,} short conversations and some of these texts.\n\n"
+        "`fanformer chat`, `fanformer.load()` and the other commands take it where no folder is named. It has no code "
+        "of its own: `import fanformer.model` before `AutoModelForCausalLM.from_pretrained`.\n\n"
         "Licence: MIT, as the package's. The texts it read have licences of their own, below."
     )
     _, _, sources = NOTICE.read_text(encoding="utf-8").partition("\n\n")
@@ -101,7 +105,8 @@ def training_table(work: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
     row("computed in", [f"{decided['precision']}, {decided['threads']} threads" for _, decided in machines])
     row("processor", [str(machine["processor"]) for machine, _ in machines])
     bits = [f"{results[name]['bits_per_byte']:.4f}" for name in runs]
-    row("held-out bits per byte", [f"{bits[0]} (text-small, valid)", f"{bits[1]} (answers alone)"])
+    measured = ("text-small, valid", "answers, and texts that the base has read")
+    row("held-out bits per byte", [f"{value} ({name})" for value, name in zip(bits, measured, strict=True)])
     return "\n".join(lines)
 
 

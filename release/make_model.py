@@ -181,7 +181,7 @@ class Making:
 
     def do(self, stage: str) -> bool:
         """Do a stage unless it is done, and return whether it is now."""
-        if self.chain.result(stage) is not None:
+        if self.chain.result(stage) is not None and (stage != "box" or (self.output_dir / "config.json").is_file()):
             return True
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return False
@@ -248,7 +248,13 @@ class Making:
         return self._train("blind" if blind else "tuned", fanformer.finetune, **fields)
 
     def blind(self) -> dict[str, Any] | None:
-        """Tune the twin that never sees a passage."""
+        """Tune the twin that never sees a passage.
+
+        Raises:
+            ConfigError: if what it is a twin of was begun by another recipe.
+        """
+        for stage in ("rows", "tuned"):
+            self.chain.result(stage)
         return self.tuned(blind=True)
 
     def box(self) -> dict[str, Any]:
@@ -341,6 +347,7 @@ def beside_llama(recipe: Mapping[str, Any], data: Path, valid: Path) -> Comparis
             "tokens": round(asked["share"] * parse_count(str(base["run"]["tokens"]))),
             "learning_rates": asked["learning_rates"],
             "seeds": asked["seeds"],
+            "extend": asked.get("extend", 0),
             "evaluations": 1,
             "eval_tokens": HELD_OUT_TOKENS,
             "run": {**run, **asked["run"], "eval_data": str(valid)},

@@ -15,7 +15,9 @@ from texts import story_of, without_stories
 NOT_THERE = "The passage does not say."
 _LONGEST_STORY = 1600
 """Characters of a story that is told whole."""
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"”']?\s+")
+_LONGEST_ANSWER = 800
+"""Characters of a continuation, whole sentences."""
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"”'])\s+")
 _THING = re.compile(r"\bthe ([a-z]{3,})(?=[.,!?]| (?:and|was|to|in|with|on|is|that|had|said)\b)")
 """A word after `the` that no other word of the same phrase follows."""
 _COMMON = (
@@ -93,9 +95,25 @@ def titled(record: Row) -> tuple[str | None, str]:
     if record["src"] == "tinystories":
         return title_of(record["text"]), record["text"].strip()
     if record["src"] == "african-storybook":
-        title, _, text = record["text"].partition("\n\n")
-        return title.strip(), text.strip()
+        return _parts(record)
     return None, record["text"]
+
+
+def titles(path: Path) -> list[str]:
+    """Return the titles of all stories of a part of text-small, of those too that are too long to be told whole."""
+    found = (titled(record)[0] if record["src"] != "fairytaleqa" else _parts(record)[0] for record in read(path))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def human_stories(path: Path) -> list[str]:
+    """Return the stories of a part of text-small that people wrote, without their titles."""
+    return [_parts(record)[1] for record in read(path) if record["src"] in ("african-storybook", "fairytaleqa")]
+
+
+def _parts(record: Row) -> tuple[str, str]:
+    """Return the first line of a record, its title, and what follows."""
+    title, _, text = record["text"].partition("\n\n")
+    return title.strip(), text.strip()
 
 
 def story_rows(stories: Sequence[tuple[str, str]], seed: int) -> Iterator[Row]:
@@ -115,8 +133,20 @@ def continuation_rows(records: Sequence[Row], count: int, seed: int) -> Iterator
             continue
         sentences = _SENTENCE_END.split(" ".join(draw.choice(paragraphs).split()))
         if len(sentences) >= 3:
-            given, answer = sentences[0], " ".join(sentences[1:])
-            yield conversation(draw.choice(_CONTINUE).format(text=given), answer[:800].strip(), kind="continuation")
+            answer = _first(sentences[1:], _LONGEST_ANSWER)
+            if answer:
+                yield conversation(draw.choice(_CONTINUE).format(text=sentences[0]), answer, kind="continuation")
+
+
+def _first(sentences: Sequence[str], most: int) -> str:
+    """Return the first of these sentences, those that have so many characters together."""
+    joined = ""
+    for sentence in sentences:
+        longer = f"{joined} {sentence}".strip()
+        if len(longer) > most:
+            break
+        joined = longer
+    return joined
 
 
 def talk_rows(repeats: int) -> Iterator[Row]:

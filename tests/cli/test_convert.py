@@ -39,6 +39,31 @@ def test_empty_folder_is_taken_and_a_used_one_refused(command, golden_files, tmp
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "empty").iterdir())
 
 
+def test_a_link_stays_and_the_folder_that_it_means_is_taken(command, golden_files, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert command(*arguments(golden_files, "cola", tmp_path / "link", "cola")).code == 0
+    assert (tmp_path / "link").readlink().name == "real"
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_weights_are_read(command, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "empty")
+    words = ["convert", tmp_path / "none", "--config", tmp_path / "none", "--format", "cola", "--output-dir"]
+    assert f"{tmp_path / 'empty'} is the current folder" in command(*words, ".").refusal()
+    assert f"{tmp_path / 'file'} is no folder" in command(*words, tmp_path / "file/out").refusal()
+
+
+def test_a_mount_point_or_a_read_only_place_is_refused_before_the_weights_are_read(command, tmp_path, mount_disk):
+    disk = mount_disk("size=64k,ro")
+    words = ["convert", tmp_path / "none", "--config", tmp_path / "none", "--format", "cola", "--output-dir"]
+    assert f"{disk} is a mount point" in command(*words, disk).refusal()
+    assert f"{disk} cannot be written to" in command(*words, disk / "out").refusal()
+
+
 def test_wrong_format_is_refused_and_writes_nothing(command, golden_files, tmp_path):
     message = command(*arguments(golden_files, "cola", tmp_path / "out", "colla")).refusal()
     assert "cola" in message.replace("colla", "")

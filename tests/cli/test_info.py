@@ -149,6 +149,35 @@ def test_model_of_another_kind_is_counted_too(command, tmp_path):
     assert command("info", tmp_path).code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+        ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+    ],
+    ids=["bloom", "mpt"],
+)
+def test_a_model_that_says_no_longest_sequence_is_counted_at_2048_tokens(command, tmp_path, name, fields):
+    import transformers
+
+    getattr(transformers, name)(vocab_size=50, **fields).save_pretrained(tmp_path)
+    found = record(command, tmp_path)
+    assert found["flops_per_token"]["sequence_length"] == 2048
+    assert found["memory_bytes"]["cache_per_token"] == {"float32": 4 * 2 * 2 * 32, "bfloat16": 2 * 2 * 2 * 32}
+    assert command("info", tmp_path).code == 0
+
+
+def test_a_model_without_attention_has_no_cache_and_none_of_its_operations(command, tmp_path):
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=50, hidden_size=32, state_size=4, num_hidden_layers=2)
+    config.save_pretrained(tmp_path)
+    counted = footprint(config)
+    assert (counted.attention_operations, counted.forward_operations) == (0, 2 * counted.matrix_weights)
+    assert record(command, tmp_path)["memory_bytes"]["cache_at_full_length"] == {"float32": 0, "bfloat16": 0}
+    assert command("info", tmp_path).code == 0
+
+
 def test_a_model_that_sees_and_hears_is_counted_with_its_towers(command, saved_model, tmp_path):
     from fanformer.generation.media_model import load_media_model
 

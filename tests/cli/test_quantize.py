@@ -46,6 +46,10 @@ def test_file_is_written_reported_and_measured(command, saved_model, tmp_path):
             ["--format", "gguf", "--type", "f16", "--calibration", "stdlib"],
             "`--calibration` has no effect on the type f16: leave it out.",
         ),
+        (
+            ["--format", "gguf", "--calibration-tokens", "2048"],
+            "`--calibration-tokens` has no effect on `--format gguf` without `--calibration`: leave it out.",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(command, saved_model, tmp_path, words, message):
@@ -60,6 +64,36 @@ def test_a_recurrent_depth_is_left_to_what_sums_over_its_steps(command, recurren
     refusal = command(*words, "--output-dir", tmp_path / "out").refusal()
     library = "GPTQModel" if kind == "gptq-v1" else "llm-compressor"
     assert f"{recurrent_model} runs blocks several times, and {library} sees their inputs once: take" in refusal
+
+
+FOLDERS = [["--format", kind] for kind in ("gptq", "awq", "gptq-v1")]
+
+
+@pytest.mark.parametrize("words", [*FOLDERS, ["--format", "gguf"], ["--scan"]], ids=" ".join)
+def test_a_read_only_place_is_refused_before_the_model_is_read(command, tmp_path, mount_disk, words):
+    disk = mount_disk("size=64k,ro")
+    refusal = command("quantize", tmp_path / "none", *words, "--output-dir", disk / "deep/out").refusal()
+    assert f"{disk} cannot be written to, expected a folder for " in refusal
+
+
+@pytest.mark.parametrize("words", FOLDERS, ids=" ".join)
+def test_a_mount_point_is_refused_before_the_model_is_read(command, tmp_path, mount_disk, words):
+    disk = mount_disk("size=64k")
+    refusal = command("quantize", tmp_path / "none", *words, "--output-dir", disk).refusal()
+    assert refusal == (
+        f"error: {disk} is a mount point, which cannot be replaced: give a name in it as `--output-dir`."
+    )
+
+
+@pytest.mark.parametrize("words", FOLDERS, ids=" ".join)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_read(command, tmp_path, monkeypatch, words):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    command_words = ["quantize", tmp_path / "none", *words, "--output-dir"]
+    assert f"{tmp_path / 'empty'} is the current folder" in command(*command_words, ".").refusal()
+    odd = tmp_path / os.fsdecode(b"out\xe9")
+    assert "must have a name in UTF-8, got " in command(*command_words, odd).refusal()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_report_that_is_there_is_kept(command, saved_model, tmp_path):

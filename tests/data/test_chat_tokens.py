@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fanformer.data.conversations.chat_tokens import add_chat_tokens
+from fanformer.data.conversations.chat_tokens import add_chat_tokens, document_ends
 from fanformer.data.conversations.chatml import END, START, TEMPLATE, chatml_of
 from fanformer.errors import ConfigError
 from tests.saved_models import tiny_tokenizer  # noqa: F401
@@ -33,6 +33,15 @@ def test_missing_tokens_take_rows_that_only_fill_up(tiny_model, tiny_tokenizer):
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == ([end, 0], 0)
     assert len(tiny_tokenizer) == 300  # that of the caller is as it was
     assert tiny_tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_plain_text_ends_as_it_did_before(tiny_model, tiny_tokenizer):  # noqa: F811
+    tokenizer = add_chat_tokens(tiny_model(vocab_size=320), tiny_tokenizer).tokenizer
+    assert tokenizer.eos_token_id != 0
+    assert document_ends(tokenizer) == document_ends(tiny_tokenizer) == (0, 0)
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    assert document_ends(other) == (other.bos_token_id, other.eos_token_id)
 
 
 def test_rows_of_new_tokens_begin_as_the_docstring_says(tiny_model, tiny_tokenizer):  # noqa: F811

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fanformer.errors import ConfigError
 from fanformer.files import staging
 from fanformer.files.locking import hold
 
@@ -135,3 +136,67 @@ def test_the_only_whole_folders_go_when_there_is_another(tmp_path):
     with staging.staged_folder(tmp_path / "place") as aside:
         write(aside, "newest")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_two_who_write_one_file_never_write_into_one_and_a_users_file_is_left_alone(tmp_path):
+    place, users = tmp_path / "a.gguf", tmp_path / "a.gguf.new"
+    users.write_text("mine")
+    with staging.staged(place) as (first,):
+        first.write_text("first")
+        with staging.staged(place) as (second,):
+            second.write_text("second")
+        assert (place.read_text(), first.read_text()) == ("second", "first")
+    assert place.read_text() == "first"
+    assert sorted(tmp_path.iterdir()) == [place, users]
+    assert users.read_text() == "mine"
+
+
+def test_files_take_their_names_together_or_not_at_all(tmp_path):
+    places = tmp_path / "one", tmp_path / "two"
+    places[0].write_text("old")
+
+    def fail():
+        with staging.staged(*places) as asides:
+            asides[0].write_text("new")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("one", "old")]
+    killed = tmp_path / ".one.killed.fanformer-new"
+    write(killed / "new", "unfinished")
+    (killed / "lock").touch()
+    with staging.staged(*places) as asides:
+        for aside in asides:
+            aside.write_text(f"new {aside.name}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert places[0].read_text() != places[1].read_text()
+    (tmp_path / "usual").write_text("")
+    assert places[0].stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_place_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for check in (staging.check_place, staging.check_folder):
+        with pytest.raises(ConfigError, match=r"file is no folder, expected a folder for out: give another"):
+            check(tmp_path / "file/deep/out")
+    staging.check_folder(tmp_path / "new/deep/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_is_a_mount_point_or_on_a_read_only_disk_is_refused(mount_disk):
+    disk = mount_disk("size=64k,ro")
+    with pytest.raises(ConfigError, match=r"disk is a mount point, which cannot be replaced: give a name in it"):
+        staging.check_place(disk)
+    with pytest.raises(ConfigError, match=r"disk cannot be written to, expected a folder for a.gguf: give another"):
+        staging.check_free(disk / "a.gguf", overwrite=False)
+
+
+def test_the_folder_that_a_shell_is_in_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    for place in (tmp_path / "here/below", tmp_path / "here"):
+        with pytest.raises(ConfigError, match=r"is the current folder, which cannot be replaced: give another"):
+            staging.check_folder(place)
+    staging.check_folder(tmp_path / "here/below/out")
+    staging.check_folder(tmp_path / "he")

@@ -216,6 +216,11 @@ def test_a_rank_from_before_that_is_not_the_tensors_is_refused(tiny_config):
         ({"attention__key_length": 15}, r"`fanformer.attention.key_length` must be even, got 15"),
         ({"rope__scaling__type": "dynamic"}, r"`fanformer.rope.scaling.type` must be one of default, linear"),
         ({"rope__freq_base": -1.0}, r"`fanformer.rope.freq_base` must be above 0"),
+        ({"rope__scaling__type": "linear"}, r"`fanformer.rope.scaling.factor` must be above 0 for RoPE .* got nothing"),
+        (
+            {"rope__scaling__type": "linear", "rope__scaling__factor": 0.0},
+            r"above 0 for RoPE of the type linear, got 0",
+        ),
     ],
 )
 def test_metadata_out_of_range_is_refused(tiny_config, changes, message):

@@ -1,6 +1,8 @@
 """Writing GGUF files: what they hold, what the report says, and what is refused."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +52,7 @@ def test_metadata_is_in_llama_cpps_words(saved_model):
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
     }
     assert {key: metadata[key] for key in expected} == expected
     assert metadata["fanformer.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
@@ -70,6 +73,12 @@ def test_every_documented_key_is_written_and_every_written_key_documented(reposi
     written = set(GGUFFile(export(save(tmp_path / "model", loaded.model, tokenizer))).metadata)
     optional = {key for key in documented if ".rope.scaling." in key or ".recurrence." in key}
     assert written == documented - optional
+
+
+def test_a_folder_whose_name_is_not_utf8_is_named_in_what_can_be_written(model_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(model_copy.rename(tmp_path / os.fsdecode(b"caf\xe9")))
+    path = export(Path("."), "f16", tmp_path / "out.gguf")
+    assert GGUFFile(path).metadata["general.name"] == "caf\\udce9"
 
 
 def test_ways_to_cut_text_have_llama_cpps_names():
@@ -190,6 +199,22 @@ def test_importance_is_the_mean_square_of_each_layers_input(loaded, tmp_path):
     np.testing.assert_allclose(found["lm_head.weight"], expected, rtol=1e-5)
 
 
+def test_importance_of_a_tied_head_is_that_of_the_embedding(tiny_model, tiny_tokenizer, tmp_path):
+    from fanformer.gguf.importance import importance
+
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and spoke of small things. " * 200)
+    apart = tiny_model(vocab_size=320)
+    tied = tiny_model(vocab_size=320, tie_word_embeddings=True)
+    found = {
+        name: importance(model, tiny_tokenizer, str(text), 1024) for name, model in (("apart", apart), ("tied", tied))
+    }
+    assert "model.embed_tokens.weight" not in found["apart"]
+    matrices = {name: value for name, value in tied.named_parameters() if value.ndim == 2 and value.numel()}
+    assert found["tied"].keys() == matrices.keys()
+    assert found["tied"]["model.embed_tokens.weight"].shape == (64,)
+
+
 def test_missing_extra_is_named_before_the_work_begins(saved_model, tmp_path, monkeypatch):
     import sys
 
@@ -249,3 +274,20 @@ def test_importance_lowers_the_error_where_it_counts(wide, tmp_path):
         lost[name] = sum(float((((state[n] - exact[n]) ** 2).numpy() * weights[n]).sum()) for n in names)
     assert lost["weighted"] < lost["plain"]
     assert json.loads(report_file(tmp_path / "weighted.gguf").read_text())["weighted"]
+
+
+def test_importance_lowers_the_error_of_a_tied_head(tiny_model, tiny_tokenizer, tmp_path):
+    needs_ggml()
+    from fanformer.gguf.importance import importance
+
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and spoke of small things. " * 200)
+    folder = save(tmp_path / "model", tiny_model(vocab_size=320, tie_word_embeddings=True), tiny_tokenizer)
+    original = load(folder, device="cpu")
+    weights = importance(*original, str(text), 2000)["model.embed_tokens.weight"]
+    exact, lost = original.model.get_input_embeddings().weight, {}
+    for name, settings in (("plain", {}), ("weighted", {"calibration": str(text), "calibration_tokens": 2000})):
+        path = export(folder, "q4_0", tmp_path / f"{name}.gguf", embedding_type="q4_0", **settings)
+        stored = load(path, device="cpu").model.get_input_embeddings().weight
+        lost[name] = float(((stored - exact).detach().numpy() ** 2 * weights).sum())
+    assert 0 < lost["weighted"] < lost["plain"]

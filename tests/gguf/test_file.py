@@ -225,7 +225,7 @@ def test_embedding_is_read_row_by_row_and_notices_a_file_that_shrinks(saved_mode
     path = shutil.copy(export(saved_model, "f16"), tmp_path / "file.gguf")
     file, _ = open_model(str(path))
     info = file.tensors["token_embd.weight"]
-    embedding, whole = Embedding(file.path, info), file.read_floats(info)
+    embedding, whole = Embedding(file, info), file.read_floats(info)
     ids = np.array([5, 0, 319, 5], dtype=np.int32)
     np.testing.assert_array_equal(embedding.rows(ids), whole[ids])
     os.truncate(path, info.offset + 100)
@@ -235,4 +235,30 @@ def test_embedding_is_read_row_by_row_and_notices_a_file_that_shrinks(saved_mode
     content[info.offset + 2 * 64 * 300 : info.offset + 2 * 64 * 300 + 2] = b"\0\x7c"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"`token_embd.weight` holds values that are not finite"):
-        Embedding(file.path, info)
+        Embedding(file, info)
+
+
+def test_a_file_that_another_takes_the_place_of_is_read_on(saved_model, tmp_path):
+    from fanformer.gguf.embedding import Embedding
+
+    path = shutil.copy(export(saved_model, "f16"), tmp_path / "file.gguf")
+    file, _ = open_model(str(path))
+    info, content = file.tensors["token_embd.weight"], path.read_bytes()
+    whole = file.read_floats(info)
+    (tmp_path / "other").write_bytes(content[: info.offset] + bytes(len(content) - info.offset))  # all weights are 0
+    os.replace(tmp_path / "other", path)
+    np.testing.assert_array_equal(file.read_floats(info), whole)
+    ids = np.array([5, 0, 319], dtype=np.int32)
+    np.testing.assert_array_equal(Embedding(file, info).rows(ids), whole[ids])
+
+
+def test_a_file_is_closed_when_nobody_reads_from_it_any_more(saved_model):
+    from fanformer.gguf.embedding import Embedding
+
+    file, _ = open_model(str(export(saved_model, "f16")))
+    embedding, descriptor = Embedding(file, file.tensors["token_embd.weight"]), file.stream.fileno()
+    del file
+    assert embedding.rows(np.array([5], dtype=np.int32)).shape == (1, 64)
+    del embedding
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -208,6 +208,24 @@ def test_transformers_tokenizer_gives_the_folders_ids(registered, saved_model, l
     assert (tokenizer.bos_token, tokenizer.eos_token) == (loaded.tokenizer.bos_token, loaded.tokenizer.eos_token)
 
 
+@pytest.mark.parametrize("template", ["{0} $A", "$A {0}", "{0} $A {0}"])
+def test_transformers_tokenizer_adds_what_the_folders_adds(registered, loaded, tiny_tokenizer, tmp_path, template):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    end = tokenizer.eos_token  # which is the start too
+    template = template.format(end)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, special_tokens=[(end, 0)])
+    folder = save(tmp_path / "model", loaded.model, tokenizer)
+    path = export(folder, output=tmp_path / "model.gguf")
+    ids = load(folder, device="cpu").tokenizer("the cat").input_ids
+    assert [ids[0] == 0, ids[-1] == 0] == [template.startswith(end), template.endswith(end)]
+    assert AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("the cat").input_ids == ids
+
+
 def test_transformers_without_such_dictionaries_is_named(monkeypatch):
     import sys
 

@@ -212,6 +212,71 @@ def test_missing_p_ratio_is_read_from_the_weights(published):
     assert model.config.periodic_width(16) == 3
 
 
+FAN_LAYER = [name for name in SHAPES["fanformer-olmo"] if ".fanlayer." in name]
+PUBLISHED_1B = {
+    **dict.fromkeys(("mlp_hidden_size", "use_ATF", "p_ratio"), "ABSENT"),
+    "mlp_ratio": 3,
+    "alibi": False,
+    "flash_attention": True,
+    "attention_layer_norm": False,
+    "multi_query_attention": False,
+    "block_type": "sequential",
+    "layer_norm_with_affine": True,
+    "layer_norm_eps": 1e-6,
+    "bias_for_layer_norm": False,
+    "attention_layer_norm_with_affine": False,
+    "activation_type": "swiglu",
+    "max_sequence_length": 2048,
+    "init_device": "cuda",
+    "init_fn": "mitchell",
+}
+"""What the `model:` of the authors' FANformer-1B-pretrain.yaml says, in other sizes."""
+
+
+def test_the_options_of_the_published_1b_configuration_convert(published):
+    config = convert(*published("fanformer-olmo", PUBLISHED_1B), "fanformer-olmo").config
+    assert (config.intermediate_size, config.fan_ratio, config.max_position_embeddings) == (24, 0.25, 2048)
+
+
+@pytest.mark.parametrize("published_format", ["fanformer-olmo", "hybridnorm-olmo"])
+@pytest.mark.parametrize("given", ["ABSENT", None])
+def test_the_ffn_is_four_times_as_wide_where_no_option_says_it(published, published_format, given):
+    wide = {"transformer.blocks.0.ff_proj.weight": (64, 16), "transformer.blocks.0.ff_out.weight": (16, 32)}
+    options = {"mlp_hidden_size": given}
+    assert convert(*published(published_format, options, **wide), published_format).config.intermediate_size == 32
+
+
+@pytest.mark.parametrize(("given", "rows"), [("ABSENT", 50_304), (None, 31)], ids=str)
+def test_an_embedding_size_that_is_absent_is_the_published_default_and_null_the_vocabulary(published, given, rows):
+    shape = {"transformer.wte.weight": (rows, 16)}
+    model = convert(*published("fanformer-olmo", {"embedding_size": given}, **shape), "fanformer-olmo")
+    assert model.config.vocab_size == rows
+
+
+def test_weights_without_a_fan_layer_are_refused_where_no_option_says_it(published):
+    message = refusal((*published("fanformer-olmo", {"use_ATF": "ABSENT"}, drop=FAN_LAYER), "fanformer-olmo"))
+    assert "config option `use_ATF` must be True, got False (the published default)" in message
+
+
+@pytest.mark.parametrize("published_format", ["fanformer-olmo", "hybridnorm-olmo"])
+def test_a_hugging_face_folder_of_the_published_code_is_the_same_model(published, published_format):
+    weights, config = published(published_format)
+    expected = convert(weights, config, published_format).state_dict()
+    save_file({f"model.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
+    own = {"architectures": ["OLMoForCausalLM"], "auto_map": {"AutoConfig": "configuration_olmo.OLMoConfig"}}
+    own |= {"model_type": "olmo", "torch_dtype": "float32", "transformers_version": "4.36.2", "use_cache": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **own}))
+    found = convert(weights, config, published_format).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_names_of_a_tied_cola_which_all_begin_with_model_stay_as_they_are(published):
+    arguments = published("cola", {"tie_word_embeddings": True}, drop=["lm_head.weight"])
+    assert all(name.startswith("model.") for name in load_file(arguments[0]))
+    assert convert(*arguments, "cola").config.tie_word_embeddings
+
+
 def test_missing_only_lr_act_means_that_swiglu_has_no_activation(published):
     assert convert(*published("cola"), "cola").config.hidden_act == "silu"
     config = convert(*published("cola", {"only_lr_act": "ABSENT"}), "cola").config

@@ -4,11 +4,14 @@ import importlib.util
 import json
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fanformer.data.held_out import held_out_stream
 from fanformer.errors import CheckpointError, ConfigError, DataError, DependencyError
 from fanformer.loading import load
-from fanformer.quantization.compressed_tensors import export_compressed
+from fanformer.quantization.compressed_tensors import export_compressed, restore_dtype
 from fanformer.quantization.quantized_folder import Settings
 
 installed = importlib.util.find_spec("llmcompressor") is not None
@@ -66,6 +69,26 @@ def test_missing_tokenizer_is_one_line(model_copy, tmp_path):
     (model_copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="no tokenizer in"):
         export_compressed(model_copy, tmp_path / "out", Settings("gptq", calibration="stdlib"))
+
+
+def test_what_is_not_quantized_is_written_in_the_dtype_that_it_had(tmp_path):
+    file = tmp_path / "model.safetensors"
+    kept = {name: torch.randn(4, 4).bfloat16() for name in ("embed.weight", "head.weight", "norm.weight", "cut.bias")}
+    cut = {"cut.weight_packed": torch.ones(4, dtype=torch.int32), "cut.weight_scale": torch.rand(4)}
+    save_file({name: tensor.float() for name, tensor in kept.items()} | cut, file, metadata={"format": "pt"})
+    before = file.read_bytes()
+    for dtype in (None, torch.float32):
+        restore_dtype(tmp_path, {"cut": 32, "head": None}, dtype)
+        assert file.read_bytes() == before
+    restore_dtype(tmp_path, {"cut": 32, "head": None}, torch.bfloat16)
+    found = load_file(file)
+    assert found.keys() == (kept | cut).keys()
+    for name, tensor in (kept | cut).items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    with safe_open(file, "pt") as written:
+        assert written.metadata() == {"format": "pt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_too_little_text_is_refused(loaded, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from fanformer.quantization.quantized_folder import Settings, write_folder
+from fanformer.quantization.quantized_folder import REPORT_FILE, Settings, write_folder
 
 
 def write(source, target):
@@ -35,3 +35,20 @@ def test_folders_with_similar_names_are_left_alone(saved_model, tmp_path):
         write(saved_model, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.new", "out.old"]
     assert all((tmp_path / name / "mine").exists() for name in ("out.new", "out.old"))
+
+
+def test_a_link_stays_and_the_folder_that_it_means_is_replaced(saved_model, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        write(saved_model, tmp_path / "link")
+    assert (tmp_path / "link").readlink().name == "real"
+    assert (tmp_path / "real" / REPORT_FILE).is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_card_that_is_not_utf8_is_kept_as_far_as_it_can_be_read(model_copy, tmp_path):
+    (model_copy / "README.md").write_bytes(b"# caf\xe9\n")
+    write(model_copy, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# caf\ufffd\n\n## Quantized\n")

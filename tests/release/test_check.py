@@ -36,13 +36,13 @@ def test_whole_sentences_are_taken():
     assert whole_sentences("no end") == ""
 
 
-def test_the_llama_is_beaten_where_the_difference_is_below_0(on):
+def test_the_llama_is_beaten_where_the_whole_interval_is_below_0(on):
     from check import beside_llama
 
     assert beside_llama(on).holds is None
     done(on, "beside", None)
     assert beside_llama(on).holds is None
-    for value, holds in ((-0.004, True), (0.0, False), (0.002, False)):
+    for value, holds in ((-0.014, True), (-0.004, False), (0.002, False)):
         done(on, "beside", {"value": value, "low": value - 0.01, "high": value + 0.01})
         assert beside_llama(on).holds is holds
     assert beside_llama(on).measured == "+0.0020 [-0.0080, +0.0120]"

@@ -140,3 +140,37 @@ def test_sources_of_the_large_text_are_taken_by_their_shares(real_data):
     assert counts["tinystories"] == 1  # the small text is read whole
     with pytest.raises(ConfigError, match=r"must name sources of the text, got novels: expected .*tinystories"):
         list(base_records(real_data, {}, shards=1, repeats=1, sources={"a": 1, "novels": 1}))
+
+
+def test_a_continuation_is_whole_sentences_with_their_quotation_marks():
+    from rows import continuation_rows
+
+    said = 'It was late. "Stop!" said the fox. "I am tired." The hen sat down. ' + "The river was wide and slow. " * 40
+    (row,) = continuation_rows([{"src": "gutenberg", "text": said}], 1, seed=0)
+    [user, assistant] = row["messages"]
+    answer = assistant["content"]
+    assert "It was late." in user["content"]
+    assert answer.startswith('"Stop!" said the fox. "I am tired." The hen sat down. The river was wide and slow.')
+    assert answer.endswith("slow.")
+    assert 700 < len(answer) <= 800
+    assert not list(continuation_rows([{"src": "gutenberg", "text": "A. " + "word " * 300 + "end. B."}], 1, seed=0))
+
+
+def test_titles_and_human_stories_of_all_lengths(tmp_path):
+    from rows import human_stories, titled_stories, titles
+
+    tale = "Tom saw a ball. The ball was red. One day Tom took the ball, and Tom ran. So Tom hid the ball."
+    long = "A goat walked. " * 200
+    path = tmp_path / "part.jsonl.xz"
+    write(
+        path,
+        [
+            {"src": "tinystories", "id": "1", "text": tale},
+            {"src": "african-storybook", "id": "en/1.md", "text": f"The goat\n\n{long}"},
+            {"src": "fairytaleqa", "id": "x/the-fox-story.csv", "text": f"The fox\n\n{STORY}"},
+            {"src": "wikipedia", "id": "3", "text": "Vienna\n\nA town."},
+        ],
+    )
+    assert [title for title, _ in titled_stories(path)] == ["Tom and the ball"]
+    assert titles(path) == ["Tom and the ball", "The goat", "The fox"]
+    assert human_stories(path) == [long.strip(), STORY]

@@ -1,7 +1,5 @@
 """`fanformer convert`: the published implementations' weights as an ordinary model folder."""
 
-import os
-import shutil
 from pathlib import Path
 
 import click
@@ -9,6 +7,7 @@ import click
 from fanformer.cli.failure import writing
 from fanformer.cli.options import Verb
 from fanformer.errors import ConfigError
+from fanformer.files.staging import check_folder, staged_folder
 
 
 @click.command(
@@ -30,22 +29,17 @@ def convert(weights: str, config: str, published_format: str, output_dir: str) -
 
     The formats are those of the published FANformer (on OLMo), CoLA and HybridNorm (on OLMo).
     """
-    folder = Path(output_dir)
+    folder = Path(output_dir).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"`--output-dir` must be new or empty, got {folder.absolute()}: choose another name.")
+        raise ConfigError(f"`--output-dir` must be new or empty, got {folder}: choose another name.")
+    check_folder(folder)
     for file in (Path(weights), Path(config)):
         file.open("rb").close()  # a missing or unreadable file is named before torch is imported
 
     from fanformer.model.convert_published import convert as convert_weights
 
     model = convert_weights(Path(weights), Path(config), published_format)
-    # Written beside its place and moved there whole, so that a failure leaves nothing half-written.
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        with writing(folder):
-            model.save_pretrained(unfinished)
-        unfinished.replace(folder)  # takes the place of an empty folder
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    click.echo(f"{model.num_parameters():,} parameters in {folder.absolute()}", err=True)
+    with writing(folder), staged_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+    click.echo(f"{model.num_parameters():,} parameters in {folder}", err=True)

@@ -96,12 +96,17 @@ def quantize(
 
 
 def _check_options(context: click.Context, wanted: str) -> None:
-    """Refuse options that belong to another format."""
+    """Refuse options that belong to another format, or to another option that is not there."""
     foreign = _OF_LAYERS if wanted == "gguf" else _OF_GGUF
     for option in context.command.params:
         if option.name in foreign and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
             name = "--scan" if wanted == "scan" else f"--format {wanted}"
             raise ConfigError(f"`{option.opts[-1]}` has no effect on `{name}`: leave it out.")
+    tokens_given = context.get_parameter_source("calibration_tokens") == ParameterSource.COMMANDLINE
+    if wanted == "gguf" and tokens_given and context.params["calibration"] is None:
+        raise ConfigError(
+            "`--calibration-tokens` has no effect on `--format gguf` without `--calibration`: leave it out."
+        )
 
 
 def _quantize_layers(folder: str, output_dir: str, settings: "LayersSettings") -> None:

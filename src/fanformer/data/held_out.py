@@ -6,10 +6,11 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from fanformer.data.conversations.chat_tokens import document_ends
 from fanformer.data.prepared import TokenStream, open_prepared
 from fanformer.data.sources.documents import open_source
 from fanformer.data.token_files import lay_out
-from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
+from fanformer.data.tokenizer import encode_documents
 from fanformer.errors import ConfigError, DataError
 
 DEFAULT_TOKENS = 65536
@@ -51,7 +52,7 @@ def _of_source(tokenizer: PreTrainedTokenizerBase, source: str, max_tokens: int)
         count, num_bytes = count + len(ids) + 1, num_bytes + len(document.text.encode("utf-8", "surrogatepass"))
         if count > max_tokens:
             break
-    start, end = start_token_id(tokenizer), end_token_id(tokenizer)
+    start, end = document_ends(tokenizer)
     tokens = lay_out(documents, start, end, np.dtype(np.uint32), close=True)
     return TokenStream(tokens, start, end, len(documents), num_bytes)
 

@@ -17,7 +17,7 @@ from fanformer.data.multimodal import MEDIA_INPUTS
 from fanformer.data.packing import IGNORED_LABEL, PackedRows, places_of_text
 from fanformer.data.prepared import TokenStream
 from fanformer.data.token_files import lay_out
-from fanformer.data.tokenizer import encode_documents, end_token_id, start_token_id
+from fanformer.data.tokenizer import encode_documents
 from fanformer.errors import DataError, NotANumberError
 from fanformer.evaluation.statistics import ratio_stderr
 
@@ -403,7 +403,9 @@ def evaluate_documents(
     num_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in documents], dtype=np.int64)
     if num_bytes.sum() == 0:
         raise DataError("there is no text to evaluate: got 0 bytes.")
-    start, end = start_token_id(tokenizer), end_token_id(tokenizer)
+    from fanformer.data.conversations.chat_tokens import document_ends
+
+    start, end = document_ends(tokenizer)
     ids = [np.array(document, dtype=np.uint32) for document in encode_documents(tokenizer, documents)]
     tokens = lay_out(ids, start, end, np.dtype(np.uint32), close=True)
     stream = TokenStream(tokens, start, end, len(documents), int(num_bytes.sum()))

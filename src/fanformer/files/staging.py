@@ -22,10 +22,10 @@ _ASIDE = ".fanformer-new"
 
 
 def check_free(*files: Path, overwrite: bool) -> None:
-    """Refuse, before any work, to write files that are there already.
+    """Refuse, before any work, to write files that are there already or cannot be written.
 
     Raises:
-        ConfigError: if one is a folder, or is there and must not be replaced.
+        ConfigError: if one is a folder, or is there and must not be replaced, or as `check_place`.
     """
     for file in files:
         if file.is_dir():
@@ -34,24 +34,53 @@ def check_free(*files: Path, overwrite: bool) -> None:
             )
         if file.exists() and not overwrite:
             raise ConfigError(f"{file.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
+        check_place(file)
+
+
+def check_place(place: Path) -> None:
+    """Refuse, before any work, a path that nothing new can be put at.
+
+    Raises:
+        ConfigError: if it is a mount point, or in what is no folder or cannot be written to.
+    """
+    if os.path.ismount(place):
+        raise ConfigError(f"{place} is a mount point, which cannot be replaced: give a name in it as `--output-dir`.")
+    folder = next(parent for parent in place.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "cannot be written to" if folder.is_dir() else "is no folder"
+        raise ConfigError(f"{folder} {what}, expected a folder for {place.name}: give another `--output-dir`.")
+
+
+def check_folder(place: Path) -> None:
+    """Refuse, before any work, a path that `staged_folder` cannot give a new folder.
+
+    Args:
+        place: the path, resolved: it is the folder that a link means, not the link, that is replaced.
+
+    Raises:
+        ConfigError: if somebody who runs this is in it, since his shell would stay in what is deleted; or as
+            `check_place`.
+    """
+    if Path.cwd().is_relative_to(place):
+        raise ConfigError(f"{place} is the current folder, which cannot be replaced: give another `--output-dir`.")
+    check_place(place)
 
 
 @contextmanager
 def staged(*files: Path) -> Iterator[tuple[Path, ...]]:
-    """Give a path beside each file to write to; after the block all are synced, and then take their names in order.
+    """Give a path to write to for each file; after the block all are synced, and then take their names in order.
 
-    If the block or the disk fails, whatever had the names has them still.
+    The files are of one folder. If the block or the disk fails, whatever had the names has them still. The paths are in
+    a hidden folder beside the first, so that two who write the same file at once never write into one.
     """
-    asides = tuple(file.with_name(file.name + ".new") for file in files)
-    try:
+    with _hidden_folder(files[0]) as hidden:
+        (hidden / _NEW).mkdir()
+        asides = tuple(hidden / _NEW / f"{file.name}.new" for file in files)
         yield asides
         for aside in asides:
             sync(aside)
         for aside, file in zip(asides, files, strict=True):
             os.replace(aside, file)
-    finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
     sync(files[0].parent)
 
 
@@ -59,23 +88,32 @@ def staged(*files: Path) -> Iterator[tuple[Path, ...]]:
 def staged_folder(place: Path) -> Iterator[Path]:
     """Give a path to make a folder at; after the block it has the name `place`, and what had it is deleted.
 
-    The path is in a hidden folder beside `place` whose name nothing had. What killed processes left of such folders is
-    deleted: the lock file in one says that it is no user's, and that nobody writes there any more. Linux exchanges old
-    and new in one step. Elsewhere a process killed between two steps leaves both, whole, in the hidden folder, until
-    something takes the name.
+    Linux exchanges old and new in one step. Elsewhere a process killed between two steps leaves both, whole, in the
+    hidden folder, until something takes the name.
+    """
+    with _hidden_folder(place) as hidden:
+        yield hidden / _NEW
+        _replace(hidden / _NEW, place, hidden / _OLD)
+
+
+@contextmanager
+def _hidden_folder(place: Path) -> Iterator[Path]:
+    """Give a new hidden folder beside `place` whose name nothing had; it is gone after the block.
+
+    What killed processes left of such folders is deleted: the lock file in one says that it is no user's, and that
+    nobody writes there any more.
     """
     _delete_leftovers(place)
-    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_ASIDE, dir=place.parent))
+    hidden = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_ASIDE, dir=place.parent))
     try:
-        with hold(aside / _LOCK, str(aside), ConfigError):
+        with hold(hidden / _LOCK, str(hidden), ConfigError):
             try:
-                yield aside / _NEW
-                _replace(aside / _NEW, place, aside / _OLD)
+                yield hidden
             finally:
-                _empty(aside, place)
+                _empty(hidden, place)
     finally:
         with suppress(OSError):
-            aside.rmdir()
+            hidden.rmdir()
     _delete_leftovers(place)
 
 
@@ -97,7 +135,7 @@ def _replace(new: Path, place: Path, old: Path) -> None:
 
 
 def _delete_leftovers(place: Path) -> None:
-    """Delete what killed processes left of the folders of `staged_folder`."""
+    """Delete what killed processes left of the folders of `_hidden_folder`."""
     for aside in place.parent.glob(f".{glob.escape(place.name)}.*{_ASIDE}"):
         with suppress(OSError, ConfigError):  # another process writes there
             if (aside / _LOCK).is_file() and not _is_all_there_is(aside, place):

@@ -173,6 +173,9 @@ def _check(model: Architecture, file: GGUFFile) -> None:
             raise file.fail(f"`{keys[name]}` must be one of {', '.join(choices)}, got {fields[name][:40]!r}.")
     if not fields.get("rope_theta", 0) > 0:
         raise file.fail(f"`{keys['rope_theta']}` must be above 0, got {model.rope_parameters}.")
+    if fields["rope_type"] != "default" and not fields.get("factor", 0) > 0:
+        got = fields.get("factor", "nothing")
+        raise file.fail(f"`{keys['factor']}` must be above 0 for RoPE of the type {fields['rope_type']}, got {got}.")
     if not 1e-30 <= model.rms_norm_eps <= 1:
         raise file.fail(f"`{keys['rms_norm_eps']}` must be in [1e-30, 1], got {model.rms_norm_eps}.")
     if model.num_attention_heads % model.num_key_value_heads:

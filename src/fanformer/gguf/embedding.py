@@ -1,13 +1,11 @@
 """The embedding of a GGUF file, read from it row by row: a token needs one row, so memory need not hold them all."""
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
 from fanformer.errors import CheckpointError
 from fanformer.gguf.blocks import Bytes, Floats, dequantize
-from fanformer.gguf.file import TensorInfo, read_at
+from fanformer.gguf.file import GGUFFile, TensorInfo, read_at
 
 _ROWS_AT_ONCE = 256
 
@@ -15,23 +13,22 @@ _ROWS_AT_ONCE = 256
 class Embedding:
     """Rows of the embedding, in float32; the file stays open."""
 
-    def __init__(self, path: Path, info: TensorInfo) -> None:
-        """Open the file, and check all rows.
+    def __init__(self, file: GGUFFile, info: TensorInfo) -> None:
+        """Check all rows.
 
         Args:
-            path: a checked file.
+            file: a checked file; only what was opened is kept of it.
             info: the embedding, (V, D).
 
         Raises:
             CheckpointError: if a number is not finite.
         """
-        self._path, self._info = path, info
+        self._path, self._stream, self._info = file.path, file.stream, info
         self._row_bytes = info.kind.row_bytes(info.shape[-1])
-        self._stream = path.open("rb", buffering=0)
         for first in range(0, info.shape[0], _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, info.shape[0] - first)
             if not np.isfinite(self._numbers(self._read(first, count))).all():
-                raise CheckpointError(f"{path.absolute()}: tensor `{info.name}` holds values that are not finite.")
+                raise file.fail(f"tensor `{info.name}` holds values that are not finite.")
 
     def rows(self, ids: NDArray[np.int32]) -> Floats:
         """Return the rows (N, D) of token ids (N,), which must be the model's.

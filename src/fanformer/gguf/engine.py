@@ -71,7 +71,7 @@ class Engine:
         self.threads = choose_threads(threads, useful=(sum(sizes.values()) - unread) // _BYTES_A_THREAD)
         self._runtime = Runtime(self.threads)
         self._weights = Weights(self._runtime, file, self.model)
-        self._embedding = Embedding(file.path, file.tensors["token_embd.weight"])
+        self._embedding = Embedding(file, file.tensors["token_embd.weight"])
         # beside weights that are rounded to few bits, a cache of 11 is exact enough
         quantized = any(info.kind.block_elements > 1 for info in file.tensors.values())
         self._cache_kind = F16 if quantized else F32

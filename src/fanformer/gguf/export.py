@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.data.held_out import DEFAULT_TOKENS
 from fanformer.errors import ConfigError
+from fanformer.files.durable import printable
 from fanformer.files.staging import check_free, staged
 from fanformer.generation.adapters import adapter_note, with_adapter
 from fanformer.generation.loading import LoadedModel, load, load_config, refuse_towers
@@ -114,7 +115,7 @@ def export_gguf(
     Raises:
         CheckpointError: if the folder cannot be loaded, or the adapter does not fit it.
         ConfigError: if the model or its tokenizer is of another kind, a setting is wrong or has no effect, or the file
-            or its report is there already.
+            or its report is there already or cannot be written.
         DataError: if the calibration text is missing or too short.
         DependencyError: if a type needs the extra `gguf`, and it is not installed.
     """
@@ -234,7 +235,7 @@ def _metadata(
     return {
         "general.architecture": (STRING, ARCHITECTURE),
         "general.type": (STRING, "model"),
-        "general.name": (STRING, folder.absolute().name),
+        "general.name": (STRING, printable(folder.absolute().name)),
         "general.size_label": (STRING, f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M"),
         "general.file_type": (_UINT32, TYPES[kind].file_type),
         "general.quantization_version": (_UINT32, _QUANTIZATION_VERSION),
@@ -246,14 +247,15 @@ def _metadata(
 def _tokenizer_metadata(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Value]:
     content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     tokens, types, merges = split_json(content, model.config.vocab_size)
-    adds_start = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    ids = tokenizer("a").input_ids
     found: dict[str, Value] = {
         "tokenizer.ggml.model": (STRING, "gpt2"),
         "tokenizer.ggml.pre": (STRING, pre_tokenizer_name(content["pre_tokenizer"])),
         TOKENS: (ARRAY, (STRING, tokens)),
         TOKEN_TYPES: (ARRAY, (_INT32, types)),
         MERGES: (ARRAY, (STRING, merges)),
-        "tokenizer.ggml.add_bos_token": (_BOOL, adds_start),
+        "tokenizer.ggml.add_bos_token": (_BOOL, ids[:1] == [tokenizer.bos_token_id]),
+        "tokenizer.ggml.add_eos_token": (_BOOL, ids[-1:] == [tokenizer.eos_token_id]),
         "tokenizer.ggml.add_space_prefix": (_BOOL, False),
         WHOLE: (STRING, json.dumps(content, ensure_ascii=False, separators=(",", ":"))),
     }

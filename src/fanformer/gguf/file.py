@@ -4,7 +4,9 @@ Source: the GGUF specification, version 3 (docs/gguf.md of ggml).
 """
 
 import math
+import os
 import struct
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -74,7 +76,10 @@ class Texts(Sequence[str]):
 
 
 class GGUFFile:
-    """The header of a GGUF file of our architecture, and its tensors' numbers on demand."""
+    """The header of a GGUF file of our architecture, and its tensors' numbers on demand.
+
+    It is opened once, so that all numbers are of one file even where another takes its name meanwhile.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Read and check the header; no tensor is read.
@@ -89,8 +94,10 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         """Value by key: bool, int, float, str, Texts, or a numpy array."""
         self.tensors: dict[str, TensorInfo] = {}
-        with self.path.open("rb") as stream:
-            _Header(self, stream).read()
+        self.stream = _open(self.path)
+        """The file, to be read by `read_at`; closed when nobody has it any more."""
+        with open(self.stream.fileno(), "rb", closefd=False) as header:
+            _Header(self, header).read()
 
     def fail(self, reason: str) -> CheckpointError:
         """Return an error that names the file."""
@@ -102,9 +109,8 @@ class GGUFFile:
         Raises:
             CheckpointError: if the file has become shorter since its header was read.
         """
-        with self.path.open("rb", buffering=0) as stream:
-            if not read_at(stream, info.offset, target):
-                raise self.fail(f"ends within tensor `{info.name}`: it is truncated, copy it again.")
+        if not read_at(self.stream, info.offset, target):
+            raise self.fail(f"ends within tensor `{info.name}`: it is truncated, copy it again.")
 
     def read_raw(self, info: TensorInfo) -> Bytes:
         """Return the bytes of a tensor, (num_bytes,) uint8; raises as `read_into`."""
@@ -122,6 +128,14 @@ class GGUFFile:
         if not np.isfinite(values).all():
             raise self.fail(f"tensor `{info.name}` holds values that are not finite: it is of no use.")
         return values
+
+
+def _open(path: Path) -> FileIO:
+    """Open a file that several read from, and that closes when the last of them is gone."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    stream = FileIO(descriptor, closefd=False)
+    weakref.finalize(stream, os.close, descriptor)
+    return stream
 
 
 def read_at(stream: FileIO, offset: int, target: Bytes) -> bool:
@@ -142,7 +156,7 @@ class _Header:
     def __init__(self, file: GGUFFile, stream: BinaryIO) -> None:
         self._file = file
         self._stream = stream
-        self._size = file.path.stat().st_size
+        self._size = os.fstat(stream.fileno()).st_size
         self._position = 0
 
     def read(self) -> None:

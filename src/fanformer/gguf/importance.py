@@ -27,6 +27,8 @@ def importance(
 ) -> dict[str, Floats]:
     """Return the mean square of every input channel of every linear layer, by the name of its weight.
 
+    A tied head's weight has the name of the embedding, as in a file.
+
     Args:
         model: in evaluation mode.
         tokenizer: of the model.
@@ -58,6 +60,8 @@ def importance(
         raise DataError(
             f"`--calibration {source}` has {done} tokens, expected at least {FEWEST_TOKENS}: give more text."
         )
+    if model.config.tie_word_embeddings:
+        sums["model.embed_tokens.weight"] = sums.pop("lm_head.weight")
     return {name: (total / done).float().cpu().numpy().astype(np.float32) for name, total in sums.items()}
 
 

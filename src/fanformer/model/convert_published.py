@@ -7,7 +7,7 @@
 | hybridnorm-olmo | HybridNorm, arXiv:2503.04598 (OLMo) | `att_proj`: Q, K and V in one matrix; norms on q, k and v  |
 
 In both OLMo forms `ff_proj` is up and gate in one matrix, in this order. An option that would change the model in a way
-ours cannot express is refused; nothing is ignored but options of training and initialisation.
+ours cannot express is refused; nothing is ignored but options of training and initialisation, and Hugging Face's own.
 """
 
 import difflib
@@ -79,12 +79,14 @@ class PublishedOptions:
 class PublishedWeights:
     """The tensors of a published file, each taken once by name and shape."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str) -> None:
         try:
             self.tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"`weights` must be a safetensors file, got {path.absolute()}: {reason}.") from error
+        if all(name.startswith(prefix) for name in self.tensors):
+            self.tensors = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()}
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()})
         if len(dtypes) != 1 or not getattr(torch, dtypes[0]).is_floating_point:
             raise ValueError(f"`weights` must hold tensors of one floating dtype, got {', '.join(dtypes) or 'none'}.")
@@ -120,38 +122,34 @@ class PublishedFormat:
     configuration: Callable[[PublishedOptions, PublishedWeights], FANformerConfig]
     state_dict: Callable[[FANformerConfig, PublishedWeights], StateDict]
     ignored_options: frozenset[str]
+    prefix: str = ""
+    """What all names may begin with besides: Hugging Face's wrapper adds it."""
 
 
-_OLMO_IGNORED_OPTIONS = frozenset(
+_HUGGING_FACE_OPTIONS = frozenset(
     {
-        "alibi_bias_max",
-        "attention_layer_norm_with_affine",
-        "block_group_size",
-        "emb_init_std",
-        "flash_attention",
-        "init_cutoff_factor",
-        "init_device",
-        "init_fn",
-        "init_std",
-        "mlp_ratio",
-        "precision",
-        "rope_full_precision",
-        "scale_emb_init",
+        "_name_or_path", "architectures", "auto_map", "dtype",
+        "model_type", "torch_dtype", "transformers_version", "use_cache",
     }
-)
-_COLA_IGNORED_OPTIONS = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "initializer_range",
-        "max_position_embeddings",
-        "model_type",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
+)  # fmt: skip
+"""What any config.json of `transformers` may have beside the options of a model."""
+_OLMO_IGNORED_OPTIONS = _HUGGING_FACE_OPTIONS | {
+    "alibi_bias_max",
+    "attention_layer_norm_with_affine",
+    "block_group_size",
+    "emb_init_std",
+    "flash_attention",
+    "init_cutoff_factor",
+    "init_device",
+    "init_fn",
+    "init_std",
+    "precision",
+    "rope_full_precision",
+    "scale_emb_init",
+}
+_COLA_IGNORED_OPTIONS = _HUGGING_FACE_OPTIONS | {"initializer_range", "max_position_embeddings"}
+_OLMO_EMBEDDING_SIZE = 50_304
+"""Rows of the embedding where `embedding_size` is not given; null means `vocab_size`."""
 
 
 def _width_and_heads(options: PublishedOptions, width_name: str, heads_name: str) -> tuple[int, int]:
@@ -186,13 +184,14 @@ def _olmo_fields(options: PublishedOptions) -> dict[str, Any]:
     options.known.add("bias_for_layer_norm")
 
     width, heads = _width_and_heads(options, "d_model", "n_heads")
-    fused = options.get("mlp_hidden_size", int)
+    fused = options.get("mlp_hidden_size", int, options.get("mlp_ratio", int, 4) * width)
     if fused % 2:
         raise ValueError(f"config option `mlp_hidden_size` must be even (up and gate in one matrix), got {fused}.")
     key_value_heads = 1 if options.get("multi_query_attention", bool, False) else heads
     vocab_size = options.get("vocab_size", int)
+    rows = vocab_size if "embedding_size" in options.options else _OLMO_EMBEDDING_SIZE
     return {
-        "vocab_size": options.get("embedding_size", int, vocab_size),
+        "vocab_size": options.get("embedding_size", int, rows),
         "hidden_size": width,
         "intermediate_size": fused // 2,
         "num_hidden_layers": options.get("n_layers", int),
@@ -217,10 +216,11 @@ def _olmo_fields(options: PublishedOptions) -> dict[str, Any]:
 
 
 def _fanformer_configuration(options: PublishedOptions, weights: PublishedWeights) -> FANformerConfig:
-    options.require("use_ATF", True, False)
-    fields = _olmo_fields(options)
-    # The published default of p_ratio changed over time and its 1B configuration leaves it out: the weights know it.
+    # The published 1B configuration leaves out use_ATF, and p_ratio, whose published default changed over time: the
+    # weights know both.
     bias = weights.tensors.get("transformer.blocks.0.att_proj.fanlayer.input_linear.bias")
+    options.require("use_ATF", True, bias is not None)
+    fields = _olmo_fields(options)
     width = fields["hidden_size"]
     periodic = 0 if bias is None else width - bias.shape[0]
     ratio = periodic / width
@@ -364,9 +364,9 @@ def _cola_state_dict(config: FANformerConfig, weights: PublishedWeights) -> Stat
 
 
 PUBLISHED_FORMATS = {
-    "fanformer-olmo": PublishedFormat(_fanformer_configuration, _olmo_state_dict, _OLMO_IGNORED_OPTIONS),
+    "fanformer-olmo": PublishedFormat(_fanformer_configuration, _olmo_state_dict, _OLMO_IGNORED_OPTIONS, "model."),
     "cola": PublishedFormat(_cola_configuration, _cola_state_dict, _COLA_IGNORED_OPTIONS),
-    "hybridnorm-olmo": PublishedFormat(_hybridnorm_configuration, _olmo_state_dict, _OLMO_IGNORED_OPTIONS),
+    "hybridnorm-olmo": PublishedFormat(_hybridnorm_configuration, _olmo_state_dict, _OLMO_IGNORED_OPTIONS, "model."),
 }
 
 
@@ -389,7 +389,7 @@ def convert(weights: Path, config: Path, published_format: str) -> FANformerForC
         near = _nearest(published_format, PUBLISHED_FORMATS)
         raise ValueError(f"`format` must be a published format, got `{published_format}`: {near}")
     form = PUBLISHED_FORMATS[published_format]
-    tensors = PublishedWeights(Path(weights))
+    tensors = PublishedWeights(Path(weights), form.prefix)
     options = PublishedOptions(Path(config), form.ignored_options)
     try:
         ours = form.configuration(options, tensors)

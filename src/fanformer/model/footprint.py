@@ -51,11 +51,12 @@ class Footprint:
     """Weights that a token of a text is multiplied with: all matrices, the embedding only where it is the head too;
     those of a recurrent depth's core once for every step, of which the mean of training is counted."""
     sequence_length: int
-    """T of the figures below: the model's longest sequence."""
+    """T of the figures below: the model's longest sequence, 2048 where nothing limits it."""
     attention_operations: int
-    """4 L H K T: a token's query against T keys, and the weighted sum of T values; L counts every block that runs."""
+    """4 L H K T: a token's query against T keys, and the weighted sum of T values; L counts every block that runs; 0
+    without attention."""
     cache_bytes_per_token: dict[str, int]
-    """Keys and values, 2 L G K numbers, by dtype; L counts every block that runs."""
+    """Keys and values, 2 L G K numbers, by dtype; L counts every block that runs; 0 without attention."""
 
     @property
     def without_embeddings(self) -> int:
@@ -142,11 +143,11 @@ def footprint(config: PreTrainedConfig, num_steps: int | None = None) -> Footpri
         if parameter.dim() > 1 and (not is_lookup or parameter is model.get_output_embeddings().weight):
             outside = steps - 1 if part_of(name) == "bridge" else 1
             matrices += count * (outside if block is None else runs[int(block[1])])
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     cached = 2 * len(executed) * key_value_heads * head_dim
-    length = config.max_position_embeddings
+    length = getattr(config, "max_position_embeddings", 2048)
     return Footprint(
         total=model.num_parameters(),
         trainable=model.num_parameters(only_trainable=True),

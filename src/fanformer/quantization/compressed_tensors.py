@@ -7,16 +7,18 @@ squares that GPTQ works from: |X (W - W_q)^T| / |X W^T| over the calibration inp
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.errors import CheckpointError, ConfigError
-from fanformer.loading import load
+from fanformer.generation.loading import weight_files
+from fanformer.loading import load, load_config
 from fanformer.quantization.linear_layers import fill_intermediate
 from fanformer.quantization.quantized_folder import (
     LayerReport,
@@ -72,6 +74,7 @@ def export_compressed(
 
         def write_model(aside: Path) -> tuple[LayerReport, ...]:
             model.save_pretrained(aside, save_compressed=True)
+            restore_dtype(aside, groups, load_config(source).dtype)
             # the library saves the configuration that it finds in the folder the model came from
             update_config(aside, lambda saved: saved.update({name: getattr(model.config, name) for name in _CHANGED}))
             (aside / "recipe.yaml").unlink(missing_ok=True)  # says less than the report
@@ -79,6 +82,30 @@ def export_compressed(
 
         notes = (filled,) if filled else ()
         return write_folder(source, target, settings, tokenizer, tokens, notes, write_model, _READING)
+
+
+def restore_dtype(folder: Path, groups: Mapping[str, int | None], dtype: torch.dtype | None) -> None:
+    """Write the weights of a folder again, what is not quantized in the dtype that it had; None is float32.
+
+    The files are changed rather than the model, whose weights the library may have on another device.
+
+    Args:
+        folder: what the library saved of a model in float32.
+        groups: as `planned_groups` returned them.
+        dtype: of the folder that was quantized.
+    """
+    if dtype in (None, torch.float32):
+        return
+    for file in weight_files(folder):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            module, _, kind = name.rpartition(".")
+            cut = groups.get(module) is not None and kind.startswith("weight")  # integers, and their scales
+            if tensor.is_floating_point() and not cut:
+                tensors[name] = tensor.to(dtype)
+        aside = file.with_suffix(".new")  # what was loaded is still read from the file
+        save_file(tensors, aside, metadata={"format": "pt"})
+        os.replace(aside, file)
 
 
 _CHANGED = ("intermediate_size", "vocab_size", "eos_token_id", "pad_token_id")

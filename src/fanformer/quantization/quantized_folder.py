@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fanformer.data.held_out import DEFAULT_TOKENS, held_out_stream
 from fanformer.data.packing import PackedRows
+from fanformer.data.preparation.journal import require_utf8_name
 from fanformer.errors import ConfigError, DependencyError
 from fanformer.evaluation.loss import default_sequence_length, every_nth
 from fanformer.files.durable import replace_json, replace_text
-from fanformer.files.staging import staged_folder
+from fanformer.files.staging import check_folder, staged_folder
 from fanformer.generation.adapters import adapter_note
 from fanformer.generation.loading import refuse_towers, weight_files
 from fanformer.gguf.file import ARCHITECTURE
@@ -92,10 +93,11 @@ def check(source: Path, target: Path, settings: Settings, library: str) -> None:
 
     Raises:
         CheckpointError: if `source` is no model folder.
-        ConfigError: if its model is of another kind or quantized already, a setting is wrong, or `target` is taken.
+        ConfigError: if its model is of another kind or quantized already, a setting is wrong, or `target` is taken or
+            cannot be written.
     """
     check_bits_and_group(settings.bits, settings.group_size)
-    _check_target(source, target, settings.overwrite)
+    _check_target(source.resolve(), target.resolve(), settings.overwrite)
     check_model(source, f"{library}'s own examples quantize other models")
     if getattr(load_config(source), "recurrence", None) is not None:
         raise ConfigError(
@@ -124,14 +126,16 @@ def check_model(source: Path, others: str) -> None:
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    require_utf8_name(target, ConfigError)
+    check_folder(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if target.absolute() == source.absolute():
-        raise ConfigError(f"`--output-dir` is the model's own folder {target.absolute()}: give another.")
+    if target == source:
+        raise ConfigError(f"`--output-dir` is the model's own folder {target}: give another.")
     if not (target / REPORT_FILE).is_file():
-        raise ConfigError(f"{target.absolute()} is there and holds no quantized model: give another `--output-dir`.")
+        raise ConfigError(f"{target} is there and holds no quantized model: give another `--output-dir`.")
     if not overwrite:
-        raise ConfigError(f"{target.absolute()} is there already: give another `--output-dir`, or `--overwrite`.")
+        raise ConfigError(f"{target} is there already: give another `--output-dir`, or `--overwrite`.")
 
 
 def calibration_batches(
@@ -235,7 +239,7 @@ def write_folder(
 
     Args:
         source: the folder that was quantized.
-        target: where to write.
+        target: where to write; of a link the folder that it means.
         settings: how it was quantized.
         tokenizer: its tokenizer.
         tokens: how many tokens calibrated it.
@@ -243,6 +247,7 @@ def write_folder(
         write_model: writes weights, configuration and code into a folder and returns what became of every matrix.
         reading: for the model card, the format and what it is read with.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with staged_folder(target) as aside:
         layers = write_model(aside)
@@ -280,7 +285,7 @@ def _card(source: Path, report: Report, reading: str) -> str:
     card = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [fanformer, causal-lm]\n---\n\n"
     card += f"# {source.absolute().name}\n"
     if original.is_file():
-        card = original.read_text(encoding="utf-8")
+        card = original.read_text(encoding="utf-8", errors="replace")
     return f"""{card.rstrip()}
 
 ## Quantized

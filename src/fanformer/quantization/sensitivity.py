@@ -72,7 +72,8 @@ def scan_folder(
 
     Raises:
         CheckpointError: if the folder cannot be loaded.
-        ConfigError: if the model is of another kind, a setting is wrong, or the file is there already.
+        ConfigError: if the model is of another kind, a setting is wrong, or the file is there already or cannot be
+            written.
         DataError: if the text is missing or too short.
     """
     check_bits_and_group(settings.bits, settings.group_size)

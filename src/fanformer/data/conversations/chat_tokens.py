@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fanformer.data.conversations.chatml import END, START, TEMPLATE, ChatML, chatml_of
 from fanformer.data.tokenizer import end_token_id, start_token_id
@@ -123,9 +123,11 @@ def text_ends(tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
     return tokenizer.eos_token_id
 
 
-def document_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    """Return the tokens that open and end a plain text, by a tokenizer whose own end is END."""
+def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the tokens that open and end a plain text: where a tokenizer's own end is END, the padding ends it."""
     start, end = tokenizer.bos_token_id, tokenizer.pad_token_id
+    if tokenizer.eos_token != END or end in (None, tokenizer.eos_token_id):
+        return start_token_id(tokenizer), end_token_id(tokenizer)
     return (end if start is None else start), end
 
 

@@ -1,7 +1,8 @@
 """Whether a story is English, by link-grammar (Debian's package `link-grammar`), the parser of the AbiWord project.
 
-A sentence is grammatical where a complete linkage of all its words costs little; a story passes where most of its
-sentences are. The two limits are calibrated on human stories, and on these with their words shuffled.
+A sentence is grammatical where a complete linkage of all its words costs little; a story passes where a quarter of its
+sentences are: of 173 stories by people, old tales among them, 95.4% pass, and 13.3% with their words shuffled. The two
+limits are the strictest with which 95% do, on `check.py --only grammar`.
 """
 
 import itertools
@@ -13,9 +14,9 @@ from collections.abc import Sequence
 
 from fanformer.errors import DependencyError
 
-LARGEST_COST = 6.0
+LARGEST_COST = 10.0
 """Cost of a linkage's disjuncts above which a sentence does not count as grammatical."""
-LEAST_SHARE = 0.5
+LEAST_SHARE = 0.25
 """Share of a story's sentences that must be grammatical."""
 _SENTENCE = re.compile(r"[^.!?]+[.!?]+[\"”']?")
 _COMPLETE = re.compile(r"UNUSED=0 DIS=\s*(-?[\d.]+)")

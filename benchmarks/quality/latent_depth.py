@@ -41,6 +41,7 @@ from fanformer.data.held_out import held_out_stream
 from fanformer.data.sources.documents import open_source
 from fanformer.data.tokenizer import start_token_id
 from fanformer.evaluation.loss import evaluate_documents
+from fanformer.files.durable import hash_files
 from fanformer.generation.depth import chosen_depth, set_depth
 from fanformer.generation.settings import GenerationSettings
 from fanformer.loading import load, load_config, load_text_model, load_tokenizer
@@ -77,6 +78,11 @@ def texts_of(given: argparse.Namespace) -> list[str]:
     ends = np.flatnonzero(np.isin(ids, [stream.start_id, stream.end_id]))
     parts = [part[1:].tolist() for part in np.split(ids, ends) if len(part) > 1]
     return [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """Return a hash of documents."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def dial(given: argparse.Namespace) -> Figures:
@@ -292,9 +298,8 @@ def measured(given: argparse.Namespace, part: str, runs: Sequence[Path]) -> Figu
         if not work.has(cell):
             one = argparse.Namespace(**{**vars(given), "run": run, "base": run, "number": number})
             one.texts = texts_of(one)[: 4 if given.dry_run else None] if part in ("dial", "exit", "cache") else []
-            digest = hashlib.sha256("\0".join(one.texts).encode("utf-8", "surrogatepass")).hexdigest()
             figures = {name: dataclasses.asdict(figure) for name, figure in MEASURES[part](one).items()}
-            work.keep(cell, {"figures": figures, "text": digest})
+            work.keep(cell, {"figures": figures, "text": digest_of(one.texts)})
         found.append({name: Figure(**content) for name, content in work.read(cell)["figures"].items()})
     return over_runs(found)
 
@@ -318,6 +323,16 @@ def write(given: argparse.Namespace, part: str, runs: Sequence[Path], figures: F
         result=figures,
     )
     print(write_entry(RESULTS, entry), flush=True)
+
+
+def settings_of(given: argparse.Namespace) -> dict[str, str]:
+    """Return all that figures depend on, as text: of folders and of a text what is in them, not their names alone."""
+    names = ("text", "preset", "tokens", "rounds", "gguf", "dry_run", "runs", "base")
+    weights = [hash_files(run.glob("*.safetensors")) for run in (*given.runs, *given.base)]
+    settings = {name: vars(given)[name] for name in names} | {"threads": torch.get_num_threads(), "weights": weights}
+    if given.text is not None:  # what a run held out goes with its weights
+        settings["text_digest"] = digest_of(texts_of(given))
+    return {name: str(value) for name, value in settings.items()}
 
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -352,9 +367,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure the parts that are asked for, print them, and with --write put them into the ledger."""
     given = parsed()
-    names = ("text", "preset", "tokens", "rounds", "gguf", "dry_run")
-    settings = {name: vars(given)[name] for name in names} | {"runs": given.runs, "base": given.base}
-    Work(given.work).begin({name: str(value) for name, value in settings.items()})
+    Work(given.work).begin(settings_of(given))
     for part in given.parts:
         runs = given.base if part == "retrofit" else given.runs
         figures = measured(given, part, runs)

@@ -1,9 +1,12 @@
 """The benchmark of recurrent depth, all of it in little: what it says is there, and equality is found equal."""
 
+import shutil
 import sys
 from argparse import Namespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fanformer.comparison.ledger import EXACT, Figure
 from tests.gguf_models import save
@@ -50,8 +53,6 @@ def test_exit_saves_more_the_larger_the_threshold(depth, given):
 
 
 def test_a_cache_of_all_steps_gives_the_bits_of_a_full_pass(depth, given):
-    import torch
-
     from fanformer.loading import load
 
     figures = depth.caches(given)
@@ -132,6 +133,35 @@ def test_what_is_measured_is_kept_and_another_run_is_refused(depth, recurrent_mo
     assert capsys.readouterr().out == first
     monkeypatch.setattr(sys, "argv", [*words, "--dry-run", "--rounds", "7", "--tokens", "1M"])
     with pytest.raises(SystemExit, match="was begun with tokens 500k, got 1M: give another --work"):
+        depth.main()
+
+
+def test_weights_text_or_threads_that_changed_are_not_taken_for_those_that_were_measured(
+    depth,
+    recurrent_model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    folder, text = shutil.copytree(recurrent_model, tmp_path / "run"), tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat.")
+    words = [folder, "--text", text, "--parts", "dial", "--work", tmp_path / "work", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["latent_depth.py", *map(str, words)])
+    monkeypatch.setitem(depth.MEASURES, "dial", lambda given: {})
+    for _ in range(2):
+        depth.main()
+    text.write_text("a small model speaks of small things.")
+    with pytest.raises(SystemExit, match=r"was begun with text_digest .*: give another --work"):
+        depth.main()
+    text.write_text("the cat sat on the mat.")
+    depth.main()
+    weights = load_file(folder / "model.safetensors")
+    name = min(weights)
+    save_file({**weights, name: weights[name] + 1}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"was begun with weights .*: give another --work"):
+        depth.main()
+    shutil.copy(recurrent_model / "model.safetensors", folder)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(SystemExit, match=r"was begun with threads \d+, got 77: give another --work"):
         depth.main()
 
 

@@ -1,8 +1,10 @@
 """Every queue file that is kept here can be run, and what the ledger holds of it is not trained again."""
 
+import fnmatch
 import itertools
 
 import pytest
+import yaml
 
 from fanformer.comparison.architectures import FAMILIES, architecture
 from fanformer.comparison.compare import RATES
@@ -21,6 +23,23 @@ def test_every_queue_is_read_without_an_error_and_no_two_comparisons_have_one_na
     assert {entry.name: entry.error for entry in entries if entry.error is not None} == {}
     names = [entry.name for entry in entries]
     assert len(set(names)) == len(names) > 5
+
+
+def test_equal_time_is_judged_at_a_budget_of_its_own_alone(repository):
+    """Not at equal tokens, nor at the budget of equal operations; its shorter trainings are those of the latter."""
+    queues = repository / "benchmarks" / "queues"
+    (timed,) = read_queue(queues / "latent-depth-time.yaml").entries
+    counted = {entry.name: entry.comparison for entry in read_queue(queues / "latent-depth.yaml").entries}
+    counted = counted["depth-equal-operations"]
+    assert not set(counted.candidate_tokens) & set(timed.comparison.candidate_tokens)
+    claims = yaml.safe_load((repository / "benchmarks" / "claims.yaml").read_text(encoding="utf-8"))
+    (pattern,) = (claim["entry"] for claim in claims if claim["id"] == "depth-equal-time")
+    names = [timed.name, *(f"{timed.name}-nano-{tokens}" for tokens in (2_000_000, 2_457_600, 3_112_960))]
+    assert [fnmatch.fnmatchcase(name, pattern) for name in names] == [False, False, True, True]
+    for spec in timed.comparison.architectures:
+        settings = timed.comparison.settings(spec, 2_000_000)
+        assert settings == counted.settings(spec, 2_000_000)
+        assert settings.keys() >= set(MACHINE)  # so that no machine decides otherwise
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,14 @@ import io
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from fanformer.comparison.ledger import read_ledger
+from fanformer.comparison.ledger import read_entry, read_ledger, write_entry
 from fanformer.comparison.queue import RECORD_FILE, main, print_lines, read_queue, read_status, run_queue
+from fanformer.comparison.sweep import OutOfTimeError
 from fanformer.data.preparation.prepare import prepare
 from fanformer.data.sources.documents import open_source
 from fanformer.errors import ConfigError
@@ -89,6 +91,26 @@ def test_what_the_ledger_knows_is_not_trained_again(done, corpus, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("ledger/*")} == before
 
 
+def stop_at_the_second_seed(event):
+    """End everything where the first training of the second seed begins, after those of both architectures at one."""
+    if event.kind == "begin" and event.figures["done"] == 2:
+        raise OutOfTimeError
+
+
+def test_a_stopped_queue_leaves_the_whole_comparison_of_the_ledger_as_it_is(done, corpus, tmp_path):
+    ledger = shutil.copytree(done[0] / "ledger", tmp_path / "ledger")
+    write_entry(ledger, replace(read_entry(ledger, "language"), seeds=[0, 1]))
+    before = (ledger / "measurements.jsonl").read_bytes()
+    entry = {"name": "language", "architectures": ["fanformer@60k", "llama@60k"], "seeds": 2}
+    queue = read_queue(write(tmp_path / "queue.yaml", {**small(corpus, tmp_path), "entries": [entry]}))
+    with pytest.raises(OutOfTimeError):
+        run_queue(queue, stop_at_the_second_seed, "a command")
+    record = json.loads((tmp_path / "out" / "language" / RECORD_FILE).read_text())
+    assert (record["finished"], record["planned"], len(record["pairs"])) == (2, 4, 1)
+    assert read_status(tmp_path / "out")[0]["entries"]["language"]["state"] == "stopped"
+    assert (ledger / "measurements.jsonl").read_bytes() == before
+
+
 def test_architectures_see_the_same_rows_and_a_baseline_does_not_call_itself_a_fanformer(done):
     out = done[0] / "out"
     rows = [
@@ -149,6 +171,13 @@ def test_an_entry_takes_over_the_defaults_and_a_rule_leaves_those_of_language(tm
     assert (second.error, second.comparison.run, second.comparison.seeds) == (None, {}, (0, 1))
     assert "`name` must be letters" in third.error
     assert (fourth.name, str(fourth.folder)) == ("entry-4", "runs/my/entry-4")
+
+
+def test_an_entry_with_a_value_that_no_architecture_takes_keeps_its_place_with_its_error(tmp_path):
+    entries = [{"architectures": "fanformer@1m:fan_placement=ffm"}, {"architectures": "llama@60k"}]
+    wrong, right = read_queue(write(tmp_path / "queue.yaml", {"entries": entries})).entries
+    assert wrong.error.startswith("architecture 'fanformer@1m:fan_placement=ffm' cannot be built: ")
+    assert right.error is None
 
 
 def test_a_report_that_cannot_be_written_stops_no_training(done, corpus, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import subprocess
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from fanformer.errors import CheckpointError, ConfigError, DataError
 from fanformer.training.checkpoint import checkpoints
 from fanformer.training.folder import read_records
+from fanformer.training.run import build_fanformer, train
+from tests.training.conftest import Notebook
 
 NOT_COMPARED = ("tokens_per_second", "elapsed_seconds")
 
@@ -73,6 +76,31 @@ def test_training_learns(run):
     assert records[-1]["loss"] < records[0]["loss"] - 1.5
     # uniform choice among 12 words and a full stop per 13: far below the untrained ln(320) = 5.8
     assert result.held_out.loss < 4.0
+
+
+def test_an_evaluation_that_gives_no_number_writes_nothing_and_does_not_end_the_run(run_config):
+    steps = []
+
+    def build(fields):
+        model = build_fanformer(fields)
+
+        def spoil(module, inputs, logits):
+            if module.training:
+                steps.append(len(steps))
+            return logits * math.nan if not module.training and len(steps) <= 3 else logits
+
+        model.lm_head.register_forward_hook(spoil)
+        return model
+
+    notebook, config = Notebook(), run_config(max_steps=6, eval_steps=3)
+    result = train(config, notebook, build)
+    spoilt, sound = (record for record in read_records(config.folder) if "val_loss" in record)
+    assert len(steps) == 6
+    assert (spoilt["step"], math.isnan(spoilt["val_loss"]), spoilt["sample"]) == (3, True, "")
+    assert sound["val_loss"] == result.held_out.loss
+    assert sound["sample"].startswith("zq" * 14)
+    assert notebook.samples == ["", sound["sample"]]
+    assert result.reached_end
 
 
 def test_the_folder_loads_and_writes_without_this_package(finished, tmp_path):

@@ -6,7 +6,6 @@ SIZE counts parameters without embedding and head (`2m`, `500k`), or names an ar
 (`llama@fanformer`; a name that is a count, such as `92m`, is the count).
 """
 
-import itertools
 import json
 import math
 import re
@@ -14,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,13 +29,15 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from fanformer.errors import ConfigError, did_you_mean, refuse_unknown
+from fanformer.comparison.fitting import SIZE_TOLERANCE, Family, fitted
+from fanformer.errors import ConfigError, FANformerError, did_you_mean, refuse_unknown
 from fanformer.loading import load_config
 from fanformer.model import FANformerConfig, FANformerForCausalLM
 from fanformer.model.configuration_fanformer import RANKS
 from fanformer.model.footprint import Footprint, footprint
 from fanformer.training.configuration import load_preset, parse_count, preset_names
 from fanformer.training.depth import OF_DEPTH
+from fanformer.training.folder import fingerprint
 
 _FULL_RANK = dict.fromkeys(RANKS)
 _PLAIN = {
@@ -61,56 +63,12 @@ SMOLLM2_135M = {
 """Fields of LlamaConfig of HuggingFaceTB/SmolLM2-135M, the model that ours is measured against."""
 _DEFAULT = FANformerConfig()
 _WIDTH_STEP = 32
-_FFN_STEPS = (8, 2)
-"""Multiples of intermediate_size: the second where the first is too coarse to meet a small size."""
-_RANK_STEPS = {True: (32, 16), False: (16, 8)}
-"""The same for ranks, from a width of 256 on and below."""
-_RANK_WIDTH = 256
 _LARGE = 8_000_000
 """Parameters without embeddings from which heads are 64 wide, else 32."""
 _DEPTH_ANCHOR = (6, 2_000_000)
 """Layers at a size; depth grows as its cube root, as width then does too."""
-_SIZE_TOLERANCE = 0.01
 _USUAL = 0.5
 """How far, as a share, FFN or ranks may be from their usual size before finer steps of them are looked at."""
-_MOST = 2.0
-"""Largest share of the usual ranks that is looked at."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of architecture.
-
-    Attributes:
-        config_type: its configuration class.
-        fields: that make it what it is, on top of the class's defaults.
-        shape: of the published model; what a name without SIZE gives.
-        ffn_ratio: intermediate_size over hidden_size that scaled shapes keep near to.
-        key_value_share: query heads for each key-value head in scaled shapes, at least.
-        width_of: family whose hidden_size scaled shapes take over where it fits, so that embeddings are equal too.
-        ranks: fields that hold a rank, with its share of hidden_size in scaled shapes.
-        ranks_fit: whether it is the ranks that make up a size, intermediate_size being `ffn_ratio` times the width, or
-            intermediate_size, the ranks being their shares of the width.
-        recipe: fields of RunConfig with which it learns language, where they are not the preset's.
-        block: number of what is built; raised with every change of its defaults or of its initialisation. Trainings of
-            another number are not taken for those of this one; docs/experiments.md says what each number was.
-    """
-
-    config_type: type[PreTrainedConfig]
-    fields: Mapping[str, Any]
-    shape: Mapping[str, Any]
-    ffn_ratio: float
-    key_value_share: int
-    width_of: str | None = None
-    ranks: Mapping[str, float] = field(default_factory=dict)
-    ranks_fit: bool = False
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    block: int = 2
-
-    def ranks_at(self, fields: Mapping[str, Any]) -> dict[str, int]:
-        """Return the ranks at a width, without those that are given."""
-        given = self.ranks.keys() & fields.keys()
-        return {name: max(1, int(self.ranks[name] * fields["hidden_size"])) for name in self.ranks if name not in given}
 
 
 def _like_smollm2(config_type: type[PreTrainedConfig], fields: Mapping[str, Any], ranks: Mapping[str, float]) -> Family:
@@ -219,6 +177,14 @@ class Architecture:
         return 1 if self._named is None else self._named.block
 
     @property
+    def digest(self) -> str:
+        """A hash of what its file says, which may change under the same path; empty where it is read from none."""
+        if self.family != "file":
+            return ""
+        fields = {name: value for name, value in self.fields.items() if name != "transformers_version"}
+        return fingerprint([self.config_type.__name__, fields])
+
+    @property
     def is_recurrent(self) -> bool:
         """Whether it has a recurrent depth."""
         return getattr(self.config(), "recurrence", None) is not None
@@ -272,13 +238,26 @@ def architecture(spec: str) -> Architecture:
     """Return the architecture that `spec` names, its shape chosen where a size is given.
 
     Raises:
+        CheckpointError: if it names a file that holds none.
         ConfigError: if the name, a field or the size is wrong; the nearest name is offered.
     """
+    try:
+        return _architecture(spec)
+    except FANformerError:
+        raise
+    # of the configuration's own checks, values of a wrong type, and sizes below 1, for which torch has no tensor
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ConfigError(f"architecture {spec!r} cannot be built: {' '.join(str(reason).split())}") from error
+
+
+def _architecture(spec: str) -> Architecture:
     head, colon, settings = spec.partition(":")
     if Path(head).exists() or "/" in head:
         if colon:
             raise ConfigError(f"an architecture read from a file takes no fields, got {spec!r}: edit its config.json.")
-        config = load_config(head)
+        path = Path(head)
+        config = load_config(path.parent if path.name == "config.json" else path)
         return Architecture(spec, "file", config.to_dict(), type(config), "own")
     name, at, size = head.partition("@")
     given = _parse_fields(spec, settings) if colon else {}
@@ -315,7 +294,13 @@ def _parse_fields(spec: str, settings: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"a field of an architecture must be NAME=VALUE, got {part!r} in {spec!r}.")
-        fields[key.strip()] = yaml.safe_load(value)
+        try:
+            fields[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that does not exist
+            raise ConfigError(
+                f"the value of `{key.strip()}` must be YAML without a comma, got {value!r} in {spec!r}: write a "
+                "config.json and name its folder for what needs more."
+            ) from error
     return fields
 
 
@@ -377,7 +362,7 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
                 "num_key_value_heads": key_value_heads,
                 "tie_word_embeddings": fields.get("tie_word_embeddings", False),
             }
-            found = _fitted(family, {**fields, **shape}, size, finer)
+            found = fitted(family, {**fields, **shape}, size, finer)
             if math.isinf(found.share):
                 continue
             if found.share == 0:
@@ -385,7 +370,7 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
             shape |= found.fields
             count = without_embeddings(family.config_type(**{**fields, **shape}))
             distance = abs(found.share - 1)
-            if abs(count / size - 1) <= _SIZE_TOLERANCE and (best is None or distance < best[0]):
+            if abs(count / size - 1) <= SIZE_TOLERANCE and (best is None or distance < best[0]):
                 best = (distance, shape)
             if best is not None and found.share < 1:
                 break  # the wider, the smaller the share: from here on it only goes away from the usual one
@@ -399,101 +384,3 @@ def _shape(name: str, size: int, frozen_fields: str) -> dict[str, Any]:
 def _key_value_heads(heads: int, family: Family) -> int:
     most = max(1, heads // family.key_value_share)
     return max(count for count in range(1, most + 1) if heads % count == 0)
-
-
-class _Fitted(NamedTuple):
-    """Fields that bring a shape to a size.
-
-    Attributes:
-        fields: their values.
-        share: of what is usual; infinite where even the most is too small, 0 where even the least is too large.
-    """
-
-    fields: dict[str, int]
-    share: float
-
-
-_TOO_SMALL, _TOO_LARGE = _Fitted({}, float("inf")), _Fitted({}, 0.0)
-
-
-def _fitted(family: Family, fields: dict[str, Any], size: int, finer: bool) -> _Fitted:
-    """Return intermediate_size and ranks that are not given, so that the size is met as nearly as may be."""
-    width = fields["hidden_size"]
-    free = {name: share * width for name, share in family.ranks.items() if name not in fields}
-    if family.ranks_fit and free:
-        ffn = {} if "intermediate_size" in fields else {"intermediate_size": round(family.ffn_ratio * width)}
-        found = _fitting_ranks(family, {**fields, **ffn}, size, _RANK_STEPS[width >= _RANK_WIDTH][finer], free)
-        return found._replace(fields={**found.fields, **ffn})
-    ranks = family.ranks_at(fields)
-    if "intermediate_size" in fields:
-        return _Fitted(ranks, fields["intermediate_size"] / width / family.ffn_ratio)
-    wide = _fitting_ffn(family, {**fields, **ranks}, size, _FFN_STEPS[finer])
-    if not wide:
-        return _TOO_SMALL if wide is None else _TOO_LARGE
-    return _Fitted({**ranks, "intermediate_size": wide}, wide / width / family.ffn_ratio)
-
-
-def _fitting_ranks(family: Family, fields: dict[str, Any], size: int, step: int, usual: Mapping[str, float]) -> _Fitted:
-    """Return multiples of `step` near one and the same share of the `usual` ranks that come near to the size."""
-
-    def count(ranks: Mapping[str, int]) -> int:
-        return without_embeddings(family.config_type(**{**fields, **ranks}))
-
-    least = dict.fromkeys(usual, step)
-    base = count(least)
-    costs = {name: count({**least, name: 2 * step}) - base for name in usual}  # every step costs the same
-
-    def total(steps: Mapping[str, int]) -> int:
-        return base + sum((steps[name] - 1) * cost for name, cost in costs.items())
-
-    def at(share: float) -> dict[str, int]:
-        return {name: max(1, round(share * rank / step)) for name, rank in usual.items()}
-
-    if base > (1 + _SIZE_TOLERANCE) * size:
-        return _TOO_LARGE
-    if total(at(_MOST)) < (1 - _SIZE_TOLERANCE) * size:
-        return _TOO_SMALL
-    shares = [_MOST * part / 128 for part in range(1, 129)]
-    share = min(shares, key=lambda candidate: abs(total(at(candidate)) - size))
-    middle, wanted = at(share), {name: share * rank / step for name, rank in usual.items()}
-    beside = [
-        dict(zip(usual, steps, strict=True))
-        for steps in itertools.product(*([max(1, n - 1), n, n + 1] for n in middle.values()))
-    ]
-
-    def misfit(steps: Mapping[str, int]) -> tuple[float, float]:
-        off = abs(total(steps) / size - 1)
-        return max(0.0, off - 0.75 * _SIZE_TOLERANCE), sum(abs(steps[name] / wanted[name] - 1) for name in usual)
-
-    best = min(beside, key=misfit)
-    return _Fitted({name: n * step for name, n in best.items()}, sum(best.values()) * step / sum(usual.values()))
-
-
-def _fitting_ffn(family: Family, fields: dict[str, Any], size: int, step: int) -> int | None:
-    """Return the intermediate_size, a multiple of `step`, that comes nearest to the size.
-
-    None where even the largest is too small; 0 where the blocks are too large without an FFN.
-    """
-    counted: dict[int, int] = {}
-
-    def count(steps: int) -> int:
-        if steps not in counted:
-            config = family.config_type(**{**fields, "intermediate_size": steps * step})
-            counted[steps] = without_embeddings(config)
-        return counted[steps]
-
-    low, high = 1, 8 * fields["hidden_size"] // step
-    if count(low) > size:
-        return 0
-    if count(high) < (1 - _SIZE_TOLERANCE) * size:
-        return None
-    while high - low > 1:
-        # nearly a straight line: where it meets the size, but never an end again
-        guess = low + round((high - low) * (size - count(low)) / (count(high) - count(low)))
-        middle = min(max(guess, low + 1), high - 1)
-        low, high = (middle, high) if count(middle) <= size else (low, middle)
-        if high - low > 1:  # the other end stays far off where the line bends
-            beside = min(low + 1, high - 1) if low == middle else max(high - 1, low + 1)
-            low, high = (beside, high) if count(beside) <= size else (low, beside)
-    nearest = min((low, high), key=lambda steps: abs(count(steps) - size))
-    return nearest * step

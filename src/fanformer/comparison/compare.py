@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from fanformer.comparison.architectures import architecture, family_and_size
+from fanformer.comparison.architectures import Architecture, architecture, family_and_size
+from fanformer.comparison.decisions import decide_once
 from fanformer.comparison.rule_learning import rule_config, rule_fields
 from fanformer.comparison.rule_score import lacking
 from fanformer.comparison.rules import HoleTask, RuleTask, create_task
@@ -33,11 +32,11 @@ from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError, DataError, refuse_unknown
 from fanformer.training.configuration import load_preset, parse_count, resolve
 from fanformer.training.corpus import identity
-from fanformer.training.environment import decide
 from fanformer.training.events import Event, Listener, data_to
-from fanformer.training.fields import RunConfig
+from fanformer.training.fields import CorpusConfig, RunConfig
+from fanformer.training.folder import fingerprint
 
-DECISIONS_FILE, DATA_FOLDER, TRIALS_FOLDER = "decisions.yaml", "data", "trials"
+DATA_FOLDER, TRIALS_FOLDER = "data", "trials"
 RATES = -1
 """Stands for a variant in trainings that do nothing but choose a learning rate."""
 OF_LANGUAGE = ("data", "tokens", "candidate_tokens", "preset", "evaluations", "eval_tokens")
@@ -51,6 +50,8 @@ _LISTS: Mapping[str, Callable[[Any], Any]] = {
 """Fields of a comparison that are lists, or in a file single values, each with what reads one of them."""
 _OWN_FIELDS = ("output_dir", "resume", "overwrite", "learning_rate", "seed", "data", "tokens", "max_steps", "epochs")
 """Fields of RunConfig that a comparison sets itself."""
+_OF_OTHER_RUNS = ("init_from", "lora_rank", "objective")
+"""Fields of RunConfig for runs that do not learn text from fresh weights."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,15 @@ class Comparison:
             raise ConfigError("`rates_on` is for a rule, whose task has variants: leave it out.")
         if self.hole_sides:
             raise ConfigError("`hole_sides` is for a rule that has a hole: name it, as `rule: modular-addition`.")
+        for name in _OF_OTHER_RUNS:
+            if name in self.run:
+                raise ConfigError(
+                    f"`{name}` does not apply to a comparison, got {self.run[name]!r}: every architecture learns text "
+                    "from fresh weights; leave it out of `run`."
+                )
         fewest = min(self.variants)
         config = self.run_config(fewest)
+        _check_tokenizer(config.corpus)
         if fewest < config.batch.tokens_per_step:
             step = config.batch.tokens_per_step
             raise ConfigError(f"`tokens` must be at least one step of {step:,}, got {fewest:,}.")
@@ -198,7 +206,9 @@ class Comparison:
     def settings(self, spec: str, tokens: int) -> dict[str, Any]:
         """Return the fields of RunConfig that an architecture is trained with, rate and machine aside."""
         chosen = architecture(spec)
-        return {**chosen.recipe, **chosen.applying(self.shared_settings(tokens))}
+        fields = {**chosen.recipe, **chosen.applying(self.shared_settings(tokens))}
+        fields.pop("tokenizer", None)  # the data that were prepared with it bring it
+        return fields
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Comparison":
@@ -231,6 +241,19 @@ class Comparison:
             if not isinstance(made.get(name, 0), int):
                 raise ConfigError(f"`{name}` of a comparison must be a whole number, got {made[name]!r}.")
         return cls(**made)
+
+
+def _check_tokenizer(corpus: CorpusConfig) -> None:
+    """Refuse a tokenizer that is asked for where it has no effect, or leaves another field without one."""
+    if corpus.tokenizer is None:
+        return
+    if corpus.vocab_size is not None:
+        raise ConfigError(f"`vocab_size` does not apply beside `tokenizer`, got {corpus.vocab_size}: leave one out.")
+    if is_prepared_folder(corpus.data):
+        raise ConfigError(
+            f"`tokenizer` does not apply to the prepared data {corpus.data}, got {corpus.tokenizer}: they have their "
+            "own; leave it out."
+        )
 
 
 @dataclass(frozen=True)
@@ -335,6 +358,16 @@ def _open_data(comparison: Comparison, root: Path, listener: Listener) -> Prepar
     return data
 
 
+def _eval_digest(comparison: Comparison) -> str:
+    """Return a hash of the text that `eval_data` names, which may change under its name; empty where it names none.
+
+    Raises:
+        DataError: if there is no such text.
+    """
+    spec = comparison.run_config(max(comparison.variants)).corpus.eval_data
+    return "" if spec is None else fingerprint(identity(open_source(spec).describe()))
+
+
 @dataclass
 class _Sweep:
     """The trainings of one comparison; fields as `run_comparison` has them, `trials` for the folders of trainings."""
@@ -349,33 +382,23 @@ class _Sweep:
     known: Callable[[Trial], Result | None]
     jobs: int
     machine: dict[str, Any] = field(default_factory=dict)
+    eval_digest: str = ""
+    built: dict[str, Architecture] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     planned: int = 0
 
     def _decide(self) -> dict[str, Any]:
         """Decide about the machine once for all trainings, so that they differ in nothing but what is compared."""
-        path = self.folder / DECISIONS_FILE
-        if path.is_file():
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
-        config = self.comparison.run_config(max(self.comparison.variants))
-        largest = max(architecture(spec).count().training_operations for spec in self.comparison.architectures)
-        decided = decide(config.machine, float(largest) * max(self.comparison.variants), None)
-        machine = {
-            "device": decided.device,
-            "precision": decided.precision,
-            "compile": "on" if decided.compile else "off",
-            "threads": decided.threads,
-        }
-        told = ", ".join(f"{name} {value}" for name, value in machine.items())
-        self.listener(Event("note", f"{told}: the same for all"))
-        path.write_text(yaml.safe_dump(machine), encoding="utf-8")
-        return machine
+        longest = max(self.comparison.variants)
+        largest = max(built.count().training_operations for built in self.built.values())
+        return decide_once(self.comparison.run_config(longest).machine, largest * longest, self.folder, self.listener)
 
     def run(self) -> list[Outcome]:
         """Sweep the learning rates, then repeat the best ones."""
         comparison = self.comparison
+        self.built = {spec: architecture(spec) for spec in comparison.architectures}
         if comparison.rule is None:
-            self.machine = self._decide()
+            self.machine, self.eval_digest = self._decide(), _eval_digest(comparison)
         rates, cells = sorted(comparison.learning_rates), comparison.cells
         first, *others = comparison.seeds
         swept = cells
@@ -405,14 +428,15 @@ class _Sweep:
             self._train_all([(spec, variant, added, self.comparison.seeds[0])])
 
     def _trial(self, spec: str, variant: int, rate: float, seed: int) -> Trial:
-        block = architecture(spec).block
+        chosen = self.built[spec]
+        about: dict[str, Any] = {"block": chosen.block, "architecture_digest": chosen.digest}
         if self.data is None:
             task = self.comparison.rule_task(variant).to_dict()
             rule = {"task": task.pop("name"), **task}
-            settings = architecture(spec).applying(self.comparison.rule_settings())
-            return Trial(spec, rate, seed, settings, rule=rule, block=block)
-        settings = {**self.comparison.settings(spec, variant), **self.machine}
-        return Trial(spec, rate, seed, settings, str(self.data.folder), self.data.fingerprint, block=block)
+            return Trial(spec, rate, seed, chosen.applying(self.comparison.rule_settings()), rule=rule, **about)
+        settings, data = {**self.comparison.settings(spec, variant), **self.machine}, self.data
+        about["eval_digest"] = self.eval_digest
+        return Trial(spec, rate, seed, settings, str(data.folder), data.fingerprint, **about)
 
     def _tell(self, kind: Literal["begin", "end"], trial: Trial, text: str = "") -> None:
         counts = {"done": len(self.outcomes), "total": self.planned}
@@ -448,20 +472,7 @@ class _Sweep:
                 result = run_trial_in_process(trial, folder, self.listener, self.deadline, halt)
         except TrialFailedError as error:
             return Outcome(trial, variant, None, str(error)), f"failed: {error}"
-        return Outcome(trial, variant, result), _in_words(result)
-
-
-def _in_words(result: Result) -> str:
-    if result.status != "finished":
-        return f"{result.status}: {result.message}"
-    figures = result.figures
-    if "error_beyond_window" in figures:
-        return (
-            f"error within the window {figures['error_within_window']:.3f}, beyond {figures['error_beyond_window']:.3f}"
-        )
-    if "hole_accuracy" in figures:
-        return f"trained {figures['train_accuracy']:.1%} right, left out {figures['hole_accuracy']:.1%}"
-    return f"{figures['bits_per_byte']:.4f} bits per byte"
+        return Outcome(trial, variant, result), result.in_words()
 
 
 def sweep_of(outcomes: Sequence[Outcome], spec: str, variant: int) -> list[Outcome]:

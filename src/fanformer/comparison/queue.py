@@ -283,12 +283,14 @@ class _Running:
         try:
             folder, root = self.entry.folder, self.queue.output_dir
             run_comparison(self.comparison, folder, self.status, self._on_outcome, deadline, root, self._known, jobs)
+            self._write_together()
             error = self._lacking()
             state = "done" if error is None else "done in part"
         except (FANformerError, OSError) as raised:
             error, state = " ".join(str(raised).split()), "cannot be done"
         finally:
-            self._finish()
+            if self.outcomes:
+                self._write(publish=True)
             error = error or self.unpublished
             outcome = EntryOutcome(self.entry.name, len(self.outcomes), error)
             self.status.ended(outcome, state)
@@ -309,14 +311,12 @@ class _Running:
             write_training(self.queue.record_dir, self.command, outcome, data, self.comparison.data)
         self._write(publish=time.monotonic() - self.published > _SECONDS_BETWEEN_PAGES)
 
-    def _finish(self) -> None:
-        """Write what all trainings that ended say together."""
-        if self.outcomes:
-            self._write(publish=True)
-            if self.queue.record_dir is not None:
-                write_comparison(
-                    self.queue.record_dir, self.entry.name, self.command, self.comparison, self.outcomes, self.data
-                )
+    def _write_together(self) -> None:
+        """Put into the ledger what all trainings say together; what a stopped entry has says less than it may hold."""
+        if self.queue.record_dir is not None:
+            write_comparison(
+                self.queue.record_dir, self.entry.name, self.command, self.comparison, self.outcomes, self.data
+            )
 
     def _write(self, publish: bool) -> None:
         data = self.data

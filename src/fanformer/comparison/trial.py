@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanformer.errors import DivergenceError, FANformerError
+from fanformer.errors import ConfigError, DivergenceError, FANformerError
 from fanformer.files.durable import replace_json
 from fanformer.training.events import Event
 
@@ -50,6 +51,8 @@ class Trial:
         data_fingerprint: of these data.
         rule: fields of a rule-learning task instead, with its name under `task`; `settings` are then that training's.
         block: `architectures.Architecture.block` of the architecture.
+        architecture_digest: `architectures.Architecture.digest` of it.
+        eval_digest: of the text that `eval_data` in `settings` names, empty where it names none.
     """
 
     architecture: str
@@ -60,13 +63,16 @@ class Trial:
     data_fingerprint: str = ""
     rule: Mapping[str, Any] | None = field(default=None, hash=False)
     block: int = 1
+    architecture_digest: str = ""
+    eval_digest: str = ""
 
     @property
     def name(self) -> str:
         """A name for a folder; trainings that differ in anything have different ones."""
         content = {key: value for key, value in asdict(self).items() if key != "data_folder"}
-        if self.block == 1:
-            del content["block"]  # older than this field
+        for key, before in (("block", 1), ("architecture_digest", ""), ("eval_digest", "")):
+            if content[key] == before:
+                del content[key]  # names are older than these fields
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         words = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in self.architecture)
         told = words[-48:] if os.sep in self.architecture else words[:48]  # of a path the end tells more
@@ -90,6 +96,18 @@ class Result:
     figures: dict[str, Any]
     curve: list[dict[str, Any]]
     details: dict[str, Any]
+
+    def in_words(self) -> str:
+        """Return how it ended as a line for people."""
+        figures = self.figures
+        if self.status != "finished":
+            return f"{self.status}: {self.message}"
+        if "error_beyond_window" in figures:
+            within, beyond = (figures[f"error_{place}_window"] for place in ("within", "beyond"))
+            return f"error within the window {within:.3f}, beyond {beyond:.3f}"
+        if "hole_accuracy" in figures:
+            return f"trained {figures['train_accuracy']:.1%} right, left out {figures['hole_accuracy']:.1%}"
+        return f"{figures['bits_per_byte']:.4f} bits per byte"
 
 
 def read_result(folder: Path) -> Result | None:
@@ -128,9 +146,14 @@ def run_trial(trial: Trial, folder: Path, lines: _Lines) -> Result:
     """Train and return the result.
 
     Raises:
+        ConfigError: if the architecture's file changed since the comparison asked for it.
         FANformerError: on bad input; a run that diverged is a result.
         SystemExit: where a signal or a limit of time stopped the run, which then goes on at the next call.
     """
+    from fanformer.comparison.architectures import architecture
+
+    if architecture(trial.architecture).digest != trial.architecture_digest:
+        raise ConfigError(f"{trial.architecture} has changed since the comparison began: start the comparison again.")
     return _train_rule(trial, folder, lines) if trial.rule is not None else _train_language(trial, folder, lines)
 
 
@@ -165,6 +188,10 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     except DivergenceError as error:
         return Result("diverged", error.reason, {}, [], {"architecture": trial.architecture})
     _leave_unless_ended(outcome)
+    assert isinstance(outcome.held_out, HeldOutLoss), "a run on text that reached its end was measured"
+    if not math.isfinite(outcome.held_out.loss):
+        reason = f"the held-out loss at the end is {outcome.held_out.loss}"
+        return Result("diverged", reason, {}, [], {"architecture": trial.architecture})
     described, records = read_run_file(run_folder), read_records(run_folder)
     needed = {name: described["model"][name] for name in _NEEDED if name in described["model"]}
     needed |= {"max_position_embeddings": config.batch.sequence_length}
@@ -173,13 +200,12 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
     if (law := described.get("recurrent_depth")) is not None:  # the mean counts from where it is drawn
         once = footprint(chosen.config(needed), num_steps=1).training_operations
         operations = round(once + (1 - law["one_step_fraction"]) * (operations - once))
-    measured = [record for record in records if "val_loss" in record]
+    measured = [record for record in records if math.isfinite(record.get("val_loss", math.nan))]
     rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     # a depth that is drawn makes steps of several lengths, which all count; else what was disturbed does not
     # but the first window, in which code is compiled
     rate = statistics.median(rates) if law is None else statistics.harmonic_mean(rates[1:] or rates)
     curve = [{key: record[key] for key in ("tokens", "val_loss", "val_bits_per_byte")} for record in measured]
-    assert isinstance(outcome.held_out, HeldOutLoss), "a run on text that reached its end was measured"
     figures = {
         **outcome.held_out.to_dict(),
         "trained_tokens": measured[-1]["tokens"],

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -410,7 +411,7 @@ class Run:
         return Share(self.processes.rank, self.processes.count, self.processes.sum)
 
     def evaluate(self, everything: bool, between_batches: Callable[[], None], most_tokens: int | None) -> _Evaluated:
-        """Measure the held-out loss, on all that there is time for or on a sample, and let the model write a little."""
+        """Measure the held-out loss, on all that there is time for or a sample, and write a little if it is finite."""
         asked = self.config.evaluation
         tokens = asked.final_eval_tokens if everything else asked.eval_tokens
         figures = self.corpus.measure(
@@ -422,9 +423,8 @@ class Run:
             between_batches=between_batches,
         )
         self.measured = figures
-        written = ""
-        if self.processes.is_main or self.processes.spread == "fsdp2":  # a sharded model writes in all processes
-            written = self.corpus.sample_prompt + self._sample()
+        writes = self.processes.is_main or self.processes.spread == "fsdp2"  # a sharded model writes in all processes
+        written = self.corpus.sample_prompt + self._sample() if writes and math.isfinite(figures.loss) else ""
         return _Evaluated(figures.loss, figures.tokens, {**figures.record(), "sample": written})
 
     def _sample(self) -> str:

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev browser chat demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
+.PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
 .PHONY: check-tuning check-multimodal community-drill check-serve-beside llama-server
 .PHONY: release-trials release-model check-release
 .PHONY: bench evidence clean
@@ -29,10 +29,6 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 # Train the nano preset on Python's standard library in five minutes, unless it is trained already; then let it write.
 demo: setup
 	$(BIN)/python examples/demo.py --output-dir runs/demo
-
-# Talk with the model in the box.
-chat: setup
-	$(BIN)/fanformer chat
 
 # Teach the demo's model to see scanned digits, and to hear spoken ones; DATA=DIR or DATA=hf:NAME takes others.
 demo-image: setup-dev

@@ -7,8 +7,6 @@ that a member which was killed goes on from its last one, in whatever round the 
 
 import hashlib
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from fanformer.community.plan import Plan, Task
 from fanformer.community.updates import ErrorFeedback, Source, Update, fragments, shapes_of, weights_checksum
 from fanformer.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from fanformer.files.durable import read_json, replace_json
-from fanformer.training.checkpoint import UNFINISHED, checkpoint_name, checkpoints, step_of
+from fanformer.training.checkpoint import checkpoint_name, checkpoints, delete_checkpoint, step_of
 from fanformer.training.events import Event, Listener, note_to, silent
 from fanformer.training.fields import RunConfig
 from fanformer.training.run import Run, opened
@@ -120,9 +118,7 @@ class RoundTrainer(Trainer):
             raise self.save_error
         for older in checkpoints(folder):
             if step_of(older) > step:
-                doomed = folder / f"{UNFINISHED}-{older.name}"  # so that a kill halfway leaves no half checkpoint
-                os.replace(older, doomed)
-                shutil.rmtree(doomed)
+                delete_checkpoint(older)
         return folder / checkpoint_name(step)
 
 

@@ -31,7 +31,7 @@ from fanformer.data.sources.documents import is_prepared_folder, open_source
 from fanformer.data.tokenizer import load_tokenizer
 from fanformer.errors import ConfigError, DataError, refuse_unknown
 from fanformer.training.configuration import load_preset, parse_count, resolve
-from fanformer.training.corpus import identity
+from fanformer.training.corpus import identity, refuse_two_vocabularies
 from fanformer.training.events import Event, Listener, data_to
 from fanformer.training.fields import CorpusConfig, RunConfig
 from fanformer.training.folder import fingerprint
@@ -247,8 +247,7 @@ def _check_tokenizer(corpus: CorpusConfig) -> None:
     """Refuse a tokenizer that is asked for where it has no effect, or leaves another field without one."""
     if corpus.tokenizer is None:
         return
-    if corpus.vocab_size is not None:
-        raise ConfigError(f"`vocab_size` does not apply beside `tokenizer`, got {corpus.vocab_size}: leave one out.")
+    refuse_two_vocabularies(corpus)
     if is_prepared_folder(corpus.data):
         raise ConfigError(
             f"`tokenizer` does not apply to the prepared data {corpus.data}, got {corpus.tokenizer}: they have their "

@@ -195,9 +195,14 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the last `keep_last` checkpoints and the one of `best_step`."""
     for path in checkpoints(folder)[:-keep_last]:
         if step_of(path) != best_step:
-            doomed = folder / f"{UNFINISHED}-{path.name}"  # so that a kill halfway leaves no half checkpoint
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            delete_checkpoint(path)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; a kill halfway leaves no half one."""
+    doomed = path.with_name(f"{UNFINISHED}-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_unfinished(folder: Path) -> None:

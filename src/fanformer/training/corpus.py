@@ -26,7 +26,7 @@ from fanformer.model import FANformerConfig
 from fanformer.training.checkpoint import checkpoints
 from fanformer.training.chunked_loss import TokenLoss
 from fanformer.training.events import Loss, Rows, Start
-from fanformer.training.fields import RunConfig
+from fanformer.training.fields import CorpusConfig, RunConfig
 from fanformer.training.folder import DATA_FIELDS, DATA_FOLDER, HELD_OUT_FOLDER, check_data, fingerprint
 
 if TYPE_CHECKING:
@@ -204,6 +204,12 @@ def refuse_own_sources(config: RunConfig) -> None:
                 )
 
 
+def refuse_two_vocabularies(corpus: CorpusConfig) -> None:
+    """Raise ConfigError where a tokenizer is named and one is to be trained."""
+    if corpus.vocab_size is not None and corpus.tokenizer is not None:
+        raise ConfigError(f"`vocab_size` does not apply beside `tokenizer`, got {corpus.vocab_size}: leave one out.")
+
+
 def begin_data(config: RunConfig, progress: Any) -> PreparedData:
     """Prepare a new run's data inside its folder, or open those that are prepared elsewhere.
 
@@ -215,9 +221,8 @@ def begin_data(config: RunConfig, progress: Any) -> PreparedData:
         ConfigError, DataError: on bad input.
         CheckpointError: if the model of `init_from` has no tokenizer, and none is named.
     """
-    known, asked = None, config.corpus.vocab_size
-    if asked is not None and config.corpus.tokenizer is not None:
-        raise ConfigError(f"`vocab_size` does not apply beside `tokenizer`, got {asked}: leave one out.")
+    known = None
+    refuse_two_vocabularies(config.corpus)
     if config.init_from is not None and config.corpus.tokenizer is None:
         if config.corpus.vocab_size is not None:
             raise ConfigError(

@@ -118,17 +118,21 @@ def text_ends(tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
 
     That is mostly what ended the base's documents, and a model that was taught to answer still ends plain text so.
     """
-    if tokenizer.eos_token == END and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+    if _pads_as_documents_ended(tokenizer):
         return [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return tokenizer.eos_token_id
 
 
 def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Return the tokens that open and end a plain text: where a tokenizer's own end is END, the padding ends it."""
-    start, end = tokenizer.bos_token_id, tokenizer.pad_token_id
-    if tokenizer.eos_token != END or end in (None, tokenizer.eos_token_id):
+    if not _pads_as_documents_ended(tokenizer):
         return start_token_id(tokenizer), end_token_id(tokenizer)
+    start, end = tokenizer.bos_token_id, tokenizer.pad_token_id
     return (end if start is None else start), end
+
+
+def _pads_as_documents_ended(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(tokenizer.eos_token == END and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id))
 
 
 def reserved_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -199,6 +199,16 @@ def test_the_best_is_the_best_of_those_that_have_a_checkpoint(run_config):
     assert [path.name for path in checkpoints(config.folder)] == [f"checkpoint-{best}", "checkpoint-12"]
 
 
+def test_an_evaluation_that_is_no_number_is_never_the_best(tmp_path):
+    trainer, _ = trainer_on(rows_with(), tmp_path, max_steps=4, save_steps=1, eval_steps=1, keep_last=1)
+    losses = iter([math.nan, 3.0, 2.0, math.nan])
+    trainer.evaluate = lambda *asked: HeldOutLoss(next(losses), 2.7, 1.4, tokens=1, bytes=1, documents=1)
+    trainer.run(None)
+    assert math.isnan(read_records(tmp_path)[0]["val_loss"])
+    assert trainer.best == trainer._best_so_far() == (2.0, 3)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+
+
 def test_an_evaluation_that_a_kill_left_out_is_made_up_for_on_resume(run, run_config):
     fields = {"max_steps": 6, "save_steps": 3, "eval_steps": 3, "log_steps": 1, "keep_last": 9}
     straight, _ = run("straight", **fields)

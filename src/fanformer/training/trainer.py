@@ -385,7 +385,7 @@ class Trainer:
         kept = set(map(step_of, checkpoints(self.config.folder)))
         measured = [one for one in read_records(self.config.folder) if "val_loss" in one and one["step"] in kept]
         known = [(one["val_loss"], int(one["step"])) for one in measured if one["step"] <= self.state.step]
-        return min(known, default=None)
+        return min(((loss, step) for loss, step in known if loss < math.inf), default=None)
 
     def _save(self) -> None:
         """Copy the state and let it be written in the background; training goes on once it is copied."""
@@ -432,7 +432,7 @@ class Trainer:
         self.clock.note_evaluation(seconds, figures.tokens, self.held_out_tokens)
         step, log_seconds = self.last_log
         self.last_log = (step, log_seconds + seconds)  # the rate counts training only
-        if self.saved_step == self.state.step and (self.best is None or figures.loss < self.best[0]):
+        if self.saved_step == self.state.step and figures.loss < (self.best or (math.inf, 0))[0]:  # never one of NaN
             self.best = (figures.loss, self.state.step)
         tokens = self.state.step * self.config.batch.tokens_per_step
         return {"step": self.state.step, "tokens": tokens, **figures.record(), **depth}

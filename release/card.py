@@ -51,20 +51,22 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
 
     Args:
         folder: with weights, configuration and tokenizer.
-        work: with the trainings `base` and `tuned`.
+        work: with the trainings `base`, `mid` and `tuned`.
         results: of the stages, by their names.
     """
     with safe_open(folder / "model.safetensors", "pt") as weights:
         parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  # no mapping
-    text, base, rows = results["text"], results["base"], results["rows"]
+    text, base = results["text"], results["base"]
+    rows = sum(results[name]["rows"] for name in ("rows-mid", "rows"))
     megabytes = open_prepared(work / "tokens").metadata["splits"]["train"]["bytes"] / 1e6
     about = (
         f"A FANformer of {parameters / 1e6:.1f} million parameters that comes with the package. It tells a short story "
         "from a title, continues English, answers a question about a passage or says that the passage does not hold "
         "the answer, and follows simple instructions.\n\n"
         f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, textbooks, Wikipedia, "
-        f"fairy tales, children's stories; {megabytes:,.0f} MB, a small part of it several times), then tuned on "
-        f"{rows['rows']:,} short conversations and some of these texts.\n\n"
+        f"fairy tales, children's stories; {megabytes:,.0f} MB, a small part of it several times), then on {rows:,} "
+        "short conversations, nearly all of them made by rules, and some of these texts. Its answers begin with a "
+        "space, which `fanformer chat` leaves out.\n\n"
         "`fanformer chat`, `fanformer.load()` and the other commands take it where no folder is named. It has no code "
         "of its own: `import fanformer.model` before `AutoModelForCausalLM.from_pretrained`.\n\n"
         "Licence: MIT, as the package's. The texts it read have licences of their own, below."
@@ -88,16 +90,16 @@ def _left_out(text: Mapping[str, Any]) -> str:
 
 
 def training_table(work: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return how base and tuned model were trained, as a table; arguments as in `write_card`."""
-    lines = ["| | base | tuned |", "|---|---|---|"]
-    runs = {name: read_run_file(work / name) for name in ("base", "tuned")}
+    """Return how base, mid-training and tuning went, as a table; arguments as in `write_card`."""
+    lines = ["| | base | mid-training | tuning |", "|---|---|---|---|"]
+    runs = {name: read_run_file(work / name) for name in ("base", "mid", "tuned")}
     base = runs["base"]["model"]
     shape = f"{base['num_hidden_layers']} layers of width {base['hidden_size']}, {base['vocab_size']:,} tokens"
 
     def row(title: str, cells: Sequence[str]) -> None:
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
-    row("shape", [shape, "the same"])
+    row("shape", [shape, *["the same"] * 2])
     row("tokens", [f"{results[name]['tokens']:,}" for name in runs])
     row("optimizer steps", [f"{results[name]['steps']:,}" for name in runs])
     row("hours", [f"{results[name]['hours']:.1f}" for name in runs])
@@ -105,7 +107,7 @@ def training_table(work: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
     row("computed in", [f"{decided['precision']}, {decided['threads']} threads" for _, decided in machines])
     row("processor", [str(machine["processor"]) for machine, _ in machines])
     bits = [f"{results[name]['bits_per_byte']:.4f}" for name in runs]
-    measured = ("text-small, valid", "answers, and texts that the base has read")
+    measured = ("text-small, valid", *["answers, and texts that the base has read"] * 2)
     row("held-out bits per byte", [f"{value} ({name})" for value, name in zip(bits, measured, strict=True)])
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ Stages, in their order:
     text          what the base reads, without the stories that questions are asked about later
     tokens        the same with a tokenizer of its own
     base          the base
+    rows-mid      what teaches it to find in its context
+    mid           the base, after that mid-training
     rows          what it is tuned on
     tuned         the tuned model
     box           the folder that ships, with its card
@@ -58,21 +60,25 @@ from fanformer.training.configuration import parse_count
 from fanformer.training.events import data_to
 from fanformer.training.folder import read_records
 
-STAGES = ("text", "tokens", "base", "rows", "tuned", "box", "rows-blind", "blind", "beside")
+STAGES = ("text", "tokens", "base", "rows-mid", "mid", "rows", "tuned", "box", "rows-blind", "blind", "beside")
+_BASE = ("text", "tokens", "base")
+_MID = (*_BASE, "rows_mid", "mid")
 NEEDS = {
     "text": ("text",),
     "tokens": ("text", "tokens"),
-    "base": ("text", "tokens", "base"),
-    "rows": ("rows",),
-    "tuned": ("text", "tokens", "base", "rows", "tuned"),
-    "box": ("text", "tokens", "base", "rows", "tuned", "box"),
-    "rows-blind": ("rows",),
-    "blind": ("text", "tokens", "base", "rows", "tuned"),
-    "beside": ("text", "tokens", "base", "beside"),
+    "base": _BASE,
+    "rows-mid": ("text", "rows_mid"),
+    "mid": _MID,
+    "rows": ("text", "rows"),
+    "tuned": (*_MID, "rows", "tuned"),
+    "box": (*_MID, "rows", "tuned", "box"),
+    "rows-blind": ("text", "rows"),
+    "blind": (*_MID, "rows", "tuned"),
+    "beside": (*_BASE, "beside"),
 }
 """Parts of the recipe that decide the result of each stage."""
-BEHIND = {"tokens": "text", "base": "tokens", "tuned": "base rows", "box": "tuned", "blind": "base rows-blind"}
-BEHIND |= {"beside": "tokens"}
+BEHIND = {"tokens": "text", "base": "tokens", "rows-mid": "text", "mid": "base rows-mid", "rows": "text"}
+BEHIND |= {"tuned": "mid rows", "box": "tuned", "rows-blind": "text", "blind": "mid rows-blind", "beside": "tokens"}
 """The stages whose results a stage takes; those that are not here take none."""
 SHIPPED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CHAT_TOKENS = 2
@@ -231,21 +237,25 @@ class Making:
         files = {"data": str(self.work / "tokens"), "eval_data": str(valid)}
         return self._train("base", fanformer.train, preset="nano", model=shape, **files, **asked["run"])
 
-    def rows(self, *, blind: bool = False) -> dict[str, Any]:
+    def rows_mid(self) -> dict[str, Any]:
+        """Write what it is mid-trained on."""
+        return self._rows("rows-mid", SEED, self.recipe["rows_mid"])
+
+    def mid(self) -> dict[str, Any] | None:
+        """Teach the base to find in its context."""
+        return self._tune("mid", "base", "rows-mid", self.recipe["mid"]["run"])
+
+    def rows(self) -> dict[str, Any]:
         """Write what it is tuned on."""
-        rows = tuning_rows(self.data, SEED, blind=blind, **self.recipe["rows"])
-        count, size = write_rows(self.work / ("rows-blind.jsonl" if blind else "rows.jsonl"), rows)
-        return {"rows": count, "bytes": size}
+        return self._rows("rows", SEED + 1, self.recipe["rows"])
 
     def rows_blind(self) -> dict[str, Any]:
         """Write what the twin is tuned on."""
-        return self.rows(blind=True)
+        return self._rows("rows-blind", SEED + 1, self.recipe["rows"], blind=True)
 
-    def tuned(self, *, blind: bool = False) -> dict[str, Any] | None:
-        """Tune the base."""
-        rows = self.work / ("rows-blind.jsonl" if blind else "rows.jsonl")
-        fields = {"base": self.work / "base", "data": rows, **self.recipe["tuned"]["run"]}
-        return self._train("blind" if blind else "tuned", fanformer.finetune, **fields)
+    def tuned(self) -> dict[str, Any] | None:
+        """Tune it."""
+        return self._tune("tuned", "mid", "rows", self.recipe["tuned"]["run"])
 
     def blind(self) -> dict[str, Any] | None:
         """Tune the twin that never sees a passage.
@@ -255,10 +265,12 @@ class Making:
         """
         for stage in ("rows", "tuned"):
             self.chain.result(stage)
-        return self.tuned(blind=True)
+        return self._tune("blind", "mid", "rows-blind", self.recipe["tuned"]["run"])
 
     def box(self) -> dict[str, Any]:
         """Write the folder that ships: bfloat16 weights that are computed with in float32, no code of its own, a card.
+
+        The weights are those of `mixed`.
 
         Raises:
             ConfigError: if it has too many bytes; the folder that was there before stays.
@@ -271,10 +283,11 @@ class Making:
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # the package that it ships in has the classes
         replace_json(new / "config.json", config | {"dtype": "float32"})
-        weights = {name: value.to(torch.bfloat16) for name, value in load_file(tuned / "model.safetensors").items()}
-        save_file(weights, new / "model.safetensors", {"format": "pt"})
+        shipped = mixed(tuned, self.work / "base", self.recipe["box"]["share_of_base"])
+        shipped = {name: value.to(torch.bfloat16) for name, value in shipped.items()}
+        save_file(shipped, new / "model.safetensors", {"format": "pt"})
         (new / "model.safetensors").chmod(0o644)
-        write_card(new, self.work, {stage: self.chain.result(stage) or {} for stage in NEEDS["box"][:-1]})
+        write_card(new, self.work, {stage: self.chain.result(stage) or {} for stage in chosen("box")[:-1]})
         size = sum(path.stat().st_size for path in new.iterdir())
         if size > most:
             raise ConfigError(
@@ -306,6 +319,16 @@ class Making:
         (pair,) = record["pairs"]
         return {name: pair["figures"]["bits_per_byte_difference"][name] for name in ("value", "low", "high")}
 
+    def _rows(self, name: str, seed: int, asked: Mapping[str, Any], *, blind: bool = False) -> dict[str, Any]:
+        """Write the rows of a name."""
+        rows = tuning_rows(self.data, self.work / "text.jsonl", seed, blind=blind, **asked)
+        count, size = write_rows(self.work / f"{name}.jsonl", rows)
+        return {"rows": count, "bytes": size}
+
+    def _tune(self, name: str, base: str, rows: str, run: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Tune the model of a stage on the rows of another."""
+        return self._train(name, fanformer.finetune, base=self.work / base, data=self.work / f"{rows}.jsonl", **run)
+
     def _train(self, name: str, run: Any, **fields: Any) -> dict[str, Any] | None:
         """Train in a folder of this name, going on where an earlier process stopped."""
         left = None if self.deadline is None else max(1.0, self.deadline - time.monotonic())
@@ -321,6 +344,21 @@ class Making:
         hours = max(record.get("elapsed_seconds", 0.0) for record in records) / 3600
         figures = {"steps": result.step, "tokens": int(records[-1]["tokens"]), "hours": hours}
         return {**figures, "bits_per_byte": result.held_out.bits_per_byte}
+
+
+def mixed(tuned: Path, base: Path, share: float) -> dict[str, torch.Tensor]:
+    """Return the weights of a tuned model with a share of its base's in them, which gives back some of what it forgot.
+
+    Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+
+    Args:
+        tuned: a model folder.
+        base: the one that it was tuned from, of the same shape.
+        share: of the base's weights, in [0, 1].
+    """
+    before = load_file(base / "model.safetensors")
+    after = load_file(tuned / "model.safetensors")
+    return {name: torch.lerp(value, before[name], share) for name, value in after.items()}
 
 
 def beside_llama(recipe: Mapping[str, Any], data: Path, valid: Path) -> Comparison:

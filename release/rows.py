@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks/quality"))
 
 from answer_data import Row, conversation, fairytales, instruction_rows, read
+from copying import SENTENCE_END, common_words, list_rows, passage_rows, passages
 from texts import story_of, without_stories
 
 NOT_THERE = "The passage does not say."
@@ -17,7 +18,6 @@ _LONGEST_STORY = 1600
 """Characters of a story that is told whole."""
 _LONGEST_ANSWER = 800
 """Characters of a continuation, whole sentences."""
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"”'])\s+")
 _THING = re.compile(r"\bthe ([a-z]{3,})(?=[.,!?]| (?:and|was|to|in|with|on|is|that|had|said)\b)")
 """A word after `the` that no other word of the same phrase follows."""
 _COMMON = (
@@ -28,6 +28,8 @@ _COMMON = (
     "with would you your"
 )
 _STOP_WORDS = frozenset(_COMMON.split())
+_HARD = ("JSON", "capitals", "leave out", "reverse", "choose a letter", "count", "repeat", "commas")
+"""Kinds of instructions that are learnt last."""
 _TELL = ("Tell me a short story called {title}.", "Tell a story with the title {title}.", "Write a story: {title}")
 _CONTINUE = ("Continue: {text}", "How does this go on? {text}", "Go on with this text.\n\n{text}")
 _TALK = {
@@ -131,7 +133,7 @@ def continuation_rows(records: Sequence[Row], count: int, seed: int) -> Iterator
         paragraphs = [part for part in record["text"].split("\n\n") if len(part) > 300]
         if not paragraphs:
             continue
-        sentences = _SENTENCE_END.split(" ".join(draw.choice(paragraphs).split()))
+        sentences = SENTENCE_END.split(" ".join(draw.choice(paragraphs).split()))
         if len(sentences) >= 3:
             answer = _first(sentences[1:], _LONGEST_ANSWER)
             if answer:
@@ -158,29 +160,68 @@ def talk_rows(repeats: int) -> Iterator[Row]:
 
 
 def tuning_rows(
-    data: Path, seed: int, *, instructions: int, unanswerable: int, continuations: int, texts: int, blind: bool = False
+    data: Path,
+    base_text: Path,
+    seed: int,
+    *,
+    words: int,
+    instructions: int,
+    hard_instructions: int,
+    lists: int,
+    passage_questions: int,
+    absent: float,
+    readings: float,
+    unanswerable: int,
+    continuations: int,
+    texts: float,
+    blind: bool = False,
 ) -> list[Row]:
     """Return all rows for training, without the stories of the held-out text, and of the held-out questions.
 
     Args:
         data: the folder of real data.
+        base_text: what the base has read, a .jsonl file.
         seed: of what is drawn.
+        words: how many of the most frequent words self-made rows draw from.
         instructions: how many self-made ones.
+        hard_instructions: how many more of the kinds that are learnt last.
+        lists: of words, to be said again or looked up in.
+        passage_questions: self-made ones, answered by words of the passage, at most.
+        absent: share of these that are asked behind another passage, in [0, 1].
+        readings: how often FairytaleQA's questions are read; 0.5 is half of them.
         unanswerable: how many questions behind the passage of another story.
         continuations: of texts, at most.
-        texts: plain ones of what the base has read, which it is not to forget, at most.
+        texts: share of what the base has read that is read again as plain text, in [0, 1], so that it forgets less.
         blind: whether questions stand without their passages, for a twin that shows what passages are worth.
     """
     small, questions = data / "text-small", data / "questions/fairytaleqa-train.jsonl.xz"
     held_out = frozenset(filter(None, map(story_of, read(small / "valid.jsonl.xz"))))
-    rows = [*fairytales(questions, held_out, blind=blind)]
+    read_before = list(filter(without_stories(data), read(small / "train.jsonl.xz")))
+    known = common_words((one["text"] for one in read_before), words)
+    asked = list(fairytales(questions, held_out, blind=blind))
+    rows = asked * int(readings) + random.Random(seed).sample(asked, round(readings % 1 * len(asked)))
     if not blind:
         rows += unanswerable_rows(questions, held_out, unanswerable, seed)
+        found = passages(one["text"] for one in read_before)
+        rows += passage_rows(found, passage_questions, seed, absent=absent, stop_words=_STOP_WORDS, not_there=NOT_THERE)
     rows += story_rows(list(titled_stories(small / "train.jsonl.xz")), seed)
-    read_before = list(filter(without_stories(data), read(small / "train.jsonl.xz")))
     rows += continuation_rows(read_before, continuations, seed)
-    rows += ({"text": one["text"]} for one in random.Random(seed).sample(read_before, min(texts, len(read_before))))
-    rows += instruction_rows(instructions, held_out=False)
+    whole = list(read(base_text))
+    rows += ({"text": one["text"]} for one in random.Random(seed).sample(whole, round(texts * len(whole))))
+    rows += list_rows(known, lists, seed)
+    rows += instruction_rows(instructions, held_out=False, seed=seed, words=known)
+    rows += instruction_rows(hard_instructions, held_out=False, seed=seed + 1000, kinds=_HARD, words=known)
     rows += talk_rows(10)
     random.Random(seed).shuffle(rows)
-    return rows
+    return list(map(with_space, rows))
+
+
+def with_space(row: Row) -> Row:
+    """Return a row whose answer begins with a space, so that its first word has the tokens that it has in a text.
+
+    Without one it has others, most words several, and a word that is copied would have to be spelt.
+    """
+    if "messages" not in row:
+        return row
+    *asked, answer = row["messages"]
+    return {**row, "messages": [*asked, {**answer, "content": f" {answer['content']}"}]}

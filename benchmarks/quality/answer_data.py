@@ -146,9 +146,16 @@ def titles(path: Path, most: int) -> Iterator[Row]:
             )
 
 
-def instruction_rows(count: int, *, held_out: bool) -> Iterator[Row]:
-    """Yield self-made instructions with what checks their replies."""
-    for item in make_instructions(count, 0, held_out=held_out):
+def instruction_rows(
+    count: int,
+    *,
+    held_out: bool,
+    seed: int = 0,
+    kinds: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
+) -> Iterator[Row]:
+    """Yield self-made instructions with what checks their replies; arguments as of `make_instructions`."""
+    for item in make_instructions(count, seed, held_out=held_out, kinds=kinds, words=words):
         yield conversation(item.question, item.answer, kind=item.kind, values=item.values)
 
 

@@ -52,13 +52,23 @@ def test_an_answer_that_was_cut_is_told_and_a_backslash_joins_lines(command, loa
     pieces = []
     with interruptible() as interruption:
         conversation.answer("the\ncat", pieces.append, interruption)
-    assert split.out == "".join(pieces) + "\n"
+    assert split.out == "".join(pieces).lstrip() + "\n"
     assert conversation.cut
     longer = command("chat", model_copy, "--seed", "1", "--device", "cpu", text="hi\n")
     assert len(loaded.tokenizer(longer.out).input_ids) > 8 or "cut after" not in longer.err
     least = command("chat", model_copy, "--min-length", "80", "--device", "cpu", text="hi\n")
     assert "`min_length` must be between 0 and max_length (64), got 80" in least.refusal()  # half of its positions
     assert "max_length (400), got 401" in command("chat", model_copy, "--min-length", "401", text="hi\n").refusal()
+
+
+def test_what_an_answer_begins_with_is_no_space_at_the_prompt():
+    from fanformer.cli.chat import from_first_sign
+
+    pieces = []
+    write = from_first_sign(pieces.append)
+    for piece in ("", " ", "\n the", " cat", " ", "\nsat"):
+        write(piece)
+    assert pieces == ["the", " cat", " ", "\nsat"]
 
 
 def test_exit_ends_before_the_rest_of_the_input(command, saved_model):

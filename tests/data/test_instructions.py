@@ -51,6 +51,15 @@ def test_no_held_out_word_is_ever_in_training():
     assert not {*re.findall(r"[a-z]+", asked)} & {*trained}
 
 
+def test_words_may_be_given_but_not_those_that_are_held_out():
+    words = [f"thing{letter}" for letter in "abcdefgh"]
+    said = " ".join(str(item.values) for item in make_instructions(60, 0, held_out=False, words=words))
+    assert {*re.findall(r"\bthing[a-h]\b", said)} == {*words}
+    held_out = split_words(held_out=True)[3]
+    with pytest.raises(ConfigError, match=rf"`words` must have no word that is held out, got {held_out}\."):
+        make_instructions(1, 0, held_out=False, words=[*words, held_out])
+
+
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [

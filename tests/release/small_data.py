@@ -13,11 +13,12 @@ def write(path, rows):
 
 
 def story(draw):
-    """Return a story of five sentences."""
+    """Return a story of six sentences."""
     name, thing = draw.choice(["Tom", "Ann", "Ben", "Lily"]), draw.choice(["ball", "dog", "hat", "boat", "tree"])
     place = draw.choice(["garden", "house", "river"])
     told = f"One day {name} saw a {thing} near the {place}. The {thing} was small. So {name} took the {thing} home. "
-    return told + f"Then {name} went to the {place} with the {thing}, and {name} was happy. All were glad of it."
+    told += f"Then {name} went to the {place} with the {thing}, and {name} was happy. All were glad of it. "
+    return told + f"In the evening it rained on the {place}."
 
 
 def write_data(folder):

@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import fanformer
 from fanformer.comparison.queue import read_status
@@ -18,6 +20,8 @@ pytestmark = [pytest.mark.ci, pytest.mark.timeout(900)]
 
 RUN = {"batch_size": 2, "save_steps": 4, "compile": "off", "precision": "float32"}
 MEASURED = {"eval_tokens": 2048, "final_eval_tokens": 2048}
+ROWS = {"words": 60, "instructions": 40, "hard_instructions": 6, "lists": 4, "passage_questions": 10, "absent": 0.1}
+ROWS |= {"readings": 1, "unanswerable": 4, "continuations": 4, "texts": 0.1}
 RECIPE = {
     "text": {"shards": 1, "repeats": 1},
     "tokens": {"vocab_size": 320},
@@ -26,9 +30,11 @@ RECIPE = {
         "width": 64,
         "run": {"tokens": 64 * 1024, "learning_rate": 0.01, "sequence_length": 512, **RUN, **MEASURED},
     },
-    "rows": {"instructions": 40, "unanswerable": 4, "continuations": 4, "texts": 2},
+    "rows_mid": ROWS,
+    "mid": {"run": {"max_steps": 4, **RUN, **MEASURED}},
+    "rows": ROWS,
     "tuned": {"run": {"max_steps": 4, **RUN, **MEASURED}},
-    "box": {"most_bytes": 2_000_000},
+    "box": {"share_of_base": 0.25, "most_bytes": 2_000_000},
     "beside": {
         "share": 0.1,
         "seeds": 2,
@@ -72,7 +78,7 @@ def made(place, repository):
 def test_it_goes_on_where_it_was_killed(made, place):
     assert made.returncode == 0, made.stderr
     assert "== text" not in made.stdout
-    assert "== base, 3 of 9: going on at step " in made.stdout
+    assert "== base, 3 of 11: going on at step " in made.stdout
     run = yaml.safe_load((place / "work/base/run.yaml").read_text())
     assert len(run["resumed"]) == 1
     assert run["resumed"][0]["at_step"] >= 4
@@ -87,6 +93,11 @@ def test_the_folder_that_ships_is_a_model_with_a_card(made, place):
     assert (config["dtype"], "auto_map" in config, config["vocab_size"]) == ("float32", False, 320)
     with safe_open(place / "box/model.safetensors", "pt") as weights:
         assert {str(weights.get_tensor(name).dtype) for name in weights.keys()} == {"torch.bfloat16"}  # noqa: SIM118
+    shipped, tuned, base = (
+        load_file(place / part / "model.safetensors") for part in ("box", "work/tuned", "work/base")
+    )
+    for name, value in shipped.items():
+        torch.testing.assert_close(value.float(), 0.75 * tuned[name] + 0.25 * base[name], rtol=0.01, atol=1e-4)
     model = fanformer.load(place / "box", device="cpu")
     assert (model.has_chat_template, str(model.model.dtype)) == (True, "torch.float32")
     assert model.generate("One day", max_length=5, min_length=5, seed=0)
@@ -121,7 +132,7 @@ def again(place, repository, monkeypatch, capsys, *words):
 def test_what_is_done_is_not_done_again(made, place, repository, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in place.glob("work/stages/*")}
     status, told = again(place, repository, monkeypatch, capsys)
-    assert (status, "==" in told, len(told.splitlines())) == (0, False, 9)
+    assert (status, "==" in told, len(told.splitlines())) == (0, False, 11)
     assert {path: path.stat().st_mtime_ns for path in place.glob("work/stages/*")} == before
     assert again(place, repository, monkeypatch, capsys, "--status") == (0, told)
 
@@ -130,8 +141,8 @@ def test_a_stage_is_done_with_what_it_takes_alone():
     from make_model import BEHIND, STAGES, chosen
 
     assert chosen("beside") == ["text", "tokens", "beside"]
-    assert chosen("box") == ["text", "tokens", "base", "rows", "tuned", "box"]
-    assert [name for name in STAGES if name not in BEHIND] == ["text", "rows", "rows-blind"]
+    assert chosen("box") == ["text", "tokens", "base", "rows-mid", "mid", "rows", "tuned", "box"]
+    assert [name for name in STAGES if name not in BEHIND] == ["text"]
     for stage, taken in BEHIND.items():
         assert all(STAGES.index(name) < STAGES.index(stage) for name in taken.split())
 

@@ -91,8 +91,11 @@ def real_data(tmp_path):
 def test_tuning_has_every_kind_that_is_measured_and_no_story_of_the_measurement(real_data):
     from rows import NOT_THERE, tuning_rows
 
-    counts = {"instructions": 30, "unanswerable": 2, "continuations": 5, "texts": 2}
-    rows = tuning_rows(real_data, 0, **counts)
+    counts = {"words": 60, "instructions": 30, "hard_instructions": 6, "lists": 4, "passage_questions": 20}
+    counts |= {"absent": 0.1, "readings": 2.5, "unanswerable": 2, "continuations": 5, "texts": 0.5}
+    base_text = real_data / "text.jsonl"
+    base_text.write_text("".join(json.dumps({"text": f"It was day {number}."}) + "\n" for number in range(4)))
+    rows = tuning_rows(real_data, base_text, 0, **counts)
     texts, whole = [row["text"] for row in rows if "text" in row], rows
     assert len(texts) == 2
     assert not any(re.search(r"\b(Rufus|crow)\b", text) for text in texts)
@@ -101,15 +104,18 @@ def test_tuning_has_every_kind_that_is_measured_and_no_story_of_the_measurement(
     asked, answered = map(set, zip(*said, strict=True))
     assert "A ship sailed. It sank.\n\nWhat sank?" in asked
     assert any("Tom and the ball" in one for one in asked)
-    assert NOT_THERE in answered
+    assert f" {NOT_THERE}" in answered
+    assert all(re.match(r" \S", answer) for answer in answered)
     kinds = {row.get("kind", "question") for row in rows}
-    assert {"question", "story", "continuation", "talk", "repeat", "JSON", "count"} <= kinds
+    assert {"question", "story", "continuation", "talk", "list", "passage", "repeat", "JSON"} <= kinds
     assert not any(re.search(r"\b(Rufus|crow)\b", text) for text in asked | answered)
-    blind = tuning_rows(real_data, 0, **counts, blind=True)
+    of_stories = [one for one in said if one[1] in (" a ship", " a bear") and "\n\n" in one[0]]
+    assert len(of_stories) == 5  # each of two twice, and half of them again
+    blind = tuning_rows(real_data, base_text, 0, **counts, blind=True)
     blind = [row["messages"] for row in blind if "messages" in row]
     assert "What sank?" in {messages[0]["content"] for messages in blind}
-    assert NOT_THERE not in {messages[1]["content"] for messages in blind}
-    assert tuning_rows(real_data, 0, **counts) == whole
+    assert f" {NOT_THERE}" not in {messages[1]["content"] for messages in blind}
+    assert tuning_rows(real_data, base_text, 0, **counts) == whole
 
 
 def test_a_share_of_the_text_is_taken_evenly(real_data):

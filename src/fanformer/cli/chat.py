@@ -4,7 +4,7 @@ import codecs
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,9 @@ def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_w
             _notice(f"no command {command}: {help_text}")
         else:
             try:
+                write = from_first_sign(write_now) if model.has_chat_template else write_now
                 with interruptible() as interruption:
-                    forgotten = conversation.answer(line, write_now, interruption, shown)
+                    forgotten = conversation.answer(line, write, interruption, shown)
                 shown = []
             except ConfigError as error:
                 _notice(f"error: {error}")
@@ -133,6 +134,20 @@ def converse(model: "TextModel", settings: GenerationSettings, name: str, exit_w
                 _notice(f"the oldest {forgotten} messages no longer fit and are forgotten.")
             if interruption.requested:
                 _notice("stopped.")
+
+
+def from_first_sign(write: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what writes pieces of a text without the spaces and line ends in front of it."""
+    begun = False
+
+    def write_rest(piece: str) -> None:
+        nonlocal begun
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if piece:
+            write(piece)
+
+    return write_rest
 
 
 def _show(model: Any, command: str, shown: list[Any]) -> None:

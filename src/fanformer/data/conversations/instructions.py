@@ -84,7 +84,7 @@ def split_words(*, held_out: bool) -> list[str]:
 
 
 def make_instructions(
-    count: int, seed: int, *, held_out: bool, kinds: Sequence[str] | None = None
+    count: int, seed: int, *, held_out: bool, kinds: Sequence[str] | None = None, words: Sequence[str] | None = None
 ) -> list[Instruction]:
     """Return instructions of all kinds in turns, no two alike; equal arguments give equal ones.
 
@@ -93,16 +93,19 @@ def make_instructions(
         seed: any integer.
         held_out: whether their words are those that training never sees, or those of training.
         kinds: names of KINDS; None takes all.
+        words: what is drawn from in place of the words of training; none of those held out.
 
     Raises:
-        ConfigError: if a kind is not known, or there are not so many different instructions.
+        ConfigError: if a kind is not known, a word is held out, or there are not so many different instructions.
     """
     chosen = list(KINDS if kinds is None else kinds)
     for name in chosen:
         if name not in KINDS:
             raise ConfigError(f"`{name}` is not a kind of instruction: {did_you_mean(name, KINDS)}")
     draw = random.Random(f"{seed},{held_out}")
-    words = split_words(held_out=held_out)
+    words = split_words(held_out=held_out) if words is None else words
+    if not held_out and (shared := sorted({*words} & {*split_words(held_out=True)})):
+        raise ConfigError(f"`words` must have no word that is held out, got {', '.join(shared)}.")
     found: dict[str, Instruction] = {}
     attempts = 0
     while len(found) < count:

@@ -65,7 +65,7 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
         "the answer, and follows simple instructions.\n\n"
         f"Trained from nothing on {base['tokens'] / 1e6:.1f} million tokens of English (books, textbooks, Wikipedia, "
         f"fairy tales, children's stories; {megabytes:,.0f} MB, a small part of it several times), then on {rows:,} "
-        "short conversations, nearly all of them made by rules, and some of these texts. Its answers begin with a "
+        "short conversations, most of them made by rules, and some of these texts. Its answers begin with a "
         "space, which `fanformer chat` leaves out.\n\n"
         "`fanformer chat`, `fanformer.load()` and the other commands take it where no folder is named. It has no code "
         "of its own: `import fanformer.model` before `AutoModelForCausalLM.from_pretrained`.\n\n"

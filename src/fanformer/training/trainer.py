@@ -382,10 +382,9 @@ class Trainer:
         return self.state.place
 
     def _best_so_far(self) -> tuple[float, int] | None:
-        kept = set(map(step_of, checkpoints(self.config.folder)))
-        measured = [one for one in read_records(self.config.folder) if "val_loss" in one and one["step"] in kept]
-        known = [(one["val_loss"], int(one["step"])) for one in measured if one["step"] <= self.state.step]
-        return min(((loss, step) for loss, step in known if loss < math.inf), default=None)
+        kept = {step for step in map(step_of, checkpoints(self.config.folder)) if step <= self.state.step}
+        measured = [one for one in read_records(self.config.folder) if math.isfinite(one.get("val_loss", math.nan))]
+        return min(((one["val_loss"], int(one["step"])) for one in measured if one["step"] in kept), default=None)
 
     def _save(self) -> None:
         """Copy the state and let it be written in the background; training goes on once it is copied."""

@@ -99,12 +99,12 @@ def infer(flags: dict[str, Any]) -> None:
         folder = LAST_TRAINING.read_text(encoding="utf-8").strip()
 
     from fanformer.cli.chat import converse
-    from fanformer.cli.options import say_depth
+    from fanformer.cli.options import drawn_as_asked, say_depth
     from fanformer.loading import load_text_model
 
     model = load_text_model(folder, flags["device"], flags["dtype"])
     say_depth(model.depth_note, None)
-    converse(model, settings, name=folder, exit_words=("exit",))
+    converse(model, drawn_as_asked(model, settings), name=folder, exit_words=("exit",))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-# Two commands matter: `make demo` trains a model and lets it write, `make test` proves that everything works.
-# Each sets up .venv by itself.
+# Three commands matter: `make chat` talks with the model in the box, `make demo` trains a model and lets it write, `make test`
+# proves that everything works. Each sets up .venv by itself.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup setup-dev browser demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
+.PHONY: setup setup-dev browser chat demo demo-image demo-audio test test-ci test-all check check-lifecycle check-resume check-serve
 .PHONY: check-tuning check-multimodal community-drill check-serve-beside llama-server
 .PHONY: release-trials release-model check-release
 .PHONY: bench evidence clean
@@ -25,6 +25,10 @@ $(VENV)/.core: requirements.txt pyproject.toml
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+# Talk with the small model that comes with the package.
+chat: setup
+	@$(BIN)/fanformer chat
 
 # Train the nano preset on Python's standard library in five minutes, unless it is trained already; then let it write.
 demo: setup

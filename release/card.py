@@ -9,7 +9,6 @@ from safetensors import safe_open
 import fanformer
 from fanformer.data.preparation.prepare import open_prepared
 from fanformer.files.durable import replace_text
-from fanformer.generation.settings import GenerationSettings
 from fanformer.generation.text_model import TextModel
 from fanformer.training.folder import read_run_file
 
@@ -32,6 +31,7 @@ QUESTIONS = (
 )
 """What it is asked."""
 _LENGTH = 100
+_TRAININGS = {"base": "base", "mid": "mid-training", "tuned": "tuning"}
 _FRONT = """---
 language: en
 license: mit
@@ -46,13 +46,14 @@ It knows English only, cannot reckon, and repeats what its texts say, prejudice 
 It was not tuned to refuse anything. Use it to try the tools, to test and to study; not to learn facts from."""
 
 
-def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]], shares: Mapping[str, float]) -> None:
     """Write README.md into the folder that ships.
 
     Args:
         folder: with weights, configuration and tokenizer.
         work: with the trainings `base`, `mid` and `tuned`.
         results: of the stages, by their names.
+        shares: of the weights of `base` and `mid` in those that ship.
     """
     with safe_open(folder / "model.safetensors", "pt") as weights:
         parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  # no mapping
@@ -74,12 +75,17 @@ def write_card(folder: Path, work: Path, results: Mapping[str, Mapping[str, Any]
     _, _, sources = NOTICE.read_text(encoding="utf-8").partition("\n\n")
     parts = {
         "Data": f"{_left_out(text)}\n\n{sources.strip()}",
-        "Training": training_table(work, results),
+        "Training": f"{training_table(work, results)}\n\n{_mixture(shares)}",
         "What it writes": samples(fanformer.load(folder)),
         "Limits": _LIMITS,
     }
     sections = "\n\n".join(f"## {title}\n\n{content}" for title, content in parts.items())
     replace_text(folder / CARD_FILE, f"{_FRONT}\n# The model in the box\n\n{about}\n\n{sections}\n")
+
+
+def _mixture(shares: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{100 * share:.3g}% {_TRAININGS[name]}" for name, share in shares.items())
+    return f"The weights that ship are a mean of these trainings': {parts}, the rest tuning."
 
 
 def _left_out(text: Mapping[str, Any]) -> str:
@@ -91,8 +97,8 @@ def _left_out(text: Mapping[str, Any]) -> str:
 
 def training_table(work: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return how base, mid-training and tuning went, as a table; arguments as in `write_card`."""
-    lines = ["| | base | mid-training | tuning |", "|---|---|---|---|"]
-    runs = {name: read_run_file(work / name) for name in ("base", "mid", "tuned")}
+    lines = [f"| | {' | '.join(_TRAININGS.values())} |", "|---|---|---|---|"]
+    runs = {name: read_run_file(work / name) for name in _TRAININGS}
     base = runs["base"]["model"]
     shape = f"{base['num_hidden_layers']} layers of width {base['hidden_size']}, {base['vocab_size']:,} tokens"
 
@@ -115,14 +121,14 @@ def training_table(work: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
 def samples(model: TextModel) -> str:
     """Return what a model writes after fixed prompts, the n-th with seed n, as drawn."""
     told = [
-        "As drawn with `fanformer generate` and `chat`, their default sampling, 100 tokens and seeds 0, 1, 2 and on."
+        "As drawn by its generation_config.json, 100 tokens, seeds 0, 1, 2 and on; each question begins a conversation."
     ]
     for seed, beginning in enumerate(BEGINNINGS):
         text = model.generate(beginning, max_length=_LENGTH, seed=seed)
         told.append(f"Continued:\n\n{_quoted(beginning + text)}")
     for seed, question in enumerate(QUESTIONS, start=len(BEGINNINGS)):
         asked = model.encode_messages([{"role": "user", "content": question}])
-        text = model.complete_ids(asked, question, GenerationSettings(max_length=_LENGTH, seed=seed)).text
+        text = model.complete_ids(asked, question, model.settings(max_length=_LENGTH, seed=seed)).text
         told.append(f"Asked:\n\n{_quoted(question)}\n\nAnswered:\n\n{_quoted(text.strip())}")
     return "\n\n".join(told)
 

@@ -166,8 +166,8 @@ def stories(on: Checking) -> Bar:
     seen = set(titles(on.data / "text-small/train.jsonl.xz"))
     unseen = [title for title in titles(on.held_out) if title not in seen]
     asked = [f"Tell me a short story called {unseen[index % len(unseen)]}." for index in range(STORIES)]
-    settings = GenerationSettings(max_length=STORY_TOKENS)
-    told = written(fanformer.load(on.model), asked, settings)
+    model = fanformer.load(on.model)
+    told = written(model, asked, model.settings(max_length=STORY_TOKENS))
     texts, tokens = [text for text, _ in told], fmean(len(ids) for _, ids in told)
     passed = fmean(grammar.passes(texts))
     repeated = fmean(repeats(text) for text in texts)

@@ -270,12 +270,13 @@ class Making:
     def box(self) -> dict[str, Any]:
         """Write the folder that ships: bfloat16 weights that are computed with in float32, no code of its own, a card.
 
-        The weights are those of `mixed`.
+        The weights are those of `mixed`, and its generation settings ask to be drawn as the recipe says.
 
         Raises:
             ConfigError: if it has too many bytes; the folder that was there before stays.
         """
-        tuned, new, most = self.work / "tuned", self.work / "box", self.recipe["box"]["most_bytes"]
+        asked, tuned, new = self.recipe["box"], self.work / "tuned", self.work / "box"
+        most = asked["most_bytes"]
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         for name in SHIPPED:
@@ -283,11 +284,14 @@ class Making:
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # the package that it ships in has the classes
         replace_json(new / "config.json", config | {"dtype": "float32"})
-        shipped = mixed(tuned, self.work / "base", self.recipe["box"]["share_of_base"])
+        drawn = new / "generation_config.json"
+        replace_json(drawn, json.loads(drawn.read_text(encoding="utf-8")) | asked["sampling"])
+        shipped = mixed(tuned, {self.work / stage: share for stage, share in asked["shares"].items()})
         shipped = {name: value.to(torch.bfloat16) for name, value in shipped.items()}
         save_file(shipped, new / "model.safetensors", {"format": "pt"})
         (new / "model.safetensors").chmod(0o644)
-        write_card(new, self.work, {stage: self.chain.result(stage) or {} for stage in chosen("box")[:-1]})
+        results = {stage: self.chain.result(stage) or {} for stage in chosen("box")[:-1]}
+        write_card(new, self.work, results, asked["shares"])
         size = sum(path.stat().st_size for path in new.iterdir())
         if size > most:
             raise ConfigError(
@@ -346,19 +350,21 @@ class Making:
         return {**figures, "bits_per_byte": result.held_out.bits_per_byte}
 
 
-def mixed(tuned: Path, base: Path, share: float) -> dict[str, torch.Tensor]:
-    """Return the weights of a tuned model with a share of its base's in them, which gives back some of what it forgot.
+def mixed(tuned: Path, shares: Mapping[Path, float]) -> dict[str, torch.Tensor]:
+    """Return the weights of a tuned model with shares of earlier ones in them, which gives back some of what it forgot.
 
     Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
 
     Args:
         tuned: a model folder.
-        base: the one that it was tuned from, of the same shape.
-        share: of the base's weights, in [0, 1].
+        shares: of the weights of each folder that it was tuned from, of the same shape; at most 1 in all.
     """
-    before = load_file(base / "model.safetensors")
-    after = load_file(tuned / "model.safetensors")
-    return {name: torch.lerp(value, before[name], share) for name, value in after.items()}
+    weights = load_file(tuned / "model.safetensors")
+    found = {name: (1 - sum(shares.values())) * value for name, value in weights.items()}
+    for folder, share in shares.items():
+        for name, value in load_file(folder / "model.safetensors").items():
+            found[name] += share * value
+    return found
 
 
 def beside_llama(recipe: Mapping[str, Any], data: Path, valid: Path) -> Comparison:

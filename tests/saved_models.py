@@ -1,5 +1,6 @@
 """Fixtures: a tiny model saved with a byte-level tokenizer, and spoilt copies of it."""
 
+import json
 import shutil
 
 import pytest
@@ -59,6 +60,18 @@ def recurrent_model(tmp_path_factory, tiny_model, tiny_tokenizer):
 def model_copy(saved_model, tmp_path):
     """A copy of the saved model to spoil."""
     return shutil.copytree(saved_model, tmp_path / "copy")
+
+
+@pytest.fixture
+def asking(model_copy):
+    """Return a function that gives a folder whose generation settings hold some more."""
+
+    def make(**fields):
+        file = model_copy / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        return model_copy
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ EXPERIMENT_LABELS = {"Tried", "Result", "Decision"}
 LARGE_FILES = {
     "benchmarks/results/trainings.jsonl": "every training that was measured, with its curve",
     "src/fanformer/box/model.safetensors": "the model in the box, committed once",
+    "src/fanformer/box/tokenizer.json": "of the model in the box",
 }
 """Tracked files above 500 KB, with the reason."""
 OWN_MODULES = """

@@ -45,6 +45,14 @@ def fanformer(python, repository, tmp_path):
     return run
 
 
+@pytest.fixture
+def english(repository, tmp_path):
+    """Names, in the folder of `fanformer`, of two files of English: one to calibrate on, one to measure on."""
+    for name in ("quantization", "training"):
+        (tmp_path / f"{name}.txt").write_text((repository / f"docs/{name}.md").read_text(encoding="utf-8"))
+    return "quantization.txt", "training.txt"
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A browser with a microphone that plays tones."""

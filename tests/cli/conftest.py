@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.saved_models import loaded, model_copy, saved_model, tiny_tokenizer  # noqa: F401
+from tests.saved_models import asking, loaded, model_copy, saved_model, tiny_tokenizer  # noqa: F401
 from tests.warm_processes import WarmParent
 
 WARM = (

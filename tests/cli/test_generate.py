@@ -29,6 +29,18 @@ def test_single_text_is_prompt_and_continuation_and_nothing_else(command, saved_
     assert record["seed"] == 1
 
 
+def test_commands_draw_as_the_folder_asks_where_no_option_says_otherwise(asking, command):
+    folder = asking(do_sample=True, temperature=1.25, top_k=7, top_p=0.7)
+    spelt = ("--temperature", 1.25, "--top-k", 7, "--top-p", 0.7)
+    usual = ("--temperature", 0.7, "--top-k", 100, "--top-p", 0.85)  # the defaults, said aloud, are an option too
+    for verb, prompt, text in (("generate", ("the cat",), ""), ("chat", (), "the cat\n")):
+        asked, told, other = (
+            command(verb, folder, *prompt, *FIXED, *map(str, more), text=text) for more in ((), spelt, usual)
+        )
+        assert (asked.code, asked.out) == (0, told.out)
+        assert asked.out != other.out
+
+
 def test_many_prompts_from_words_file_and_standard_input_give_the_same(command, saved_model, tmp_path):
     prompts = ["the cat", "", "def add"]
     from_words = records(command("generate", saved_model, *prompts, *FIXED, "--json"))

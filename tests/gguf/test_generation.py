@@ -324,3 +324,8 @@ def test_command_writes_chats_and_stops(saved_model, repository):
     process.send_signal(signal.SIGINT)
     process.stdout.read()
     assert process.wait(timeout=60) in (130, 0)  # stopped, or ready before the signal came
+
+
+def test_a_file_is_drawn_as_its_folder_asks(asking):
+    folder = asking(do_sample=True, temperature=0.7, top_k=7, top_p=0.95)
+    assert load_text_model(export(folder)).settings(seed=1) == load_text_model(folder, "cpu").settings(seed=1)

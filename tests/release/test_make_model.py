@@ -34,7 +34,7 @@ RECIPE = {
     "mid": {"run": {"max_steps": 4, **RUN, **MEASURED}},
     "rows": ROWS,
     "tuned": {"run": {"max_steps": 4, **RUN, **MEASURED}},
-    "box": {"share_of_base": 0.25, "most_bytes": 2_000_000},
+    "box": {"shares": {"base": 0.125, "mid": 0.25}, "sampling": {"temperature": 0.9}, "most_bytes": 2_000_000},
     "beside": {
         "share": 0.1,
         "seeds": 2,
@@ -93,18 +93,21 @@ def test_the_folder_that_ships_is_a_model_with_a_card(made, place):
     assert (config["dtype"], "auto_map" in config, config["vocab_size"]) == ("float32", False, 320)
     with safe_open(place / "box/model.safetensors", "pt") as weights:
         assert {str(weights.get_tensor(name).dtype) for name in weights.keys()} == {"torch.bfloat16"}  # noqa: SIM118
-    shipped, tuned, base = (
-        load_file(place / part / "model.safetensors") for part in ("box", "work/tuned", "work/base")
+    shipped, tuned, mid, base = (
+        load_file(place / part / "model.safetensors") for part in ("box", "work/tuned", "work/mid", "work/base")
     )
     for name, value in shipped.items():
-        torch.testing.assert_close(value.float(), 0.75 * tuned[name] + 0.25 * base[name], rtol=0.01, atol=1e-4)
+        expected = 0.625 * tuned[name] + 0.25 * mid[name] + 0.125 * base[name]
+        torch.testing.assert_close(value.float(), expected, rtol=0.01, atol=1e-4)
     model = fanformer.load(place / "box", device="cpu")
+    assert model.settings().temperature == 0.9
     assert (model.has_chat_template, str(model.model.dtype)) == (True, "torch.float32")
     assert model.generate("One day", max_length=5, min_length=5, seed=0)
     card = (place / "box/README.md").read_text()
     for title in ("## Data", "## Training", "## What it writes", "## Limits", "| hours |", "FairytaleQA", "CC BY-SA"):
         assert title in card
     assert card.count("Asked:") == 7
+    assert "12.5% base, 25% mid-training, the rest tuning" in card
 
 
 def test_the_twin_and_the_llama_are_there(made, place):

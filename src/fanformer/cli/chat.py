@@ -16,6 +16,7 @@ from fanformer.cli.options import (
     Verb,
     adapter_option,
     device_option,
+    drawn_as_asked,
     dtype_option,
     exit_threshold_option,
     num_steps_option,
@@ -61,8 +62,10 @@ def chat(
 
     The one in the box came with this package. A tokenizer with a chat template keeps the conversation; a base model
     continues each line as a new text. Answers may have 400 tokens, or half of the model's positions, where --max-length
-    does not say otherwise. Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees and hears.
-    A line that ends in a backslash goes on in the next. Ctrl-C stops the text; twice at the prompt, it leaves.
+    does not say otherwise; temperature, top-k and top-p are the model's own, as in `generate`.
+
+    Commands: /help, /reset, /exit; /image FILE and /audio FILE for a model that sees and hears. A line that ends in a
+    backslash goes on in the next. Ctrl-C stops the text; twice at the prompt, it leaves.
     """
     usual, source = sampling["max_length"], click.get_current_context().get_parameter_source("max_length")
     if source is ParameterSource.DEFAULT:
@@ -76,6 +79,7 @@ def chat(
     towers = sees and adapter is None
     model = load_text_model(path, device, dtype, threads, adapter=adapter, towers=towers, **depth)
     say_depth(model.depth_note, num_steps)
+    settings = drawn_as_asked(model, settings)
     if sees and not towers:
         _notice(f"{adapter} belongs to the language model alone: without it, pictures and recordings are taken too.")
     if source is ParameterSource.DEFAULT:

@@ -15,6 +15,7 @@ from fanformer.cli.options import (
     adapter_option,
     audio_option,
     device_option,
+    drawn_as_asked,
     dtype_option,
     exit_threshold_option,
     image_option,
@@ -75,6 +76,9 @@ def generate(
     Without DIR the model in the box writes, which came with this package. A first PROMPT has a space in it, so that it
     cannot be meant for a DIR; --prompts-file takes any.
 
+    Temperature, top-k and top-p are those that the model's generation_config.json asks for, where no option says
+    otherwise; the defaults below are for a model that asks for none.
+
     A single text is written as it comes, prompt first. Ctrl-C stops it there. The same seed gives the same text, in
     whatever batch; equal prompts of one call get different texts.
 
@@ -97,6 +101,7 @@ def generate(
     depth: dict[str, Any] = {"num_steps": num_steps, "exit_threshold": exit_threshold, "draft_tokens": draft_tokens}
     model = load_text_model(folder, device, dtype, threads, compiled, adapter, towers=shows, **depth)
     say_depth(model.depth_note, num_steps)
+    settings = drawn_as_asked(model, settings)
     streamed = len(texts) == 1 and not as_json
     with interruptible() as interruption:
         on_text = write_now if streamed else None

@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from fanformer.errors import did_you_mean
 from fanformer.generation.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from fanformer.generation.text_model import TextModel
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -115,3 +119,10 @@ def sampling_options(separator: str = "-") -> Callable[[Function], Function]:
         return function
 
     return add
+
+
+def drawn_as_asked(model: "TextModel", settings: GenerationSettings) -> GenerationSettings:
+    """Return the settings of `sampling_options` as the model asks for them where no flag says otherwise."""
+    source = click.get_current_context().get_parameter_source
+    own = {name: value for name, value in model.own_sampling.items() if source(name) is ParameterSource.DEFAULT}
+    return dataclasses.replace(settings, **own)

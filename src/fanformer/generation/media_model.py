@@ -25,7 +25,6 @@ from fanformer.generation.text_model import (
     check_batches,
     check_length,
     check_text,
-    sampling_settings,
 )
 from fanformer.generation.torch_model import TorchModel
 from fanformer.machine.devices import resolve_device, resolve_dtype
@@ -182,7 +181,7 @@ class MediaModel(TorchModel):
             prompt: a text, or several where nothing is shown.
             images: a list of paths or bytes of pictures, which the prompt comes behind.
             audio: a list of paths or bytes of recordings, behind the pictures.
-            **sampling: fields of `GenerationSettings`.
+            **sampling: as for `settings`.
 
         Raises:
             ConfigError: as `TextModel.generate`, or if several prompts come with media, or media are given otherwise.
@@ -195,7 +194,7 @@ class MediaModel(TorchModel):
             raise ConfigError(
                 f"`prompt` must be one text beside media, got {type(prompt).__name__}: call once for each."
             )
-        return next(self.ask([prompt], [shown], sampling_settings(sampling))).text
+        return next(self.ask([prompt], [shown], self.settings(**sampling))).text
 
 
 def shown_media(images: Sequence[Any], audio: Sequence[Any]) -> list[Media]:

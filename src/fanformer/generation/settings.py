@@ -1,9 +1,10 @@
 """How a continuation is drawn; torch-free, so that `--help` stays fast."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fanformer.errors import ConfigError
+from fanformer.errors import CheckpointError, ConfigError
 
 SMALLEST_TEMPERATURE, _LARGEST = 2.0**-126, 2.0**127
 """float32's smallest normal number, and a power of two that it still has."""
@@ -48,3 +49,24 @@ class GenerationSettings:
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken always: at temperature 0, or one too small to divide by."""
         return self.temperature < SMALLEST_TEMPERATURE
+
+
+def own_sampling(asked: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return how a model asks to be drawn from: fields of `GenerationSettings` that its maker chose for it.
+
+    Args:
+        asked: temperature, top_k and top_p, those that it asks for.
+        where: this stands, for the message.
+
+    Raises:
+        CheckpointError: if one is no number, or out of its range.
+    """
+    found = {name: asked[name] for name in ("temperature", "top_k", "top_p") if asked.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{where}: `{name}` must be a number, got {value!r}.")
+    try:
+        GenerationSettings(**found)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return found

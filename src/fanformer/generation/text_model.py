@@ -121,14 +121,17 @@ class TextModel(ABC):
         tokenizer: turns text into token ids and back.
         positions: how many tokens a text may have, its start token included; None is without limit.
         end_ids: tokens that end a text.
+        own_sampling: fields of `GenerationSettings` that its folder or file asks for.
     """
 
     tokenizer: Any
     positions: int | None
     end_ids: Sequence[int]
+    own_sampling: Mapping[str, Any]
 
     def __init__(self) -> None:
         self._lock, self._holder = threading.Lock(), 0
+        self.own_sampling = {}
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -197,6 +200,21 @@ class TextModel(ABC):
 
         return encode_messages(self.tokenizer, self.chatml, messages)
 
+    def settings(self, **sampling: Any) -> GenerationSettings:
+        """Return how a text is drawn: as is given here, else as the model asks, else by `GenerationSettings`' defaults.
+
+        Args:
+            **sampling: fields of `GenerationSettings`.
+
+        Raises:
+            ConfigError: if there is no such field, or a value is out of its range.
+        """
+        known = [one.name for one in fields(GenerationSettings)]
+        for name in sampling:
+            if name not in known:
+                raise ConfigError(f"no setting `{name}`: {did_you_mean(name, known)}")
+        return GenerationSettings(**{**self.own_sampling, **sampling})
+
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
     @overload
@@ -206,13 +224,13 @@ class TextModel(ABC):
 
         Args:
             prompt: a text or several.
-            **sampling: fields of `GenerationSettings`, such as `seed=1` or `max_length=50`.
+            **sampling: as for `settings`, such as `seed=1` or `max_length=50`.
 
         Raises:
             ConfigError: as `complete`, or if a field of the settings is wrong.
         """
         one = isinstance(prompt, str)
-        found = [done.text for done in self.complete([prompt] if one else prompt, sampling_settings(sampling))]  # type: ignore[list-item]
+        found = [done.text for done in self.complete([prompt] if one else prompt, self.settings(**sampling))]  # type: ignore[list-item]
         return found[0] if one else found
 
     def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
@@ -227,7 +245,7 @@ class TextModel(ABC):
         Raises:
             ConfigError: as `generate`.
         """
-        return self._pieces(prompt, sampling_settings(sampling))
+        return self._pieces(prompt, self.settings(**sampling))
 
     def _pieces(self, prompt: str, settings: GenerationSettings) -> Iterator[str]:
         """Yield what another thread writes."""
@@ -414,12 +432,3 @@ def excluded_first(tokenizer: Decoder, beginning: str, known: int) -> NDArray[np
 def row_seed(seed: int, index: int) -> int:
     """Return the seed of the prompt at place `index`, so that equal prompts of one call get different texts."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest(), "big")
-
-
-def sampling_settings(sampling: dict[str, Any]) -> GenerationSettings:
-    """Return settings from keywords; a wrong name is an error that says which there are."""
-    known = [one.name for one in fields(GenerationSettings)]
-    for name in sampling:
-        if name not in known:
-            raise ConfigError(f"no setting `{name}`: {did_you_mean(name, known)}")
-    return GenerationSettings(**sampling)

@@ -30,6 +30,7 @@ from fanformer.errors import ConfigError, NotANumberError
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
+from fanformer.generation.settings import own_sampling
 from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text, depth_note, excluded_first
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class TorchModel(TextModel):
         self.model, self.tokenizer, self.compiled, self.join = model, tokenizer, compiled, join
         self.positions = getattr(model.config, "max_position_embeddings", None)
         self.end_ids = end_token_ids(model, tokenizer)
+        self.own_sampling = sampling_of(model)
 
     @property
     def num_steps(self) -> int | None:
@@ -299,7 +301,7 @@ def own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
     """Let `generate` do within the `with` block what it is told, and nothing else that the model's folder asks for.
 
     It fills in what it is not told from `model.generation_config`: with a penalty there, greedy would not be greedy.
-    Of that only the end tokens count, as `end_token_ids` reads them.
+    Of that only the end tokens count, as `end_token_ids` reads them, and what `own_sampling` takes.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -346,6 +348,18 @@ def _processors(tokenizer: PreTrainedTokenizerFast, batch: Batch, width: int) ->
         processors.append(TopPLogitsWarper(settings.top_p))
     processors.append(GumbelNoise(batch.seeds))
     return processors
+
+
+def sampling_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Return how the folder of a model asks to be drawn from, where its generation settings say that it is to be drawn.
+
+    Raises:
+        CheckpointError: if a value is no number, or out of its range.
+    """
+    asked = model.generation_config
+    if asked is None or not asked.do_sample:
+        return {}
+    return own_sampling(vars(asked), f"generation_config.json of {model.name_or_path or 'the model'}")
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -17,10 +17,10 @@ from fanformer.files.durable import printable
 from fanformer.files.staging import check_free, staged
 from fanformer.generation.adapters import adapter_note, with_adapter
 from fanformer.generation.loading import LoadedModel, load, load_config, refuse_towers
-from fanformer.generation.torch_model import end_token_ids
+from fanformer.generation.torch_model import end_token_ids, sampling_of
 from fanformer.gguf import architecture
 from fanformer.gguf.blocks import TYPES, BlockType, Bytes, Floats, dequantize
-from fanformer.gguf.file import ARCHITECTURE, ARRAY, STRING
+from fanformer.gguf.file import ARCHITECTURE, ARRAY, SAMPLING, STRING
 from fanformer.gguf.importance import importance
 from fanformer.gguf.plan import Plan, PlannedTensor, make_plan
 from fanformer.gguf.runtime import library, quantize
@@ -37,7 +37,7 @@ from fanformer.gguf.tokenizer import (
 )
 from fanformer.gguf.writer import Value, write_gguf
 
-_UINT32, _INT32, _BOOL = 4, 5, 7
+_UINT32, _INT32, _FLOAT32, _BOOL = 4, 5, 6, 7
 _QUANTIZATION_VERSION = 2
 _ROWS_AT_ONCE = 4096
 # the types that weigh errors by an importance
@@ -239,6 +239,10 @@ def _metadata(
         "general.size_label": (STRING, f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M"),
         "general.file_type": (_UINT32, TYPES[kind].file_type),
         "general.quantization_version": (_UINT32, _QUANTIZATION_VERSION),
+        **{
+            SAMPLING[name]: (_INT32 if name == "top_k" else _FLOAT32, value)
+            for name, value in sampling_of(model).items()
+        },
         **architecture.metadata(plan.config),
         **_tokenizer_metadata(model, tokenizer),
     }

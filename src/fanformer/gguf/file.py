@@ -22,6 +22,10 @@ from fanformer.gguf.blocks import BY_NUMBER, BlockType, Bytes, Floats, dequantiz
 MAGIC = b"GGUF"
 VERSION = 3
 ARCHITECTURE = "fanformer"
+SAMPLING = {
+    name: f"general.sampling.{key}" for name, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"))
+}
+"""Keys of how the model asks to be drawn from, by the names of `GenerationSettings`."""
 DEFAULT_ALIGNMENT = 32
 LONGEST_KEY = 65535
 LONGEST_TENSOR_NAME = 63

@@ -2,16 +2,19 @@
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fanformer.generation.decoding import TextWriter
 from fanformer.generation.sampling import Sampling, TokenSampler, log_probabilities, noise_of
+from fanformer.generation.settings import own_sampling
 from fanformer.generation.text_model import Batch, TextModel, check_text, depth_note, excluded_first
 from fanformer.gguf.architecture import open_model
 from fanformer.gguf.engine import Engine
+from fanformer.gguf.file import SAMPLING
 from fanformer.gguf.tokenizer import GGUFTokenizer
 
 
@@ -35,6 +38,7 @@ class GgmlModel(TextModel):
         file, model = open_model(str(path))
         self.tokenizer = GGUFTokenizer(file, model.vocab_size)
         self.engine = Engine(file, model, threads, num_steps)
+        self.own_sampling = _sampling_of(file.metadata, str(path))
         del file  # the texts of all tokens are in its metadata
         self.positions, self.end_ids = model.max_position_embeddings, self.tokenizer.end_ids
         give_back_freed_memory()
@@ -100,6 +104,13 @@ class GgmlModel(TextModel):
             self.engine.begin(1, len(ids))
             logits = self.engine.forward([list(ids[:-1])], every=True)[0]  # (T - 1, V)
         return log_probabilities(logits)[np.arange(len(logits)), ids[1:]].tolist()
+
+
+def _sampling_of(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return how a file asks to be drawn from; 32 bits of 0.7 are 0.7 again, as in the folder behind it."""
+    asked = {name: metadata.get(key) for name, key in SAMPLING.items()}
+    near = {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in asked.items()}
+    return own_sampling(near, path)
 
 
 def give_back_freed_memory() -> None:

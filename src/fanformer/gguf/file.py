@@ -23,7 +23,9 @@ MAGIC = b"GGUF"
 VERSION = 3
 ARCHITECTURE = "fanformer"
 SAMPLING = {
-    name: f"general.sampling.{key}" for name, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"))
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
 }
 """Keys of how the model asks to be drawn from, by the names of `GenerationSettings`."""
 DEFAULT_ALIGNMENT = 32

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fanformer.data.held_out import held_out_stream
 from fanformer.errors import CheckpointError, ConfigError, DataError, DependencyError
 from fanformer.loading import load
-from fanformer.quantization.compressed_tensors import export_compressed, restore_dtype
+from fanformer.quantization.compressed_tensors import export_compressed, restore_dtypes
 from fanformer.quantization.quantized_folder import Settings
 
 installed = importlib.util.find_spec("llmcompressor") is not None
@@ -71,16 +71,21 @@ def test_missing_tokenizer_is_one_line(model_copy, tmp_path):
         export_compressed(model_copy, tmp_path / "out", Settings("gptq", calibration="stdlib"))
 
 
-def test_what_is_not_quantized_is_written_in_the_dtype_that_it_had(tmp_path):
-    file = tmp_path / "model.safetensors"
-    kept = {name: torch.randn(4, 4).bfloat16() for name in ("embed.weight", "head.weight", "norm.weight", "cut.bias")}
-    cut = {"cut.weight_packed": torch.ones(4, dtype=torch.int32), "cut.weight_scale": torch.rand(4)}
+def test_what_is_not_quantized_is_written_in_the_dtype_that_its_file_had(model_copy, tmp_path):
+    """The file's, which may be narrower than the configuration's: the model in the box is computed with in float32."""
+    source, out = model_copy / "model.safetensors", tmp_path / "out"
+    narrow = {name: tensor.bfloat16() for name, tensor in load_file(source).items()}
+    norm = next(name for name in narrow if "norm" in name)
+    narrow[norm] = narrow[norm].float()
+    save_file(narrow, source, metadata={"format": "pt"})
+    assert json.loads((model_copy / "config.json").read_text())["dtype"] == "float32"
+    layer = next(name for name in narrow if ".mlp." in name and name.endswith(".weight")).removesuffix(".weight")
+    kept = {name: tensor for name, tensor in narrow.items() if name != f"{layer}.weight"} | {"new": torch.rand(4)}
+    cut = {f"{layer}.weight_packed": torch.ones(4, dtype=torch.int32), f"{layer}.weight_scale": torch.rand(4)}
+    out.mkdir()
+    file = out / "model.safetensors"
     save_file({name: tensor.float() for name, tensor in kept.items()} | cut, file, metadata={"format": "pt"})
-    before = file.read_bytes()
-    for dtype in (None, torch.float32):
-        restore_dtype(tmp_path, {"cut": 32, "head": None}, dtype)
-        assert file.read_bytes() == before
-    restore_dtype(tmp_path, {"cut": 32, "head": None}, torch.bfloat16)
+    restore_dtypes(out, {layer: 32, "lm_head": None}, model_copy)
     found = load_file(file)
     assert found.keys() == (kept | cut).keys()
     for name, tensor in (kept | cut).items():
@@ -88,7 +93,7 @@ def test_what_is_not_quantized_is_written_in_the_dtype_that_it_had(tmp_path):
         assert torch.equal(found[name], tensor), name
     with safe_open(file, "pt") as written:
         assert written.metadata() == {"format": "pt"}
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
 
 def test_too_little_text_is_refused(loaded, tmp_path):

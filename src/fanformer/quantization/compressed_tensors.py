@@ -74,7 +74,7 @@ def export_compressed(
 
         def write_model(aside: Path) -> tuple[LayerReport, ...]:
             model.save_pretrained(aside, save_compressed=True)
-            restore_dtype(aside, groups, load_config(source).dtype)
+            restore_dtypes(aside, groups, source)
             # the library saves the configuration that it finds in the folder the model came from
             update_config(aside, lambda saved: saved.update({name: getattr(model.config, name) for name in _CHANGED}))
             (aside / "recipe.yaml").unlink(missing_ok=True)  # says less than the report
@@ -84,32 +84,35 @@ def export_compressed(
         return write_folder(source, target, settings, tokenizer, tokens, notes, write_model, _READING)
 
 
-def restore_dtype(folder: Path, groups: Mapping[str, int | None], dtype: torch.dtype | None) -> None:
-    """Write the weights of a folder again, what is not quantized in the dtype that it had; None is float32.
+def restore_dtypes(folder: Path, groups: Mapping[str, int | None], source: Path) -> None:
+    """Write the weights of a folder again, what is not quantized in the dtype that it has in the files of `source`.
 
+    That may be a narrower one than the model is computed with. What `source` has no tensor of gets its configuration's.
     The files are changed rather than the model, whose weights the library may have on another device.
 
     Args:
         folder: what the library saved of a model in float32.
         groups: as `planned_groups` returned them.
-        dtype: of the folder that was quantized.
+        source: the folder that was quantized.
     """
-    if dtype in (None, torch.float32):
-        return
+    dtypes: dict[str, torch.dtype] = {}
+    for file in weight_files(source):
+        dtypes |= {name: tensor.dtype for name, tensor in load_file(file).items()}
+    other = load_config(source).dtype or torch.float32
     for file in weight_files(folder):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
             cut = groups.get(module) is not None and kind.startswith("weight")  # integers, and their scales
             if tensor.is_floating_point() and not cut:
-                tensors[name] = tensor.to(dtype)
+                tensors[name] = tensor.to(dtypes.get(name, other))
         aside = file.with_suffix(".new")  # what was loaded is still read from the file
         save_file(tensors, aside, metadata={"format": "pt"})
         os.replace(aside, file)
 
 
-_CHANGED = ("intermediate_size", "vocab_size", "eos_token_id", "pad_token_id")
-"""Fields of the configuration that filling up and an adapter's tokenizer change."""
+_CHANGED = ("intermediate_size", "vocab_size", "eos_token_id", "pad_token_id", "auto_map")
+"""Fields of the configuration that change: filling up, an adapter's tokenizer, and the code that the box has not."""
 _READING = (
     "Made by llm-compressor, in the format compressed-tensors; reading it needs `pip install compressed-tensors`."
 )

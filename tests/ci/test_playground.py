@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from fanformer.server.limits import Access
 from fanformer.server.models import ServedModel, SlotSettings
-from tests.saved_models import recurrent_model, saved_model, tiny_tokenizer  # noqa: F401
+from tests.saved_models import asking, model_copy, recurrent_model, saved_model, tiny_tokenizer  # noqa: F401
 from tests.server.conftest import PATIENCE_SECONDS, running
 from tests.server.test_chat import TEMPLATE
 
@@ -143,6 +143,25 @@ def test_a_reload_in_mid_stream_keeps_the_text_and_frees_the_slot(tab, client, m
     wait_until_idle(client)
     page.click("#send")
     expect(page.locator("#status")).to_have_text("Done.")
+
+
+def test_the_settings_begin_as_the_first_models_folder_asks_and_stay_ones_own(asking, saved_model, open_tab):  # noqa: F811
+    folders = {"asks": asking(do_sample=True, temperature=0.9, top_p=0.8), "tiny": saved_model}
+    found = {
+        name: ServedModel.open(path, name, SlotSettings(1, 100, 4), device="cpu") for name, path in folders.items()
+    }
+    try:
+        with running(found) as client:
+            page = open_tab(f"http://127.0.0.1:{client.port}/").page
+            shown = [page.input_value(f"#{name}") for name in ("temperature", "top_p", "top_k")]
+            assert shown == ["0.9", "0.8", "100"]
+            page.fill("#temperature", "0.5")
+            page.reload()
+            page.wait_for_selector("body[data-ready]")
+            assert page.input_value("#temperature") == "0.5"
+    finally:
+        for model in found.values():
+            model.close()
 
 
 def test_a_server_that_goes_away_is_told(saved_model, open_tab, monkeypatch):  # noqa: F811

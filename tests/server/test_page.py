@@ -85,7 +85,13 @@ def test_the_server_takes_what_the_page_lets_through(client):
 def test_models_tell_what_they_can_do(client, served):
     [model] = client("GET", "/v1/models")[2]["data"]
     is_folder = served.has_inside
-    assert model["capabilities"] == {"chat": False, "inside": is_folder, "inputs": ["text"], "num_steps": None}
+    assert model["capabilities"] == {
+        "chat": False,
+        "inside": is_folder,
+        "inputs": ["text"],
+        "num_steps": None,
+        "sampling": {},
+    }
 
 
 def test_a_look_inside_tells_every_block_or_says_why_not(client, served):

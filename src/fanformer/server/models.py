@@ -203,11 +203,17 @@ class ServedModel:
 
         `chat` and `inside` say whether those requests are answered, `inputs` what messages may hold (`text`, `image`,
         `audio`), `num_steps` the range of latent steps (`least`, `usual`, `most`), None where the depth is fixed.
+        `sampling` is how its folder or file asks to be drawn from; a request that wants it says it.
         """
         steps = self.slots.steps
         dial = None if steps is None else {"least": 1, "usual": steps.usual, "most": steps.most}
-        has_chat = self.chat_template is not None
-        return {"chat": has_chat, "inside": self.has_inside, "inputs": ["text", *self.kinds], "num_steps": dial}
+        return {
+            "chat": self.chat_template is not None,
+            "inside": self.has_inside,
+            "inputs": ["text", *self.kinds],
+            "num_steps": dial,
+            "sampling": dict(self.text_model.own_sampling),
+        }
 
     def look_inside(self, text: str) -> "tuple[int, list[LayerInside]]":
         """Return what each block does on the beginning of a text, and how many tokens that has.

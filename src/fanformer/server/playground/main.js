@@ -68,6 +68,8 @@ async function loadModels() {
       return label;
     }),
   );
+  const asked = kept.fields ? {} : models[0].capabilities?.sampling; // of its folder
+  for (const [id, value] of Object.entries(asked ?? {})) at(id).value = value;
   const ready = models.length === 1 ? "1 model is ready." : `${models.length} models are ready.`;
   say(kept.isCut ? `${ready} What was shown is more than a tab keeps: the conversation begins anew.` : ready);
   const isShown = models.some((model) => model.capabilities?.inputs?.length > 1);

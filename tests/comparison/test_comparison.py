@@ -122,6 +122,7 @@ def test_a_wrong_architecture_is_refused_with_a_remedy(spec, message):
         ({"evaluations": "many"}, "`evaluations` of a comparison must be a whole number"),
         ({"run": {"seed": 3}}, "`seed` is set by the comparison itself"),
         ({"run": {"optimiser": "muon"}}, "did you mean `optimizer`?"),
+        ({"run": {"model.hidden_size": 64}}, "`model.hidden_size` is no setting of all trainings, got 64: write"),
         ({"run": {"init_from": "runs/base"}}, "`init_from` does not apply to a comparison, got 'runs/base'"),
         ({"run": {"lora_rank": 4}}, "`lora_rank` does not apply to a comparison, got 4: every architecture learns"),
         ({"run": {"objective": "answers"}}, "`objective` does not apply to a comparison, got 'answers'"),

@@ -117,6 +117,10 @@ class Comparison:
                 raise ConfigError(
                     f"`{name}` is set by the comparison itself, for every training: leave it out of `run`."
                 )
+        for name in self.run:
+            if name.startswith("model.") and name != "model.vocab_size":
+                remedy = "write it behind the architecture that it is for, as in nano:rms_norm_eps=0.001."
+                raise ConfigError(f"`{name}` is no setting of all trainings, got {self.run[name]!r}: {remedy}")
         for spec in self.architectures:
             architecture(spec)
         if self.rule is not None:

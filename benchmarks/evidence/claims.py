@@ -9,10 +9,13 @@ from typing import Any
 
 import yaml
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure
+from fanformer.comparison.ledger import EXACT, LOST_SEEDS, Entry, Figure
 from fanformer.errors import ConfigError, DataError, refuse_unknown
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+FEWEST_SEEDS = 3
+_OF_TRAININGS = ("comparison", "ablation", "rule")
+"""Kinds of entries whose figures are over seeds."""
 NOT_MEASURED, OTHER_SCALE, NOT_COUNTED = "not measured", "not measured at this scale", "does not count"
 # whether the whole of an interval from `low` to `high` is on the good, or the bad, side of a limit
 _HOLDS: dict[str, Callable[[float, float, float], bool]] = {
@@ -156,12 +159,17 @@ def verdict(claim: Claim, figure: Figure, entry: Entry) -> str:
     if any(entry.result[name].value < least for name, least in claim.counts_from.items()):
         return NOT_COUNTED
     low, high = (figure.value, figure.value) if figure.interval == EXACT else (figure.low, figure.high)
-    if low is None or high is None:
+    if low is None or high is None or (figure.interval != EXACT and _lacks_seeds(entry)):
         return UNDECIDED
     limits = thresholds(claim)
     if all(_HOLDS[name](low, high, limit) for name, limit in limits.items()):
         return HOLDS
     return FAILS if any(_FAILS[name](low, high, limit) for name, limit in limits.items()) else UNDECIDED
+
+
+def _lacks_seeds(entry: Entry) -> bool:
+    """Whether too few seeds were trained to decide, or some diverged, without which the figures look better."""
+    return entry.kind in _OF_TRAININGS and (len(entry.seeds) < FEWEST_SEEDS or bool(entry.details.get(LOST_SEEDS)))
 
 
 def _measured(claim: Claim, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Figure]]:
@@ -180,14 +188,21 @@ def _measured(claim: Claim, entries: Sequence[Entry]) -> Iterator[tuple[Entry, F
 
 
 def _both(claim: Claim, entry: Entry, other: Entry) -> Entry:
-    """Return the candidate's entry with the lower one of what must be reached in both."""
+    """Return the candidate's entry with the lower one of what must be reached in both, and the fewer seeds."""
     least: dict[str, Any] = {}
     for name in claim.counts_from:
         if name not in entry.result or name not in other.result:
             raise DataError(f"claim {claim.id} needs `result.{name}` in {entry.name} and {other.name}.")
         least[name] = min(entry.result[name], other.result[name], key=lambda figure: figure.value)
     command = " && ".join(dict.fromkeys([entry.command, other.command]))
-    return dataclasses.replace(entry, command=command, result={**entry.result, **least})
+    lost = [*entry.details.get(LOST_SEEDS, []), *other.details.get(LOST_SEEDS, [])]
+    return dataclasses.replace(
+        entry,
+        command=command,
+        seeds=min(entry.seeds, other.seeds, key=len),
+        result={**entry.result, **least},
+        details={**entry.details, **({LOST_SEEDS: lost} if lost else {})},
+    )
 
 
 def _difference(one: Figure, other: Figure) -> Figure:

@@ -80,8 +80,9 @@ Made by `make evidence` from [benchmarks/results](../benchmarks/results) and
 is in a line of `measurements.jsonl` or `trainings.jsonl` there, under the name of its entry.
 
 A verdict is computed: **holds** if the whole interval is on the claim's side of its threshold, **does not hold** if all
-of it is on the other side, **undecided** if it straddles the threshold or there is one measurement only, **does not
-count** if a condition was not reached, **not measured at this scale** if the claim is about another size of model.
+of it is on the other side, **undecided** if it straddles the threshold, there is one measurement only, or there are
+trainings of fewer than three seeds or one that diverged, **does not count** if a condition was not reached, **not
+measured at this scale** if the claim is about another size of model.
 
 An interval over seeds is Student's; a range is the lowest and the highest of repetitions; *exact* is counted, or the
 same in every repetition. What says *tuned* was measured on the block of preset `92m-tuned`, the default until

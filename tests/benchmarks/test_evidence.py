@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fanformer.comparison.ledger import EXACT, Entry, Figure, read_ledger, write_entry
+from fanformer.comparison.ledger import EXACT, LOST_SEEDS, Entry, Figure, read_ledger, write_entry
 from fanformer.errors import ConfigError, DataError
 
 
@@ -42,12 +42,12 @@ def entry(name="compare-1", figure=None, **fields):
         "kind": "comparison",
         "command": "fanformer compare a b",
         "date": "2026-11-25",
-        "seeds": [1, 2],
+        "seeds": [1, 2, 3],
         "configuration": {"scale": "92m"},
         "data": None,
         "hardware": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "2.13.0"},
-        "result": {"ratio": figure or Figure(0.5, "times", 0.4, 0.6, "95% t-interval over 2 seeds")},
+        "result": {"ratio": figure or Figure(0.5, "times", 0.4, 0.6, "95% t-interval over 3 seeds")},
     }
     return Entry(name=name, **{**values, **fields})
 
@@ -147,6 +147,29 @@ def test_one_measurement_decides_nothing_and_an_exact_one_does(claims):
     assert claims.verdict(claim(claims), Figure(0.7, "times", interval=EXACT), entry()) == "does not hold"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "holds"),
+        ({"seeds": [1, 2]}, "undecided"),
+        ({"seeds": [1, 2], "kind": "benchmark"}, "holds"),  # whose seeds are of the prompts, say
+        ({"details": {LOST_SEEDS: ["nano, seed 4"]}}, "undecided"),
+    ],
+)
+def test_trainings_decide_by_three_seeds_of_which_none_was_lost(claims, fields, expected):
+    assert claims.verdict(claim(claims), entry().result["ratio"], entry(**fields)) == expected
+    exact = Figure(0.1, "times", interval=EXACT)
+    assert claims.verdict(claim(claims), exact, entry(**fields)) == "holds"
+
+
+def test_the_difference_of_two_entries_has_the_fewer_seeds_and_the_lost_ones_of_both(claims):
+    both = claim(claims, candidate="fan", baseline="llama", less_than=1.0, entry="rule-*")
+    one, other = entry(name="rule-fan", kind="rule"), entry(name="rule-llama", kind="rule")
+    assert claims.judge([both], [one, other])[0].verdict == "holds"
+    for fields in ({"seeds": [1, 2]}, {"details": {LOST_SEEDS: ["llama, seed 4"]}}):
+        assert claims.judge([both], [one, dataclasses.replace(other, **fields)])[0].verdict == "undecided"
+
+
 def test_other_scale_is_shown_and_not_judged_and_an_unknown_one_is_an_error(claims):
     small = entry(configuration={"preset": "nano"})
     (row,) = claims.judge([claim(claims)], [small])
@@ -190,7 +213,7 @@ def test_rule_is_the_difference_of_two_entries_that_both_learned(claims):
         ({"command": " "}, "entry compare-1 lacks its command"),
         ({"seeds": []}, "entry compare-1 lacks its seeds: only benchmarks may have nothing random"),
         ({"hardware": {"cpu": "", "cores": 2}}, "entry compare-1 lacks its hardware: `cpu` and `cores` are needed"),
-        ({"result": {"ratio": Figure(1, "times")}}, "entry compare-1 lacks the interval of `ratio` over its 2 seeds"),
+        ({"result": {"ratio": Figure(1, "times")}}, "entry compare-1 lacks the interval of `ratio` over its 3 seeds"),
     ],
 )
 def test_row_that_lacks_something_is_named(claims, fields, message):

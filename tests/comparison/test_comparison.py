@@ -16,7 +16,7 @@ from fanformer.comparison.entries import read_training, write_comparison, write_
 from fanformer.comparison.ledger import read_ledger, write_entry
 from fanformer.comparison.pages.report import write_comparison_page
 from fanformer.comparison.summary import arms, pairs, parameters_ratio, to_record, tokens_ratio
-from fanformer.comparison.trial import RESULT_FILE, Result, Trial, language_config, run_trial
+from fanformer.comparison.trial import MADE, RESULT_FILE, Result, Trial, language_config, run_trial
 from fanformer.errors import ConfigError
 from fanformer.model import FANformerConfig
 from fanformer.model.configuration_fanformer import RANKS
@@ -152,6 +152,7 @@ def test_two_architectures_are_compared_at_their_best_learning_rate_and_nothing_
     outcomes = run_comparison(comparison, tmp_path / "out", first.append)
     assert len(outcomes) == 6, first
     assert all(outcome.result is not None for outcome in outcomes), first
+    assert all(set(MADE) <= outcome.result.details.keys() for outcome in outcomes)
     ended = [event.figures for event in first if event.kind == "end"]
     assert ended == [{"done": done, "total": 6} for done in range(1, 7)]
     for spec in comparison.architectures:
@@ -427,6 +428,35 @@ def test_an_ablation_is_one_entry_of_differences_to_the_default(corpus, tmp_path
     mixed = entry.result["difference_of_fanformer-60k-cola-activation-gelu"]
     assert mixed.value == 0.25
     assert mixed.low < 0 < mixed.high
+
+
+def test_an_entry_names_the_seeds_that_were_lost_at_the_chosen_rates(corpus, tmp_path):
+    comparison = small(corpus, tokens=4096, seeds=3)
+    outcomes = [outcome(spec, 4096, seed, 2.0) for spec in comparison.architectures for seed in range(3)]
+    write_comparison(tmp_path, "whole", "fanformer compare", comparison, outcomes, None)
+    for one in outcomes[4:]:
+        one.result.figures.clear()
+    write_comparison(tmp_path, "lost", "fanformer compare", comparison, outcomes, None)
+    found = {entry.name: entry for entry in read_ledger(tmp_path)}
+    assert "lost_seeds" not in found["whole"].details
+    assert found["lost"].details["lost_seeds"] == ["llama@60k, seed 1", "llama@60k, seed 2"]
+
+
+def test_a_training_keeps_its_day_and_machine_in_whatever_ledger_it_comes_to(corpus, tmp_path):
+    comparison, command = small(corpus, tokens=4096, seeds=2), "fanformer compare"
+    outcomes = [outcome(spec, 4096, seed, 2.0) for spec in comparison.architectures for seed in range(2)]
+    for number, one in enumerate(outcomes):
+        made = {"date": f"2025-01-0{number + 1}", "hardware": {"cpu": f"number {number}"}, "versions": {"torch": "1"}}
+        one.result.details.update(made)
+        write_training(tmp_path / "one", command, one, None, "")
+        again = replace(one, result=read_training(tmp_path / "one", one.trial))
+        write_training(tmp_path / "other", command, again, None, "")
+        for folder in ("one", "other"):
+            [entry] = [each for each in read_ledger(tmp_path / folder) if each.name == one.trial.name]
+            assert {name: getattr(entry, name) for name in made} == made
+    write_comparison(tmp_path / "whole", "whole", command, comparison, outcomes, None)
+    [entry] = read_ledger(tmp_path / "whole")
+    assert (entry.date, entry.hardware["cpu"]) == ("2025-01-04", "number 3")  # of the latest
 
 
 def test_the_ledger_keeps_the_counts_of_a_training_and_leaves_entries_that_lack_them_as_they_are(tmp_path):

@@ -14,6 +14,7 @@ from fanformer.comparison.architectures import family_and_size
 from fanformer.comparison.compare import Comparison, Outcome
 from fanformer.comparison.ledger import (
     EXACT,
+    LOST_SEEDS,
     Entry,
     Figure,
     Kind,
@@ -24,7 +25,7 @@ from fanformer.comparison.ledger import (
 )
 from fanformer.comparison.series_score import horizon_of, over_seeds
 from fanformer.comparison.summary import UNITS, Arm, Pair, arms, pairs, parameters_ratio
-from fanformer.comparison.trial import Result, Trial
+from fanformer.comparison.trial import MADE, Result, Trial
 from fanformer.data.prepared import PreparedData
 
 _COUNTED = {
@@ -69,6 +70,7 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
         data=None if data is None else {"source": spec, "fingerprint": data.fingerprint},
         result=figures,
         curve=result.curve,
+        **_made([outcome]),
         details={
             "part_of": "comparisons",
             "status": result.status,
@@ -88,7 +90,7 @@ def read_training(folder: Path, trial: Trial) -> Result | None:
     if entry is None:
         return None
     figures = {name: figure.value for name, figure in entry.result.items() if name != "diverged"}
-    details: dict[str, Any] = {"versions": entry.versions, "hardware": entry.hardware}
+    details: dict[str, Any] = {name: getattr(entry, name) for name in MADE}
     if trial.rule is not None and figures:
         if "rule" not in entry.details:
             return None
@@ -163,6 +165,7 @@ class _Together:
         trial, name = arm.outcomes[0].trial, f"{self.name}{suffix}"
         configuration = _configuration(trial, arm.outcomes[0].figures["parameters"]) | others.pop("rates", {})
         fields = {"seeds": _seeds(arm), "configuration": configuration, "data": self.data, "result": result, **others}
+        fields = _made([outcome for one in self.arms for outcome in one.outcomes]) | fields
         return measured_today(name, command=self.command, what=what, kind=kind, **fields)
 
     def _candidate(self, arm: Arm, against: Sequence[Pair]) -> Entry:
@@ -199,6 +202,7 @@ class _Together:
                 "better_baseline": best.baseline,
                 "best_learning_rate_at_the_edge_of_the_sweep": [one.architecture for one in shown if one.at_edge],
                 "troubles": [line for one in shown for line in one.troubles],
+                **_lost(shown),
             },
         )
 
@@ -226,6 +230,7 @@ class _Together:
                 key: {slug: arm.outcomes[0].figures[key] for slug, arm in shown.items()},
                 "block": default.outcomes[0].trial.block,
                 "troubles": [line for arm in [default, *changed] for line in arm.troubles],
+                **_lost([default]),
             },
         )
 
@@ -247,7 +252,7 @@ class _Together:
         task = self.comparison.rule_task(arm.variant).name
         suffix = ("" if task in self.name else f"-{task}") + (f"-hole{arm.variant}" if arm.variant else "")
         rates = {"rates_on": dict(self.comparison.rates_on), "tried": _tried(arm)} if self.comparison.rates_on else {}
-        details = {"part_of": self.name, **rates, "at_edge": arm.at_edge, "troubles": arm.troubles}
+        details = {"part_of": self.name, **rates, "at_edge": arm.at_edge, "troubles": arm.troubles, **_lost([arm])}
         name, what = f"{suffix}-{_slug(arm.architecture)}", f"the rule {task} learned by {arm.architecture}"
         curve, horizon = _over_horizon(arm)
         return self._entry(name, what, "rule", arm, arm.figures, details={**details, **horizon}, curve=curve)
@@ -329,6 +334,19 @@ def _family(spec: str) -> str:
 
 def _seeds(arm: Arm) -> list[int]:
     return [outcome.trial.seed for outcome in arm.outcomes]
+
+
+def _made(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return day, machine and versions of the latest of some trainings; nothing where none tells its own."""
+    told = [one.result.details for one in outcomes if one.result is not None and "date" in one.result.details]
+    latest = max(told, key=lambda details: str(details["date"]), default=None)
+    return {} if latest is None else {name: latest[name] for name in MADE}
+
+
+def _lost(shown: Sequence[Arm]) -> dict[str, Any]:
+    """Return what an entry's details say of seeds that came to nothing; nothing where there are none."""
+    lost = [f"{arm.architecture}, seed {seed}" for arm in shown for seed in arm.lost]
+    return {LOST_SEEDS: lost} if lost else {}
 
 
 def _slug(spec: str) -> str:

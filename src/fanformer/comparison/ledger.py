@@ -25,6 +25,8 @@ TRAININGS_FILE, MEASUREMENTS_FILE, LOCK_FILE = "trainings.jsonl", "measurements.
 Kind = Literal["comparison", "ablation", "rule", "training", "evaluation", "benchmark"]
 EXACT = "exact"
 """The interval of a figure without spread: one that was counted, or that every repetition gives alike."""
+LOST_SEEDS = "lost_seeds"
+"""Of an entry's details: trainings at the chosen rates that came to nothing, and that its figures therefore lack."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -27,6 +27,7 @@ class Arm:
         figures: over the seeds, each with its interval.
         outcomes: the trainings at the best learning rate.
         troubles: what went wrong, a line each.
+        lost: the seeds at the best learning rate that diverged or failed; the figures are without them.
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class Arm:
     figures: dict[str, Figure]
     outcomes: list[Outcome]
     troubles: list[str]
+    lost: list[int]
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def _arm(spec: str, variant: int, everything: Sequence[Outcome]) -> Arm:
         if not math.isfinite(one.loss)
     ]
     at_edge = len(sweep) > 1 and rate in (min(sweep), max(sweep))
-    return Arm(spec, variant, rate, at_edge, dict(sorted(sweep.items())), figures, chosen, troubles)
+    lost = [one.trial.seed for one in shown if one.trial.learning_rate == rate and one not in chosen]
+    return Arm(spec, variant, rate, at_edge, dict(sorted(sweep.items())), figures, chosen, troubles, lost)
 
 
 def _shown(outcome: Outcome) -> float:

@@ -16,12 +16,14 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanformer.errors import ConfigError, DivergenceError, FANformerError
 from fanformer.files.durable import replace_json
+from fanformer.machine.versions import hardware, versions
 from fanformer.training.events import Event
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from fanformer.training.run import RunResult
 
 TRIAL_FILE, RESULT_FILE, RUN_FOLDER = "trial.json", "result.json", "run"
+MADE = ("date", "hardware", "versions")
+"""When and on what a training was done: fields of its result's details, and of the ledger's entries."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SECONDS_BETWEEN_LINES = 0.5
 _NEEDED = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -215,7 +219,7 @@ def _train_language(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "parameters_without_embeddings": counted.without_embeddings,
         "training_operations_per_token": operations,
     }
-    details = {name: described[name] for name in ("configuration", "model", "environment", "versions", "resumed")}
+    details = {name: described[name] for name in ("configuration", "model", "environment", "resumed")}
     details["data"] = {
         "fingerprint": described["data"]["fingerprint"],
         "source": described["data"]["metadata"]["source"],
@@ -231,7 +235,6 @@ def _train_rule(trial: Trial, folder: Path, lines: _Lines) -> Result:
     from fanformer.comparison.architectures import architecture
     from fanformer.comparison.rule_learning import rule_config, train_rule
     from fanformer.comparison.rules import create_task, model_fields
-    from fanformer.machine.versions import versions
 
     assert trial.rule is not None, "the caller looked"
     fields = dict(trial.rule)
@@ -254,7 +257,7 @@ def _train_rule(trial: Trial, folder: Path, lines: _Lines) -> Result:
         "parameters": result["parameters"],
         "parameters_without_embeddings": result["block_parameters"],
     }
-    details = {"rule": {**result, "curve": curve}, "model": model.config.to_diff_dict(), "versions": versions()}
+    details = {"rule": {**result, "curve": curve}, "model": model.config.to_diff_dict()}
     shutil.rmtree(folder / RUN_FOLDER)
     return Result("finished", "", figures, curve, details)
 
@@ -284,7 +287,8 @@ def main(folder: Path) -> int:
         with contextlib.suppress(OSError):
             lines.tell(error=" ".join(str(error).split()) or type(error).__name__)
         return 2
-    replace_json(folder / RESULT_FILE, asdict(result))
+    made = dict(zip(MADE, (datetime.now(UTC).strftime("%Y-%m-%d"), hardware(), versions()), strict=True))
+    replace_json(folder / RESULT_FILE, asdict(replace(result, details={**result.details, **made})))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,6 +87,9 @@ def test_what_is_not_quantized_is_written_in_the_dtype_that_its_file_had(model_c
     file = out / "model.safetensors"
     save_file({name: tensor.float() for name, tensor in kept.items()} | cut, file, metadata={"format": "pt"})
     restore_dtypes(out, {layer: 32, "lm_head": None}, model_copy)
+    written, changed = file.stat(), file.read_bytes()
+    restore_dtypes(out, {layer: 32, "lm_head": None}, model_copy)
+    assert (file.stat().st_ino, file.read_bytes()) == (written.st_ino, changed)  # there is nothing left to change
     found = load_file(file)
     assert found.keys() == (kept | cut).keys()
     for name, tensor in (kept | cut).items():
@@ -94,6 +98,13 @@ def test_what_is_not_quantized_is_written_in_the_dtype_that_its_file_had(model_c
     with safe_open(file, "pt") as written:
         assert written.metadata() == {"format": "pt"}
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
+def test_a_folder_of_float32_stays_as_the_library_wrote_it(model_copy, tmp_path):
+    file = shutil.copy(model_copy / "model.safetensors", tmp_path / "model.safetensors")
+    written, before = file.stat(), file.read_bytes()
+    restore_dtypes(tmp_path, {"lm_head": None}, model_copy)
+    assert (file.stat().st_ino, file.read_bytes()) == (written.st_ino, before)
 
 
 def test_too_little_text_is_refused(loaded, tmp_path):

@@ -100,14 +100,16 @@ def restore_dtypes(folder: Path, groups: Mapping[str, int | None], source: Path)
         dtypes |= {name: tensor.dtype for name, tensor in load_file(file).items()}
     other = load_config(source).dtype or torch.float32
     for file in weight_files(folder):
-        tensors = load_file(file)
+        tensors, changed = load_file(file), {}
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
             cut = groups.get(module) is not None and kind.startswith("weight")  # integers, and their scales
-            if tensor.is_floating_point() and not cut:
-                tensors[name] = tensor.to(dtypes.get(name, other))
+            if tensor.is_floating_point() and not cut and tensor.dtype != (dtype := dtypes.get(name, other)):
+                changed[name] = tensor.to(dtype)
+        if not changed:
+            continue
         aside = file.with_suffix(".new")  # what was loaded is still read from the file
-        save_file(tensors, aside, metadata={"format": "pt"})
+        save_file(tensors | changed, aside, metadata={"format": "pt"})
         os.replace(aside, file)
 
 

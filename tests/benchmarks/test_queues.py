@@ -105,7 +105,9 @@ def test_every_training_of_the_ledger_has_the_name_that_its_settings_give(known)
         spec, rate, rule = settings.pop("architecture"), settings.pop("learning_rate"), settings.pop("rule", None)
         del settings["scale"]
         fingerprint = entry.data["fingerprint"] if entry.data is not None else ""
-        trials = (Trial(spec, rate, entry.seeds[0], settings, "", fingerprint, rule, block) for block in blocks)
+        digests = {name: value for name, value in entry.details.items() if name.endswith("_digest")}
+        given = (spec, rate, entry.seeds[0], settings, "", fingerprint, rule)
+        trials = (Trial(*given, block, **digests) for block in blocks)
         if entry.name not in {trial.name for trial in trials}:
             renamed.append(entry.name)
     assert len(known) > 300

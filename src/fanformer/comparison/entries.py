@@ -75,6 +75,7 @@ def write_training(folder: Path, command: str, outcome: Outcome, data: PreparedD
             "part_of": "comparisons",
             "status": result.status,
             "message": result.message,
+            **_digests(trial),
             **({"rule": _pack(result.details["rule"])} if "rule" in result.details else {}),
         },
     )
@@ -96,6 +97,12 @@ def read_training(folder: Path, trial: Trial) -> Result | None:
             return None
         details["rule"] = _unpack(entry.details["rule"])
     return Result(entry.details["status"], entry.details["message"], figures, entry.curve, details)
+
+
+def _digests(trial: Trial) -> dict[str, str]:
+    """Return what of a training's name its settings don't tell: digests of the files that it read."""
+    known = {"architecture_digest": trial.architecture_digest, "eval_digest": trial.eval_digest}
+    return {name: digest for name, digest in known.items() if digest}
 
 
 def _pack(content: dict[str, Any]) -> str:

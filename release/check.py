@@ -360,6 +360,8 @@ COUNTED = "ends"
 """The bar that is counted from what others asked."""
 NOT_KEPT = (COUNTED, "llama")
 """Measured each time anew: that one, and the one that is read from trainings beside the model."""
+REACHED = {True: "yes", False: "**no**", None: "not measured"}
+"""What the card says of a bar that holds, one that does not, and one that could not be measured."""
 
 
 class Kept:
@@ -430,8 +432,8 @@ def write(on: Checking, kept: Kept) -> None:
             ),
         )
     )
-    lines = [f"| {bar.name} | {bar.measured} | {bar.demand} |" for bar in bars]
-    table = "\n".join(["| what | measured | demand |", "|---|---|---|", *lines])
+    lines = [f"| {bar.name} | {bar.measured} | {bar.demand} | {REACHED[bar.holds]} |" for bar in bars]
+    table = "\n".join(["| what | measured | demand | reached |", "|---|---|---|---|", *lines])
     card = on.model / CARD_FILE
     replace_text(card, with_measured(card.read_text(encoding="utf-8"), table))
 

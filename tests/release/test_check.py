@@ -169,8 +169,10 @@ def checked(monkeypatch, tmp_path):
 def written_bars(run):
     (entry,) = read_ledger(run.ledger)
     bars = list(entry.details["bars"])
-    rows = (run.box / "README.md").read_text().partition("|---|---|---|\n")[2].splitlines()
-    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in bars]
+    rows = (run.box / "README.md").read_text().partition("|---|---|---|---|\n")[2].splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    reached = ["yes" if bar["holds"] else "**no**" for bar in entry.details["bars"].values()]
+    assert [[row[0], row[-1]] for row in cells] == [list(row) for row in zip(bars, reached, strict=True)]
     return bars
 
 

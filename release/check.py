@@ -286,6 +286,9 @@ def installed(on: Checking) -> list[Bar]:
         seconds[f"first_answer_seconds_{name}"] = time.monotonic() - started
 
     first_answer("torch", named(on.model))  # before anything else has run there
+    story = ["generate", *named(on.model), "One day, a little girl", "--temperature", "0", "--max-length", "30"]
+    if (there := run([command, *story])) != (here := run([sys.executable, "-m", "fanformer", *story])):
+        raise RuntimeError(f"the wheel with the newest packages writes {there!r}, got {here!r} in this environment.")
     run([command, "quantize", on.model, "--format", "gguf", "--type", "q4_k", "--output-dir", file])
     ours, whole = (fanformer.evaluate(path, [on.held_out])["bits_per_byte"] for path in (file, on.model))
     size = file.stat().st_size

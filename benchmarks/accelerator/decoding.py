@@ -12,6 +12,8 @@ from measures import DRY, FULL, NAMES, Workload, allocated, build, peak_memory, 
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from fanformer.model.cache_fanformer import CACHE
+
 
 class Decoder:
     """Greedy decoding of one batch on a static cache."""
@@ -26,7 +28,7 @@ class Decoder:
         self.position = torch.zeros((batch, 1), dtype=torch.long, device=device)
 
         def step(token: Tensor, position: Tensor) -> Tensor:
-            logits = model(input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True).logits
+            logits = model(input_ids=token, position_ids=position, use_cache=True, **{CACHE: self.cache}).logits
             return logits.argmax(-1)
 
         self.step = torch.compile(step, mode="reduce-overhead", dynamic=False) if compiled else step
@@ -35,7 +37,7 @@ class Decoder:
     def prefill(self) -> None:
         """Read the prompt into an empty cache and choose the first new token."""
         self.cache.reset()
-        logits = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits
         self.token.copy_(logits.argmax(-1))
         self.position.fill_(self.prompt.shape[1])
 

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from fanformer.comparison.ledger import Figure, range_of
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.machine.compiling import compiled_decoding, fixed_cache
+from fanformer.model.cache_fanformer import CACHE
 
 
 class Clock(BaseStreamer):
@@ -57,7 +58,7 @@ def continue_by(
     with fast_decoding(model) if compiled or fast else nullcontext():
         cache = fixed_cache(model, capacity) if compiled else None
         mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock, past_key_values=cache)
+        model.generate(ids, attention_mask=mask, generation_config=settings, streamer=clock, **{CACHE: cache})
     return [value - clock.times[0] for value in clock.times[1:]]
 
 

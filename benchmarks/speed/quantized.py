@@ -80,6 +80,7 @@ def decode_folder(path: str, threads: int) -> dict[str, Any]:
     import torch
 
     from fanformer.loading import load_model
+    from fanformer.model.cache_fanformer import CACHE
 
     torch.set_num_threads(threads)
     before = resident_bytes()
@@ -88,8 +89,8 @@ def decode_folder(path: str, threads: int) -> dict[str, Any]:
     @torch.inference_mode()
     def step(ids: list[int]) -> int:
         nonlocal cache
-        output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(torch.tensor([ids]), use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         return int(output.logits[0, -1].argmax())
 
     return {**time_decoding(step), "resident_bytes": resident_bytes() - before}

@@ -14,6 +14,7 @@ from transformers import (
     pipeline,
 )
 
+from fanformer.model.cache_fanformer import CACHE
 from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
 
 # A cached and an uncached product sum in another order; logits here are of size 10, and float32 has 7 digits.
@@ -67,6 +68,20 @@ def test_cached_generation_equals_recomputation(tiny_model, token_ids, fields):
     assert_varied(expected[:, 7:])
     for options in ({"use_cache": False}, {"cache_implementation": "dynamic"}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(input_ids, **GREEDY, **options), expected), options
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_a_cache_is_taken_by_either_of_its_names(tiny_model, token_ids, name):
+    """`transformers` calls it `cache` from 5.24 on; not to know it would be to read every token alone."""
+    model, input_ids, cache = tiny_model(), token_ids(2, 9), DynamicCache()
+    outputs = model(input_ids[:, :8], **{name: cache})
+    assert outputs[CACHE] is cache
+    again = model.model(input_ids[:, 8:], **{name: cache}).last_hidden_state
+    assert cache.get_seq_length() == 9
+    torch.testing.assert_close(model.lm_head(again)[:, 0], model(input_ids).logits[:, -1])
+    with pytest.raises(ValueError, match="one of `cache` and `past_key_values` must be given, got both"):
+        model(input_ids, cache=cache, past_key_values=cache)
 
 
 @pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])

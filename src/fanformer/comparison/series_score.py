@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fanformer.comparison.ledger import interval_over_seeds
 from fanformer.comparison.series import SeriesContinuation
+from fanformer.model.cache_fanformer import CACHE
 
 UNIT = "standard deviations"
 
@@ -76,8 +77,8 @@ def continue_series(model: PreTrainedModel, task: SeriesContinuation) -> Tensor:
     read, cache, levels = task.test.input_ids[:, : task.context].to(model.device), None, []
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled once more
         for _ in range(task.horizon):
-            output = model(input_ids=read, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=read, use_cache=True, **{CACHE: cache})
+            cache = output[CACHE]
             below = output.logits[:, -1].float().softmax(-1).cumsum(-1)  # (N, V)
             read = (below < 0.5).sum(-1, keepdim=True).clamp(max=task.levels - 1)
             levels.append(read.cpu())

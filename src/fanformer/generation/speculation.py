@@ -123,9 +123,7 @@ class SelfSpeculation:
         """Return what the blocks are told of `count` tokens behind `known` cached ones."""
         like = self._embed([0] * count)
         places = torch.arange(known, known + count, device=like.device)[None]
-        mask = create_causal_mask(
-            config=self.model.config, inputs_embeds=like, attention_mask=None, past_key_values=cache
-        )
+        mask = create_causal_mask(self.model.config, like, None, cache)  # by place: names differ by version
         rotary = self._decoder.rotary_emb(places, like.dtype)
         return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": places, "use_cache": True}
 

@@ -32,6 +32,7 @@ from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.settings import own_sampling
 from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text, depth_note, excluded_first
+from fanformer.model.cache_fanformer import CACHE
 
 if TYPE_CHECKING:
     from fanformer.generation.speculation import SelfSpeculation
@@ -227,7 +228,7 @@ class TorchModel(TextModel):
                 logits_processor=_processors(tokenizer, batch, width),
                 stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(batch.interruption)]),
                 streamer=TextStreamer(writer) if writer is not None else None,
-                past_key_values=cache,
+                **{CACHE: cache},
                 **inputs,
             )
         found = []

@@ -25,7 +25,7 @@ class FANformerMultimodalConfig(PreTrainedConfig):
 
     model_type = "fanformer_multimodal"
     sub_configs = {"text_config": FANformerConfig, "vision_config": AutoConfig, "audio_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     text_config: Any = None
     """The language model."""

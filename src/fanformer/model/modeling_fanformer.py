@@ -37,6 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_fanformer import CACHE, takes_cache
 from .configuration_fanformer import AUTO_MAP, FANformerConfig
 from .recurrence_fanformer import Depth, FANformerBridge, FANformerCausalLMOutput, FANformerModelOutput, Writer, think
 
@@ -307,6 +308,7 @@ class FANformerAttention(nn.Module):
         n = self.readers
         return self.q_proj(*inputs[:n]), self.k_proj(*inputs[n : 2 * n]), self.v_proj(*inputs[2 * n :])
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -435,7 +437,7 @@ class FANformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FANformerDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # folders of the language model have it, which expects it itself; no other key of its head is
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
     _supports_flash_attn = True
@@ -508,6 +510,7 @@ class FANformerModel(FANformerPreTrainedModel):
         self.depth = Depth.default(config)  # where a call names none
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -556,15 +559,8 @@ class FANformerModel(FANformerPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=self._same_document(position_ids, attention_mask, past_key_values)
-            if positions_given
-            else None,
-        )
+        apart = self._same_document(position_ids, attention_mask, past_key_values) if positions_given else None
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, and_mask_function=apart)
         position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype)
         run: Callable[..., Tensor] = functools.partial(
             self.run,
@@ -585,7 +581,7 @@ class FANformerModel(FANformerPreTrainedModel):
     def run(self, blocks: range, x: Tensor, past_key_values: Any, **options: Any) -> Tensor:
         """Run the blocks of these indices over `x` (B, T, D); options go to each. Returns (B, T, D)."""
         for index in blocks:
-            x = self.layers[index](x, past_key_values=past_key_values, **options)
+            x = self.layers[index](x, **{CACHE: past_key_values}, **options)
         return x
 
     def _same_document(
@@ -625,6 +621,7 @@ class FANformerForCausalLM(FANformerPreTrainedModel, Writer):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .cache_fanformer import CACHE, takes_cache
 from .configuration_fanformer import FANformerConfig
 from .configuration_fanformer_multimodal import FANformerMultimodalConfig
 from .modeling_fanformer import (
@@ -269,6 +270,7 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
                 embeddings = embeddings.masked_scatter(place[..., None], given.to(embeddings.dtype))
         return embeddings
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -334,8 +336,8 @@ class FANformerMultimodalModel(FANformerMultimodalPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        if outputs.past_key_values is not None and modality_ids is not None:
-            outputs.past_key_values.modality_ids = modality_ids
+        if getattr(outputs, CACHE) is not None and modality_ids is not None:
+            getattr(outputs, CACHE).modality_ids = modality_ids
         return outputs
 
     def _decode(self, modality_ids: Tensor | None, **inputs: Any) -> BaseModelOutputWithPast:
@@ -384,6 +386,7 @@ class FANformerForConditionalGeneration(FANformerMultimodalPreTrainedModel, Writ
         """Return the tokens (tokens, D) of each of the recordings `input_features` (M, mel bands, frames)."""
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -442,7 +445,7 @@ class FANformerForConditionalGeneration(FANformerMultimodalPreTrainedModel, Writ
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -17,6 +17,7 @@ from fanformer.errors import ConfigError
 from fanformer.generation.depth import cache_layers
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.sampling import Floats, Noise
+from fanformer.model.cache_fanformer import CACHE
 from fanformer.server.slots import Shown, Slots, Steps
 
 _CHUNK = 128
@@ -160,9 +161,9 @@ class TorchSlots(Slots):
             **self._inputs(ids.to(device), tokens),
             attention_mask=self._masked(seen),
             position_ids=positions.to(device),
-            past_key_values=Cache(layers=self._layers[: cache_layers(self._model, deepest)]),
             use_cache=True,
             logits_to_keep=0 if every else 1,
+            **{CACHE: Cache(layers=self._layers[: cache_layers(self._model, deepest)])},
             **depth,
         )
         for slot in tokens:

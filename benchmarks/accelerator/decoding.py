@@ -12,7 +12,7 @@ from measures import DRY, FULL, NAMES, Workload, allocated, build, peak_memory, 
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from fanformer.model.cache_fanformer import CACHE
+from fanformer.model.recurrence_fanformer import CACHE
 
 
 class Decoder:

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from fanformer.comparison.ledger import Figure, range_of
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.machine.compiling import compiled_decoding, fixed_cache
-from fanformer.model.cache_fanformer import CACHE
+from fanformer.model.recurrence_fanformer import CACHE
 
 
 class Clock(BaseStreamer):

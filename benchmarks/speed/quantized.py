@@ -80,7 +80,7 @@ def decode_folder(path: str, threads: int) -> dict[str, Any]:
     import torch
 
     from fanformer.loading import load_model
-    from fanformer.model.cache_fanformer import CACHE
+    from fanformer.model.recurrence_fanformer import CACHE
 
     torch.set_num_threads(threads)
     before = resident_bytes()

@@ -26,6 +26,7 @@ def accelerator_tasks(repository, monkeypatch):
     return accelerator_tasks
 
 
+@pytest.mark.ci
 def test_scores_of_another_machine_give_the_figures_of_eval(accelerator_tasks, tiny_model, tiny_tokenizer, tmp_path):
     run = accelerator_tasks.run
     files = write_released_files(tmp_path / "files")

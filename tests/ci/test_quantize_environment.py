@@ -62,9 +62,7 @@ def test_refusals_hold_where_the_extra_is_installed(fanformer, repository):
 
 
 @pytest.mark.timeout(1800)
-def test_with_the_oldest_transformers_a_cache_changes_no_text(
-    fanformer, repository
-):
+def test_with_the_oldest_transformers_a_cache_changes_no_text(fanformer, repository):
     assert "transformers==5.17.0" in PINS
     assert '"transformers>=5.17"' in (repository / "pyproject.toml").read_text()
     fanformer("-p", "no:cacheprovider", "tests/model/test_generation.py", program=("-m", "pytest"), folder=repository)

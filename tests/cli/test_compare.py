@@ -30,6 +30,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.ci
 def test_two_architectures_end_in_a_report_and_numbers(command, text, tmp_path):
     words = ["compare", "fanformer@60k", "llama@60k", "--learning-rates=0.01", f"--data={text}", *SMALL]
     done = command(*words, f"--output-dir={tmp_path / 'out'}", f"--record-dir={tmp_path / 'ledger'}")

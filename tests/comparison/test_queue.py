@@ -51,6 +51,7 @@ def done(corpus, tmp_path_factory):
     return folder, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.ci
 def test_bad_entries_cost_a_line_each_and_stop_no_other(done):
     folder, out, err = done
     unknown, missing, short = err.splitlines()
@@ -76,6 +77,7 @@ def test_bad_entries_cost_a_line_each_and_stop_no_other(done):
     assert together.data["fingerprint"] == record["data"]["fingerprint"]
 
 
+@pytest.mark.ci
 def test_what_the_ledger_knows_is_not_trained_again(done, corpus, tmp_path):
     folder, _, _ = done
     before = {path: path.stat().st_mtime_ns for path in folder.glob("ledger/*")}
@@ -97,6 +99,7 @@ def stop_at_the_second_seed(event):
         raise OutOfTimeError
 
 
+@pytest.mark.ci
 def test_a_stopped_queue_leaves_the_whole_comparison_of_the_ledger_as_it_is(done, corpus, tmp_path):
     ledger = shutil.copytree(done[0] / "ledger", tmp_path / "ledger")
     write_entry(ledger, replace(read_entry(ledger, "language"), seeds=[0, 1]))
@@ -111,6 +114,7 @@ def test_a_stopped_queue_leaves_the_whole_comparison_of_the_ledger_as_it_is(done
     assert (ledger / "measurements.jsonl").read_bytes() == before
 
 
+@pytest.mark.ci
 def test_architectures_see_the_same_rows_and_a_baseline_does_not_call_itself_a_fanformer(done):
     out = done[0] / "out"
     rows = [
@@ -180,6 +184,7 @@ def test_an_entry_with_a_value_that_no_architecture_takes_keeps_its_place_with_i
     assert right.error is None
 
 
+@pytest.mark.ci
 def test_a_report_that_cannot_be_written_stops_no_training(done, corpus, tmp_path, monkeypatch):
     """The first rate is in the ledger; its page fails, and the second is trained all the same."""
     monkeypatch.setattr("fanformer.comparison.queue._SECONDS_BETWEEN_PAGES", 0.0)

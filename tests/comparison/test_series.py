@@ -108,6 +108,7 @@ def test_continuation_with_a_cache_is_that_of_reading_everything_again(wave, tin
     assert torch.equal(said, task.decode(tokens[:, task.context :]))
 
 
+@pytest.mark.ci
 def test_model_trained_on_a_sine_beats_persistence_beyond_the_window_a_fresh_one_not(wave, tiny_model, tmp_path):
     task = create_task("series", **SIZES)
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from transformers import (
     pipeline,
 )
 
-from fanformer.model.cache_fanformer import CACHE
+from fanformer.model.recurrence_fanformer import CACHE
 from tests.tiny_models import FULL_RANK, PAPERS_COLA, TUNED
 
 # A cached and an uncached product sum in another order; logits here are of size 10, and float32 has 7 digits.

@@ -60,7 +60,7 @@ def model_files(folder):
     """Return what should arrive, by name, and what the hub puts into a new repository."""
     names = {"README.md", "run.yaml", "metrics.jsonl", "loss.png", "model.safetensors", "config.json"}
     names |= {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    names |= {f"{part}_fanformer.py" for part in ("cache", "configuration", "modeling", "recurrence")}
+    names |= {f"{part}_fanformer.py" for part in ("configuration", "modeling", "recurrence")}
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
@@ -77,7 +77,7 @@ def test_every_file_of_the_model_and_no_other_arrives_byte_for_byte(hub, run_fol
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", large_storage)
     assert push(run_folder, "user/tiny") == f"{hub.url}/user/tiny"
     expected = model_files(run_folder)
-    assert len(expected) == 13
+    assert len(expected) == 12
     assert arrived(hub) == expected
     assert bool(hub.asked("PUT /storage/")) == large_storage
 

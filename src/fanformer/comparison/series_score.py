@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fanformer.comparison.ledger import interval_over_seeds
 from fanformer.comparison.series import SeriesContinuation
-from fanformer.model.cache_fanformer import CACHE
+from fanformer.model.recurrence_fanformer import CACHE
 
 UNIT = "standard deviations"
 

@@ -32,7 +32,7 @@ from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.interruption import Interruption
 from fanformer.generation.settings import own_sampling
 from fanformer.generation.text_model import Batch, Remembered, TextModel, check_text, depth_note, excluded_first
-from fanformer.model.cache_fanformer import CACHE
+from fanformer.model.recurrence_fanformer import CACHE
 
 if TYPE_CHECKING:
     from fanformer.generation.speculation import SelfSpeculation

@@ -37,9 +37,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_fanformer import CACHE, takes_cache
 from .configuration_fanformer import AUTO_MAP, FANformerConfig
-from .recurrence_fanformer import Depth, FANformerBridge, FANformerCausalLMOutput, FANformerModelOutput, Writer, think
+from .recurrence_fanformer import (
+    CACHE,
+    Depth,
+    FANformerBridge,
+    FANformerCausalLMOutput,
+    FANformerModelOutput,
+    Writer,
+    takes_cache,
+    think,
+)
 
 
 class FANformerRMSNorm(nn.Module):
@@ -561,15 +569,9 @@ class FANformerModel(FANformerPreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         apart = self._same_document(position_ids, attention_mask, past_key_values) if positions_given else None
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, and_mask_function=apart)
-        position_embeddings = self.rotary_emb(position_ids, inputs_embeds.dtype)
-        run: Callable[..., Tensor] = functools.partial(
-            self.run,
-            attention_mask=mask,
-            position_embeddings=position_embeddings,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        rotary = self.rotary_emb(position_ids, inputs_embeds.dtype)
+        options = {"attention_mask": mask, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
+        run: Callable[..., Tensor] = functools.partial(self.run, position_embeddings=rotary, **options)
         depth = self.depth.changed(self.config, num_steps, exit_threshold)
         if self.bridge is None:
             hidden_states, steps = run(range(len(self.layers)), inputs_embeds, past_key_values), None

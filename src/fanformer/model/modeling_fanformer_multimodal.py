@@ -24,7 +24,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache_fanformer import CACHE, takes_cache
 from .configuration_fanformer import FANformerConfig
 from .configuration_fanformer_multimodal import FANformerMultimodalConfig
 from .modeling_fanformer import (
@@ -34,7 +33,7 @@ from .modeling_fanformer import (
     FANformerRMSNorm,
     scaled_linear,
 )
-from .recurrence_fanformer import Writer
+from .recurrence_fanformer import CACHE, Writer, takes_cache
 
 VISION, AUDIO = "vision", "audio"
 _BITS = {VISION: 1, AUDIO: 2}

@@ -5,6 +5,8 @@ the plain model. Sources: arXiv:2502.05171 (Huginn); arXiv:2511.07384 (retrofits
 """
 
 import copy
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,28 @@ from .configuration_fanformer import FANformerConfig, Recurrence
 
 Run = Callable[[range, Tensor, Any], Tensor]
 """Runs the blocks of these indices over (B, T, D), with what stands for the cache; returns (B, T, D)."""
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What `transformers` calls a cache of keys and values, in calls and in outputs: `past_key_values` before 5.24."""
+
+
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method that takes `past_key_values` take it as `cache` as well; it raises ValueError where given both."""
+
+    @functools.wraps(forward)
+    def by_either_name(self: nn.Module, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
+        if cache is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("one of `cache` and `past_key_values` must be given, got both: they are the same.")
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    takes = inspect.signature(forward)
+    *named, others = takes.parameters.values()
+    assert others.kind is inspect.Parameter.VAR_KEYWORD, "what goes down to the attention backend comes last"
+    either = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    # `generate` refuses keywords that it does not find there
+    by_either_name.__signature__ = takes.replace(parameters=[*named, either, others])  # type: ignore[attr-defined]
+    return by_either_name
 
 
 class Depth(NamedTuple):

@@ -17,7 +17,7 @@ from fanformer.errors import ConfigError
 from fanformer.generation.depth import cache_layers
 from fanformer.generation.fast_decoding import fast_decoding
 from fanformer.generation.sampling import Floats, Noise
-from fanformer.model.cache_fanformer import CACHE
+from fanformer.model.recurrence_fanformer import CACHE
 from fanformer.server.slots import Shown, Slots, Steps
 
 _CHUNK = 128

@@ -60,7 +60,7 @@ def model_files(folder):
     """Return what should arrive, by name, and what the hub puts into a new repository."""
     names = {"README.md", "run.yaml", "metrics.jsonl", "loss.png", "model.safetensors", "config.json"}
     names |= {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    names |= {f"{part}_fanformer.py" for part in ("configuration", "modeling", "recurrence")}
+    names |= {"modeling_fanformer.py", "configuration_fanformer.py", "recurrence_fanformer.py"}
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 

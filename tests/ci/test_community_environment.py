@@ -14,6 +14,7 @@ FILES = (
     "tests/community/test_offers.py",
     "tests/community/test_guard.py",
     "tests/community/test_joining.py",
+    "tests/community/test_node.py",
     "tests/community/test_replies.py",
     "tests/community/test_doors.py",
     "tests/community/test_flower.py",

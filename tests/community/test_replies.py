@@ -80,11 +80,8 @@ class Grid:
 
 
 @pytest.fixture
-def grid(monkeypatch):
-    """A grid in a process that Flower believes to be a run's."""
-    identity = flower("supercore.task_identity").TaskIdentity
-    for name, number in (("_run_id", 7), ("_task_id", 8), ("_node_id", 1)):
-        monkeypatch.setattr(identity, name, number)
+def grid(process_of_a_run):
+    """A grid in a process of run 7."""
     return Grid()
 
 

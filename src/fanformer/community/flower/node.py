@@ -30,6 +30,8 @@ _PATIENCE_SECONDS = 60.0
 _KEPT_BYTES = 8 << 20
 """Objects of a message up to this size are kept, as the next message has the same: the tokenizer, above all."""
 _LONGEST_WAIT_SECONDS = 10.0
+_PIECE_SECONDS = 0.2
+"""Between two looks for an object of a message that was announced, and is not there yet."""
 _log = logging.getLogger(__name__)
 
 
@@ -119,15 +121,20 @@ class Node:
             if one in self._kept:
                 contents[one] = self._kept[one]
                 continue
-            asked = request(node=self._self, run_id=run, object_id=one)
-            found = self._through(self._client.PullObject, asked)
-            if not found.object_available:
-                raise DataError("a message of the host was gone before it was read: the next one will come.")
-            contents[one] = found.object_content
+            contents[one] = self._pull(request(node=self._self, run_id=run, object_id=one))
         self._kept = {one: body for one, body in contents.items() if len(body) <= _KEPT_BYTES}
         message = utils.inflate_object_from_contents(number, dict(contents))
         message.metadata.__dict__["_message_id"] = number
         return message
+
+    def _pull(self, request: Any) -> bytes:
+        """Return an object of a message; the host announces a message before all of its objects are there."""
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not (found := self._through(self._client.PullObject, request)).object_available:
+            if not found.object_found or time.monotonic() >= until:
+                raise DataError("a message of the host was gone before it was read: the next one will come.")
+            time.sleep(_PIECE_SECONDS)
+        return bytes(found.object_content)
 
     def _send(self, message: Any, content: Any) -> None:
         """Answer a message; only then may the host forget what it is made of."""

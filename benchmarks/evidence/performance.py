@@ -107,7 +107,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Entry], list[str]]]] = {
     "speed-profile-*": (
         "What takes the time on a CPU",
         "Shares of torch's profile. *Fused* is everything but large products: norms, activations, Fourier features, "
-        "rotation, gates, and in decoding the products of a single row too.",
+        "rotation, gates, and in decoding the products of a single row too. Profiles of `92m` beside `92m-tuned`, and "
+        "what was tried to decode as fast, are in experiments.md: two graphs "
+        "[on ggml](experiments.md#2026-11-29-what-the-defaults-block-costs-in-speed-and-two-attempts-at-ggmls-share), "
+        "three more "
+        "[on torch](experiments.md#2026-11-29-what-reads-one-input-as-one-product-while-decoding).",
         profile_table,
     ),
     "serve-torch-*": ("The server under load, float32 on torch", _LOAD, load_table),

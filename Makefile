@@ -125,8 +125,9 @@ community-drill: $(COMMUNITY)/.ready
 	$(COMMUNITY)/bin/python benchmarks/proofs/community_drill.py $(if $(PARTS),--only $(PARTS)) --write
 
 # What tuning is worth, over three seeds: two hours of two cores; the same command goes on.
+TUNING_PARTS := full,lora,unmasked,blind,preferences
 check-tuning: setup-dev
-	$(BIN)/python benchmarks/quality/tuning.py --write $(if $(BASE),--base $(BASE) --parts full,lora,unmasked,blind,preferences)
+	$(BIN)/python benchmarks/quality/tuning.py --write $(if $(BASE),--base $(BASE) --parts $(TUNING_PARTS))
 
 # What seeing and hearing is worth, over three seeds beside blind twins, on the folder BASE: hours of two cores; the same
 # command goes on, and fills in docs/multimodal.md. TASKS="naming both" takes some.
@@ -153,6 +154,7 @@ bench: setup-dev
 	$(BIN)/python benchmarks/proofs/torture.py --write
 	$(BIN)/python benchmarks/speed/checkpoint_stall.py --write
 	$(BIN)/python benchmarks/proofs/parameters.py --write
+	$(BIN)/python benchmarks/proofs/packed_documents.py --write
 	$(BIN)/python benchmarks/speed/training.py --write
 	$(BIN)/python benchmarks/speed/decode.py --write
 	test ! -d ../shared/data/text-large || $(BIN)/python benchmarks/speed/packing.py --write \

@@ -55,7 +55,6 @@ class Claim:
         counts_from: figures that must reach a value, in both entries, for the difference to count.
         against: what it is compared with, where the claim does not say so.
         limit: figure of the same entry that says how near it is to what the machine can do.
-        note: what a reader should know, such as that the part is not built yet.
         group: what a reader asks that it belongs to, one of those that evidence.py shows.
     """
 
@@ -77,7 +76,6 @@ class Claim:
     counts_from: Mapping[str, float] = dataclasses.field(default_factory=dict)
     against: str | None = None
     limit: str | None = None
-    note: str | None = None
     group: str | None = None
 
 

@@ -147,8 +147,7 @@ def claims_table(rows: Sequence[Row]) -> str:
         cells = []
         for row in group:
             if row.entry is None or row.figure is None:
-                note = f" ({claim.note})" if claim.note else ""
-                cells.append([NOT_MEASURED, "-" + note, "-"])
+                cells.append([NOT_MEASURED, "-", "-"])
             else:
                 measured = measured_text(row.figure) + scale_text(claim, row.entry)
                 cells.append([f"**{row.verdict}**", measured, code(row.entry.name)])

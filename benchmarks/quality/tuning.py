@@ -103,11 +103,14 @@ def sizes(asked: argparse.Namespace) -> dict[str, int]:
 
 def settings(asked: argparse.Namespace) -> dict[str, Any]:
     """Return what decides the results of a cell."""
-    names = ("model", "base_tokens", "sequence_length", "epochs")
-    names += tuple(f"{part}learning_rate" for part in ("", "lora_", "preference_"))
-    base = None if asked.base is None else asked.base.name
-    others = {"base": base, "rows": sizes(asked), "held_out_bytes": asked.held_out_bytes}
-    return others | {"llama_learning_rate": LLAMA_LEARNING_RATE} | {name: getattr(asked, name) for name in names}
+    names = ["sequence_length", "epochs", *(f"{part}learning_rate" for part in ("", "lora_", "preference_"))]
+    base: dict[str, Any] = {"llama_learning_rate": LLAMA_LEARNING_RATE}
+    if asked.base is None:
+        names += ["model", "base_tokens"]
+    else:
+        base = {"base": asked.base.name}
+    others = {"rows": sizes(asked), "held_out_bytes": asked.held_out_bytes}
+    return base | others | {name: getattr(asked, name) for name in names}
 
 
 def prepare(asked: argparse.Namespace) -> None:

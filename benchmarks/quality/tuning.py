@@ -104,13 +104,13 @@ def sizes(asked: argparse.Namespace) -> dict[str, int]:
 def settings(asked: argparse.Namespace) -> dict[str, Any]:
     """Return what decides the results of a cell."""
     names = ["sequence_length", "epochs", *(f"{part}learning_rate" for part in ("", "lora_", "preference_"))]
-    base: dict[str, Any] = {"llama_learning_rate": LLAMA_LEARNING_RATE}
+    found: dict[str, Any] = {"rows": sizes(asked), "held_out_bytes": asked.held_out_bytes}
     if asked.base is None:
         names += ["model", "base_tokens"]
+        found["llama_learning_rate"] = LLAMA_LEARNING_RATE
     else:
-        base = {"base": asked.base.name}
-    others = {"rows": sizes(asked), "held_out_bytes": asked.held_out_bytes}
-    return base | others | {name: getattr(asked, name) for name in names}
+        found["base"] = asked.base.name
+    return found | {name: getattr(asked, name) for name in names}
 
 
 def prepare(asked: argparse.Namespace) -> None:

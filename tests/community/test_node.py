@@ -9,6 +9,7 @@ from fanformer.community.flower.content import flower, offer_content
 from fanformer.community.invitation import Invitation
 from fanformer.community.offers import Sealed
 from fanformer.errors import DataError
+from tests.community.flower_messages import take_apart
 
 pytestmark = pytest.mark.ci
 
@@ -19,14 +20,9 @@ class Link:
     """Stands where Flower's SuperLink is: an offer whose objects are there once they were asked for a few times."""
 
     def __init__(self, asks):
-        objects = flower("supercore.inflatable.inflatable_object")
         message = flower("app").Message(offer_content(SEALED, b"weights"), 1, "train", ttl=60.0)
-        with objects.no_object_id_recompute():
-            message.metadata.__dict__["_message_id"] = message.object_id
-            head = flower("common.serde").message_to_proto(flower("app.message").remove_content_from_message(message))
-            self.announced = [(head, objects.get_object_tree(message))]
-            parts = objects.get_all_nested_objects(message)
-            self.objects = {name: part.deflate() for name, part in parts.items()}
+        announced, self.objects = take_apart(message)
+        self.announced = [announced]
         self.missing = dict.fromkeys(self.objects, asks)
 
     def PullMessages(self, request):

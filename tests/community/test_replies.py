@@ -13,6 +13,7 @@ from fanformer.community.flower.outcome import NODES_FILE
 from fanformer.community.flower.replies import Replies
 from fanformer.community.flower.server import Rounds
 from fanformer.community.plan import Plan
+from tests.community.flower_messages import take_apart
 from tests.community.test_doors import Meeting
 from tests.training.conftest import corpus  # noqa: F401
 
@@ -29,14 +30,8 @@ class Link:
 
     def announce(self, message, content):
         """Announce a reply as a member does, and return its pieces, of which none is there yet."""
-        objects = flower("supercore.inflatable.inflatable_object")
-        reply = flower("app").Message(content, reply_to=message)
-        with objects.no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            head = flower("common.serde").message_to_proto(flower("app.message").remove_content_from_message(reply))
-            self.announced.append((head, objects.get_object_tree(reply)))
-            parts = objects.get_all_nested_objects(reply)
-            pieces = {name: part.deflate() for name, part in parts.items()}
+        announced, pieces = take_apart(flower("app").Message(content, reply_to=message))
+        self.announced.append(announced)
         self.pieces |= dict.fromkeys(pieces)
         return pieces
 
